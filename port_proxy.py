@@ -129,11 +129,11 @@ class Config(NamedTuple):
 # Heads: the grammar of RFC 9112 sections 2 to 5, full-match, and what a head is once it has been understood
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Heads are decoded as latin-1, which maps every byte to one character and back.  Character classes are spelt out: \d, \s
-# and \w also match what is not ASCII.  No pattern has two ways to match the same text, so none can be made slow.
+# Heads are decoded as latin-1, which maps every byte to one character and back.  Character classes are spelt out: \d,
+# \s and \w also match what is not ASCII.  No pattern has two ways to match the same text, so none can be made slow.
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 _VERSION = r"HTTP/([0-9])\.([0-9])"
-# Visible ASCII: browsers send "|", "{", "^" and others raw, which RFC 3986 would not have.  A "#" never reaches a server.
+# Visible ASCII: browsers send "|", "{", "^" and others raw, which RFC 3986 would not have.  A "#" never gets this far.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~]+) %s" % (TOKEN, _VERSION))
 _STATUS_LINE = re.compile(r"%s ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?" % _VERSION)
 _FIELD = re.compile(r"(%s):([\t -~\x80-\xff]*)\r\n" % TOKEN)
@@ -214,13 +214,15 @@ def serialise_request(head: RequestHead) -> bytes:
 
 
 def serialise_response(head: ResponseHead) -> bytes:
-    """The bytes of a response's head; its version is ours, HTTP/1.1, whatever the record says (RFC 9110 section 2.5)."""
+    """The bytes of a response's head; its version is ours, whatever the record says (RFC 9110 section 2.5)."""
     return _serialise("HTTP/1.1 %d %s" % (head.status, head.reason), head.fields)
 
 
 def check_partial_head(head: bytearray, start: int, is_request: bool, config: Config) -> None:
-    """Refuse the beginning of a head, checked before up to `start`, as soon as it cannot become a valid one (ProxyError)
-    or is too long."""
+    """Refuse the beginning of a head as soon as it is too long or cannot become a valid one (ProxyError).
+
+    start: up to where it was checked before, or a little less.
+    """
     if _ILLEGAL.search(head, start):
         raise ProxyError(400, "The message head has a control byte, or a CR or LF that is no part of a CRLF.")
     end = head.find(b"\r\n")
@@ -241,7 +243,9 @@ def _split_head(head: bytes) -> Tuple[str, str]:
 def _parse_request_line(line: str) -> Tuple[str, str, str]:
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise ProxyError(400, "The request line is not 'METHOD TARGET HTTP/1.1' with single spaces and a target in ASCII.")
+        raise ProxyError(
+            400, "The request line is not 'METHOD TARGET HTTP/1.1' with single spaces and a target in ASCII."
+        )
     method, target, major, minor = match.groups()
     if major != "1" or minor not in "01":
         raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
@@ -358,7 +362,7 @@ class Stream:
         watch.streams.add(self)
 
     async def more(self, deadline: float = FOREVER) -> bool:
-        """Wait until `buffer` has grown; False at the peer's clean end, its failure (OSError, Stalled) raised otherwise."""
+        """Wait until `buffer` has grown; False at the peer's clean end; raises its failure (OSError, Stalled)."""
         data = await self._read(_RECEIVE_BYTES, deadline)
         self.buffer += data
         return bool(data)
@@ -389,7 +393,7 @@ class Stream:
             self.writer.write(data)
 
     async def flush(self, timeout: float) -> None:
-        """Wait until the peer has taken enough of what was written; OSError if it is gone or does not for `timeout` s."""
+        """Wait until the peer has taken enough of what was written; OSError if it is gone or lets `timeout` s pass."""
         self.write_deadline = self.now() + timeout
         await self.writer.drain()
         self.write_deadline = FOREVER
@@ -851,7 +855,11 @@ def find_route(base: str, target: str) -> Optional[Route]:
 
 def forms(base: str) -> str:
     """The forms that a path can have, in one sentence."""
-    return "The forms are {0}/<port>/, {0}/<host>:<port>/, {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/.".format(base)
+    return (
+        "The forms are {0}/<port>/, {0}/<host>:<port>/, {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/.".format(
+            base
+        )
+    )
 
 
 def is_allowed(host: str, allowlist: Union[Sequence[str], Callable[[str], bool]]) -> bool:
@@ -873,7 +881,7 @@ def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
 
 
 def _below(base: str, path: str) -> Optional[str]:
-    """What follows `base` in `path`, compared as the percent-decoded segments that both consist of; None if nothing does."""
+    """What follows `base` in `path`, None if it does not begin so; compared as percent-decoded segments."""
     if path.startswith(base) and path[len(base) : len(base) + 1] in ("", "/"):
         return path[len(base) :]
     segments = path.split("/")
@@ -884,7 +892,7 @@ def _below(base: str, path: str) -> Optional[str]:
 
 
 def _leaves(path: str) -> bool:
-    """Whether dot segments, as a browser or a server in front of us would resolve them, lead above `path`'s beginning."""
+    """Whether dot segments lead above `path`'s beginning, as a browser or a server in front of us would resolve it."""
     depth = 0
     for segment in path.split("/")[1:]:
         if _UP.fullmatch(segment):
@@ -910,7 +918,8 @@ def _is_ipv6(literal: str) -> bool:
 
 # RFC 9110 section 7.6.1, with Trailer (trailers are dropped) and the two fields of proxy authentication (section 11.7).
 _HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade".split()
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
+    " upgrade".split()
 )
 _FORWARDED_PREFIX = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 # Written by us, so that neither a client nor its Connection field can (RFC 9110 section 7.6.1 lets it name any field).
@@ -983,7 +992,7 @@ def _forwarded_fields(visit: Visit, translated: bool) -> List[Tuple[str, str]]:
 
 
 def _translate_referer(value: str, route: Route, visit: Visit) -> str:
-    """A page of this app becomes that page at home; another page of our origin only that origin, as browsers tell it."""
+    """A page of this app becomes that page at home; another page of our origin only that origin, as browsers do."""
     match = _HTTP_URL.fullmatch(value)
     if not match or not is_own_origin("%s://%s" % match.group(1, 2), visit.authority):
         return value
@@ -995,10 +1004,8 @@ def _translate_referer(value: str, route: Route, visit: Visit) -> str:
     return "http://%s%s" % (route.authority, path if path.startswith("/") else "/" + path)
 
 
-def response_for_client(
-    head: ResponseHead, route: Route, framing: Framing, visit: Visit
-) -> ResponseHead:
-    """The response as the client gets it, framed by `framing`; with what points at the app's home made to point here."""
+def response_for_client(head: ResponseHead, route: Route, framing: Framing, visit: Visit) -> ResponseHead:
+    """The response as the client gets it, framed by `framing`; what points at the app's home is made to point here."""
     named = field_tokens(head.fields, "connection") - {"content-length"}
     homes = _homes(route, visit)
     keep_length = framing == NO_BODY and head.status >= 200 and head.status != 204  # HEAD, 304: what a GET would get
@@ -1107,14 +1114,17 @@ def check_access(head: RequestHead, route: Route, framing: Framing, config: Conf
     if not is_allowed(route.host, config.host_allowlist):
         raise ProxyError(
             403,
-            "The host %s is not on the allowlist. Start the proxy with --host-allowlist %s to allow it." % ((route.host,) * 2),
+            "The host %s is not on the allowlist. Start the proxy with --host-allowlist %s to allow it."
+            % ((route.host,) * 2),
         )
     if is_websocket(head):
         if framing != NO_BODY:
             raise ProxyError(400, "A WebSocket handshake has no body.")
         origins = field_values(head.fields, "origin")
         if origins and not (len(origins) == 1 and is_own_origin(origins[0], head.authority)):
-            raise ProxyError(403, "A page of another site may not open a WebSocket here: its Origin is not this server's.")
+            raise ProxyError(
+                403, "A page of another site may not open a WebSocket here: its Origin is not this server's."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1127,7 +1137,7 @@ Address = Tuple[str, int]
 class Upstreams:
     """The connections to upstreams.
 
-    listening: our own addresses; a connection that would reach one of them is refused, since it could go round for ever.
+    listening: our own addresses; a connection that would reach one of them is refused: it could go round for ever.
     """
 
     def __init__(self, config: Config, watch: Watch, listening: Sequence[Address]) -> None:
@@ -1195,7 +1205,9 @@ class Upstreams:
         except asyncio.TimeoutError:
             raise _no_answer_in_time(route, self.config)
         except socket.gaierror:
-            raise ProxyError(502, "The host %s could not be found. Check its spelling, or this machine's name service." % route.host)
+            raise ProxyError(
+                502, "The host %s could not be found. Check its spelling, or this machine's name service." % route.host
+            )
         except ConnectionRefusedError:
             raise ProxyError(502, "Nothing listens on %s. Is the app running, and is this its port?" % route.place)
         except OSError as error:
@@ -1248,7 +1260,9 @@ def _reaches(here: Tuple[Any, ...], there: Tuple[Any, ...], listening: Address) 
 
 
 def _no_answer_in_time(route: Route, config: Config) -> ProxyError:
-    return ProxyError(504, "The connection to %s was not answered within %g seconds." % (route.place, config.connect_timeout))
+    return ProxyError(
+        504, "The connection to %s was not answered within %g seconds." % (route.place, config.connect_timeout)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1256,12 +1270,14 @@ def _no_answer_in_time(route: Route, config: Config) -> ProxyError:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _STYLE = (
-    ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:3em auto;padding:0 1em}"
+    ":root{color-scheme:light dark}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:3em auto;padding:0 1em}"
     "h1{font-size:1.4em}code{font-family:ui-monospace,monospace}td,th{text-align:left;padding:.2em 1.5em .2em 0;"
     "vertical-align:top}p.status{color:GrayText}"
 )
-_SECURITY_POLICY = "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'" % (
-    base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_SECURITY_POLICY = (
+    "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    % (base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode())
 )
 _PAGE = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -1299,7 +1315,9 @@ def error_response(error: ProxyError, as_html: bool) -> Response:
     if not as_html:
         return _response(error.status, "text/plain", "%d %s\n%s\n" % (error.status, phrase, error.detail), fields)
     body = '<h1>{}</h1><p>{}</p><p class="status">{} &middot; port_proxy</p>'
-    return _page(error.status, phrase, body.format(*map(html.escape, (phrase, error.detail, str(error.status)))), fields)
+    return _page(
+        error.status, phrase, body.format(*map(html.escape, (phrase, error.detail, str(error.status)))), fields
+    )
 
 
 def forms_response(base: str, as_html: bool) -> Response:
@@ -1308,15 +1326,22 @@ def forms_response(base: str, as_html: bool) -> Response:
         lines = "".join("%-40s %s\n" % (base + form, meaning) for form, meaning in _FORMS)
         return _response(200, "text/plain", "port_proxy: every port of this machine through this one\n\n" + lines)
     rows = "".join(
-        "<tr><td><code>%s</code></td><td>%s</td></tr>" % (html.escape(base + form), html.escape(meaning)) for form, meaning in _FORMS
+        "<tr><td><code>%s</code></td><td>%s</td></tr>" % (html.escape(base + form), html.escape(meaning))
+        for form, meaning in _FORMS
     )
-    body = "<h1>Every port of this machine, through this one</h1><p>Put the port of an app into the address:</p><table>%s</table>"
-    return _page(200, "port_proxy", body % rows)
+    title = "Every port of this machine, through this one"
+    body = "<h1>%s</h1><p>Put the port of an app into the address:</p><table>%s</table>" % (title, rows)
+    return _page(200, title, body)
 
 
 def redirect_response(location: str) -> Response:
     """A temporary redirect to a path of ours."""
-    return _response(302, "text/plain", "Here, with a slash behind the port.\n", (("Location", location), ("Cache-Control", "no-store")))
+    return _response(
+        302,
+        "text/plain",
+        "Here, with a slash behind the port.\n",
+        (("Location", location), ("Cache-Control", "no-store")),
+    )
 
 
 def reason_phrase(status: int) -> str:
@@ -1383,25 +1408,22 @@ class Exchange:
         self.tunnel: Optional[Tunnel] = None
         self._answer_framing = NO_BODY
         self._sending: Optional["asyncio.Task[None]"] = None
-        self._client_failure: Optional[Exception] = None  # why the request cannot be finished, if that is the client's doing
+        self._client_failure: Optional[Exception] = (
+            None  # why the request cannot be finished, if that is the client's doing
+        )
 
     async def run(self) -> None:
         """Serve the request; ProxyError if it is to be answered by us, ClientGone if there is nobody to answer."""
         base, head = self.config.base, self.head
-        if head.target == "*":
-            return await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
-        route = find_route(base, head.target)
-        if route is None:
-            if head.method not in ("GET", "HEAD"):
-                raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
-            return await self.answer(forms_response(base, wants_html(head)))
-        self.place = route.authority
-        check_access(head, route, self.framing, self.config)
-        is_upgrade = is_websocket(head)
-        if not route.path and not route.absolute and not is_upgrade and head.method in ("GET", "HEAD"):
-            return await self.answer(redirect_response(route.prefix + "/" + route.query))
-        request = request_for_upstream(head, route, self.framing, self.visit, self.config.preserve_host, is_upgrade)
-        await self._forward(route, serialise_request(request), is_upgrade)
+        route = find_route(base, head.target) if head.target != "*" else None
+        if route is not None:
+            await self._serve(route)
+        elif head.target == "*":
+            await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
+        elif head.method in ("GET", "HEAD"):
+            await self.answer(forms_response(base, wants_html(head)))
+        else:
+            raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
 
     async def answer(self, response: Response) -> None:
         """Send an answer of our own; a request body that was not read costs the connection."""
@@ -1418,6 +1440,17 @@ class Exchange:
         else:
             self.client.close()  # what was relayed still arrives; the length or the last chunk is missing
 
+    async def _serve(self, route: Route) -> None:
+        head = self.head
+        self.place = route.authority
+        check_access(head, route, self.framing, self.config)
+        is_upgrade = is_websocket(head)
+        if not route.path and not route.absolute and not is_upgrade and head.method in ("GET", "HEAD"):
+            await self.answer(redirect_response(route.prefix + "/" + route.query))
+        else:
+            request = request_for_upstream(head, route, self.framing, self.visit, self.config.preserve_host, is_upgrade)
+            await self._forward(route, serialise_request(request), is_upgrade)
+
     async def _forward(self, route: Route, request: bytes, is_upgrade: bool) -> None:
         """Send the request and relay its answer, on a pooled connection if there is one."""
         first = framed(self.body.at_hand(), self.framing, self.body.finished)
@@ -1428,7 +1461,9 @@ class Exchange:
         upstream = await self.around.upstreams.connect(route)
         await self._exchange(route, upstream, request + first, is_upgrade, False)
 
-    async def _exchange(self, route: Route, upstream: Stream, request: bytes, is_upgrade: bool, replayable: bool) -> bool:
+    async def _exchange(
+        self, route: Route, upstream: Stream, request: bytes, is_upgrade: bool, replayable: bool
+    ) -> bool:
         """One request and its answer on one connection, which is pooled or closed afterwards.
 
         False, with nothing done, where the connection turned out to be stale and the request may be sent on another.
@@ -1520,7 +1555,9 @@ class Exchange:
         if self._is_sending():  # an early answer; the rest of the body may never be read
             self.keep_alive = False
         head = response_for_client(response, route, self._answer_framing, self.visit)
-        await self._begin_answer(head, self._answer_framing, framed(data, self._answer_framing, body.finished), len(data))
+        await self._begin_answer(
+            head, self._answer_framing, framed(data, self._answer_framing, body.finished), len(data)
+        )
         while not body.finished:
             data = await body.read()
             await self._to_client(framed(data, self._answer_framing, body.finished), len(data))
@@ -1788,7 +1825,10 @@ class PortProxy:
         if exchange is None:
             response = error_response(error, False)
             fields = response.fields + (("Connection", "close"),)
-            client.write(serialise_response(ResponseHead(error.status, reason_phrase(error.status), "1.1", fields)) + response.body)
+            client.write(
+                serialise_response(ResponseHead(error.status, reason_phrase(error.status), "1.1", fields))
+                + response.body
+            )
         elif exchange.answered:
             exchange.keep_alive = False
             exchange.cut_short()
@@ -1807,10 +1847,8 @@ class PortProxy:
         """One line per request; without the query, which may hold a secret."""
         path, mark, _ = exchange.head.target.partition("?")
         target = path + ("?..." if mark else "")
-        logger.info(
-            "%s %s %s -> %s %s, %d bytes, %.3f s",
-            client.address, exchange.head.method, target, exchange.place, exchange.status or "gone", exchange.sent, duration,
-        )  # fmt: skip
+        outcome = (exchange.place, exchange.status or "gone", exchange.sent, duration)
+        logger.info("%s %s %s -> %s %s, %d bytes, %.3f s", client.address, exchange.head.method, target, *outcome)
 
 
 def checked_config(config: Config) -> Config:
@@ -1875,14 +1913,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--base", default=default.base, metavar="PATH", help="path that everything lives under (default: %(default)s)")
-    add("--bind", default=default.bind, metavar="ADDRESS", help="address to listen on (default: %(default)s, this machine alone)")
-    add("--port", default=default.port, type=int, metavar="N", help="port to listen on, 0 for any free one (default: %(default)s)")
+    add(
+        "--bind",
+        default=default.bind,
+        metavar="ADDRESS",
+        help="address to listen on (default: %(default)s, this machine alone)",
+    )
+    add(
+        "--port",
+        default=default.port,
+        type=int,
+        metavar="N",
+        help="port to listen on, 0 for any free one (default: %(default)s)",
+    )
     add(
         "--host-allowlist", action="append", default=[], metavar="HOST",
         help="host that may be reached besides this machine's loopback names: a name, an address or a glob such as"
         " '*.example.org'; repeatable, or several with commas between",
     )  # fmt: skip
-    add("--preserve-host", action="store_true", help="pass the browser's Host on instead of the app's own localhost:PORT")
+    add(
+        "--preserve-host",
+        action="store_true",
+        help="pass the browser's Host on instead of the app's own localhost:PORT",
+    )
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("--verbose", action="store_true", help="log a line for every request")
     volume.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -1891,7 +1944,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, unit, meaning in _LIMITS:
         value = getattr(default, name)
         option = "--" + name.replace("_", "-")
-        limits.add_argument(option, type=type(value), default=value, metavar=unit, help=meaning + " (default: %(default)g)")
+        limits.add_argument(
+            option, type=type(value), default=value, metavar=unit, help=meaning + " (default: %(default)g)"
+        )
     return parser
 
 

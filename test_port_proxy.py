@@ -28,10 +28,38 @@ import pytest
 
 import port_proxy
 from port_proxy import (
-    CHUNKED, LENGTH, NO_BODY, UNTIL_CLOSE, Body, Config, Framing, PortProxy, ProxyError, RequestHead, Route, Visit,
-    checked_config, error_response, field_tokens, field_values, find_route, framed, is_allowed, is_own_origin,
-    is_websocket, normal_allowlist, normal_base, parse_request, parse_response, request_for_upstream,
-    request_framing, response_for_client, response_framing, serialise_request, serialise_response, wants_html,
+    CHUNKED,
+    LENGTH,
+    NO_BODY,
+    UNTIL_CLOSE,
+    Body,
+    Config,
+    Framing,
+    PortProxy,
+    ProxyError,
+    RequestHead,
+    Route,
+    Visit,
+    checked_config,
+    error_response,
+    field_tokens,
+    field_values,
+    find_route,
+    framed,
+    is_allowed,
+    is_own_origin,
+    is_websocket,
+    normal_allowlist,
+    normal_base,
+    parse_request,
+    parse_response,
+    request_for_upstream,
+    request_framing,
+    response_for_client,
+    response_framing,
+    serialise_request,
+    serialise_response,
+    wants_html,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -376,6 +404,16 @@ class TestFile:
         done = subprocess.run([sys.executable, "-I", "-S", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=WAIT)
         assert (done.returncode, done.stdout) == (0, b"")
 
+    def test_readme_tells_the_options_and_their_defaults(self):
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        for name, _, _ in port_proxy._LIMITS:
+            row = re.search(r"^\| `--%s` \|.*\| ([0-9.]+) \|$" % name.replace("_", "-"), readme, re.M)
+            assert row, "no row for " + name
+            assert float(row.group(1)) == getattr(DEFAULT, name)
+        options = re.findall(r"^  (--[a-z-]+)", port_proxy._parser().format_help(), re.M)
+        assert len(options) > 10
+        assert [option for option in options if "`%s" % option not in readme] == []
+
     def test_all(self):
         assert set(port_proxy.__all__) == {"Config", "PortProxy", "ProxyError", "main"}
         assert all(getattr(port_proxy, name).__doc__ for name in port_proxy.__all__)
@@ -486,8 +524,9 @@ class TestHeads:
         assert status_of_error(parse_response, raw, DEFAULT) == 400
 
     def test_serialise_is_the_inverse_of_parse(self):
-        for raw, head in GOOD_REQUESTS:
-            assert parse_request(serialise_request(head), DEFAULT) == head._replace(authority=parse_request(serialise_request(head), DEFAULT).authority)
+        for _, head in GOOD_REQUESTS:
+            again = parse_request(serialise_request(head), DEFAULT)
+            assert again == head._replace(authority=again.authority)  # that of the absolute form is not sent on
         for _, (status, reason, version, fields) in GOOD_RESPONSES:
             head = port_proxy.ResponseHead(status, reason, version, fields)
             assert parse_response(serialise_response(head), DEFAULT) == head._replace(version="1.1")
@@ -2205,7 +2244,7 @@ class TestClose:
 @contextlib.contextmanager
 def shell_proxy(*options, **popen):
     """Start the program as a user would: (process, port). It must end at SIGTERM with status 0, silently."""
-    errors = tempfile.TemporaryFile()
+    errors = tempfile.TemporaryFile()  # noqa: SIM115
     command = [sys.executable, "-X", "dev"] if sys.version_info >= (3, 7) else [sys.executable]
     process = subprocess.Popen(command + [PROGRAM, "--port", "0"] + list(options), stdout=subprocess.PIPE, stderr=errors, **popen)
     try:
@@ -2393,7 +2432,7 @@ class TestRealPrograms:
             finally:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        report = json.loads([message[2] for message in app.messages if message[0].startswith("POST /report ")][0].decode())
+        report = json.loads(next(message[2] for message in app.messages if message[0].startswith("POST /report ")).decode())
         assert report == {"fetch": "fetched", "upload": 300000, "events": ["1", "2", "3"], "socket": "echo", "style": "rgb(1, 2, 3)", "path": "/proxy/%d/" % app.port}
         origins = {fields_of(message).get("origin") for message in app.messages}
         assert origins == {None, "http://localhost:%d" % app.port}
