@@ -33,19 +33,38 @@ import base64
 import errno
 import fnmatch
 import hashlib
+import hmac
 import html
 import ipaddress
 import logging
 import os
 import re
+import secrets
+import select
 import signal
 import socket
+import ssl
+import stat
 import struct
 import sys
 import time
 from http import HTTPStatus
-from typing import Any, Callable, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
-from urllib.parse import unquote_to_bytes
+from typing import (
+    Any,
+    Awaitable,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes
 
 __version__ = "0.1.0"
 __all__ = ["Config", "PortProxy", "ProxyError", "main"]
@@ -106,6 +125,25 @@ class Config(NamedTuple):
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # pass the client's Host to the upstream instead of the target's
 
+    # Who may come in.  token: None asks for none where only this machine's users can connect, and makes a random one
+    # elsewhere; "any" makes one everywhere; "" never asks for one.
+    token: Optional[str] = None
+    allow_hostnames: Sequence[str] = ()  # further names that a proxy without a token answers to: exact, globs, "*"
+    allow_origins: Sequence[str] = ()  # further origins whose pages may use it: "https://a.example.org", "*"
+    allow_preflight: bool = False  # let CORS preflights, which carry no credentials, reach the apps
+    # Instead of all that: `await authorize(head, visit, route)`, asked once per request and Upgrade before anything is
+    # connected; it admits by returning, refuses by raising ProxyError(status, detail), and redirects by raising
+    # ProxyError(302, "", (("Location", url),)).  `route` is None for the proxy's own page.
+    authorize: Optional[Callable[..., Awaitable[None]]] = None
+    trusted_proxies: Sequence[str] = ()  # addresses or networks whose X-Forwarded fields are believed, or "unix"
+    certfile: Optional[str] = None  # PEM, serves HTTPS; with the key in it, or in keyfile
+    keyfile: Optional[str] = None
+    upstream_tls: Sequence[str] = ()  # "PORT" or "HOST:PORT" of upstreams that speak TLS
+    insecure_upstream: bool = False  # do not verify the certificates of those on this machine
+    any_owner: bool = False  # also reach ports of this machine on which another ordinary user listens
+
+    max_connections: int = 8192  # of clients; an idle one makes room for a new one
+    max_tunnels: int = 6144  # WebSockets, so that requests have room beside them
     max_head_bytes: int = 65536  # cookies of a whole hub fit; Node allows 16 KiB, nginx 32 KiB
     max_target_bytes: int = 16384  # OAuth and notebook URLs fit; nginx and Apache allow 8 KiB
     max_fields: int = 200  # Apache allows 100
@@ -178,6 +216,11 @@ def field_tokens(fields: Fields, name: str) -> FrozenSet[str]:
     return frozenset(member.strip(" \t").lower() for value in field_values(fields, name) for member in value.split(","))
 
 
+def is_authority(text: str) -> bool:
+    """Whether `text` is a valid host with or without a port, and without user information."""
+    return bool(_AUTHORITY.fullmatch(text))
+
+
 def parse_request(head: bytes, config: Config) -> RequestHead:
     """Parse a request's head, from its first byte to the empty line; ProxyError 4xx or 505 if it does not match."""
     line, rest = _split_head(head)
@@ -189,7 +232,7 @@ def parse_request(head: bytes, config: Config) -> RequestHead:
     if len(hosts) > 1 or (version == "1.1" and not hosts):
         raise ProxyError(400, "A request must have exactly one Host field; this one has %d." % len(hosts))
     authority = hosts[0] if hosts else ""
-    if hosts and not _AUTHORITY.fullmatch(authority):
+    if hosts and not is_authority(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
     if method == "CONNECT":
         raise ProxyError(405, "CONNECT is refused: this is no forward proxy.", (("Allow", "GET, HEAD, POST, OPTIONS"),))
@@ -227,9 +270,9 @@ def check_partial_head(head: bytearray, start: int, is_request: bool, config: Co
         raise ProxyError(400, "The message head has a control byte, or a CR or LF that is no part of a CRLF.")
     end = head.find(b"\r\n")
     if is_request:
-        if end >= 0:
+        if end >= max(0, start - 1):  # it has just come
             _parse_request_line(head[:end].decode("latin-1"))
-        elif len(head) > config.max_target_bytes:
+        elif end < 0 and len(head) > config.max_target_bytes:
             raise ProxyError(414, "The request line is longer than %d bytes." % config.max_target_bytes)
     if len(head) > config.max_head_bytes:
         raise ProxyError(431, "The message head is longer than %d bytes." % config.max_head_bytes)
@@ -255,7 +298,7 @@ def _parse_request_line(line: str) -> Tuple[str, str, str]:
 def _parse_absolute_form(method: str, target: str) -> Tuple[str, str]:
     """Authority and origin form of a target in absolute form; its authority overrides Host (RFC 9112 section 3.2.2)."""
     match = _ABSOLUTE_FORM.fullmatch(target)
-    if not match or not _AUTHORITY.fullmatch(match.group(1)):
+    if not match or not is_authority(match.group(1)):
         raise ProxyError(400, "The request target is neither a path nor an http URL.")
     authority, path, query = match.groups()
     if method == "OPTIONS" and not path and not query:
@@ -296,6 +339,13 @@ def _serialise(start_line: str, fields: Fields) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _RECEIVE_BYTES = 65536
+_UNIX = getattr(socket, "AF_UNIX", None)
+
+
+def plain_address(text: str) -> str:
+    """An address without its zone, and IPv4 where it is that mapped to IPv6."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 class Reader(asyncio.StreamReader):
@@ -315,6 +365,8 @@ class Reader(asyncio.StreamReader):
         self.on_end: Optional[Callable[[], None]] = None
 
     def feed_data(self, data: Iterable[Any]) -> None:
+        if self.ended:  # a deadline has passed; what comes now comes too late
+            return
         assert isinstance(data, bytes)
         self.unread += len(data)
         super().feed_data(data)
@@ -342,9 +394,12 @@ class Reader(asyncio.StreamReader):
 class Stream:
     """One peer's connection: its reader with the bytes that were read and not used yet, its writer, its deadlines.
 
-    buffer: bytes read and not used yet; was_heard: whether any came since that was last set False; address: the peer's,
-    "-" where it has none.  One task reads and one writes at a time.  All deadlines are absolute, on the
-    loop's clock, and kept by `Watch`.
+    buffer: bytes read and not used yet.  address: the peer's, "" where it has none.  scheme: "https" over TLS.
+    was_heard: whether any byte came since that was last set False.  end_is_delimiter: only the connection's end tells
+    the peer where what it is being sent ends, so that an abort must look like one.
+
+    One task reads and one writes at a time.  All deadlines are absolute, on the loop's clock, and kept by `Watch`: for
+    the next byte, for what is queued to be taken, and for the connection as a whole.
     """
 
     def __init__(self, reader: Reader, writer: asyncio.StreamWriter, watch: "Watch") -> None:
@@ -356,9 +411,12 @@ class Stream:
         self.buffer = bytearray()
         self.read_deadline = FOREVER
         self.write_deadline = FOREVER
+        self.end_deadline = FOREVER
+        self.end_is_delimiter = False
         self.was_heard = False
         peer = self.transport.get_extra_info("peername")
-        self.address = str(peer[0]) if isinstance(peer, tuple) else "-"
+        self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""
+        self.scheme = "https" if self.transport.get_extra_info("sslcontext") else "http"
         watch.streams.add(self)
 
     async def more(self, deadline: float = FOREVER) -> bool:
@@ -393,54 +451,67 @@ class Stream:
             self.writer.write(data)
 
     async def flush(self, timeout: float) -> None:
-        """Wait until the peer has taken enough of what was written; OSError if it is gone or lets `timeout` s pass."""
+        """Wait until the peer has taken enough of what was written; OSError if it is gone or lets `timeout` s pass.
+
+        What is still queued then has as much time again, counted from here.
+        """
         self.write_deadline = self.now() + timeout
         await self.writer.drain()
-        self.write_deadline = FOREVER
         if self.transport.is_closing():  # drain() is silent where the connection was closed on this side
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def is_fresh(self) -> bool:
-        """Whether nothing has come that was not used, no byte and no end."""
-        return not (self.buffer or self.reader.unread or self.reader.ended or self.transport.is_closing())
+        """Whether nothing is under way: no byte that was not used, not even in the kernel, none to be sent, no end."""
+        if self.buffer or self.reader.unread or self.reader.ended or self.transport.is_closing():
+            return False
+        return not self.transport.get_write_buffer_size() and not _poll(self.transport, readable=True)
 
     def expire(self, now: float) -> None:
-        """Act on the deadlines that have passed; called by `Watch`."""
-        if now > self.read_deadline:
+        """Act on the deadlines that have passed, and on a reset of a connection that is not read; called by `Watch`."""
+        queued = self.transport.get_write_buffer_size()
+        if now > self.read_deadline and not queued:  # who has not taken our answer yet is not idle
             self.read_deadline = FOREVER
             self.reader.set_exception(Stalled())
-        if now > self.write_deadline:
-            self.write_deadline = FOREVER
+        if now > self.end_deadline or (now > self.write_deadline and queued):
+            self.end_deadline = self.write_deadline = FOREVER
             self.reader.set_exception(Stalled())
             self.abort()
+        elif self._is_paused() and _poll(self.transport, readable=False):  # the loop does not look at it then
+            self.abort()
+
+    def _is_paused(self) -> bool:
+        is_reading = getattr(self.transport, "is_reading", None)  # not in 3.6
+        return is_reading is not None and not self.transport.is_closing() and not is_reading()
 
     def end_writing(self) -> None:
         """Send what is queued, then tell the peer that no more will come, as far as the transport can."""
         if self.transport.is_closing():
             return
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        else:
+        if not self.transport.can_write_eof():
             self.close()
+            return
+        try:
+            self.transport.write_eof()
+        except OSError:  # 3.6, where the peer has reset the connection
+            self.abort()
 
     def close(self, timeout: float = 60.0) -> None:
         """Send what is queued, for at most `timeout` s, and close."""
         if not self.transport.is_closing():
-            self.write_deadline = self.now() + timeout
+            self.end_deadline = self.now() + timeout
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once; whoever reads or writes sees a failure, never a clean end."""
+        """Close at once; whoever reads or writes here sees a failure, never a clean end.
+
+        So does the peer where only the connection's end delimits what it is being sent.
+        """
         if not self.reader.ended:
             self.reader.set_exception(ConnectionAbortedError(errno.ECONNABORTED, "the proxy gave the connection up"))
-        self.transport.abort()
-
-    def reset(self) -> None:
-        """Close at once so that the peer sees a failure too: for a message that only its connection's end delimits."""
         sock = self.transport.get_extra_info("socket")
-        if sock is not None and sock.family != getattr(socket, "AF_UNIX", None) and not self.transport.is_closing():
+        if self.end_is_delimiter and sock is not None and sock.family != _UNIX and sock.fileno() >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.abort()
+        self.transport.abort()
 
     def pause_reading(self) -> None:
         """Stop receiving; the kernel then stops the peer."""
@@ -467,6 +538,16 @@ class Stream:
         return earlier
 
 
+def _poll(transport: asyncio.Transport, readable: bool) -> bool:
+    """Whether the kernel has something to tell of a connection: a failure or hang-up, or, if asked, bytes or an end."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN if readable else 0)
+    return bool(poll.poll(0))
+
+
 class StreamProtocol(asyncio.StreamReaderProtocol):
     """asyncio's stream protocol, which makes a `Stream` and saves what came before a reset.
 
@@ -490,9 +571,9 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
         assert self.stream is not None
+        self.watch.forget(self.stream)
         if isinstance(exc, OSError):
             self._save_unread(self.stream)
-        self.watch.forget(self.stream)
         super().connection_lost(exc)  # type: ignore[arg-type]
 
     def _save_unread(self, stream: Stream) -> None:
@@ -552,8 +633,6 @@ async def read_head(stream: Stream, is_request: bool, deadline: float, config: C
     OSError if the connection fails.
     """
     buffer = stream.buffer
-    if is_request:
-        await _skip_empty_lines(stream, deadline)
     searched = 0
     while True:
         end = buffer.find(b"\r\n\r\n", max(0, searched - 3))
@@ -568,17 +647,21 @@ async def read_head(stream: Stream, is_request: bool, deadline: float, config: C
             raise Truncated()
 
 
-async def _skip_empty_lines(stream: Stream, deadline: float) -> None:
-    """Some clients send a CRLF behind a body; one or two are tolerated (RFC 9112 section 2.2)."""
+async def skip_empty_lines(stream: Stream, deadline: float) -> bool:
+    """Wait for the first byte of a request; False if the peer ends before it.  Raises as `Stream.more` does.
+
+    Some clients send a CRLF behind a body; one or two are tolerated (RFC 9112 section 2.2).
+    """
     for _ in range(2):
         while len(stream.buffer) < 2:
             if stream.buffer and stream.buffer != b"\r":
-                return
+                return True
             if not await stream.more(deadline):
-                raise Truncated()
+                return False
         if not stream.buffer.startswith(b"\r\n"):
-            return
+            return True
         del stream.buffer[:2]
+    return bool(stream.buffer) or await stream.more(deadline)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -780,7 +863,7 @@ def _cut(buffer: bytearray, count: int) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-_BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,;=:@%]+)*")
+_BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end the Path of a cookie
 _ROUTE = re.compile(r"(/absolute)?/([^/]*)(/.*)?")
 _TARGET = re.compile(r"(?:(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252})|\[([0-9A-Fa-f:.]{2,45})\]):)?([1-9][0-9]{0,4})")
 _NAME_PATTERN = re.compile(r"[a-z0-9_.*?\-]+")  # of the allowlist; the next is for IPv6
@@ -794,7 +877,7 @@ class Route(NamedTuple):
 
     host: as written, lower-cased, without brackets; "localhost" where none was written.  prefix: what the client wrote
     in front of the app's own path.  absolute: the upstream is sent the prefix too.  path: what follows the prefix, raw,
-    "" where the slash behind the port is missing.  query: raw, with its "?", or "".
+    "" where the slash behind the port is missing.  query: raw, with its "?", or "".  scheme: what the upstream speaks.
     """
 
     host: str
@@ -803,6 +886,7 @@ class Route(NamedTuple):
     absolute: bool
     path: str
     query: str
+    scheme: str = "http"
 
     @property
     def authority(self) -> str:
@@ -853,6 +937,11 @@ def find_route(base: str, target: str) -> Optional[Route]:
     return Route(host, int(port), prefix, bool(match.group(1)), rest_of_path, mark + query)
 
 
+def speaks_tls(route: Route, upstream_tls: Sequence[str]) -> bool:
+    """Whether the upstream of `route` is among "PORT" (of this machine) and "HOST:PORT"."""
+    return route.authority in upstream_tls or (route.host in LOOPBACK_NAMES and str(route.port) in upstream_tls)
+
+
 def forms(base: str) -> str:
     """The forms that a path can have, in one sentence."""
     return (
@@ -878,6 +967,11 @@ def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
             raise ValueError("an allowed host is a name, an address or a glob such as *.example.org, not %r" % given)
         normal.append(pattern)
     return tuple(normal)
+
+
+def is_below(base: str, target: str) -> bool:
+    """Whether a target is the base, or something below it."""
+    return _below(base, target.partition("?")[0]) is not None
 
 
 def _below(base: str, path: str) -> Optional[str]:
@@ -928,16 +1022,54 @@ _WRITTEN_BY_US = frozenset(
 ) | frozenset(name.lower() for name in _FORWARDED_PREFIX)
 _HTTP_URL = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE)
 _REFRESH = re.compile(r"([0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)(.*)", re.IGNORECASE)
+_OTHER_HOST = re.compile(r"/\t*[/\\]")  # begins what names another host, to a browser, where it has none of its own
 _PORT = re.compile(r":([0-9]+)\Z")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 class Visit(NamedTuple):
-    """How the client sees us: its address, and the scheme and authority (host:port) of the origin that it talks to."""
+    """How the client sees us: its address, "" if it has none; the scheme, authority (host:port) and port of the origin
+    that it talks to, "" where it did not say; and the X-Forwarded-For that an upstream is to get."""
 
     address: str
     scheme: str
     authority: str
+    port: str = ""
+    forwarded_for: str = ""
+
+
+def visit_of(head: RequestHead, address: str, scheme: str, trusted_proxies: Sequence[str]) -> Visit:
+    """The visit that a request makes: as its connection tells, or as its X-Forwarded fields do where these come from a
+    trusted proxy; of a list of addresses, the last that is no trusted proxy itself."""
+    authority, way, port = head.authority, [address] if address else [], ""
+    if _is_trusted(address, trusted_proxies):
+        said = {name: field_values(head.fields, "x-forwarded-" + name)[-1:] for name in ("proto", "host", "port")}
+        before = [
+            one.strip(" \t") for value in field_values(head.fields, "x-forwarded-for") for one in value.split(",")
+        ]
+        way = before + way
+        while len(before) > 1 and _is_trusted(before[-1], trusted_proxies):
+            before.pop()
+        address = before[-1] if before else address
+        if said["proto"] and said["proto"][0].lower() in _DEFAULT_PORTS:
+            scheme = said["proto"][0].lower()
+        if said["host"] and is_authority(said["host"][0]):
+            authority = said["host"][0]
+        port = said["port"][0] if said["port"] and re.fullmatch("[0-9]{1,5}", said["port"][0]) else ""
+    if authority and not port:
+        match = _PORT.search(authority)
+        port = match.group(1) if match else _DEFAULT_PORTS[scheme][1:]
+    return Visit(address, scheme, authority, port, ", ".join(way))
+
+
+def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
+    if not trusted_proxies:
+        return False
+    try:
+        known = ipaddress.ip_address(address)
+    except ValueError:
+        return not address and "unix" in trusted_proxies
+    return any(known in ipaddress.ip_network(proxy, False) for proxy in trusted_proxies if proxy != "unix")
 
 
 def is_own_origin(origin: str, authority: str) -> bool:
@@ -961,10 +1093,12 @@ def request_for_upstream(
     translated = False
     for name, value in head.fields:
         key = name.lower()
-        if key in _HOP_BY_HOP or key in _WRITTEN_BY_US or key in named or (key == "expect" and head.version == "1.0"):
+        if key in _HOP_BY_HOP or key in named or (key == "expect" and head.version == "1.0"):
+            continue
+        if key.replace("_", "-") in _WRITTEN_BY_US:  # CGI and WSGI cannot tell the two spellings apart
             continue
         if not preserve_host and key == "origin" and is_own_origin(value, visit.authority):
-            value = "http://" + route.authority
+            value = "%s://%s" % (route.scheme, route.authority)
             translated = True
         elif not preserve_host and key == "referer":
             value = _translate_referer(value, route, visit)
@@ -983,11 +1117,10 @@ _UPGRADE_FIELDS = (("Connection", "Upgrade"), ("Upgrade", "websocket"))
 
 def _forwarded_fields(visit: Visit, translated: bool) -> List[Tuple[str, str]]:
     """Where Origin was translated, the public name is left out: an app must see that or the local one, never a mix."""
-    fields = [("X-Forwarded-For", visit.address), ("X-Forwarded-Proto", visit.scheme)]
+    fields = [("X-Forwarded-For", visit.forwarded_for)] if visit.forwarded_for else []
+    fields.append(("X-Forwarded-Proto", visit.scheme))
     if visit.authority and not translated:
-        port = _PORT.search(visit.authority)
-        fields.append(("X-Forwarded-Host", visit.authority))
-        fields.append(("X-Forwarded-Port", port.group(1) if port else _DEFAULT_PORTS[visit.scheme][1:]))
+        fields.extend((("X-Forwarded-Host", visit.authority), ("X-Forwarded-Port", visit.port)))
     return fields
 
 
@@ -1001,7 +1134,7 @@ def _translate_referer(value: str, route: Route, visit: Visit) -> str:
         path = "/"
     elif not route.absolute:
         path = path[len(route.prefix) :]
-    return "http://%s%s" % (route.authority, path if path.startswith("/") else "/" + path)
+    return "%s://%s%s" % (route.scheme, route.authority, path if path.startswith("/") else "/" + path)
 
 
 def response_for_client(head: ResponseHead, route: Route, framing: Framing, visit: Visit) -> ResponseHead:
@@ -1051,7 +1184,7 @@ def _translate_location(value: str, route: Route, homes: FrozenSet[str]) -> str:
             return value
         path = match.group(3) if match.group(3).startswith("/") else "/" + match.group(3)
         path = _with_prefix(path, route)
-        return "/." + path if path.startswith("//") else path  # or it would name another host once its own is gone
+        return "/." + path if _OTHER_HOST.match(path) else path
     return value if value.startswith("//") else _with_prefix(value, route)
 
 
@@ -1098,6 +1231,19 @@ def _without(suffix: str, text: str) -> str:
 # Access: asked once, before anything is connected, for every method and for Upgrades alike
 # ---------------------------------------------------------------------------------------------------------------------
 
+_SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
+_TOKEN_FIELD = re.compile(r"(?:token|bearer) +([!-~]+)", re.IGNORECASE)
+_CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers know no way to ask for one, and show the page
+_LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')  # no "//host", and no backslash, which browsers take for a slash
+ANY_TOKEN = "any"  # as Config.token: one made at random
+_MAX_SESSIONS = 1000
+_MAX_SOURCES = 1000  # addresses whose wrong tokens are remembered
+_TRIES = 10.0  # wrong tokens that an address has before it must wait, and that come back at one a second
+
+
+class SignInNeeded(ProxyError):
+    """A page visit without a valid token: answered with the sign-in page."""
+
 
 def is_websocket(head: RequestHead) -> bool:
     """Whether a request opens a WebSocket (RFC 6455 section 4.1); any other Upgrade is ignored, h2c above all."""
@@ -1109,22 +1255,245 @@ def is_websocket(head: RequestHead) -> bool:
     )
 
 
-def check_access(head: RequestHead, route: Route, framing: Framing, config: Config) -> None:
-    """ProxyError 403 or 400 if this request may not reach this route."""
+def is_navigation(head: RequestHead) -> bool:
+    """Whether a browser goes to this address, rather than a page's script or a program asking for it."""
+    mode = field_values(head.fields, "sec-fetch-mode")
+    accepts = any("text/html" in value.lower() for value in field_values(head.fields, "accept"))
+    return accepts and mode in ([], ["navigate"])
+
+
+def is_page_visit(head: RequestHead) -> bool:
+    """Whether a person wants to see a page."""
+    return head.method in ("GET", "HEAD") and is_navigation(head) and not is_websocket(head)
+
+
+def is_preflight(head: RequestHead) -> bool:
+    """Whether this is the question that a browser asks before a cross-origin request; it never has credentials."""
+    asks = field_values(head.fields, "access-control-request-method")
+    return head.method == "OPTIONS" and bool(asks) and bool(field_values(head.fields, "origin"))
+
+
+def _is_cross_site(head: RequestHead) -> bool:
+    """Whether the browser says that a page of another site is behind this."""
+    return "cross-site" in field_values(head.fields, "sec-fetch-site")
+
+
+def check_route(head: RequestHead, route: Route, framing: Framing, config: Config) -> None:
+    """ProxyError 403 or 400 if this route may not be reached by anybody."""
     if not is_allowed(route.host, config.host_allowlist):
-        raise ProxyError(
-            403,
-            "The host %s is not on the allowlist. Start the proxy with --host-allowlist %s to allow it."
-            % ((route.host,) * 2),
-        )
-    if is_websocket(head):
-        if framing != NO_BODY:
-            raise ProxyError(400, "A WebSocket handshake has no body.")
+        advice = "Start the proxy with --host-allowlist %s to allow it." % route.host
+        raise ProxyError(403, "The host %s is not on the allowlist. %s" % (route.host, advice))
+    if is_websocket(head) and framing != NO_BODY:
+        raise ProxyError(400, "A WebSocket handshake has no body.")
+
+
+class Gate:
+    """Who may come in.
+
+    With a token: whoever shows it, and the browsers that have shown it once, which get a cookie with a random session
+    id.  Without: whoever can connect, as long as the Host is one that only this machine's own names lead to, so that a
+    page of another site cannot come in by making its name point here.  Where a browser comes in on its own, by cookie
+    or because all is open, pages of other sites cannot use it (`_check_origin`).
+    """
+
+    def __init__(self, config: Config, is_private: bool, cookie_name: str) -> None:
+        self.config = config
+        self.is_private = is_private
+        self.cookie_name = cookie_name
+        token = config.token
+        if token is None:
+            token = "" if is_private or config.authorize else ANY_TOKEN
+        self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
+        self._sessions: Dict[str, None] = {}  # the ids handed out, the oldest first
+        # By address and place: the tries left, when that was so, and hashes of the last wrong tokens.
+        self._wrong: Dict[Tuple[str, str], Tuple[float, float, FrozenSet[int]]] = {}
+
+    async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
+        """Return if the request may come in; raise the ProxyError that answers it otherwise."""
+        preflight = self.config.allow_preflight and is_preflight(head)
+        if self.config.authorize is not None:
+            await self.config.authorize(head, visit, route)
+        elif not self.token:
+            for authority in {head.authority, visit.authority}:  # a page cannot choose the one, though it may the other
+                self._check_host(authority)
+        elif preflight or not self._check_credentials(head, visit):
+            return  # a token in the request itself: whoever sent it meant it
+        if not preflight:
+            self._check_origin(head, visit)
+
+    def without_credentials(self, head: RequestHead) -> RequestHead:
+        """The request without our cookie and our token, cut out of it; every other byte as it was."""
+        fields = []
+        for name, value in head.fields:
+            key = name.lower()
+            if key == "cookie":
+                value = _without_cookie(value, self.cookie_name)
+                if not value:
+                    continue
+            elif key == "authorization" and any(map(self._is_right, _tokens_in(value))):
+                continue
+            elif key == "referer":
+                value = self._without_token(value)
+            fields.append((name, value))
+        return head._replace(target=self._without_token(head.target), fields=tuple(fields))
+
+    def without_own_cookie(self, head: ResponseHead) -> ResponseHead:
+        """The response without an app's attempt to set our cookie."""
+        fields = [
+            (name, value)
+            for name, value in head.fields
+            if not (name.lower() == "set-cookie" and _cookie_name(value) == self.cookie_name)
+        ]
+        return head._replace(fields=tuple(fields))
+
+    def sign_in(self, form: bytes, visit: Visit) -> None:
+        """Take what the sign-in page sent; raises the redirect to where the person was going, or the page again."""
+        sent = dict(parse_qsl(form.decode("latin-1")))
+        if not self._try("form", [sent.get("token", "").strip()], visit):
+            raise SignInNeeded(401, "That is not the token.", _CHALLENGE)
+        target = sent.get("next", "")
+        if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
+            target = self.config.base + "/"
+        raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(visit)))
+
+    def _check_host(self, authority: str) -> None:
+        host = re.sub(r":[0-9]*\Z", "", authority).lower()
+        try:
+            address = ipaddress.ip_address(host.strip("[]"))
+            known = address.is_loopback or not self.is_private  # an address is no name that could be made to point here
+        except ValueError:
+            known = host in ("", "localhost") or host.endswith(".localhost")
+            known = known or (not self.is_private and host == socket.gethostname().lower())
+        if not known and not any(fnmatch.fnmatchcase(host, name) for name in self.config.allow_hostnames):
+            name = "The name %s, by which this request came, is not known to lead here." % host
+            raise ProxyError(403, name + " Start the proxy with --allow-hostname %s if it does." % host)
+
+    def _check_credentials(self, head: RequestHead, visit: Visit) -> bool:
+        """Whether it is the cookie, which a browser sends on its own, that lets the request in."""
+        # Looked up by hash: how long that takes tells nothing about 256 random bits.
+        signed_in = any(value in self._sessions for value in _cookie_values(head.fields, self.cookie_name))
+        shown = False
+        if not signed_in:
+            in_fields = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
+            # What a page of another site makes a browser ask for must not use up its user's tries.
+            in_query = [] if _is_cross_site(head) and not is_page_visit(head) else _query_tokens(head.target)
+            shown = self._try("fields", in_fields, visit) or self._try("query", in_query, visit)
+        clean = self._without_token(head.target)
+        if (signed_in or shown) and clean != head.target and is_page_visit(head):
+            cookie = () if signed_in else (self._new_cookie(visit),)
+            raise ProxyError(302, "Signed in.", (("Location", clean),) + cookie)
+        if signed_in or shown:
+            return signed_in
+        if is_websocket(head):
+            raise ProxyError(403, "A WebSocket needs a signed-in browser, or the proxy's token.")
+        if is_page_visit(head):
+            raise SignInNeeded(401, "", _CHALLENGE)
+        raise ProxyError(401, "The proxy's token is needed, as 'Authorization: token TOKEN'.", _CHALLENGE)
+
+    def _check_origin(self, head: RequestHead, visit: Visit) -> None:
+        """Refuse what a page of another site makes a browser do here: cross-site requests and WebSocket hijacking."""
         origins = field_values(head.fields, "origin")
-        if origins and not (len(origins) == 1 and is_own_origin(origins[0], head.authority)):
-            raise ProxyError(
-                403, "A page of another site may not open a WebSocket here: its Origin is not this server's."
-            )
+        if len(origins) > 1:
+            raise ProxyError(400, "A request has at most one Origin field.")
+        foreign = [origin for origin in origins if not is_own_origin(origin, visit.authority)]
+        allowed = self.config.allow_origins
+        if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
+            return
+        advice = "Start the proxy with --allow-origin if it should be."
+        if foreign and (head.method not in _SAFE or is_websocket(head)):
+            logger.info("refused: the Origin %r is not %s", foreign[0], visit.authority or "known")
+            raise ProxyError(403, "A page of another site may not do this here. " + advice)
+        if _is_cross_site(head) and not is_page_visit(head):
+            logger.info("refused: a page of another site (Sec-Fetch-Site) asks for more than a page visit")
+            raise ProxyError(403, "A page of another site may not use what is here. " + advice)
+
+    def _try(self, where: str, tokens: Sequence[str], visit: Visit) -> bool:
+        """Whether one of `tokens` is right; ProxyError 429 for an address that has shown too many wrong ones.
+
+        They are counted apart by where they stand, and the same wrong one once: an app's own token, sent again and
+        again to a proxy that does not know the browser any more, keeps nobody from signing in.
+        """
+        now = time.monotonic()
+        left, since, last = self._wrong.pop((visit.address, where), (_TRIES, now, frozenset()))
+        left = min(_TRIES, left + now - since)
+        seen = {hash(token) for token in tokens}
+        is_new = not seen <= last
+        if tokens and is_new and left < 1:
+            self._wrong[visit.address, where] = left, now, last
+            raise ProxyError(429, "Too many wrong tokens came from there. Try again shortly.", (("Retry-After", "5"),))
+        right = any(map(self._is_right, tokens))
+        if tokens and is_new and not right:
+            left, last = left - 1, frozenset(seen if len(last) >= _TRIES else seen | last)
+        if left < _TRIES:
+            self._wrong[visit.address, where] = left, now, last
+            while len(self._wrong) > _MAX_SOURCES:
+                del self._wrong[next(iter(self._wrong))]
+        return right
+
+    def _is_right(self, token: str) -> bool:
+        return bool(self.token) and hmac.compare_digest(token.encode("utf-8"), self.token.encode("utf-8"))
+
+    def _without_token(self, url: str) -> str:
+        """`url` without those of its "token" parameters that hold ours."""
+        before, hash_mark, fragment = url.partition("#")
+        path, mark, query = before.partition("?")
+        parameters = query.split("&")
+        kept = [one for one in parameters if not any(map(self._is_right, _query_tokens("?" + one)))]
+        if len(kept) == len(parameters):
+            return url
+        return path + (mark + "&".join(kept) if kept else "") + hash_mark + fragment
+
+    def _new_cookie(self, visit: Visit) -> Tuple[str, str]:
+        session = secrets.token_urlsafe(32)
+        self._sessions[session] = None
+        while len(self._sessions) > _MAX_SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
+        secure = "; Secure" if visit.scheme == "https" else ""
+        path = self.config.base or "/"
+        return "Set-Cookie", "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s" % (self.cookie_name, session, path, secure)
+
+
+def normal_origin(origin: str) -> str:
+    """An origin in lower case and without its scheme's default port; ValueError if it is none."""
+    match = _HTTP_URL.fullmatch(origin.lower())
+    if not match or match.group(3) or not is_authority(match.group(2)):
+        raise ValueError("an origin is a scheme, host and port such as https://a.example.org, not %r" % origin)
+    return "%s://%s" % (match.group(1), _without(_DEFAULT_PORTS[match.group(1)], match.group(2)))
+
+
+def _is_among(origin: str, allowed: Sequence[str]) -> bool:
+    try:
+        return normal_origin(origin) in allowed
+    except ValueError:  # "null", and worse
+        return False
+
+
+def _cookie_name(set_cookie: str) -> str:
+    """The name of the cookie that a Set-Cookie field sets, however loosely a browser may read it."""
+    return set_cookie.split(";")[0].lstrip(" \t=").partition("=")[0].rstrip(" \t")
+
+
+def _cookie_values(fields: Fields, name: str) -> List[str]:
+    pairs = [pair.strip(" 	") for value in field_values(fields, "cookie") for pair in value.split(";")]
+    return [pair[len(name) + 1 :] for pair in pairs if pair.startswith(name + "=")]
+
+
+def _without_cookie(value: str, name: str) -> str:
+    pairs = value.split(";")
+    kept = [pair for pair in pairs if not pair.strip(" 	").startswith(name + "=")]
+    if kept and kept[0] is not pairs[0]:
+        kept[0] = kept[0].lstrip(" 	")
+    return ";".join(kept)
+
+
+def _query_tokens(target: str) -> List[str]:
+    parameters = [one.partition("=") for one in target.partition("?")[2].split("&")]
+    return [unquote(value) for name, _, value in parameters if unquote(name) == "token"]
+
+
+def _tokens_in(authorization: str) -> List[str]:
+    match = _TOKEN_FIELD.fullmatch(authorization)
+    return [match.group(1)] if match else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1132,6 +1501,65 @@ def check_access(head: RequestHead, route: Route, framing: Framing, config: Conf
 # ---------------------------------------------------------------------------------------------------------------------
 
 Address = Tuple[str, int]
+
+_LISTEN = "0A"  # the state of a listening socket in /proc/net/tcp
+_FIRST_ORDINARY_USER = 1000  # below are root and the system's own services
+
+
+class Owners:
+    """Who listens on the ports of this machine, as Linux tells in /proc/net/tcp and tcp6.
+
+    A look at the table takes as long as the machine has sockets; what it said is believed for twenty times as long, so
+    that looking never costs more than a twentieth of the time.
+    """
+
+    def __init__(self) -> None:
+        self._known: Dict[Tuple[str, int], Tuple[Optional[int], float]] = {}
+
+    def stranger(self, here: Address, there: Address) -> Optional[int]:
+        """The user id of another ordinary user who holds the far end of a connection from `here` to `there`; None if it
+        is our own, root's or a system service's, or if the system does not tell."""
+        begun = time.perf_counter()
+        owner, until = self._known.get(there, (None, 0.0))
+        if begun >= until:
+            owner = _owner(here, there)
+            now = time.perf_counter()
+            if len(self._known) > 1000:
+                self._known.clear()
+            self._known[there] = owner, now + 20 * (now - begun)
+        mine = getattr(os, "geteuid", int)()
+        return owner if owner is not None and owner >= _FIRST_ORDINARY_USER and owner != mine else None
+
+
+def _owner(here: Address, there: Address) -> Optional[int]:
+    """The user id of the socket that `here` is connected to, or of the one that listens for it."""
+    rows = re.compile(
+        r"^ *[0-9]+: ([0-9A-F]+):%04X ([0-9A-F]+:[0-9A-F]{4}) (..) \S+ \S+ \S+ +([0-9]+) " % there[1], re.M
+    )
+    is_mapped = "." in there[0]  # a socket of IPv6 may serve IPv4 too, and not the other way round
+    tables = ("/proc/net/tcp", "/proc/net/tcp6") if is_mapped else ("/proc/net/tcp6",)
+    exact = {_hexadecimal(there[0]), _hexadecimal("::ffff:" + there[0]) if is_mapped else ""}
+    listening: List[Tuple[bool, int]] = []  # the ones for that very address precede those for all addresses
+    for name in tables:
+        try:
+            with open(name, encoding="ascii") as table:
+                found = rows.findall(table.read())
+        except (OSError, ValueError):
+            continue
+        for address, peer, state, owner in found:
+            if address in exact and peer.endswith(":%04X" % here[1]) and state != _LISTEN and int(owner):
+                return int(owner)  # accepted: this is the socket itself
+            if state == _LISTEN and (address in exact or not address.strip("0")):
+                listening.append((address not in exact, int(owner)))
+    listening.sort(key=lambda found: found[0])  # stable: IPv4 stays in front of IPv6
+    return listening[0][1] if listening else None
+
+
+def _hexadecimal(address: str) -> str:
+    """An address as /proc/net/tcp spells it: 32-bit words in the machine's byte order."""
+    packed = ipaddress.ip_address(address).packed
+    words = struct.unpack("=%dI" % (len(packed) // 4), packed)
+    return "".join("%08X" % word for word in words)
 
 
 class Upstreams:
@@ -1144,6 +1572,8 @@ class Upstreams:
         self.config = config
         self.watch = watch
         self.listening = listening
+        self.owners = Owners()
+        self._contexts: Dict[bool, ssl.SSLContext] = {}
         self._idle: Dict[Address, List[Tuple[Stream, float]]] = {}
         self._idle_count = 0
 
@@ -1153,13 +1583,15 @@ class Upstreams:
         An upstream may close one at the moment we use it.  Only a replayable request may be sent again then; for the
         others nothing older than a second is used, which no server is known to close.
         """
-        idle = self._idle.get((route.host, route.port))
-        if not idle or not (replayable or self.watch.loop.time() - idle[-1][1] < 1.0):
-            return None
-        stream = idle[-1][0]
-        self._discard(route, stream)
-        stream.was_heard = False
-        return stream
+        idle = self._idle.get((route.host, route.port), [])
+        while idle and (replayable or self.watch.loop.time() - idle[-1][1] < 1.0):
+            stream = idle[-1][0]
+            self._discard(route, stream)
+            if stream.is_fresh():  # also in the kernel, where the loop has not looked yet
+                stream.was_heard = False
+                return stream
+            stream.abort()
+        return None
 
     def give(self, route: Route, stream: Stream) -> None:
         """Keep a connection whose exchange ended cleanly and exactly; the least sign of life from it ends that."""
@@ -1191,11 +1623,12 @@ class Upstreams:
         stream.reader.on_data = stream.reader.on_end = None
         stream.read_deadline = FOREVER
         key = (route.host, route.port)
-        left = [entry for entry in self._idle.get(key, ()) if entry[0] is not stream]
-        self._idle_count -= len(self._idle.get(key, ())) - len(left)
-        if left:
-            self._idle[key] = left
-        else:
+        idle = self._idle.get(key, [])
+        for at in range(len(idle) - 1, -1, -1):
+            if idle[at][0] is stream:
+                del idle[at]
+                self._idle_count -= 1
+        if not idle:
             self._idle.pop(key, None)
 
     async def connect(self, route: Route) -> Stream:
@@ -1204,7 +1637,9 @@ class Upstreams:
             return await asyncio.wait_for(self._connect_any(route), self.config.connect_timeout)
         except asyncio.TimeoutError:
             raise _no_answer_in_time(route, self.config)
-        except socket.gaierror:
+        except (ssl.SSLError, ssl.CertificateError) as error:
+            raise ProxyError(502, _tls_trouble(route, error))
+        except (socket.gaierror, UnicodeError):  # that: no name that could be looked up
             raise ProxyError(
                 502, "The host %s could not be found. Check its spelling, or this machine's name service." % route.host
             )
@@ -1223,7 +1658,9 @@ class Upstreams:
         failures = []
         for address in await self._addresses(route):
             try:
-                return await self._connect_one(address)
+                return await self._connect_one(address, route)
+            except ssl.SSLError:
+                raise
             except OSError as error:
                 failures.append(error)
         failures.sort(key=lambda error: not isinstance(error, ConnectionRefusedError))
@@ -1235,22 +1672,72 @@ class Upstreams:
         found = await self.watch.loop.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
         return [info[4][:2] for info in found]  # type: ignore[misc]
 
-    async def _connect_one(self, address: Address) -> Stream:
+    async def _connect_one(self, address: Address, route: Route) -> Stream:
         loop = self.watch.loop
-        _, protocol = await loop.create_connection(lambda: StreamProtocol(self.watch), *address)
+        tls: Dict[str, Any] = {}
+        if route.scheme == "https":
+            verified = not (self.config.insecure_upstream and route.host in LOOPBACK_NAMES)
+            if verified not in self._contexts:  # making one takes longer than using it
+                self._contexts[verified] = upstream_context(verified)
+            tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
+        _, protocol = await loop.create_connection(lambda: StreamProtocol(self.watch), *address, **tls)
         stream = protocol.stream
         assert stream is not None
-        here, there = stream.transport.get_extra_info("sockname"), stream.transport.get_extra_info("peername")
-        if here[:2] == there[:2]:  # TCP lets a socket connect to itself where nobody listens
+        here, there = _ends_of(stream)
+        if here == there:  # TCP lets a socket connect to itself where nobody listens
             stream.abort()
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
         if any(_reaches(here, there, own) for own in self.listening):
             stream.abort()
             raise ProxyError(508, "Port %d is the proxy's own: the request would go round for ever." % there[1])
+        if not self.config.any_owner and ipaddress.ip_address(there[0]).is_loopback:
+            owner = self.owners.stranger(here, there)
+            if owner is not None:
+                stream.abort()
+                raise ProxyError(403, _whose_port(there[1], owner))
         return stream
 
 
-def _reaches(here: Tuple[Any, ...], there: Tuple[Any, ...], listening: Address) -> bool:
+def _whose_port(port: int, owner: int) -> str:
+    try:
+        import pwd
+
+        name = pwd.getpwuid(owner).pw_name
+    except (ImportError, KeyError):
+        name = "number %d" % owner
+    text = (
+        "Port %d of this machine belongs to another user, %s. What is opened here could act in your name at your other"
+    )
+    return (text + " apps. If you trust it, start the proxy with --any-owner.") % (port, name)
+
+
+def upstream_context(verified: bool) -> ssl.SSLContext:
+    """How TLS is spoken to upstreams, with their certificates verified or not."""
+    context = ssl.create_default_context()
+    if not verified:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _tls_trouble(route: Route, error: Exception) -> str:
+    if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+        advice = "" if route.host not in LOOPBACK_NAMES else " --insecure-upstream accepts any on this machine."
+        return "The certificate of %s could not be verified.%s" % (route.place, advice)
+    return "No TLS connection to %s could be made. Does it speak TLS? See --upstream-tls." % route.place
+
+
+def _ends_of(stream: Stream) -> Tuple[Address, Address]:
+    """Both addresses of a connection; ConnectionResetError if it is gone already."""
+    ends = [stream.transport.get_extra_info(name) for name in ("sockname", "peername")]
+    if not all(ends):
+        stream.abort()
+        raise ConnectionResetError(errno.ECONNRESET, "reset as soon as it was accepted")
+    here, there = ((plain_address(end[0]), int(end[1])) for end in ends)
+    return here, there
+
+
+def _reaches(here: Address, there: Address, listening: Address) -> bool:
     """Whether a connection from `here` to `there` ends at the socket that listens at `listening`."""
     if there[1] != listening[1]:
         return False
@@ -1276,7 +1763,7 @@ _STYLE = (
     "vertical-align:top}p.status{color:GrayText}"
 )
 _SECURITY_POLICY = (
-    "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
     % (base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode())
 )
 _PAGE = (
@@ -1301,11 +1788,7 @@ class Response(NamedTuple):
 
 def wants_html(head: Optional[RequestHead]) -> bool:
     """Whether a person looks at the answer: a browser's navigation, not a program and not a page's script."""
-    if head is None or head.method not in ("GET", "HEAD", "POST"):
-        return False
-    mode = field_values(head.fields, "sec-fetch-mode")
-    accepts = any("text/html" in value.lower() for value in field_values(head.fields, "accept"))
-    return accepts and mode in ([], ["navigate"])
+    return head is not None and head.method in ("GET", "HEAD", "POST") and is_navigation(head)
 
 
 def error_response(error: ProxyError, as_html: bool) -> Response:
@@ -1332,6 +1815,18 @@ def forms_response(base: str, as_html: bool) -> Response:
     title = "Every port of this machine, through this one"
     body = "<h1>%s</h1><p>Put the port of an app into the address:</p><table>%s</table>" % (title, rows)
     return _page(200, title, body)
+
+
+def sign_in_response(error: ProxyError, base: str, target: str) -> Response:
+    """The page that asks for the token, and sends the person on to `target`."""
+    body = (
+        "<h1>Sign in</h1><p>%s</p><p>This proxy wants to know that you are its owner. Its token is in the address that"
+        ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s/">'
+        '<input type="hidden" name="next" value="%s"><label>Token <input type="password" name="token" required'
+        ' autofocus autocomplete="current-password"></label> <button>Sign in</button></form>'
+    )
+    parts = tuple(html.escape(part) for part in (error.detail, base, target))
+    return _page(error.status, "Sign in", body % parts, error.fields + (("Cache-Control", "no-store"),))
 
 
 def redirect_response(location: str) -> Response:
@@ -1376,11 +1871,14 @@ _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARC
 
 
 class Surroundings(NamedTuple):
-    """What all exchanges of one proxy share; `stopping` is set once it has been told to stop."""
+    """What all exchanges of one proxy share: `tunnels` are those that are open, `stopping` is set once it has been told
+    to stop."""
 
     config: Config
     watch: Watch
+    gate: Gate
     upstreams: Upstreams
+    tunnels: "Set[Tunnel]"
     stopping: asyncio.Event
 
 
@@ -1388,8 +1886,8 @@ class Exchange:
     """One request of a client, from its head to the last byte of its answer.
 
     answered: a final head has gone out, and all that is left on a failure is to cut the answer short.  keep_alive: the
-    client's connection stands right behind the request and its answer, and may carry the next.  place, status and sent
-    (bytes of the answer's body) are for the log.
+    client's connection stands right behind the request and its answer, and may carry the next.  place, status,
+    sent (bytes of the answer's body) and error are for the log.
     """
 
     def __init__(self, client: Stream, head: RequestHead, around: Surroundings) -> None:
@@ -1399,23 +1897,28 @@ class Exchange:
         self.config = around.config
         self.framing = request_framing(head)
         self.body = Body(client, self.framing, self.config)
-        self.visit = Visit(client.address, "http", head.authority)
+        self.visit = visit_of(head, client.address, client.scheme, self.config.trusted_proxies)
         self.keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
         self.answered = False
         self.place = "-"
         self.status = 0
         self.sent = 0
+        self.error: Optional[ProxyError] = None
         self.tunnel: Optional[Tunnel] = None
+        self._patience = self.config.stall_timeout  # for the client to take what it is sent
         self._answer_framing = NO_BODY
         self._sending: Optional["asyncio.Task[None]"] = None
-        self._client_failure: Optional[Exception] = (
-            None  # why the request cannot be finished, if that is the client's doing
-        )
+        self._client_failure: Optional[Exception] = None  # why the client is the cause that nothing comes of it
 
     async def run(self) -> None:
         """Serve the request; ProxyError if it is to be answered by us, ClientGone if there is nobody to answer."""
-        base, head = self.config.base, self.head
+        base, gate, asked = self.config.base, self.around.gate, self.head
+        head = gate.without_credentials(asked)
         route = find_route(base, head.target) if head.target != "*" else None
+        if gate.token and route is None and head.method == "POST":
+            gate.sign_in(await self._small_body(), self.visit)
+        await gate.admit(asked, self.visit, route)
+        self.head = head
         if route is not None:
             await self._serve(route)
         elif head.target == "*":
@@ -1425,26 +1928,52 @@ class Exchange:
         else:
             raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
 
+    async def answer_error(self, error: ProxyError) -> None:
+        """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
+        self.error = error
+        if isinstance(error, SignInNeeded):
+            target = self.head.target if self.head.method != "POST" else self.config.base + "/"
+            await self.answer(sign_in_response(error, self.config.base, target))
+        else:
+            await self.answer(error_response(error, wants_html(self.head)))
+
     async def answer(self, response: Response) -> None:
         """Send an answer of our own; a request body that was not read costs the connection."""
         if not self.body.finished:
             self.keep_alive = False
         head = ResponseHead(response.status, reason_phrase(response.status), "1.1", response.fields)
         body = b"" if self.head.method == "HEAD" else response.body
+        self._patience = self.config.head_timeout  # it is short, and may go to anybody
         await self._begin_answer(head, NO_BODY, body, len(body))
 
     def cut_short(self) -> None:
         """End an answer that cannot be finished, so that the client sees that it is incomplete."""
-        if self._answer_framing.kind == UNTIL_CLOSE:
-            self.client.reset()
+        if self.client.end_is_delimiter:
+            self.client.abort()
         else:
             self.client.close()  # what was relayed still arrives; the length or the last chunk is missing
 
+    async def _small_body(self) -> bytes:
+        """The whole body of a request to ourselves."""
+        data, until = b"", self.client.now() + self.config.head_timeout
+        try:
+            while not self.body.finished:
+                data += await self.body.read(until - self.client.now())
+                if len(data) > 8192:
+                    raise ProxyError(413, "This is more than a sign-in page sends.")
+        except Stalled:
+            raise ProxyError(408, "The sign-in did not come whole within %g seconds." % self.config.head_timeout)
+        return data
+
     async def _serve(self, route: Route) -> None:
         head = self.head
+        if speaks_tls(route, self.config.upstream_tls):
+            route = route._replace(scheme="https")
         self.place = route.authority
-        check_access(head, route, self.framing, self.config)
+        check_route(head, route, self.framing, self.config)
         is_upgrade = is_websocket(head)
+        if is_upgrade and len(self.around.tunnels) >= self.config.max_tunnels:
+            raise ProxyError(503, "There are too many open WebSockets.", (("Retry-After", "10"),))
         if not route.path and not route.absolute and not is_upgrade and head.method in ("GET", "HEAD"):
             await self.answer(redirect_response(route.prefix + "/" + route.query))
         else:
@@ -1469,8 +1998,8 @@ class Exchange:
         False, with nothing done, where the connection turned out to be stale and the request may be sent on another.
         """
         reusable = False
-        self._notice_leaving(upstream)
         try:
+            self._notice_leaving(upstream)
             upstream.write(request)
             if not self.body.finished:
                 self._sending = asyncio.ensure_future(self._send_rest(upstream))
@@ -1502,6 +2031,8 @@ class Exchange:
             self._client_failure = self._client_failure or ClientGone()
             upstream.abort()
 
+        if self.client.transport.is_closing():
+            raise ClientGone()
         if not self.client.reader.ended:
             self.client.reader.on_end = leave
 
@@ -1527,6 +2058,8 @@ class Exchange:
         if self._sending is not None:
             self._sending.cancel()
             await asyncio.wait([self._sending])
+            if not self._sending.cancelled() and self._sending.exception():
+                logger.error("internal error: %r", self._sending.exception())
 
     def _is_sending(self) -> bool:
         return self._sending is not None and not self._sending.done()
@@ -1539,7 +2072,7 @@ class Exchange:
             if response.status == 101 or response.status >= 200:
                 return response
             if self.head.version == "1.1":  # RFC 9110 section 15.2
-                interim = response_for_client(response, route, NO_BODY, self.visit)
+                interim = self._for_client(response, route, NO_BODY)
                 await self._to_client(serialise_response(interim))
         raise ProxyError(502, "It sent more than %d interim responses." % self.config.max_interim_responses)
 
@@ -1549,18 +2082,20 @@ class Exchange:
         body = Body(upstream, framing, self.config)
         if framing.kind == CHUNKED or framing.kind == UNTIL_CLOSE:
             self._answer_framing = Framing(CHUNKED if self.head.version == "1.1" else UNTIL_CLOSE)
+            self.client.end_is_delimiter = self._answer_framing.kind == UNTIL_CLOSE
         else:
             self._answer_framing = framing
         data = body.at_hand()
-        if self._is_sending():  # an early answer; the rest of the body may never be read
+        if not self.body.finished or self._is_sending():  # an early answer; the rest of the body may never be read
             self.keep_alive = False
-        head = response_for_client(response, route, self._answer_framing, self.visit)
+        head = self._for_client(response, route, self._answer_framing)
         await self._begin_answer(
             head, self._answer_framing, framed(data, self._answer_framing, body.finished), len(data)
         )
         while not body.finished:
             data = await body.read()
             await self._to_client(framed(data, self._answer_framing, body.finished), len(data))
+        self.client.end_is_delimiter = False
         return response.version == "1.1" and "close" not in field_tokens(response.fields, "connection")
 
     async def _begin_answer(self, head: ResponseHead, framing: Framing, data: bytes, count: int) -> None:
@@ -1575,7 +2110,7 @@ class Exchange:
     async def _to_client(self, data: bytes, count: int = 0) -> None:
         self.client.write(data)
         try:
-            await self.client.flush(self.config.stall_timeout)
+            await self.client.flush(self._patience)
         except OSError:
             raise ClientGone()
         self.sent += count
@@ -1588,10 +2123,17 @@ class Exchange:
         self.client.reader.on_end = None
         self.keep_alive = False
         await upstream.flush(self.config.stall_timeout)
-        await self._begin_answer(response_for_client(response, route, NO_BODY, self.visit), NO_BODY, b"", 0)
+        await self._begin_answer(self._for_client(response, route, NO_BODY), NO_BODY, b"", 0)
         self.tunnel = Tunnel(self.client, upstream, self.config.stall_timeout)
-        await self.tunnel.run()
-        self.sent = self.tunnel.received_from(upstream)
+        self.around.tunnels.add(self.tunnel)
+        try:
+            await self.tunnel.run()
+        finally:
+            self.around.tunnels.discard(self.tunnel)
+            self.sent = self.tunnel.received_from(upstream)
+
+    def _for_client(self, response: ResponseHead, route: Route, framing: Framing) -> ResponseHead:
+        return self.around.gate.without_own_cookie(response_for_client(response, route, framing, self.visit))
 
 
 def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: Config) -> ProxyError:
@@ -1620,11 +2162,13 @@ class Tunnel:
 
     async def run(self) -> None:
         """Take both connections over, pass on what had already come, and wait for the end of both."""
-        ends = (self.client, self.upstream)
-        for end in ends:
-            end.data_received(await end.stream.hand_over(end))
-        for end in ends:
-            if end.stream.reader.ended:
+        earlier = [(end, await end.stream.hand_over(end)) for end in (self.client, self.upstream)]
+        for end, data in earlier:
+            end.data_received(data)
+        for end, _ in earlier:
+            if end.stream not in end.stream.watch.streams:  # lost before it could be handed over
+                end.connection_lost(end.stream.reader.failure)
+            elif end.stream.reader.ended:
                 end.eof_received()
         await self.finished
 
@@ -1652,7 +2196,7 @@ class TunnelEnd(asyncio.Protocol):
         self.received += len(data)
         self.other.stream.write(data)
         if self.other.ended:
-            self.stream.write_deadline = self.stream.now() + self.tunnel.timeout
+            self.stream.end_deadline = self.stream.now() + self.tunnel.timeout
 
     def pause_writing(self) -> None:
         self.other.stream.pause_reading()
@@ -1666,12 +2210,12 @@ class TunnelEnd(asyncio.Protocol):
             self.tunnel.close()
         else:
             self.other.stream.end_writing()
-            self.other.stream.write_deadline = self.stream.now() + self.tunnel.timeout
+            self.other.stream.end_deadline = self.stream.now() + self.tunnel.timeout
         return self.stream.transport.can_write_eof()
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
         self.stream.watch.forget(self.stream)
-        if exc is None:
+        if exc is None and self.stream.reader.failure is None:
             self.other.stream.close()
         else:
             self.other.stream.abort()
@@ -1694,51 +2238,93 @@ class PortProxy:
 
     def __init__(self, config: Config = Config()) -> None:
         self.config = checked_config(config)
-        self._server: Optional[asyncio.AbstractServer] = None
+        self._servers: List[asyncio.AbstractServer] = []
         self._around: Optional[Surroundings] = None
         self._clients: Dict[Stream, Optional[Exchange]] = {}  # with the request that each one is at
         self._tasks: Set["asyncio.Task[None]"] = set()
-        self._listening: List[Address] = []
+        self._sockets: List[socket.socket] = []
+        self._were_given = False
 
-    async def start(self) -> "PortProxy":
-        """Listen; connections are accepted from now on."""
+    async def start(self, sockets: Optional[Sequence[socket.socket]] = None) -> "PortProxy":
+        """Listen; connections are accepted from now on.
+
+        sockets: bound stream sockets to use instead of what `bind` and `port` say, which are closed with the proxy.
+        """
         loop = asyncio.get_event_loop()
+        tls = server_context(self.config) if self.config.certfile else None
+        self._were_given = bool(sockets)
+        self._sockets = list(sockets) if sockets else _bind(self.config)
+        addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         watch = Watch(loop, _watch_interval(self.config))
-        upstreams = Upstreams(self.config, watch, self._listening)
-        around = self._around = Surroundings(self.config, watch, upstreams, asyncio.Event())
+        gate = Gate(self.config, self.is_private, "port_proxy_%s" % (self.port or "unix"))
+        upstreams = Upstreams(self.config, watch, addresses)
+        around = self._around = Surroundings(self.config, watch, gate, upstreams, set(), asyncio.Event())
         try:
-            server = await loop.create_server(
-                lambda: StreamProtocol(watch, lambda client: self._accepted(client, around)),
-                self.config.bind,
-                self.config.port,
-                backlog=1024,
-            )
+            for sock in self._sockets:
+                self._servers.append(await self._listen(sock, tls, around))
         except BaseException:
-            await watch.close(0)
+            await self.close()
             raise
-        self._server = server
-        self._listening.extend(sock.getsockname()[:2] for sock in server.sockets or ())
         return self
+
+    async def _listen(
+        self, sock: socket.socket, tls: Optional[ssl.SSLContext], around: Surroundings
+    ) -> asyncio.AbstractServer:
+        def protocol() -> StreamProtocol:
+            return StreamProtocol(around.watch, lambda client: self._accepted(client, around))
+
+        loop = around.watch.loop
+        if tls and sys.version_info < (3, 7):
+            inner, context = protocol, tls
+            return await loop.create_server(lambda: _timed_handshake(inner(), context, self.config, loop), sock=sock)
+        options: Dict[str, Any] = {"sock": sock, "ssl": tls, "backlog": 1024}
+        if tls:
+            options["ssl_handshake_timeout"] = self.config.head_timeout
+        if sock.family != _UNIX:
+            return await loop.create_server(protocol, **options)
+        if sys.version_info >= (3, 13):
+            options["cleanup_socket"] = False  # its file is not always ours
+        return await loop.create_unix_server(protocol, **options)
 
     @property
     def port(self) -> int:
-        """The port that is listened on; 0 before `start`."""
-        return self._listening[0][1] if self._listening else 0
+        """The TCP port that is listened on; 0 before `start` and where there is none."""
+        return next((sock.getsockname()[1] for sock in self._sockets if sock.family != _UNIX), 0)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether only this machine's users can connect."""
+        return all(map(_is_private, self._sockets))
+
+    @property
+    def token(self) -> str:
+        """The token that clients must show; "" where none is asked for."""
+        return self._around.gate.token if self._around else ""
 
     @property
     def url(self) -> str:
-        """The address to open on this machine."""
+        """The address to open on this machine, without the token."""
         host = self.config.bind
         if host in ("", "0.0.0.0", "::"):
             host = socket.gethostname()
-        return "http://%s:%d%s/" % ("[%s]" % host if ":" in host else host, self.port, self.config.base)
+        elif host.startswith(_UNIX_PREFIX):
+            host = "localhost"
+        scheme = "https" if self.config.certfile else "http"
+        port = ":%d" % self.port if self.port else ""
+        return "%s://%s%s%s/" % (scheme, "[%s]" % host if ":" in host else host, port, self.config.base)
 
     async def close(self) -> None:
         """Stop accepting, close idle connections and tunnels, let running requests finish for `shutdown_timeout` s."""
-        if self._server is None or self._around is None:
+        around, self._around = self._around, None
+        if around is None:
             return
-        self._server.close()
-        self._around.stopping.set()
+        if self.config.bind.startswith(_UNIX_PREFIX) and not self._were_given:
+            _unlink(self.config.bind[len(_UNIX_PREFIX) :])
+        for server in self._servers:
+            server.close()
+        for sock in self._sockets:
+            sock.close()
+        around.stopping.set()
         for client, exchange in list(self._clients.items()):
             if exchange is None:
                 client.close()
@@ -1749,10 +2335,10 @@ class PortProxy:
         self.cut()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self._around.upstreams.close()
-        await self._around.watch.close(1.0)
-        self._server = self._around = None
-        self._listening.clear()
+        around.upstreams.close()
+        await around.watch.close(1.0)
+        self._servers.clear()
+        self._sockets.clear()
 
     def cut(self) -> None:
         """Cut all running requests off; for whoever cannot wait for `close`, which then goes on at once."""
@@ -1760,10 +2346,26 @@ class PortProxy:
             task.cancel()
 
     def _accepted(self, client: Stream, around: Surroundings) -> None:
+        if len(self._clients) >= self.config.max_connections and not self._make_room():
+            client.write(_FULL)
+            client.close()
+            return
         self._clients[client] = None
         task = asyncio.ensure_future(self._serve(client, around))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _make_room(self) -> bool:
+        """Close the connection that has idled longest; whether there was one."""
+        idle = [
+            client
+            for client, exchange in self._clients.items()
+            if exchange is None and not client.transport.is_closing()
+        ]
+        if not idle:
+            return False
+        min(idle, key=lambda client: client.read_deadline).abort()
+        return True
 
     async def _serve(self, client: Stream, around: Surroundings) -> None:
         """All requests of one client's connection, one after the other."""
@@ -1791,7 +2393,7 @@ class PortProxy:
             await exchange.run()
         except ProxyError as error:
             await self._answer_error(client, exchange, error)
-        except (ClientGone, asyncio.CancelledError):
+        except (ClientGone, Truncated, Stalled, OSError, asyncio.CancelledError):
             raise
         except Exception as error:  # a mistake of ours; the request is lost, the proxy goes on
             logger.error("internal error: %r", error)
@@ -1803,12 +2405,12 @@ class PortProxy:
                 self._log(client, exchange, client.now() - started)
         if exchange is None or not exchange.body.finished:
             await self._linger(client)
-        return exchange is not None and exchange.keep_alive
+        return exchange is not None and exchange.keep_alive and exchange.body.finished
 
     async def _read_request(self, client: Stream) -> Optional[bytes]:
         """The next request's head; None where the client ends, or stays silent for too long, between two requests."""
         try:
-            if not client.buffer and not await client.more(client.now() + self.config.keep_alive_timeout):
+            if not await skip_empty_lines(client, client.now() + self.config.keep_alive_timeout):
                 return None
         except Stalled:
             return None
@@ -1821,24 +2423,21 @@ class PortProxy:
 
     async def _answer_error(self, client: Stream, exchange: Optional[Exchange], error: ProxyError) -> None:
         """The one place where an error becomes an answer, or the end of an answer that has begun."""
-        logger.debug("%d: %s", error.status, error.detail)
         if exchange is None:
-            response = error_response(error, False)
-            fields = response.fields + (("Connection", "close"),)
-            client.write(
-                serialise_response(ResponseHead(error.status, reason_phrase(error.status), "1.1", fields))
-                + response.body
-            )
+            logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
+            client.write(_plain_answer(error))
         elif exchange.answered:
             exchange.keep_alive = False
             exchange.cut_short()
         else:
-            await exchange.answer(error_response(error, wants_html(exchange.head)))
+            await exchange.answer_error(error)
 
     async def _linger(self, client: Stream) -> None:
         """Read on, and drop, what a client still sends behind an answer that ends the connection: closing at once would
         reset it and could take the answer from it (RFC 9112 section 9.6)."""
-        client.end_writing()
+        if client.transport.can_write_eof():  # over TLS there is only a whole close
+            client.end_writing()
+        client.buffer.clear()
         deadline = client.now() + self.config.linger_timeout
         while await client.more(deadline):
             client.buffer.clear()
@@ -1846,23 +2445,153 @@ class PortProxy:
     def _log(self, client: Stream, exchange: Exchange, duration: float) -> None:
         """One line per request; without the query, which may hold a secret."""
         path, mark, _ = exchange.head.target.partition("?")
-        target = path + ("?..." if mark else "")
+        asked = (exchange.visit.address or "-", exchange.head.method, path + ("?..." if mark else ""))
         outcome = (exchange.place, exchange.status or "gone", exchange.sent, duration)
-        logger.info("%s %s %s -> %s %s, %d bytes, %.3f s", client.address, exchange.head.method, target, *outcome)
+        reason = ": " + exchange.error.detail if exchange.error else ""
+        logger.info("%s %s %s -> %s %s, %d bytes, %.3f s%s", *(asked + outcome + (reason,)))
+
+
+_UNIX_PREFIX = "unix:"
+
+
+def _plain_answer(error: ProxyError) -> bytes:
+    """The answer to what could not be understood as a request, after which the connection is closed."""
+    response = error_response(error, False)
+    fields = response.fields + (("Connection", "close"),)
+    return serialise_response(ResponseHead(error.status, reason_phrase(error.status), "1.1", fields)) + response.body
+
+
+_FULL = _plain_answer(ProxyError(503, "The proxy has as many connections as it may have.", (("Retry-After", "5"),)))
+
+
+def _bind(config: Config) -> List[socket.socket]:
+    """Sockets bound as the configuration says; OSError where that cannot be."""
+    if config.bind.startswith(_UNIX_PREFIX):
+        return [_bind_unix(config.bind[len(_UNIX_PREFIX) :])]
+    found = socket.getaddrinfo(config.bind or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: List[socket.socket] = []
+    try:
+        for family, kind, protocol, _, place in dict.fromkeys(found):
+            address: Tuple[Any, ...] = place
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            if os.name == "posix":  # on Windows it would let others take the port over
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if not config.port and len(sockets) > 1:  # any free port, but the same one everywhere
+                address = (address[0], sockets[0].getsockname()[1]) + address[2:]
+            sock.bind(address)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """A Unix socket that only its owner can connect to; one that a dead process of ours left behind is replaced."""
+    if _UNIX is None:
+        raise OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets")
+    with socket.socket(_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            found = os.lstat(path)
+            if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+                raise OSError(errno.EEXIST, "%s exists and is not a socket of yours" % path)
+            probe.settimeout(1.0)
+            probe.connect(path)
+            raise OSError(errno.EADDRINUSE, "%s is in use by another program" % path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+    sock = socket.socket(_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+        os.chmod(path, 0o600)  # nobody can connect before somebody listens
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def _is_private(sock: socket.socket) -> bool:
+    """Whether only this machine's users can connect; on a Unix socket, only its owner."""
+    name = sock.getsockname()
+    if sock.family != _UNIX:
+        return ipaddress.ip_address(name[0].partition("%")[0]).is_loopback
+    try:
+        return not os.stat(name).st_mode & 0o077
+    except (OSError, ValueError):
+        return False
+
+
+def _timed_handshake(
+    protocol: asyncio.Protocol, context: ssl.SSLContext, config: Config, loop: asyncio.AbstractEventLoop
+) -> Any:
+    """TLS around a protocol, with a deadline for its handshake, which asyncio does not set before 3.7."""
+    import asyncio.sslproto
+
+    class TimedHandshake(asyncio.sslproto.SSLProtocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            loop.call_later(config.head_timeout, lambda: transport.abort() if self._in_handshake else None)
+
+    return TimedHandshake(loop, protocol, context, None, server_side=True)  # type: ignore[arg-type]
+
+
+def server_context(config: Config) -> ssl.SSLContext:
+    """How TLS is spoken to clients, from TLS 1.2 on; OSError or ssl.SSLError for files that will not do."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(config.certfile or "", config.keyfile)
+    return context
 
 
 def checked_config(config: Config) -> Config:
     """`config` in normal form; ValueError, in words for a person, for what makes no sense."""
     if not 0 <= config.port <= 65535:
         raise ValueError("the port must be a number from 0 to 65535, not %d" % config.port)
-    if isinstance(config.host_allowlist, str):
-        raise ValueError("host_allowlist is a sequence of hosts or a callable, not a string")
+    for name in ("host_allowlist", "allow_hostnames", "allow_origins", "trusted_proxies", "upstream_tls"):
+        if isinstance(getattr(config, name), str):
+            raise ValueError("%s is a sequence of strings, not a string" % name)
     for name, default in zip(Config._fields, Config()):
         value = getattr(config, name)
         if type(default) in (int, float) and name != "port" and not value > 0:
             raise ValueError("%s must be greater than 0, not %r" % (name, value))
-    allowlist = config.host_allowlist if callable(config.host_allowlist) else normal_allowlist(config.host_allowlist)
-    return config._replace(base=normal_base(config.base), host_allowlist=allowlist)
+    if config.keyfile and not config.certfile:
+        raise ValueError("keyfile is of no use without certfile")
+    if config.token is not None and not re.fullmatch("[!-~]*", config.token):
+        raise ValueError("the token must consist of visible ASCII characters without spaces")
+    for proxy in config.trusted_proxies:
+        if proxy != "unix":
+            ipaddress.ip_network(proxy, False)
+    for upstream in config.upstream_tls:
+        try:
+            find_route("", "/%s/" % upstream)
+        except ProxyError:
+            raise ValueError("an upstream that speaks TLS is PORT or HOST:PORT, not %r" % upstream)
+    return config._replace(
+        base=normal_base(config.base),
+        host_allowlist=config.host_allowlist
+        if callable(config.host_allowlist)
+        else normal_allowlist(config.host_allowlist),
+        allow_hostnames=normal_allowlist(config.allow_hostnames),
+        allow_origins=tuple(origin if origin == "*" else normal_origin(origin) for origin in config.allow_origins),
+        trusted_proxies=tuple(config.trusted_proxies),
+        upstream_tls=tuple(upstream.lower() for upstream in config.upstream_tls),
+    )
 
 
 def _watch_interval(config: Config) -> float:
@@ -1880,6 +2609,7 @@ examples:
   %(prog)s                                     open http://localhost:8888/proxy/8080/ for port 8080
   %(prog)s --base /user/ana/proxy --port 9000  behind a server that passes /user/ana on
   %(prog)s --host-allowlist '*.example.org'    also /proxy/db1.example.org:8080/
+  %(prog)s --bind unix:/run/user/1000/proxy    for you alone, also on a machine that you share
 from another machine:
   ssh -N -L 8888:localhost:8888 THIS_MACHINE   then open http://localhost:8888/proxy/ there
 """
@@ -1891,6 +2621,8 @@ _LIMITS = (
     ("max_chunk_line_bytes", "BYTES", "longest first line of a chunk"),
     ("max_trailer_bytes", "BYTES", "longest trailers"),
     ("max_interim_responses", "COUNT", "most 1xx responses before the final one"),
+    ("max_connections", "COUNT", "most connections of clients"),
+    ("max_tunnels", "COUNT", "most open WebSockets"),
     ("max_idle_upstreams", "COUNT", "most idle connections kept to apps"),
     ("head_timeout", "SECONDS", "time for a request's head to come whole"),
     ("keep_alive_timeout", "SECONDS", "time a client's connection may wait for its next request"),
@@ -1917,7 +2649,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bind",
         default=default.bind,
         metavar="ADDRESS",
-        help="address to listen on (default: %(default)s, this machine alone)",
+        help="address to listen on, or unix:PATH (default: %(default)s, this machine alone)",
     )
     add(
         "--port",
@@ -1936,6 +2668,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="pass the browser's Host on instead of the app's own localhost:PORT",
     )
+    _add_access_options(parser)
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("--verbose", action="store_true", help="log a line for every request")
     volume.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -1950,28 +2683,105 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    several = "; repeatable, or several with commas between"
+    access = parser.add_argument_group("who may come in, and what may be reached")
+    token = access.add_mutually_exclusive_group()
+    token.add_argument(
+        "--token",
+        action="store_true",
+        help="ask for a token, made at random unless PORT_PROXY_TOKEN is set, also where only this machine can connect",
+    )
+    token.add_argument("--token-file", metavar="FILE", help="ask for the token in this file")
+    token.add_argument("--no-token", action="store_true", help="never ask for a token")
+    for option, metavar, meaning in (
+        (
+            "--allow-hostname",
+            "NAME",
+            "further name, or glob, by which the proxy may be called where it asks for no token",
+        ),
+        ("--allow-origin", "ORIGIN", "further origin, such as https://a.example.org, whose pages may use what is here"),
+        (
+            "--trusted-proxy",
+            "ADDRESS",
+            "server in front of this one (address, network or 'unix') whose X-Forwarded fields are believed",
+        ),
+        ("--upstream-tls", "[HOST:]PORT", "upstream that speaks TLS"),
+    ):
+        access.add_argument(option, action="append", default=[], metavar=metavar, help=meaning + several)
+    access.add_argument(
+        "--insecure-upstream", action="store_true", help="accept any certificate of this machine's own ports"
+    )
+    access.add_argument("--allow-preflight", action="store_true", help="let CORS preflights reach the apps unasked")
+    access.add_argument(
+        "--any-owner", action="store_true", help="also reach ports on which another user of this machine listens"
+    )
+    access.add_argument("--certfile", metavar="FILE", help="serve HTTPS with this certificate (PEM)")
+    access.add_argument("--keyfile", metavar="FILE", help="its key, if that is in a file of its own")
+
+
 def _config(arguments: argparse.Namespace) -> Config:
-    hosts = [host.strip() for entry in arguments.host_allowlist for host in entry.split(",")]
-    options = {name: getattr(arguments, name) for name in Config._fields if name != "host_allowlist"}
-    return Config(host_allowlist=tuple(hosts), **options)
+    """The configuration that the arguments and the environment make; ValueError or OSError for what they get wrong."""
+    lists = {
+        "host_allowlist": arguments.host_allowlist,
+        "allow_hostnames": arguments.allow_hostname,
+        "allow_origins": arguments.allow_origin,
+        "trusted_proxies": arguments.trusted_proxy,
+        "upstream_tls": arguments.upstream_tls,
+    }
+    options: Dict[str, Any] = {
+        name: tuple(one.strip() for entry in entries for one in entry.split(",")) for name, entries in lists.items()
+    }
+    plain = [name for name in Config._fields if name not in options and name not in ("token", "authorize")]
+    options.update((name, getattr(arguments, name)) for name in plain)
+    return Config(token=_token(arguments), **options)
+
+
+def _token(arguments: argparse.Namespace) -> Optional[str]:
+    """The token that is asked for, "" for none, None where that depends on who can connect."""
+    given = os.environ.pop("PORT_PROXY_TOKEN", "")
+    if arguments.no_token:
+        return ""
+    if arguments.token_file:
+        with open(arguments.token_file, encoding="ascii") as file:
+            given = file.read().strip()
+        if not given:
+            raise ValueError("there is no token in %s" % arguments.token_file)
+    return given or (ANY_TOKEN if arguments.token else None)
 
 
 def _banner(proxy: PortProxy) -> str:
-    hosts = proxy.config.host_allowlist
-    others = "" if callable(hosts) or not hosts else ", and on " + ", ".join(hosts)
-    text = "port_proxy %s: open %s\n" % (__version__, proxy.url)
-    text += "It reaches every port of this machine as %s<port>/%s." % (proxy.url, others)
-    if not is_loopback(proxy.config.bind):
-        text += "\nAnybody who can reach %s can use it." % proxy.config.bind
-    return text
+    config, url = proxy.config, proxy.url
+    question = "?token=" + quote(proxy.token, safe="") if proxy.token else ""
+    others = (
+        ""
+        if callable(config.host_allowlist) or not config.host_allowlist
+        else ", and on " + ", ".join(config.host_allowlist)
+    )
+    lines = ["port_proxy %s: open %s%s" % (__version__, url, question)]
+    if config.bind.startswith(_UNIX_PREFIX):
+        path = os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
+        lines = ["port_proxy %s: bring it over with  ssh -N -L 8888:%s %s" % (__version__, path, socket.gethostname())]
+        url = url.replace("localhost", "localhost:8888", 1)
+        lines.append("and open %s%s" % (url, question))
+    lines.append("It reaches every port of this machine as %s<port>/%s." % (url, others))
+    return "\n".join(lines)
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address to listen on is this machine's alone."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
+def _inherited_sockets() -> List[socket.socket]:
+    """The sockets that systemd hands over (sd_listen_fds(3)), if it does."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = os.environ.get("LISTEN_FDS", "")
+    sockets = []
+    for number in range(3, 3 + int(count) if re.fullmatch("[0-9]{1,3}", count) else 3):
+        sock = socket.socket(fileno=number)
+        name = sock.getsockname()
+        family = _UNIX if isinstance(name, (str, bytes)) else socket.AF_INET6 if len(name) == 4 else socket.AF_INET
+        sockets.append(socket.socket(family or -1, socket.SOCK_STREAM, 0, fileno=sock.detach()))  # 3.6 does not look
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    return sockets
 
 
 async def _run(config: Config, quiet: bool) -> int:
@@ -1990,19 +2800,34 @@ async def _run(config: Config, quiet: bool) -> int:
         except NotImplementedError:  # Windows: KeyboardInterrupt ends run_until_complete
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     try:
-        await proxy.start()
-    except OSError as error:
+        await proxy.start(_inherited_sockets())
+    except (OSError, ValueError) as error:
         sys.stderr.write("port_proxy: %s\n" % _why_not_listening(error, config))
         return 2
-    if not quiet:
+    if not quiet or proxy.token != (config.token or ""):  # a token that nobody has seen would be of no use
         print(_banner(proxy), flush=True)
+    if config.token == "" and not proxy.is_private:
+        warning = "port_proxy: anybody who can reach %s can use every port of this machine (--no-token)\n"
+        sys.stderr.write(warning % config.bind)
     await stop.wait()
     await proxy.close()
+    if hasattr(signal, "pthread_sigmask"):  # on the way out, being told again changes nothing
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     return 0
 
 
-def _why_not_listening(error: OSError, config: Config) -> str:
+def _why_not_listening(error: Exception, config: Config) -> str:
     where = "port %d of %s" % (config.port, config.bind)
+    if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
+        return "%s does not hold a certificate that can be used: %s" % (config.certfile, error)
+    if (
+        isinstance(error, (FileNotFoundError, PermissionError))
+        and config.certfile
+        and not config.bind.startswith(_UNIX_PREFIX)
+    ):
+        return "cannot read %s: %s" % (" or ".join(filter(None, (config.certfile, config.keyfile))), error.strerror)
+    if config.bind.startswith(_UNIX_PREFIX):
+        return "cannot listen on %s: %s" % (config.bind, error.strerror or error)
     if error.errno == errno.EADDRINUSE:
         return "%s is in use by another program; choose another with --port, or --port 0 for any free one" % where
     if error.errno == errno.EACCES:
@@ -2025,16 +2850,21 @@ class _LoopComplaints:
             logger.warning("%s%s", context.get("message"), ": %s" % error if error else "")
 
 
-def _raise_descriptor_limit() -> None:
-    """Allow as many connections as the system lets us have without asking for more."""
+def _raise_descriptor_limit(config: Config) -> Config:
+    """Allow as many descriptors as the system lets us have, and no more connections than these are enough for."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return
+        return config
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    most = max(8, (soft - 32) // 2)  # a client's connection goes with one to an upstream
+    if soft == resource.RLIM_INFINITY or config.max_connections <= most:
+        return config
+    return config._replace(max_connections=most, max_tunnels=min(config.max_tunnels, most * 3 // 4))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -2043,11 +2873,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         config = checked_config(_config(arguments))
+    except OSError as error:
+        parser.error("cannot read %s: %s" % (error.filename, error.strerror))
     except ValueError as error:
         parser.error(str(error))
     level = logging.INFO if arguments.verbose else logging.ERROR if arguments.quiet else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s")
-    _raise_descriptor_limit()
+    config = _raise_descriptor_limit(config)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.set_exception_handler(_LoopComplaints())

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -59,6 +61,7 @@ from port_proxy import (
     response_framing,
     serialise_request,
     serialise_response,
+    visit_of,
     wants_html,
 )  # fmt: skip
 
@@ -148,12 +151,16 @@ class Wire:
             body = self.rest() if until_close else b""
         return lines[0], fields, body
 
+    def reset_at_once(self, _):
+        self.reset()
+
     def reset(self):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
     def end(self):
-        self.sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the peer has ended it all before
+            self.sock.shutdown(socket.SHUT_WR)
 
     def close(self):
         self.sock.close()
@@ -197,6 +204,7 @@ class Upstream:
                 return
             self.connections += 1
             wire = Wire(sock)
+            sock.settimeout(4 * WAIT)  # the test itself gives up before
             self.wires.append(wire)
             thread = threading.Thread(target=self._serve, args=(wire,), daemon=True)
             self.threads.append(thread)
@@ -265,6 +273,7 @@ class Running:
     def __init__(self, background, **options):
         self.background = background
         options.setdefault("port", 0)
+        options.setdefault("allow_hostnames", ("*",))
         self.proxy = background.do(PortProxy(Config(**options)).start())
         self.port = self.proxy.port
         self.streams = self.proxy._around.watch.streams
@@ -282,8 +291,26 @@ class Running:
     def get(self, target, *lines, **how):
         return self.ask(request("GET", target, *lines), **how)
 
+    @contextlib.contextmanager
+    def held(self):
+        """Hold the proxy's loop meanwhile: all that happens outside is then seen at once."""
+        arrived, go = threading.Event(), threading.Event()
+        self.background.loop.call_soon_threadsafe(lambda: (arrived.set(), go.wait(WAIT)))
+        assert arrived.wait(WAIT)
+        try:
+            yield
+        finally:
+            go.set()
+
     def close(self):
         self.background.do(self.proxy.close())
+
+
+def narrow(proxy, port):
+    """Make the kernel take little at a time on the proxy's connections to `port`, as a slow link would."""
+    for stream in list(proxy.streams):
+        if stream.transport.get_extra_info("peername")[1] == port:
+            stream.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
 
 def request(method, target, *lines, body=b""):
@@ -310,7 +337,7 @@ def background():
 async def _other_tasks():
     all_tasks = getattr(asyncio, "all_tasks", None) or asyncio.Task.all_tasks
     current = getattr(asyncio, "current_task", None) or asyncio.Task.current_task
-    return [task for task in all_tasks() if task is not current()]
+    return [task for task in all_tasks() if task is not current() and not task.done()]
 
 
 @pytest.fixture
@@ -440,6 +467,8 @@ class TestConfig:
             {"base": "/a\r\nX: y"}, {"base": "/ä"}, {"port": -1}, {"port": 65536}, {"head_timeout": 0}, {"max_fields": -1},
             {"head_timeout": float("nan")}, {"host_allowlist": "a.example.org"}, {"host_allowlist": ["a b"]}, {"host_allowlist": [""]},
             {"host_allowlist": ["a:80"]}, {"host_allowlist": ["user@host"]}, {"host_allowlist": ["a[bc]d"]},
+            {"allow_hostnames": "*.example.org"}, {"allow_origins": "*"}, {"trusted_proxies": "unix"}, {"upstream_tls": "8443"}, {"trusted_proxies": ["a"]}, {"base": "/a;b"},
+            {"keyfile": "a"}, {"token": "a b"}, {"token": "\xe4"},
         ],
         ids=case_id,
     )  # fmt: skip
@@ -942,7 +971,7 @@ class TestRoutesOnTheWire:
 
 STRIPPED = Route("localhost", 8080, "/proxy/8080", False, "/a", "")
 ABSOLUTE = Route("localhost", 8080, "/proxy/absolute/8080", True, "/a", "")
-VISIT = Visit("192.0.2.7", "http", "here:8888")
+VISIT = Visit("192.0.2.7", "http", "here:8888", "8888", "192.0.2.7")
 
 
 def sent_upstream(*fields, route=STRIPPED, visit=VISIT, framing=NO_BODY, preserve_host=False, is_upgrade=False, version="1.1"):
@@ -973,7 +1002,8 @@ class TestRewriting:
 
     @pytest.mark.parametrize("authority, port", [("here", "80"), ("here:", "80"), ("[::1]", "80"), ("[::1]:99", "99"), ("", None)])
     def test_forwarded_port(self, authority, port):
-        fields = dict(sent_upstream(visit=VISIT._replace(authority=authority)).fields)
+        visit = visit_of(RequestHead("GET", "/", authority, "1.1", ()), "192.0.2.7", "http", ())
+        fields = dict(sent_upstream(visit=visit).fields)
         assert fields.get("X-Forwarded-Port") == port
         assert fields.get("X-Forwarded-Host") == (authority or None)
 
@@ -984,6 +1014,7 @@ class TestRewriting:
             ("Transfer-Encoding", "chunked"), ("Upgrade", "h2c"), ("Upgrade", "websocket"), ("Proxy-Authorization", "x"), ("Content-Length", "5"),
             ("Forwarded", "for=1.2.3.4"), ("x-forwarded-for", "1.2.3.4"), ("X-FORWARDED-HOST", "evil"), ("X-Forwarded-Prefix", "/evil"), ("X-Forwarded-Context", "/evil"),
             ("X-ProxyContextPath", "/evil"), ("X-Forwarded-Port", "1"), ("X-Forwarded-Proto", "https"),
+            ("X_Forwarded_For", "1.2.3.4"), ("x-forwarded_host", "evil"), ("X_Forwarded-Prefix", "/evil"), ("Content_Length", "5"),
         ],
     )  # fmt: skip
     def test_fields_that_do_not_pass(self, field):
@@ -1058,7 +1089,8 @@ class TestRewriting:
             ("http://localhost:8080/x", "/proxy/8080/x", "/x"), ("HTTP://LOCALHOST:8080", "/proxy/8080/", "/"), ("https://localhost:8080?x", "/proxy/8080/?x", "/?x"),
             ("http://127.0.0.1:8080/proxy/8080/x", "/proxy/8080/x", "/proxy/8080/x"), ("http://[::1]:8080/x", "/proxy/8080/x", "/x"), ("http://localhost/x", "http://localhost/x", "http://localhost/x"),
             ("http://localhost:8081/x", "http://localhost:8081/x", "http://localhost:8081/x"), ("http://here:8888/x", "/proxy/8080/x", "/x"),
-            ("http://localhost:8080//evil/x", "/proxy/8080//evil/x", "/.//evil/x"), ("http://u@localhost:8080/x", "http://u@localhost:8080/x", "http://u@localhost:8080/x"),
+            ("http://localhost:8080//evil/x", "/proxy/8080//evil/x", "/.//evil/x"), ("http://localhost:8080/\\evil", "/proxy/8080/\\evil", "/./\\evil"),
+            ("http://localhost:8080/\t/evil", "/proxy/8080/\t/evil", "/./\t/evil"), ("http://u@localhost:8080/x", "http://u@localhost:8080/x", "http://u@localhost:8080/x"),
         ],
     )  # fmt: skip
     def test_location(self, location, stripped, absolute):
@@ -1154,13 +1186,388 @@ class TestAccess:
     def test_foreign_upgrade_is_refused(self, proxy, upstream, origin):
         app = upstream(answering(OK))
         assert status_of(proxy.get("/proxy/%d/" % app.port, "Origin: " + origin, *HANDSHAKE)) == 403
-        assert status_of(proxy.get("/proxy/%d/" % app.port, "Origin: http://here:8888", "Origin: http://here:8888", *HANDSHAKE)) == 403
+        assert status_of(proxy.get("/proxy/%d/" % app.port, "Origin: http://here:8888", "Origin: http://here:8888", *HANDSHAKE)) == 400
         assert app.connections == 0
 
     def test_upgrade_with_a_body_is_refused(self, proxy, upstream):
         app = upstream(answering(OK))
         assert status_of(proxy.ask(request("GET", "/proxy/%d/" % app.port, "Content-Length: 1", *HANDSHAKE, body=b"a"))) == 400
         assert app.connections == 0
+
+
+TOKEN = "s3cret-token"
+SAFE_LINES = ("Accept: text/html", "Sec-Fetch-Mode: navigate")
+
+
+def cookie_of(message):
+    """The Cookie field that a browser would send after this answer."""
+    return "Cookie: " + fields_of(message)["set-cookie"].split(";")[0]
+
+
+class TestHostCheck:
+    @pytest.mark.parametrize(
+        "host, known",
+        [
+            ("localhost", True), ("localhost:8888", True), ("LOCALHOST:1", True), ("8080.localhost:8888", True), ("127.0.0.1:8888", True), ("127.9.9.9", True), ("[::1]:8888", True),
+            ("mine.example.org", True), ("a.b.example.net:80", True), ("evil.example", False), ("evil.example:8888", False), ("localhost.evil.example", False), ("xlocalhost", False),
+            ("localhost.", False), ("192.0.2.1", False), ("0.0.0.0", False), ("[::]:8888", False), ("[2001:db8::1]", False), ("127.0.0.1.evil.example", False), ("mine.example.org.", False),
+        ],
+    )  # fmt: skip
+    def test_dns_rebinding(self, start, upstream, host, known):
+        """A page whose own name was made to point here gets nothing, for HTTP, Upgrades and the absolute form alike."""
+        app = upstream(answering(OK))
+        proxy = start(allow_hostnames=["mine.example.org", "*.example.net"])
+        head = "GET %s HTTP/1.1\r\nHost: %s\r\n%s\r\n"
+        for target, lines in (("/proxy/%d/", ""), ("/proxy/", ""), ("/proxy/%d/", "\r\n".join(HANDSHAKE) + "\r\n"), ("http://" + host + "/proxy/%d/", "X: y\r\n")):
+            target = target % app.port if "%d" in target else target
+            answer = proxy.ask((head % (target, host if target[0] == "/" else "localhost", lines)).encode())
+            assert status_of(answer) == (200 if known else 403)
+            assert known or b"--allow-hostname" in answer[2]
+        assert app.connections == (0 if not known else app.connections)
+
+    def test_an_address_is_no_name(self, start):
+        """Where not only this machine can connect, any address will do: none can be made to point elsewhere."""
+        proxy = start(bind="0.0.0.0", token="", allow_hostnames=())
+        for host, status in (("192.0.2.1:8888", 200), ("[2001:db8::1]", 200), (socket.gethostname(), 200), ("evil.example", 403)):
+            assert status_of(proxy.ask(b"GET /proxy/ HTTP/1.1\r\nHost: %s\r\n\r\n" % host.encode())) == status
+
+    def test_behind_a_trusted_proxy_too(self, start):
+        """A rebound page may set X-Forwarded-Host as it likes; its Host it may not."""
+        proxy = start(trusted_proxies=["127.0.0.1"], allow_hostnames=["pub.example"])
+        for host, forwarded, status in (
+            ("evil.example", "localhost", 403), ("localhost", "evil.example", 403), ("localhost", "pub.example", 200), ("pub.example", "pub.example", 200),
+        ):  # fmt: skip
+            head = "GET /proxy/ HTTP/1.1\r\nHost: %s\r\nX-Forwarded-Host: %s\r\n\r\n" % (host, forwarded)
+            assert status_of(proxy.ask(head.encode())) == status
+
+    def test_without_a_host(self, start):
+        assert status_of(start(allow_hostnames=()).ask(b"GET /proxy/ HTTP/1.0\r\n\r\n")) == 200
+
+
+class TestToken:
+    @pytest.fixture
+    def app(self, upstream):
+        return upstream(answering(OK))
+
+    @pytest.fixture
+    def proxy(self, start):
+        return start(token=TOKEN, allow_hostnames=())
+
+    @pytest.mark.parametrize(
+        "method, lines, status",
+        [
+            ("GET", SAFE_LINES, 401), ("GET", ("Accept: text/html",), 401), ("HEAD", SAFE_LINES, 401), ("GET", (), 401), ("POST", ("Content-Length: 0",), 401), ("PROPFIND", (), 401),
+            ("GET", HANDSHAKE, 403), ("GET", ("Cookie: a=b",), 401), ("GET", ("Authorization: Basic czNjcmV0LXRva2Vu",), 401), ("GET", ("Authorization: token wrong",), 401),
+            ("GET", ("Authorization: s3cret-token",), 401), ("OPTIONS", ("Origin: http://evil", "Access-Control-Request-Method: POST"), 401), ("GET", ("Authorization: token \xe4",), 401),
+        ],
+        ids=case_id,
+    )  # fmt: skip
+    def test_without_a_token_nothing_is_reached(self, proxy, app, method, lines, status):
+        for target in ("/proxy/%d/", "/proxy/absolute/%d/?token=wrong", "/proxy/%d", "/proxy/"):
+            if method == "POST" and target == "/proxy/":
+                continue  # the sign-in page's own
+            target = target % app.port if "%" in target else target
+            answer = proxy.ask(request(method, target, *lines), no_body=method == "HEAD")
+            assert status_of(answer) == status
+            assert "set-cookie" not in fields_of(answer)
+            assert (b"<form" in answer[2]) == (method == "GET" and "Accept: text/html" in lines)
+        assert app.connections == 0
+
+    def test_from_the_address_to_a_cookie(self, proxy, app):
+        """A page visit with the token ends at the clean address, signed in; the app sees neither."""
+        target = "/proxy/%d/a?x=%%2F&token=%s&token=its-own&y" % (app.port, TOKEN)
+        answer = proxy.get(target, *SAFE_LINES)
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, "/proxy/%d/a?x=%%2F&token=its-own&y" % app.port)
+        cookie = fields_of(answer)["set-cookie"]
+        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/proxy; HttpOnly; SameSite=Lax" % proxy.port, cookie)
+        assert TOKEN not in cookie
+        assert status_of(proxy.get("/proxy/%d/b" % app.port, cookie_of(answer))) == 200
+        assert [message[0] for message in app.messages] == ["GET /b HTTP/1.1"]
+        again = proxy.get("/proxy/?token=" + TOKEN, cookie_of(answer), *SAFE_LINES)
+        assert (status_of(again), fields_of(again)["location"], fields_of(again).get("set-cookie")) == (302, "/proxy/", None)
+
+    @pytest.mark.parametrize("scheme", ["token", "Token", "Bearer", "bearer"])
+    def test_authorization(self, proxy, app, scheme):
+        assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, "Content-Length: 0", "Authorization: %s %s" % (scheme, TOKEN), "Origin: http://evil"))) == 200
+        assert "authorization" not in fields_of(app.messages[0])
+
+    def test_websocket(self, proxy, upstream):
+        app = upstream(lambda wire, app: (app.messages.append(wire.message()), wire.send(SWITCHING), wire.rest()))
+        for lines in (("Authorization: token " + TOKEN,), ()):
+            query = "" if lines else "?token=%s&a" % TOKEN
+            assert status_of(proxy.get("/proxy/%d/ws%s" % (app.port, query), *(HANDSHAKE + lines), no_body=True)) == 101
+        assert [message[0] for message in app.messages] == ["GET /ws HTTP/1.1", "GET /ws?a HTTP/1.1"]
+        assert not any("authorization" in fields_of(message) for message in app.messages)
+
+    def test_sign_in_page(self, proxy, app):
+        target = "/proxy/%d/a?b=%%22&c" % app.port
+        page = proxy.get(target, *SAFE_LINES)
+        assert b'action="/proxy/"' in page[2]
+        assert b'value="/proxy/%d/a?b=%%22&amp;c"' % app.port in page[2]
+
+        def submit(form):
+            return proxy.ask(request("POST", "/proxy/", "Content-Type: application/x-www-form-urlencoded", "Content-Length: %d" % len(form), *SAFE_LINES, body=form.encode()))
+
+        answer = submit("token=%s&next=%%2Fproxy%%2F%d%%2Fa%%3Fb%%3D%%2522%%26c" % (TOKEN, app.port))
+        assert (status_of(answer), fields_of(answer)["location"]) == (303, target)
+        assert status_of(proxy.get(target, cookie_of(answer))) == 200
+        wrong = submit("token=wrong")
+        assert (status_of(wrong), b"That is not the token" in wrong[2], b"<form" in wrong[2]) == (401, True, True)
+        for place in ("//evil/proxy/", "/\\evil", "https://evil/", "/elsewhere", "/proxyx/", "/proxy/\r\nX: y", "javascript:alert(1)", ""):
+            answer = submit("token=%s&next=%s" % (TOKEN, "".join("%%%02X" % ord(octet) for octet in place)))
+            assert (status_of(answer), fields_of(answer)["location"]) == (303, "/proxy/")
+        assert status_of(proxy.ask(request("POST", "/proxy/", "Content-Length: 9000", body=b"a" * 9000))) == 413
+
+    def test_sign_in_at_the_root(self, start):
+        proxy = start(token=TOKEN, base="/")
+        for place in ("%2F%2Fevil", "%2F%5Cevil", "%2Fa%5C%5Cevil"):
+            form = ("token=%s&next=%s" % (TOKEN, place)).encode()
+            assert fields_of(proxy.ask(request("POST", "/", "Content-Length: %d" % len(form), body=form)))["location"] == "/"
+
+    def test_credentials_are_cut_out_and_the_apps_own_stay(self, proxy, app):
+        """Byte for byte, in every form of the address and on every kind of request."""
+        chance = random.Random(1)
+        ours = cookie_of(proxy.get("/proxy/?token=" + TOKEN, *SAFE_LINES))[len("Cookie: ") :]
+        name = ours.split("=")[0]
+        for sent, arrives in (
+            ("a=b; %s; c=d", "a=b; c=d"), ("%s; a=b", "a=b"), ("a=b; %s", "a=b"), ("%s", None), ('a="x y";b ; %s;c', 'a="x y";b ;c'), ("x%s; a=%s; %s", "x%s; a=%s"),
+            ("%s; " + name + "=stale; a=b", "a=b"), (name + "=stale; %s", None),
+        ):  # fmt: skip
+            lines = ("Cookie: " + sent.replace("%s", ours), "Authorization: Bearer its-own", "Referer: http://here:8888/proxy/%d/p?token=%s&q=%%2F%s" % (app.port, TOKEN, chance.choice(["", "#token=x"])))
+            for target, line in (("/proxy/%d/x?token=%s&a&token=mine", "GET /x?a&token=mine HTTP/1.1"), ("/proxy/absolute/%d/x?token=%s", "GET /proxy/absolute/%d/x HTTP/1.1" % app.port)):
+                assert status_of(proxy.get(target % (app.port, TOKEN), *lines)) == 200
+                message = app.messages[-1]
+                assert message[0] == line
+                fields = fields_of(message)
+                assert fields.get("cookie") == (arrives.replace("%s", ours) if arrives else None)
+                assert fields["authorization"] == "Bearer its-own"
+                assert TOKEN not in repr(message)
+            assert status_of(proxy.get("http://here:8888/proxy/%d/?token=%s" % (app.port, TOKEN), *lines)) == 200
+            assert TOKEN not in repr(app.messages[-1])
+
+    def test_a_token_in_front_of_a_fragment(self, proxy):
+        gate = proxy.proxy._around.gate
+        for url, clean in (("/a?token=%s#x", "/a#x"), ("/a?b&token=%s#x?token=y", "/a?b#x?token=y"), ("/a?token=y#token=z", "/a?token=y#token=z")):
+            assert gate._without_token(url.replace("%s", TOKEN)) == clean
+
+    def test_an_app_cannot_set_our_cookie(self, proxy, upstream):
+        spellings = b"".join(b"Set-Cookie:%s\r\n" % spelling.replace(b"N", b"%d" % proxy.port) for spelling in (b" port_proxy_N=evil; Path=/", b"port_proxy_N =evil", b" =port_proxy_N=evil", b"port_proxy_N"))
+        app = upstream(answering(b"HTTP/1.1 200 OK\r\n" + spellings + b"Set-Cookie: a=b\r\nContent-Length: 0\r\n\r\n"))
+        answer = proxy.get("/proxy/%d/" % app.port, "Authorization: token " + TOKEN)
+        assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
+
+    def test_wrong_tokens_are_slowed_down(self, proxy, app):
+        """Then even the right one is not looked at for a moment; who is signed in notices nothing."""
+        cookie = cookie_of(proxy.get("/proxy/?token=" + TOKEN, *SAFE_LINES))
+        statuses = [status_of(proxy.get("/proxy/%d/" % app.port, "Authorization: token wrong%d" % number)) for number in range(15)]
+        assert statuses[:5] == [401] * 5
+        assert statuses[-1] == 429
+        assert status_of(proxy.get("/proxy/%d/" % app.port, "Authorization: token " + TOKEN)) in (429, 200)
+        assert status_of(proxy.get("/proxy/%d/" % app.port, cookie)) == 200
+        assert status_of(proxy.get("/proxy/?token=" + TOKEN, *SAFE_LINES)) == 302  # counted apart
+        eventually(lambda: status_of(proxy.get("/proxy/%d/" % app.port, "Authorization: token " + TOKEN)) == 200)
+
+    def test_nobody_is_locked_out_by_an_apps_own_token(self, proxy, app):
+        """Sent again and again, by a page that was open when the proxy was restarted; or by a page of another site."""
+        for _ in range(30):
+            assert status_of(proxy.get("/proxy/%d/" % app.port, "Authorization: token apps-own")) == 401
+        for number in range(30):
+            assert status_of(proxy.get("/proxy/?token=%d" % number, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors")) == 401
+        assert status_of(proxy.get("/proxy/%d/" % app.port, "Authorization: token " + TOKEN)) == 200
+        assert status_of(proxy.get("/proxy/%d/?token=%s" % (app.port, TOKEN))) == 200
+
+    def test_locked_out_means_locked_out(self, proxy):
+        gate = proxy.proxy._around.gate
+        visit = Visit("192.0.2.1", "http", "a")
+        gate._wrong[visit.address, "fields"] = (0.0, time.monotonic(), frozenset())
+        assert status_of_error(gate._try, "fields", [TOKEN], visit) == 429
+
+    def test_sessions_are_bounded(self, proxy):
+        gate = proxy.proxy._around.gate
+        visit = Visit("192.0.2.1", "https", "a")
+        first = gate._new_cookie(visit)
+        assert first[1].endswith("; Secure")
+        for number in range(2000):
+            gate._new_cookie(visit)
+            gate._try("fields", ["wrong"], visit._replace(address="192.0.2.%d" % number))
+        assert len(gate._sessions) <= 1000
+        assert len(gate._wrong) <= 1000
+
+    def test_a_form_that_drips_has_one_deadline(self, start):
+        proxy = start(token=TOKEN, head_timeout=0.4)
+        with proxy.wire() as wire:
+            wire.send(request("POST", "/proxy/", "Content-Length: 8000"))
+            stop = threading.Event()
+
+            def drip():
+                with contextlib.suppress(OSError):
+                    while not stop.wait(0.05):
+                        wire.sock.send(b"a")
+
+            thread = threading.Thread(target=drip)
+            thread.start()
+            assert status_of(wire.message()) == 408
+            stop.set()
+            thread.join(WAIT)
+
+    def test_who_takes_no_answer_of_ours_is_cut_off(self, start):
+        proxy = start(token=TOKEN, head_timeout=0.3)
+        with proxy.wire() as wire:
+            wire.sock.settimeout(0.3)
+            with contextlib.suppress(OSError):
+                while True:
+                    wire.sock.send(request("GET", "/proxy/") * 100)
+            eventually(lambda: not proxy.streams)
+
+    def test_reserved_characters(self, upstream):
+        """The address in the banner works, whatever the token."""
+        quoted = "a%26b%23c%2541%2Bd%3Be"
+        with shell_proxy(env=dict(os.environ, PORT_PROXY_TOKEN="a&b#c%41+d;e"), says=b"/proxy/?token=%s\n" % quoted.encode()) as (_, port):
+            with Wire.to(port) as wire:
+                wire.send(request("GET", "/proxy/?token=" + quoted, *SAFE_LINES))
+                assert status_of(wire.message()) == 302
+
+    def test_when_a_token_is_asked_for(self, start):
+        assert start().proxy.token == ""
+        assert start(token="").proxy.token == ""
+        assert start(bind="0.0.0.0", token="").proxy.token == ""
+        tokens = {start(bind="0.0.0.0").proxy.token for _ in range(2)}
+        assert len(tokens) == 2
+        assert min(map(len, tokens)) >= 32
+        assert status_of(start(bind="0.0.0.0").get("/proxy/")) == 401
+
+    @pytest.mark.parametrize("token", [None, TOKEN])
+    def test_preflight(self, start, app, token):
+        question = ("Origin: http://evil", "Access-Control-Request-Method: POST", "Sec-Fetch-Mode: cors", "Sec-Fetch-Site: cross-site")
+        for allow, status in ((False, 401 if token else 403), (True, 200)):
+            proxy = start(token=token, allow_preflight=allow)
+            assert status_of(proxy.ask(request("OPTIONS", "/proxy/%d/" % app.port, *question))) == status
+            assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, "Content-Length: 0", *question))) == (401 if token else 403)
+            assert status_of(proxy.ask(request("OPTIONS", "/proxy/%d/" % app.port, *question[:1]))) == (401 if token else 200)
+
+    def test_no_secret_in_the_log_or_an_answer(self, proxy, app, caplog):
+        with caplog.at_level(logging.DEBUG):
+            cookie = cookie_of(proxy.get("/proxy/%d/?token=%s" % (app.port, TOKEN), *SAFE_LINES))
+            answers = [
+                proxy.get("/proxy/%d/?token=%s" % (app.port, TOKEN), cookie), proxy.get("/nothing?token=" + TOKEN, cookie), proxy.get("/proxy/1/?token=" + TOKEN, cookie),
+                proxy.get("/proxy/1/?token=wrong", *SAFE_LINES), proxy.get("/proxy/1:1:1?token=" + TOKEN, "Authorization: token " + TOKEN),
+            ]  # fmt: skip
+        said = repr(answers) + caplog.text
+        assert TOKEN not in said
+        assert cookie.split("=", 1)[1] not in said
+
+
+ORIGINS = [  # method, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, whether it may come in where a browser does so on its own
+    ("POST", "http://here:8888", "same-origin", "cors", True), ("POST", "https://here:8888", None, None, True), ("POST", None, None, None, True), ("POST", "http://evil", None, None, False),
+    ("POST", "null", None, None, False), ("POST", "http://here", None, None, False), ("DELETE", "http://evil", "cross-site", "cors", False), ("FROB", "http://evil", None, None, False),
+    ("POST", "http://evil", "cross-site", "navigate", False), ("POST", "http://localhost:1", "same-site", "cors", False), ("GET", "http://evil", None, None, True),
+    ("GET", "http://evil", "cross-site", "cors", False), ("GET", None, "cross-site", "no-cors", False), ("HEAD", None, "cross-site", "no-cors", False), ("GET", None, "cross-site", "navigate", True),
+    ("GET", None, "same-site", "no-cors", True), ("GET", None, "none", "navigate", True), ("GET", None, "same-origin", "no-cors", True), ("OPTIONS", "http://evil", None, None, True),
+    ("WS", "http://here:8888", "same-origin", "websocket", True), ("WS", None, None, None, True), ("WS", "http://evil", "cross-site", "websocket", False), ("WS", "http://evil", None, None, False),
+    ("WS", "null", None, None, False), ("WS", "http://localhost:8888", "same-site", "websocket", False),
+]  # fmt: skip
+
+
+class TestOrigin:
+    @pytest.mark.parametrize("method, origin, site, mode, admitted", ORIGINS, ids=case_id)
+    def test_pages_of_other_sites(self, start, upstream, method, origin, site, mode, admitted):
+        app = upstream(answering(OK))
+        lines = ["Accept: text/html"] + ["%s: %s" % field for field in (("Origin", origin), ("Sec-Fetch-Site", site), ("Sec-Fetch-Mode", mode)) if field[1]]
+        raw = request("GET" if method == "WS" else method, "/proxy/%d/" % app.port, *lines, *(HANDSHAKE if method == "WS" else ()))
+
+        def outcome(proxy, *more):
+            return status_of(proxy.ask(raw[:-2] + b"".join(line.encode() + b"\r\n" for line in more) + b"\r\n", no_body=method == "HEAD"))
+
+        expected = 200 if admitted else 403
+        assert outcome(start()) == expected
+        signed = start(token=TOKEN)
+        assert outcome(signed, cookie_of(signed.get("/proxy/?token=" + TOKEN, *SAFE_LINES))) == expected
+        assert outcome(signed, "Authorization: token " + TOKEN) == 200  # a program that shows the token means it
+        assert outcome(start(allow_origins=["*"])) == 200
+        assert outcome(start(allow_origins=["http://EVIL:80"])) == (200 if origin == "http://evil" else expected)
+        assert app.connections == 0 or not app.failures
+
+    def test_the_log_says_why(self, proxy, caplog):
+        with caplog.at_level(logging.INFO, "port_proxy"):
+            answer = proxy.ask(request("POST", "/proxy/1/", "Origin: http://evil"))
+        assert b"--allow-origin" in answer[2]
+        assert "'http://evil' is not here:8888" in caplog.text
+
+    @pytest.mark.parametrize("origin, normal", [("HTTPS://A.example:443", "https://a.example"), ("http://a:8080", "http://a:8080"), ("http://[::1]:80", "http://[::1]"), ("https://a:80", "https://a:80")])
+    def test_normal_origin(self, origin, normal):
+        assert port_proxy.normal_origin(origin) == normal
+
+    @pytest.mark.parametrize("origin", ["null", "a", "http://", "http://a/", "http://u@a", "ftp://a", "http://a b", "http://a?b"])
+    def test_no_origin(self, origin):
+        with pytest.raises(ValueError):
+            checked_config(Config(allow_origins=[origin]))
+
+
+class TestAuthorize:
+    def test_the_embedders_own_gate(self, start, upstream):
+        """Asked once per request and Upgrade, before anything is connected; admits, refuses, redirects."""
+        asked = []
+
+        async def authorize(head, visit, route):
+            asked.append((head.method, head.target, visit.address, route and route.port))
+            if "refuse" in head.target:
+                raise ProxyError(402, "Not you.")
+            if "redirect" in head.target:
+                raise ProxyError(302, "", (("Location", "/login"),))
+
+        app = upstream(answering(OK))
+        proxy = start(authorize=authorize, bind="0.0.0.0", allow_hostnames=())
+        assert status_of(proxy.get("/proxy/%d/" % app.port)) == 200
+        assert app.connections == 1
+        assert status_of(proxy.get("/proxy/%d/refuse" % app.port)) == 402
+        assert status_of(proxy.get("/proxy/%d/refuse" % app.port, *HANDSHAKE)) == 402
+        answer = proxy.get("/proxy/redirect:%d/" % app.port)
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, "/login")
+        assert status_of(proxy.get("/proxy/")) == 200
+        assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, "Origin: http://evil"))) == 403
+        assert app.connections == 1
+        assert asked[0] == ("GET", "/proxy/%d/" % app.port, "127.0.0.1", app.port)
+        assert len(asked) == 6
+
+    def test_its_mistakes_admit_nobody(self, start, upstream):
+        async def authorize(head, visit, route):
+            raise KeyError("oops")
+
+        app = upstream(answering(OK))
+        assert status_of(start(authorize=authorize).get("/proxy/%d/" % app.port)) == 500
+        assert app.connections == 0
+
+
+class TestTrustedProxies:
+    @pytest.mark.parametrize(
+        "address, fields, visit",
+        [
+            ("192.0.2.9", (), ("192.0.2.9", "http", "here:8888", "8888", "192.0.2.9")),
+            ("192.0.2.9", (("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-Proto", "https"), ("X-Forwarded-Host", "evil")), ("192.0.2.9", "http", "here:8888", "8888", "192.0.2.9")),
+            ("10.0.0.1", (), ("10.0.0.1", "http", "here:8888", "8888", "10.0.0.1")),
+            ("10.0.0.1", (("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-Proto", "HTTPS"), ("X-Forwarded-Host", "pub.example")), ("1.2.3.4", "https", "pub.example", "443", "1.2.3.4, 10.0.0.1")),
+            ("10.0.0.1", (("X-Forwarded-For", "6.6.6.6, 1.2.3.4"), ("X-Forwarded-For", "10.9.9.9")), ("1.2.3.4", "http", "here:8888", "8888", "6.6.6.6, 1.2.3.4, 10.9.9.9, 10.0.0.1")),
+            ("10.0.0.1", (("X-Forwarded-Host", "a b"), ("X-Forwarded-Proto", "gopher"), ("X-Forwarded-Port", "x")), ("10.0.0.1", "http", "here:8888", "8888", "10.0.0.1")),
+            ("::1", (("X-Forwarded-Host", "pub:81"), ("X-Forwarded-Port", "8443")), ("::1", "http", "pub:81", "8443", "::1")),
+            ("", (("X-Forwarded-For", "1.2.3.4"),), ("1.2.3.4", "http", "here:8888", "8888", "1.2.3.4")),
+        ],
+    )  # fmt: skip
+    def test_visit(self, address, fields, visit):
+        head = RequestHead("GET", "/", "here:8888", "1.1", fields)
+        assert port_proxy.visit_of(head, address, "http", ("10.0.0.0/8", "::1", "unix")) == Visit(*visit)
+
+    def test_on_the_wire(self, start, upstream):
+        app = upstream(answering(OK))
+        lines = ("X-Forwarded-For: 1.2.3.4", "X-Forwarded-Proto: https", "X-Forwarded-Host: pub.example")
+        proxy = start(trusted_proxies=["127.0.0.1"], token=TOKEN)
+        answer = proxy.get("/proxy/?token=" + TOKEN, *(lines + SAFE_LINES))
+        assert fields_of(answer)["set-cookie"].endswith("; Secure")
+        assert status_of(proxy.get("/proxy/%d/" % app.port, cookie_of(answer), *lines)) == 200
+        sent = fields_of(app.messages[-1])
+        assert (sent["x-forwarded-for"], sent["x-forwarded-proto"], sent["x-forwarded-host"], sent["x-forwarded-port"]) == ("1.2.3.4, 127.0.0.1", "https", "pub.example", "443")
+        assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, cookie_of(answer), "Origin: https://pub.example", *lines))) == 200
+        assert fields_of(app.messages[-1])["origin"] == "http://localhost:%d" % app.port
+        assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, cookie_of(answer), "Origin: http://here:8888", *lines))) == 403
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1193,8 +1600,9 @@ class TestUpstream:
             assert app.connections == count
 
     @pytest.mark.parametrize("raw", [b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n", b"x", None])
-    def test_an_idle_connection_that_stirs_is_dropped(self, proxy, upstream, raw):
+    def test_an_idle_connection_that_stirs_is_dropped(self, start, upstream, raw):
         """Bytes or the end, come while it idles, are no answer to the next request."""
+        proxy = start(idle_upstream_timeout=10 * WAIT)
 
         def serve(wire, app):
             app.messages.append(wire.message())
@@ -1204,7 +1612,8 @@ class TestUpstream:
                 wire.send(raw)
             else:
                 wire.end()
-            wire.rest()
+            with contextlib.suppress(ConnectionResetError):
+                wire.rest()
 
         app = upstream(serve)
         assert proxy.get("/proxy/%d/a" % app.port)[2] == b"ok"
@@ -1262,6 +1671,45 @@ class TestUpstream:
             assert proxy.upstreams._idle_count <= 2
         eventually(lambda: proxy.upstreams._idle_count == 0 and not proxy.upstreams._idle)
 
+    def test_a_connection_with_half_a_request_on_it_is_not_kept(self, proxy, upstream):
+        """An early answer: what came next on it would be taken for the rest of the body."""
+
+        def serve(wire, app):
+            while wire.until(b"\r\n\r\n"):
+                wire.send(OK)
+
+        app = upstream(serve)
+        for count in range(1, 4):
+            with proxy.wire() as wire:
+                wire.send(request("POST", "/proxy/%d/" % app.port, "Content-Length: 1000"))
+                assert wire.message()[2] == b"ok"
+            assert app.connections == count
+
+    @pytest.mark.parametrize("begun", [b"HTTP/1.1 200 O", OK[:-1]])
+    def test_an_answer_that_has_begun_is_not_asked_for_again(self, proxy, upstream, begun):
+        def serve(wire, app):
+            for answer in (OK, begun):
+                app.messages.append(wire.message())
+                wire.send(answer)
+
+        app = upstream(serve)
+        assert proxy.get("/proxy/%d/a" % app.port)[2] == b"ok"
+        eventually(lambda: proxy.upstreams._idle_count == 1)
+        with proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/b" % app.port, "Connection: close"))
+            wire.rest()
+        assert len(app.messages) == 2
+
+    def test_a_connection_to_itself_is_refused(self, proxy, upstream, monkeypatch):
+        app = upstream(answering(OK))
+        monkeypatch.setattr(port_proxy, "_ends_of", lambda stream: (("127.0.0.1", app.port),) * 2)
+        answer = proxy.get("/proxy/%d/" % app.port)
+        assert (status_of(answer), b"Nothing listens" in answer[2]) == (502, True)
+
+    @pytest.mark.parametrize("host", ["a..b", "a" * 64])
+    def test_a_name_that_cannot_be_looked_up(self, start, host):
+        assert status_of(start(host_allowlist=["*"]).get("/proxy/%s:80/" % host)) == 502
+
     def test_nothing_listens(self, proxy):
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
@@ -1293,11 +1741,155 @@ class TestUpstream:
         assert status_of(answer) == 504
         assert b"was not answered within 0.3 seconds" in answer[2]
 
+    def test_an_app_that_resets_at_once(self, proxy, upstream):
+        """Gone before its address can be asked for: a 502 like any other."""
+        app = upstream(Wire.reset_at_once)
+        for _ in range(30):
+            with proxy.held(), proxy.wire() as wire:
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+            with proxy.wire() as wire:
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+                assert status_of(wire.message()) == 502
+
+    def test_what_a_connection_gone_is(self):
+        class Gone:
+            transport = type("", (), {"get_extra_info": staticmethod(lambda name: None)})
+            abort = staticmethod(lambda: None)
+
+        with pytest.raises(ConnectionResetError):
+            port_proxy._ends_of(Gone)
+
+    @pytest.mark.parametrize("here, there, listening, reached", [
+        (("127.0.0.1", 5), ("127.0.0.1", 80), ("127.0.0.1", 80), True), (("127.0.0.1", 5), ("127.0.0.1", 81), ("127.0.0.1", 80), False),
+        (("10.0.0.1", 5), ("10.0.0.1", 80), ("0.0.0.0", 80), True), (("10.0.0.1", 5), ("10.0.0.2", 80), ("0.0.0.0", 80), False), (("::1", 5), ("::1", 80), ("::", 80), True),
+        (("127.0.0.1", 5), ("127.0.0.2", 80), ("0.0.0.0", 80), True), (("::1", 5), ("::1", 80), ("127.0.0.1", 80), False),
+    ])  # fmt: skip
+    def test_reaches(self, here, there, listening, reached):
+        assert port_proxy._reaches(here, there, listening) is reached
+
+    def test_the_proxy_does_not_call_itself_by_another_spelling(self, start):
+        proxy = start(host_allowlist=["*"])
+        try:
+            Wire(socket.create_connection(("::ffff:127.0.0.1", proxy.port), WAIT)).close()
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        assert status_of(proxy.get("/proxy/absolute/[::ffff:127.0.0.1]:%d/" % proxy.port)) == 508
+
+    def test_a_connection_with_unsent_bytes_is_not_kept(self, start, upstream):
+        """An early answer to an upload whose last bytes are still queued: the next request must not wait behind them."""
+
+        def serve(wire, app):
+            wire.until(b"\r\n\r\n")
+            if app.connections == 1:
+                app.happened.wait(WAIT)
+            wire.send(OK)
+            app.let_go.wait(4 * WAIT)
+
+        app = upstream(serve)
+        app.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        proxy = start()
+        size = 115000
+        with proxy.wire() as wire:
+            wire.send(request("POST", "/proxy/%d/" % app.port, "Content-Length: %d" % size))
+            eventually(lambda: app.connections == 1)
+            narrow(proxy, app.port)
+            wire.send(bytes(size))
+            eventually(lambda: any(stream.transport.get_write_buffer_size() for stream in list(proxy.streams)))
+            app.happened.set()
+            message = wire.message()
+            assert (message[2], fields_of(message).get("connection")) == (b"ok", "close")
+        assert proxy.get("/proxy/%d/" % app.port)[2] == b"ok"
+        assert app.connections == 2
+
     @pytest.mark.parametrize("bind", ["127.0.0.1", "0.0.0.0"])
     def test_the_proxy_does_not_call_itself(self, start, bind):
-        proxy = start(bind=bind)
+        proxy = start(bind=bind, token="")
         for form in ("/proxy/%d/", "/proxy/absolute/%d/", "/proxy/127.0.0.1:%d/proxy/"):
             assert status_of(proxy.get(form % proxy.port)) == 508
+
+
+OTHER_USER = 1234567
+LISTEN_AS = """\
+import os, socket, sys
+os.setuid(int(sys.argv[1]))
+listener = socket.socket(socket.AF_INET6 if ":" in sys.argv[2] else socket.AF_INET)
+listener.bind((sys.argv[2], 0)); listener.listen(5)
+print(listener.getsockname()[1], flush=True)
+while True:
+    wire = listener.accept()[0]
+    if wire.recv(65536): wire.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\nok")
+    wire.close()
+"""
+
+
+class TestPortOwner:
+    @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+    @pytest.mark.parametrize("user, reached", [(OTHER_USER, False), (0, True), (33, True)])
+    def test_listeners_of_others(self, start, host, user, reached):
+        """jupyter-server-proxy issue 590: another user's port is refused, whatever address it listens on."""
+        if not Path("/proc/net/tcp").exists() or os.geteuid() != 0:
+            pytest.skip("only root on Linux can listen as somebody else")
+        with as_user(user, host) as port:
+            name = "[::1]" if host == "::1" else "127.0.0.1"
+            for form in ("/proxy/%d/" % port, "/proxy/absolute/%d/" % port, "/proxy/%s:%d/" % (name, port)):
+                answer = start().get(form)
+                assert status_of(answer) == (200 if reached else 403)
+                assert reached or (b"--any-owner" in answer[2] and b"number %d" % OTHER_USER in answer[2])
+                assert status_of(start().get(form, *HANDSHAKE)) == (200 if reached else 403)
+                assert status_of(start(any_owner=True).get(form)) == 200
+
+    def test_which_row_of_the_table_counts(self, monkeypatch):
+        """The accepted socket before listeners; the very address before all; IPv6 for all serves IPv4 only where nothing else does."""
+
+        def table(owners):
+            lines = dict.fromkeys(("/proc/net/tcp", "/proc/net/tcp6"), "  sl  local_address\n")
+            for at, (name, address, peer, state, owner) in enumerate(owners):
+                lines["/proc/net/" + name] += "%4d: %s:0050 %s %s 00000000:00000000 00:00000000 00000000 %5d        0 1 1 0\n" % (at, address, peer, state, owner)
+            return lambda name, **_: io.StringIO(lines[name])
+
+        any4, own4, any6, own6 = "0" * 8, port_proxy._hexadecimal("127.0.0.1"), "0" * 32, port_proxy._hexadecimal("::1")
+        none, here = "00000000:0000", port_proxy._hexadecimal("127.0.0.1") + ":0005"
+        for owners, address, owner in (
+            ([("tcp", any4, none, "0A", 1)], "127.0.0.1", 1), ([("tcp", any4, none, "0A", 1), ("tcp", own4, none, "0A", 2)], "127.0.0.1", 2), ([("tcp6", any6, none, "0A", 3)], "127.0.0.1", 3),
+            ([("tcp6", any6, none, "0A", 3), ("tcp", any4, none, "0A", 1)], "127.0.0.1", 1), ([("tcp", any4, none, "0A", 1), ("tcp6", any6, none, "0A", 3)], "::1", 3),
+            ([("tcp6", any6, none, "0A", 3), ("tcp6", own6, none, "0A", 4)], "::1", 4), ([("tcp", any4, none, "0A", 1)], "::1", None), ([], "127.0.0.1", None),
+            ([("tcp", own4, none, "0A", 2), ("tcp", own4, here, "01", 5)], "127.0.0.1", 5), ([("tcp", own4, none, "0A", 2), ("tcp", own4, here, "01", 0)], "127.0.0.1", 2),
+        ):  # fmt: skip
+            monkeypatch.setattr(port_proxy, "open", table(owners), raising=False)
+            assert port_proxy._owner((address, 5), (address, 80)) == owner
+
+    def test_own_ports_and_the_table(self, upstream):
+        if not Path("/proc/net/tcp").exists():
+            pytest.skip("this system has no /proc/net/tcp")
+        for host in ("127.0.0.1", "0.0.0.0", "::1", "::"):
+            app = upstream(lambda wire, app: wire.rest(), host=host)
+            with socket.create_connection(("::1" if host == "::1" else "127.0.0.1", app.port)) as sock:
+                assert port_proxy._owner(sock.getsockname()[:2], sock.getpeername()[:2]) == os.geteuid()
+
+    def test_where_the_table_is_not_to_be_had(self, start, upstream, monkeypatch):
+        monkeypatch.setattr(port_proxy, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError()), raising=False)
+        app = upstream(answering(OK))
+        assert status_of(start().get("/proxy/%d/" % app.port)) == 200
+
+    def test_looking_is_bounded(self, monkeypatch):
+        """What a look said is believed for a while; it is not looked up for every connection."""
+        looks = []
+        monkeypatch.setattr(port_proxy, "_owner", lambda here, there: (looks.append(there), threading.Event().wait(0.05), OTHER_USER)[2])
+        owners = port_proxy.Owners()
+        assert [owners.stranger(("127.0.0.1", n), ("127.0.0.1", 80)) for n in range(20)] == [OTHER_USER] * 20
+        assert len(looks) == 1
+
+
+@contextlib.contextmanager
+def as_user(user, host):
+    """A server that another user runs; its port."""
+    process = subprocess.Popen([sys.executable, "-c", LISTEN_AS, str(user), host], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1485,6 +2077,30 @@ class TestResponses:
             app.happened.set()
             assert not (got + wire.rest()).endswith(b"0\r\n\r\n")
 
+    @pytest.mark.parametrize("why", ["stall", "stop"])
+    def test_a_body_that_the_end_delimits_is_never_ended_cleanly_by_us(self, start, upstream, why):
+        """HTTP/1.0: whatever makes the proxy give up, the client must not take it for the end."""
+
+        def serve(wire, app):
+            wire.message()
+            wire.send(b"HTTP/1.0 200 OK\r\n\r\nabc")
+            with contextlib.suppress(OSError):
+                for _ in range(50):
+                    wire.send(bytes(1 << 20) if why == "stall" else b"x")
+                app.let_go.wait(4 * WAIT)
+
+        app = upstream(serve)
+        proxy = start(stall_timeout=0.3 if why == "stall" else 60, shutdown_timeout=0.1)
+        with proxy.wire() as wire:
+            wire.send(b"GET /proxy/%d/ HTTP/1.0\r\nHost: here\r\n\r\n" % app.port)
+            wire.until(b"abc")
+            if why == "stop":
+                proxy.close()
+            else:
+                eventually(lambda: not proxy.streams)
+            with pytest.raises(ConnectionResetError):
+                wire.rest()
+
     def test_interim_answers_are_passed_on(self, proxy, upstream):
         app = upstream(answering(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nContent-Length: 9\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n" + OK))
         with proxy.wire() as wire:
@@ -1494,6 +2110,19 @@ class TestResponses:
             assert wire.message()[2] == b"ok"
             wire.send(b"GET /proxy/%d/ HTTP/1.0\r\n\r\n" % app.port)
             assert status_of(wire.message()) == 200
+
+    def test_a_101_that_nobody_asked_for_is_502(self, proxy, upstream):
+        app = upstream(once(SWITCHING))
+        assert status_of(proxy.get("/proxy/%d/" % app.port)) == 502
+
+    def test_interim_answers_are_bounded(self, proxy, upstream):
+        app = upstream(once(b"HTTP/1.1 103 E\r\n\r\n" * 40 + OK))
+        with proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port))
+            message = wire.message(no_body=True)
+            while status_of(message) == 103:
+                message = wire.message(no_body=True)
+            assert status_of(message) == 502
 
     def test_unknown_status_and_reason(self, proxy, upstream):
         app = upstream(answering(b"HTTP/1.1 299 Sch\xf6n\r\nContent-Length: 0\r\n\r\n"))
@@ -1633,7 +2262,7 @@ class TestRequests:
             wire.exactly(100000)
             wire.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig")
             if not close:
-                app.let_go.wait(WAIT)
+                app.let_go.wait(4 * WAIT)
 
         app = upstream(serve)
         for _ in range(5):
@@ -1702,17 +2331,93 @@ class TestRequests:
                     if answer:
                         wire.until(b"abc")
                     leave(wire)
-                    assert app.let_go.wait(WAIT)
+                    assert app.let_go.wait(4 * WAIT)
 
     def test_a_client_that_had_ended_its_side_is_answered(self, proxy, upstream):
         """`printf 'GET ...' | nc -N`: the request and its end are there before the upstream is connected."""
         app = upstream(answering(OK))
         with proxy.wire() as wire:
-            proxy.background.loop.call_soon_threadsafe(time.sleep, 0.3)  # so that both arrive as one
-            wire.send(request("GET", "/proxy/%d/" % app.port))
-            wire.end()
+            with proxy.held():
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+                wire.end()
             assert wire.message()[2] == b"ok"
             assert wire.rest() == b""
+
+    @pytest.mark.parametrize("behind", [b"GET /proxy/%d/smuggled HTTP/1.1\r\nHost: here\r\n\r\n", b"GET /part"])
+    @pytest.mark.parametrize("end", [True, False])
+    def test_what_follows_a_bad_chunk_is_no_request(self, proxy, upstream, behind, end):
+        """Not even where an early answer has come in the same moment."""
+
+        def serve(wire, app):
+            while wire.buffer or wire.more():
+                app.messages.append(wire.until(b"\r\n\r\n"))
+                wire.until(b"hello\r\n")
+                app.happened.wait(WAIT)
+                wire.send(OK)
+
+        app = upstream(serve)
+        with proxy.wire() as wire:
+            wire.send(request("POST", "/proxy/%d/" % app.port, "Transfer-Encoding: chunked") + b"5\r\nhello\r\n")
+            eventually(lambda: app.messages)
+            with proxy.held():
+                wire.send(b"3\r\nabcX" + (behind % app.port if b"%" in behind else behind))
+                if end:
+                    wire.end()
+                app.happened.set()
+                app.threads[-1].join(0.2)  # gives the answer time to be there too; without it the test only proves less
+            with contextlib.suppress(ConnectionResetError):
+                answer = wire.message()
+                assert status_of(answer) in (200, 400)
+                assert fields_of(answer)["connection"] == "close"
+                wire.end()
+                assert wire.rest() == b""
+        eventually(lambda: not proxy.proxy._clients)
+        assert len(app.messages) == 1
+
+    def test_an_early_answer_after_which_nothing_can_be_sent_says_close(self, proxy, upstream):
+        def serve(wire, app):
+            wire.until(b"\r\n\r\n")
+            wire.exactly(1000)
+            app.happened.set()
+            app.let_go.wait(4 * WAIT)
+            wire.send(OK)
+
+        for _ in range(5):
+            app = upstream(serve)
+            with proxy.wire() as wire:
+                wire.send(request("POST", "/proxy/%d/" % app.port, "Content-Length: 100000000") + bytes(1000))
+                assert app.happened.wait(WAIT)
+                with proxy.held():
+                    app.let_go.set()
+                    app.threads[1].join(WAIT)
+                    wire.send(bytes(100000))
+                answer = wire.message()
+                assert (status_of(answer), fields_of(answer)["connection"]) == (200, "close")
+
+    def test_a_client_that_reset_before_its_request_was_sent_on_is_gone(self, proxy, upstream):
+        app = upstream(lambda wire, app: wire.rest())
+        for _ in range(10):
+            wire = proxy.wire()
+            with proxy.held():
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+                wire.reset()
+        eventually(lambda: not proxy.streams)
+
+    @pytest.mark.parametrize("kind", ["upload", "pipelined", "tunnel"])
+    def test_a_client_that_resets_while_it_is_not_read_is_gone(self, proxy, upstream, kind):
+        if sys.version_info < (3, 7):
+            pytest.skip("transports of 3.6 do not tell whether they read")
+        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), wire.send(SWITCHING if kind == "tunnel" else b""), app.let_go.wait(4 * WAIT)))
+        lines = {"upload": ("Content-Length: 1000000000",), "pipelined": (), "tunnel": HANDSHAKE}[kind]
+        wire = proxy.wire()
+        wire.send(request("GET", "/proxy/%d/" % app.port, *lines))
+        eventually(lambda: app.connections == 1)
+        wire.sock.settimeout(0.3)
+        with pytest.raises(socket.timeout):
+            while True:
+                wire.sock.send(bytes(65536))
+        wire.reset()
+        eventually(lambda: not proxy.streams)
 
     @pytest.mark.parametrize("method", ["PROPFIND", "MKCOL", "REPORT", "TRACE", "M-SEARCH", "get", "X!"])
     def test_any_method_passes(self, proxy, upstream, method):
@@ -1825,6 +2530,65 @@ def steady(measure):
 
 
 SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nSec-WebSocket-Protocol: b\r\n\r\n"
+
+
+class TestStreams:
+    def test_what_comes_after_a_deadline_comes_too_late(self, background):
+        """It is dropped; it does not break the connection on which the refusal is being sent."""
+
+        async def feed():
+            reader = port_proxy.Reader(background.loop)
+            reader.feed_data(b"a")
+            reader.set_exception(port_proxy.Stalled())
+            reader.feed_data(b"b")
+            reader.feed_eof()
+            return await reader.read(10), await reader.read(10), reader.unread
+
+        assert background.do(feed()) == (b"a", b"", 0)
+
+    def test_what_is_fresh(self, background, start):
+        """Neither bytes that only the kernel has yet, nor its end, nor bytes to be sent."""
+        watch = start().proxy._around.watch
+        disturbances = (
+            lambda stream, there: None,
+            lambda stream, there: there.send(b"x"),
+            lambda stream, there: there.close(),
+            lambda stream, there: stream.write(bytes(1 << 24)),
+        )
+
+        async def look():
+            seen = []
+            for disturb in disturbances:
+                here, there = socket.socketpair()
+                here.setblocking(False)
+                _, protocol = await background.loop.create_connection(lambda: port_proxy.StreamProtocol(watch), sock=here)
+                disturb(protocol.stream, there)
+                seen.append(protocol.stream.is_fresh())  # the loop has had no turn since
+                protocol.stream.abort()
+                there.close()
+            return seen
+
+        assert background.do(look()) == [True, False, False, False]
+
+    def test_an_answer_still_on_its_way_is_not_idleness(self, background):
+        """A client that pauses on the tail of a download has the time of a body for it, not that between requests."""
+
+        async def passing():
+            watch = port_proxy.Watch(background.loop, 60)
+            transport = Loopless(background.loop, 1)
+            protocol = port_proxy.StreamProtocol(watch)
+            transport.set_protocol(protocol)
+            protocol.connection_made(transport)
+            stream, seen = protocol.stream, []
+            stream.read_deadline, stream.write_deadline = 10.0, 20.0
+            for now, queued in ((15.0, 5), (19.0, 5), (25.0, 0), (26.0, 5)):
+                transport.queued = queued
+                stream.expire(now)
+                seen.append((type(stream.reader.failure).__name__, transport.aborted))
+            await watch.close(0)
+            return seen
+
+        assert background.do(passing()) == [("NoneType", False), ("NoneType", False), ("Stalled", False), ("Stalled", True)]
 
 
 class TestTunnel:
@@ -1970,8 +2734,70 @@ class TestTunnel:
             while left:
                 left -= len(wire.sock.recv(min(left, 1 << 20)))
 
+    def test_early_bytes_are_not_held_without_bound(self, start, upstream):
+        """Back-pressure holds from the tunnel's first moment, also for what came before its 101."""
+
+        def serve(wire, app):
+            wire.until(b"\r\n\r\n")
+            app.happened.wait(WAIT)
+            wire.send(SWITCHING)
+            app.let_go.wait(4 * WAIT)
+
+        app = upstream(serve)
+        app.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        proxy = start()
+        with proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port, *HANDSHAKE))
+            eventually(lambda: app.connections == 1 and len(proxy.streams) == 2)
+            narrow(proxy, app.port)
+            wire.send(bytes(190000))
+            app.happened.set()
+            assert status_of(wire.message(no_body=True)) == 101
+            wire.sock.settimeout(0.3)
+            sent = 0
+            with pytest.raises(socket.timeout):
+                while sent < 100 << 20:
+                    sent += wire.sock.send(bytes(1 << 20))
+            assert max(stream.transport.get_write_buffer_size() for stream in list(proxy.streams)) < 1 << 20
+
+    def test_an_app_that_resets_behind_its_101(self, proxy, upstream):
+        def serve(wire, app):
+            wire.until(b"\r\n\r\n")
+            wire.send(SWITCHING)
+            wire.reset()
+
+        app = upstream(serve)
+        for _ in range(20):
+            with proxy.wire() as wire:
+                with proxy.held():
+                    wire.send(request("GET", "/proxy/%d/" % app.port, *HANDSHAKE))
+                with contextlib.suppress(OSError):
+                    wire.rest()
+        eventually(lambda: not proxy.streams and not proxy.proxy._clients)
+
+    def test_a_tunnel_whose_upstream_was_lost_before_it_began(self, background, start):
+        """Its end, which the stream's protocol was told of, is not waited for again."""
+        proxy = start()
+
+        async def splice():
+            watch = proxy.proxy._around.watch
+            streams = []
+            for _ in range(2):
+                here, there = socket.socketpair()
+                there.close()
+                here.setblocking(False)
+                _, protocol = await background.loop.create_connection(lambda: port_proxy.StreamProtocol(watch), sock=here)
+                streams.append(protocol.stream)
+            streams[1].abort()
+            while streams[1] in watch.streams:
+                await asyncio.sleep(0)
+            await asyncio.wait_for(port_proxy.Tunnel(streams[0], streams[1], 60).run(), WAIT)
+
+        background.do(splice())
+        eventually(lambda: not proxy.streams)
+
     def test_a_half_closed_tunnel_that_stands_still_is_ended(self, start, upstream):
-        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), wire.send(SWITCHING), app.let_go.wait(WAIT)))
+        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), wire.send(SWITCHING), app.let_go.wait(4 * WAIT)))
         proxy = start(stall_timeout=0.2)
         with proxy.wire() as wire:
             wire.send(request("GET", "/proxy/%d/" % app.port, *HANDSHAKE))
@@ -2027,9 +2853,9 @@ class TestConnections:
     def test_pipelining_and_then_an_end(self, proxy, upstream):
         app = upstream(answering(OK))
         with proxy.wire() as wire:
-            proxy.background.loop.call_soon_threadsafe(time.sleep, 0.3)
-            wire.send(request("GET", "/proxy/%d/" % app.port) * 3)
-            wire.end()
+            with proxy.held():
+                wire.send(request("GET", "/proxy/%d/" % app.port) * 3)
+                wire.end()
             assert [wire.message()[2] for _ in range(3)] == [b"ok"] * 3
             assert wire.rest() == b""
 
@@ -2054,6 +2880,23 @@ class TestConnections:
             wire.send(request("POST", "/nothing", "Content-Length: 3", body=b"abc"))
             assert fields_of(wire.message())["connection"] == "close"
 
+    def test_an_unread_body_ends_the_connection_whatever_keep_alive_says(self, proxy, upstream, monkeypatch):
+        app = upstream(answering(OK))
+        real = port_proxy.Exchange.answer
+
+        async def answer(exchange, response):
+            await real(exchange, response)
+            exchange.keep_alive = True
+
+        monkeypatch.setattr(port_proxy.Exchange, "answer", answer)
+        with proxy.wire() as wire:
+            wire.send(request("POST", "/nothing", "Content-Length: 1000") + request("GET", "/proxy/%d/" % app.port))
+            wire.end()
+            assert status_of(wire.message()) == 404
+            assert wire.rest() == b""
+        eventually(lambda: not proxy.proxy._clients)
+        assert app.connections == 0
+
     def test_several_proxies_in_one_loop(self, start, upstream):
         apps = [upstream(answering(OK)) for _ in range(2)]
         proxies = [start(), start(base="/")]
@@ -2070,6 +2913,28 @@ class TestConnections:
         assert b"secret" not in answer[2]
         assert b"Traceback" not in answer[2]
         assert any("internal error" in record.getMessage() for record in caplog.records)
+
+
+    def test_resets_between_requests_are_no_news(self, proxy, caplog):
+        """Browsers do it every day."""
+        with caplog.at_level(logging.INFO, "port_proxy"):
+            for raw in (b"", b"GET /pro", request("GET", "/proxy/")):
+                wire = proxy.wire()
+                wire.send(raw)
+                if raw.endswith(b"\r\n\r\n"):
+                    wire.message()
+                eventually(lambda: proxy.proxy._clients)
+                wire.reset()
+                eventually(lambda: not proxy.streams)
+        assert "error" not in caplog.text
+
+    def test_an_empty_line_behind_a_body_is_no_half_request(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start(head_timeout=0.2, keep_alive_timeout=0.8)
+        with proxy.wire() as wire:
+            wire.send(request("POST", "/proxy/%d/" % app.port, "Content-Length: 1", body=b"a") + b"\r\n")
+            assert wire.message()[2] == b"ok"
+            assert wire.rest() == b""  # the end of an idle connection, without a 408
 
 
 class TestDeadlines:
@@ -2164,6 +3029,323 @@ class TestDeadlines:
         assert start(response_timeout=0.1, stall_timeout=0.1, keep_alive_timeout=0.1).get("/proxy/%d/" % app.port)[2] == b"ok"
 
 
+class TestLimits:
+    def test_an_idle_connection_makes_room(self, start, upstream):
+        app = upstream(lambda wire, app: (wire.message(), app.let_go.wait(4 * WAIT), wire.send(OK)))
+        proxy = start(max_connections=3)
+        with proxy.wire() as busy, proxy.wire() as first, proxy.wire() as second:
+            busy.send(request("GET", "/proxy/%d/" % app.port))
+            eventually(lambda: app.connections == 1)
+            for wire in (first, second):
+                wire.send(request("GET", "/proxy/"))
+                wire.message()
+            assert status_of(proxy.get("/proxy/")) == 200
+            with contextlib.suppress(ConnectionResetError):
+                assert first.rest() == b""
+            app.let_go.set()
+            assert busy.message()[2] == b"ok"
+
+    def test_full(self, start, upstream):
+        app = upstream(lambda wire, app: (wire.message(), app.let_go.wait(4 * WAIT), wire.send(OK)))
+        proxy = start(max_connections=2)
+        with proxy.wire() as one, proxy.wire() as two:
+            for wire in (one, two):
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+            eventually(lambda: app.connections == 2)
+            with proxy.wire() as third:
+                answer = third.message()
+                assert (status_of(answer), "retry-after" in fields_of(answer)) == (503, True)
+            app.let_go.set()
+            assert one.message()[2] == two.message()[2] == b"ok"
+
+    def test_tunnels(self, start, upstream):
+        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), wire.send(SWITCHING if app.connections < 3 else OK), wire.rest()))
+        proxy = start(max_tunnels=2)
+        with proxy.wire() as one, proxy.wire() as two:
+            for wire in (one, two):
+                wire.send(request("GET", "/proxy/%d/" % app.port, *HANDSHAKE))
+                assert status_of(wire.message(no_body=True)) == 101
+            assert status_of(proxy.get("/proxy/%d/" % app.port, *HANDSHAKE)) == 503
+            assert status_of(proxy.get("/proxy/%d/" % app.port)) == 200
+            one.close()
+            eventually(lambda: len(proxy.proxy._around.tunnels) == 1)
+
+    def test_slow_clients_do_not_slow_others_down(self, start, upstream):
+        """300 heads that drip, beside requests that take as long as they did without them."""
+        app = upstream(answering(OK))
+        proxy = start()
+
+        def median():
+            times = []
+            for _ in range(60):
+                begun = time.perf_counter()
+                assert status_of(proxy.get("/proxy/%d/" % app.port)) == 200
+                times.append(time.perf_counter() - begun)
+            return sorted(times)[30]
+
+        before = median()
+        slow = [proxy.wire() for _ in range(300)]
+        stop = threading.Event()
+
+        def drip():
+            for octet in b"GET /proxy/ HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100000:
+                for wire in slow:
+                    wire.sock.send(bytes([octet]))
+                if stop.wait(0.1):
+                    return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            during = median()
+        finally:
+            stop.set()
+            thread.join(WAIT)
+            for wire in slow:
+                wire.close()
+        assert during < max(10 * before, 0.05)  # seconds; it is milliseconds, on a machine that may be busy
+
+    def test_soak(self, start, upstream):
+        """Clients that leave at random moments leave nothing behind: no descriptor, connection, task or pool entry."""
+
+        def serve(wire, app):
+            while wire.buffer or wire.more():
+                message = wire.message()
+                if "upgrade" in fields_of(message):
+                    wire.send(SWITCHING)
+                    with contextlib.suppress(OSError):
+                        while True:
+                            wire.send(wire.sock.recv(65536) or exec_end())
+                wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                for _ in range(20):
+                    wire.send(framed(bytes(5000), Framing(CHUNKED), False))
+                wire.send(b"0\r\n\r\n")
+
+        def exec_end():
+            raise ConnectionResetError
+
+        def quiet(wire, app):
+            with contextlib.suppress(OSError, AssertionError, ValueError):
+                serve(wire, app)
+
+        app = upstream(quiet)
+        proxy = start(idle_upstream_timeout=0.2)
+        descriptors = Path("/proc/self/fd")
+        before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
+        chance = random.Random(7)
+        for _ in range(400):
+            wire = proxy.wire()
+            lines = chance.choice([(), HANDSHAKE, ("Content-Length: 100000",), ("Transfer-Encoding: chunked",)])
+            body = chance.choice([b"", bytes(50000), b"5\r\nabcde\r\n" * 1000])
+            raw = request(chance.choice(["GET", "POST"]), "/proxy/%d/" % app.port, *lines) + body
+            with contextlib.suppress(OSError):
+                wire.send(raw[: chance.randrange(len(raw) + 1)] if chance.random() < 0.5 else raw)
+                wire.sock.settimeout(chance.random() / 20)  # leaves in the middle of whatever it is
+                wire.exactly(chance.randrange(30000))
+            chance.choice([wire.close, wire.reset])()
+        eventually(lambda: not proxy.proxy._clients and not proxy.proxy._tasks)
+        eventually(lambda: not proxy.streams and not proxy.upstreams._idle and not proxy.upstreams._idle_count)
+        assert not proxy.proxy._around.tunnels
+        if before:
+            eventually(lambda: len(list(descriptors.iterdir())) <= before)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for localhost with its key in one file."""
+    openssl = shutil.which("openssl")
+    if not openssl:
+        pytest.skip("openssl is not installed, to make a certificate with")
+    folder = tmp_path_factory.mktemp("certificate")
+    command = (
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+        " -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem"
+    )
+    subprocess.run([openssl] + command.split(), cwd=str(folder), check=True, stderr=subprocess.DEVNULL, timeout=WAIT)
+    (folder / "both.pem").write_text((folder / "cert.pem").read_text() + (folder / "key.pem").read_text())
+    return folder
+
+
+class TestTls:
+    def test_to_clients(self, start, upstream, certificate):
+        app = upstream(answering(OK))
+        proxy = start(certfile=str(certificate / "cert.pem"), keyfile=str(certificate / "key.pem"))
+        assert proxy.proxy.url.startswith("https://")
+        context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+        with Wire(context.wrap_socket(socket.create_connection(("127.0.0.1", proxy.port), WAIT), server_hostname="localhost")) as wire:
+            assert wire.sock.version() in ("TLSv1.2", "TLSv1.3")
+            for _ in range(2):
+                wire.send(request("POST", "/proxy/%d/" % app.port, "Origin: https://here:8888", "Content-Length: 200000", body=bytes(200000)))
+                assert wire.message()[2] == b"ok"
+        assert fields_of(app.messages[0])["x-forwarded-proto"] == "https"
+        with proxy.wire() as wire:  # plain HTTP where TLS is spoken
+            wire.send(request("GET", "/proxy/"))
+            with contextlib.suppress(ConnectionResetError):
+                assert b"HTTP/1.1 200" not in wire.rest()
+
+    def test_a_handshake_that_never_ends(self, start, certificate):
+        """Silent connections are dropped before they are anybody's."""
+        proxy = start(certfile=str(certificate / "both.pem"), head_timeout=0.3)
+        with proxy.wire() as wire, contextlib.suppress(ConnectionResetError):
+            assert wire.rest() == b""
+
+    def test_old_versions_are_refused(self, certificate):
+        context = port_proxy.server_context(Config(certfile=str(certificate / "both.pem")))
+        if sys.version_info >= (3, 7):
+            assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+        else:
+            assert context.options & ssl.OP_NO_TLSv1 and context.options & ssl.OP_NO_TLSv1_1
+
+    def test_tunnel_and_early_answer(self, start, upstream, certificate):
+        proxy = start(certfile=str(certificate / "both.pem"))
+        data = bytes(range(256)) * 8192
+
+        def serve(wire, app):
+            wire.until(b"\r\n\r\n")
+            wire.send(SWITCHING + b"hello")
+            wire.send(wire.exactly(len(data)))
+            wire.rest()
+            app.happened.set()
+
+        app = upstream(serve)
+        context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+
+        def connect():
+            return Wire(context.wrap_socket(socket.create_connection(("127.0.0.1", proxy.port), WAIT), server_hostname="localhost"))
+
+        with connect() as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port, *HANDSHAKE))
+            assert status_of(wire.message(no_body=True)) == 101
+            wire.send(data)  # the app takes it all before it sends; one TLS socket is not for two threads
+            assert wire.exactly(5 + len(data)) == b"hello" + data
+        assert app.happened.wait(WAIT)
+        with connect() as wire:
+            wire.send(request("POST", "/nothing", "Content-Length: 300000", body=bytes(100000)))
+            assert status_of(wire.message()) == 404
+
+    def test_to_upstreams(self, start, upstream, certificate, monkeypatch):
+        """Verified, unless that is switched off for this machine; Origin says https, as the app is at home there."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(str(certificate / "both.pem"))
+
+        def serve(wire, app):
+            with contextlib.suppress(OSError):  # a certificate that was not accepted, or an end without a farewell
+                wire.sock = context.wrap_socket(wire.sock, server_side=True)
+                answering(OK)(wire, app)
+
+        app = upstream(serve)
+        proxy = start(upstream_tls=[str(app.port)])
+        answer = proxy.get("/proxy/%d/" % app.port)
+        assert (status_of(answer), b"--insecure-upstream" in answer[2]) == (502, True)
+        trusting = start(upstream_tls=["localhost:%d" % app.port], insecure_upstream=True)
+        assert trusting.get("/proxy/%d/" % app.port, "Origin: http://here:8888")[2] == b"ok"
+        assert fields_of(app.messages[-1])["origin"] == "https://localhost:%d" % app.port
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+        proxy = start(upstream_tls=[str(app.port)])
+        assert proxy.get("/proxy/%d/" % app.port)[2] == b"ok"
+        assert proxy.get("/proxy/127.0.0.1:%d/" % app.port)[2] == b"ok"
+        plain = upstream(lambda wire, app: (wire.more(), wire.send(OK)))
+        answer = start(upstream_tls=[str(plain.port)], insecure_upstream=True).get("/proxy/%d/" % plain.port)
+        assert (status_of(answer), b"Does it speak TLS?" in answer[2]) == (502, True)
+
+    @pytest.mark.parametrize("upstream_tls", [["x"], ["0"], ["a:b"], [""], ["localhost:70000"]])
+    def test_what_is_no_upstream(self, upstream_tls):
+        with pytest.raises(ValueError):
+            checked_config(Config(upstream_tls=upstream_tls))
+
+
+class TestUnixSockets:
+    @pytest.fixture
+    def folder(self):
+        if not hasattr(socket, "AF_UNIX"):
+            pytest.skip("this system has no Unix sockets")
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+    @staticmethod
+    def connect(path):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(path))
+        sock.settimeout(WAIT)
+        wire = Wire.__new__(Wire)
+        wire.sock, wire.buffer = sock, b""
+        return wire
+
+    def test_served_and_removed(self, start, upstream, folder):
+        app = upstream(answering(OK))
+        path = folder / "proxy"
+        proxy = start(bind="unix:%s" % path, allow_hostnames=())
+        assert path.stat().st_mode & 0o777 == 0o600
+        with self.connect(path) as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port).replace(b"here", b"localhost"))
+            assert wire.message()[2] == b"ok"
+        assert "x-forwarded-for" not in fields_of(app.messages[0])
+        assert proxy.proxy.token == ""
+        proxy.close()
+        assert not path.exists()
+
+    def test_a_stale_one_is_replaced_and_nothing_else(self, background, start, folder):
+        path = folder / "proxy"
+        stale = socket.socket(socket.AF_UNIX)
+        stale.bind(str(path))
+        stale.close()
+        start(bind="unix:%s" % path)
+        for make in (lambda: None, lambda: (folder / "file").write_text("precious"), lambda: (folder / "link").symlink_to(path)):
+            make()
+        for name in ("proxy", "file", "link"):  # in use; not a socket; a link to one
+            with pytest.raises(OSError):
+                background.do(PortProxy(Config(bind="unix:%s" % (folder / name))).start())
+        assert (folder / "file").read_text() == "precious"
+        self.connect(path).close()
+
+    def test_one_that_others_may_use_asks_for_a_token(self, background, folder):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(str(folder / "open"))
+        os.chmod(str(folder / "open"), 0o666)
+        proxy = PortProxy(Config())
+        background.do(proxy.start([sock]))
+        token = proxy.token
+        background.do(proxy.close())
+        assert token
+        assert (folder / "open").exists()  # it was given to us, and is not ours to remove
+
+    def test_command_line(self, folder):
+        path = folder / "proxy"
+        process = subprocess.Popen([sys.executable, PROGRAM, "--bind", "unix:%s" % path], stdout=subprocess.PIPE)
+        lines = process.stdout.readline() + process.stdout.readline()
+        assert b"ssh -N -L 8888:%s " % str(path).encode() in lines
+        assert b"http://localhost:8888/proxy/" in lines
+        self.connect(path).close()
+        process.terminate()
+        assert process.wait(WAIT) == 0
+        process.stdout.close()
+        assert not path.exists()
+        status, _, errors = run_program("--bind", "unix:/nowhere/at/all")
+        assert (status, "cannot listen on unix:/nowhere/at/all" in errors) == (2, True)
+
+    def test_socket_activation(self):
+        """As systemd does it: the socket is number 3, and LISTEN_PID says for whom."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(5)
+
+            def hand_over():
+                os.dup2(listener.fileno(), 3)
+                os.set_inheritable(3, True)
+
+            command = 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"'
+            process = subprocess.Popen(
+                ["sh", "-c", command, sys.executable, PROGRAM, "--port", "1"], stdout=subprocess.PIPE, preexec_fn=hand_over, close_fds=False
+            )
+            assert b":%d/proxy/" % listener.getsockname()[1] in process.stdout.readline()
+            with Wire.to(listener.getsockname()[1]) as wire:
+                wire.send(request("GET", "/proxy/").replace(b"here", b"localhost"))
+                assert status_of(wire.message()) == 200
+            process.terminate()
+            assert process.wait(WAIT) == 0
+            process.stdout.close()
+
+
 class TestLog:
     def test_one_line_per_request_without_the_query(self, proxy, upstream, caplog):
         app = upstream(answering(OK))
@@ -2231,9 +3413,352 @@ class TestClose:
         background.do(proxy.close())
         assert proxy.port == 0
 
+    def test_close_by_two_at_once(self, background):
+        proxy = PortProxy(Config(port=0))
+
+        async def both():
+            await proxy.start()
+            await asyncio.gather(proxy.close(), proxy.close())
+
+        background.do(both())
+
     def test_a_port_in_use(self, background, proxy):
         with pytest.raises(OSError):
             background.do(PortProxy(Config(port=proxy.port)).start())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fuzzing: whatever either side sends, cut wherever it may be
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Loopless(asyncio.Transport):
+    """A transport without a socket: what is written goes to `sent`, and to `on_write`."""
+
+    def __init__(self, loop, number, on_write=lambda: None):
+        super().__init__({"peername": ("127.0.0.1", number), "sockname": ("127.0.0.1", 2)})
+        self.loop, self.on_write = loop, on_write
+        self.sent = bytearray()
+        self.ended = self.closing = self.aborted = False
+        self.reading = True
+        self.queued = 0
+
+    def write(self, data):
+        assert not self.ended
+        assert not self.closing
+        self.sent += data
+        self.on_write()
+
+    def write_eof(self):
+        self.ended = True
+
+    def can_write_eof(self):
+        return True
+
+    def get_write_buffer_size(self):
+        return self.queued
+
+    def is_closing(self):
+        return self.closing
+
+    def close(self):
+        if not self.closing:
+            self.closing = True
+            self.loop.call_soon(self.protocol.connection_lost, None)
+
+    def abort(self):
+        self.aborted = True
+        self.close()
+
+    def set_protocol(self, protocol):
+        self.protocol = protocol
+
+    def pause_reading(self):
+        self.reading = False
+
+    def resume_reading(self):
+        self.reading = True
+
+    def is_reading(self):
+        return self.reading
+
+    def feed(self, data):
+        if not self.closing:
+            if data:
+                self.protocol.data_received(data)
+            elif not self.protocol.eof_received():
+                self.close()
+
+
+def reference_requests(raw):
+    """The requests in a byte stream, up to the first that is not valid: [(method, target, body)]; written for plainness."""
+    found = []
+    while True:
+        for _ in range(2):
+            if raw.startswith(b"\r\n"):
+                raw = raw[2:]
+        head, end, raw = raw.partition(b"\r\n\r\n")
+        lines = head.split(b"\r\n")
+        start = re.match(rb"^([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-\"$-~]+) HTTP/1\.([01])\Z", lines[0])
+        fields = [re.match(rb"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*\Z", line) for line in lines[1:]]
+        if not end or not start or not all(fields):
+            return found
+        named = {}
+        for field in fields:
+            named.setdefault(field.group(1).lower(), []).append(field.group(2))
+        lengths = {one.strip() for value in named.get(b"content-length", []) for one in value.split(b",")}
+        codings = named.get(b"transfer-encoding")
+        if codings:
+            if lengths or start.group(3) == b"0" or [coding.lower() for coding in codings] != [b"chunked"]:
+                return found
+            body = b""
+            while True:
+                chunk = re.match(rb"^([0-9A-Fa-f]{1,16})((?:[ \t]*;[^\r\n]*)?)\r\n", raw)
+                if not chunk:
+                    return found
+                raw, size = raw[chunk.end() :], int(chunk.group(1), 16)
+                if not size:
+                    break
+                if raw[size : size + 2] != b"\r\n":
+                    return found
+                body, raw = body + raw[:size], raw[size + 2 :]
+            trailers = re.match(rb"^(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*\r\n", raw)
+            if not trailers:
+                return found
+            raw = raw[trailers.end() :]
+        elif lengths:
+            if len(lengths) > 1 or not re.match(rb"^[0-9]{1,18}\Z", min(lengths)) or len(raw) < int(min(lengths)):
+                return found
+            body, raw = raw[: int(min(lengths))], raw[int(min(lengths)) :]
+        else:
+            body = b""
+        found.append((start.group(1), start.group(2), body))
+
+
+class Fuzzing:
+    """One proxy in one loop, all of whose connections are `Loopless`."""
+
+    MUTATIONS = [b"\r", b"\n", b"\r\n", b" ", b"\t", b":", b"0", b"1", b"5", b"a", b";", b"\x00", b"\xff", b"chunked", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b",", b"-", b"+"]
+
+    NASTY_FIELDS = [
+        b"Content-Length: 3", b"Content-Length: 0", b"Content-Length: 3, 4", b"Content-Length: +3", b"Content-Length: 03", b"content-length:3", b"Content-Length : 3",
+        b"Transfer-Encoding: chunked", b"Transfer-Encoding: xchunked", b"Transfer-Encoding: chunked, identity", b"Transfer-Encoding : chunked", b"transfer-encoding:\tCHUNKED",
+        b"Transfer-Encoding:\x0bchunked", b" Transfer-Encoding: chunked", b"X: y\nTransfer-Encoding: chunked", b"X: y\rContent-Length: 3", b"Host: b", b"X: \x00",
+    ]  # fmt: skip
+
+    def __init__(self, seed):
+        self.chance = random.Random(seed)
+        self.internal = []
+        self.upstreams = []
+        self.counts = {"cases": 0, "requests upstream": 0, "answers": 0, "refusals": 0}
+
+    def mutated(self, raw, probability):
+        raw = bytearray(raw)
+        while self.chance.random() < probability and raw:
+            at = self.chance.randrange(len(raw) + 1)
+            cut = self.chance.choice([0, 0, 1, 2, 7])
+            raw[at : at + cut] = self.chance.choice(self.MUTATIONS + [b""])
+        return bytes(raw)
+
+    def pieces(self, raw):
+        how = self.chance.random()
+        if how < 0.3 or not raw:
+            return [raw] if raw else []
+        if how < 0.4:
+            return [raw[at : at + 1] for at in range(len(raw))]
+        cuts = sorted(self.chance.randrange(len(raw)) for _ in range(self.chance.randrange(1, 6)))
+        return [raw[a:b] for a, b in zip([0] + cuts, cuts + [len(raw)]) if a != b]
+
+    def requests(self, tag):
+        """What a client sends: some requests, each with bytes in it that would be one if its body were misread."""
+        raw = b""
+        for number in range(self.chance.randrange(1, 4)):
+            smuggled = b"GET /proxy/1/%s-smuggled HTTP/1.1\r\nHost: a\r\n\r\n" % tag
+            body = self.chance.choice([b"", b"abc", smuggled, b"0\r\n\r\n" + smuggled])
+            method = self.chance.choice([b"GET", b"POST", b"POST", b"PUT", b"HEAD", b"DELETE"])
+            target = b"/proxy/1/%s-%d" % (tag, number) if self.chance.random() < 0.95 else b"/nothing"
+            lines = [b"%s %s HTTP/1.%d" % (method, target, self.chance.random() < 0.93), b"Host: a"]
+            framing = self.chance.random()
+            if framing < 0.4:
+                lines.append(b"Content-Length: %d" % len(body))
+            elif framing < 0.7:
+                lines.append(b"Transfer-Encoding: chunked")
+                cut = self.chance.randrange(len(body) + 1)
+                body = b"".join(b"%x%s\r\n%s\r\n" % (len(one), self.chance.choice([b"", b";x=y"]), one) for one in (body[:cut], body[cut:]) if one)
+                body += b"0\r\n" + self.chance.choice([b"", b"X: y\r\n"]) + b"\r\n"
+            else:
+                body = b""
+            if self.chance.random() < 0.1:
+                lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
+            elif self.chance.random() < 0.1:
+                lines.append(self.chance.choice([b"Connection: close", b"Expect: 100-continue", b"Connection: content-length, transfer-encoding"]))
+            if self.chance.random() < 0.15:
+                lines.insert(self.chance.randrange(1, len(lines) + 1), self.chance.choice(self.NASTY_FIELDS))
+            raw += self.mutated(b"\r\n".join(lines) + b"\r\n\r\n" + body, self.chance.choice([0, 0, 0.4]))
+        return raw
+
+    def response(self, tag):
+        body = b"<%s>" % tag
+        evil = self.chance.choice([b"", b"", b"", b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n<evil-%s>" % (len(tag) + 7, tag)])
+        status = self.chance.choice([b"200 OK", b"200 OK", b"404 No", b"204 None", b"304 Same", b"101 Switching"])
+        head = b"HTTP/1.%d %s\r\n" % (self.chance.random() < 0.9, status)
+        if self.chance.random() < 0.1:
+            head = b"HTTP/1.1 100 Continue\r\n\r\n" + head
+        if self.chance.random() < 0.1:
+            head += b"Connection: close\r\n"
+        if self.chance.random() < 0.1:
+            head += self.chance.choice(self.NASTY_FIELDS) + b"\r\n"
+        if status.startswith(b"101"):
+            head += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+        framing = self.chance.random()
+        if framing < 0.45:
+            raw = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        elif framing < 0.9:
+            raw = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        else:
+            raw = head + b"\r\n" + body
+        return self.mutated(raw, self.chance.choice([0, 0, 0.4])) + evil
+
+    async def connect(self, route):
+        """Stands for `Upstreams.connect`: an upstream that answers each head it sees, rightly or wrongly."""
+        answered = []
+
+        def on_write():
+            heads = [m.group(1) for m in re.finditer(rb"(?:^|\r\n\r\n|\n)[!-~]+ /([!-~]*) HTTP/1\.1\r\nHost: localhost:1\r\n", bytes(transport.sent))]
+            for tag in heads[len(answered) :]:
+                answered.append(tag)
+                for piece in self.pieces(self.response(tag)):
+                    self.loop.call_soon(transport.feed, piece)
+                if self.chance.random() < 0.3:
+                    self.loop.call_soon(self.chance.choice([lambda: transport.feed(b""), transport.close]))
+
+        for idle in self.around.upstreams._idle.values():  # let each client meet the connections of the other
+            self.chance.shuffle(idle)
+        transport = Loopless(self.loop, 1, on_write)
+        protocol = port_proxy.StreamProtocol(self.around.watch)
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        self.upstreams.append(transport)
+        return protocol.stream
+
+    async def case(self):
+        """Two clients at once, whose upstream connections are shared; everything that came of it is checked."""
+        clients = []
+        self.upstreams.clear()
+        for name in (b"anna", b"bert"):
+            raw = self.requests(b"%s-%d" % (name, self.counts["cases"]))
+            transport = Loopless(self.loop, 50000)
+            protocol = port_proxy.StreamProtocol(self.around.watch, lambda stream: self.proxy._accepted(stream, self.around))
+            transport.set_protocol(protocol)
+            protocol.connection_made(transport)
+            clients.append((name, raw, transport, self.pieces(raw)))
+        todo = [(transport, piece) for _, _, transport, pieces in clients for piece in pieces]
+        if self.chance.random() < 0.5:  # one piece of each in turn
+            todo = [(c[2], c[3][at]) for at in range(max(len(c[3]) for c in clients)) for c in clients if at < len(c[3])]
+        for transport, piece in todo:
+            transport.feed(piece)
+            for _ in range(self.chance.choice([0, 0, 1, 2, 25])):
+                await asyncio.sleep(0)
+        for _ in range(self.chance.choice([0, 20])):
+            await asyncio.sleep(0)
+        for _, _, transport, _ in clients:
+            transport.feed(b"")
+        for _ in range(300):
+            if not self.proxy._tasks:
+                break
+            await asyncio.sleep(0)
+            for transport in self.upstreams:  # an upstream whose client is content to wait leaves at last
+                if _ > 60 and not transport.closing:
+                    transport.close()
+        self.check(clients)
+        self.around.upstreams.close()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not self.around.watch.streams
+        assert not self.around.upstreams._idle_count
+
+    def check(self, clients):
+        self.counts["cases"] += 1
+        assert not self.proxy._tasks, "a hang"
+        assert not self.internal, self.internal
+        allowed = {}
+        for name, raw, transport, _ in clients:
+            other = b"bert" if name == b"anna" else b"anna"
+            assert other not in transport.sent
+            self.check_answers(bytes(transport.sent), transport.closing)
+            for method, target, body in reference_requests(raw):
+                allowed.setdefault((method, target[len("/proxy/1") :].partition(b"#")[0] or b"/", body), []).append(name)
+        for transport in self.upstreams:
+            sent = bytes(transport.sent)
+            if b"Upgrade: websocket\r\n" in sent:
+                continue  # raw bytes may follow
+            for request in reference_requests(sent):
+                self.counts["requests upstream"] += 1
+                assert any(request[0] == one[0] and request[2] == one[2] and one[1].endswith(request[1]) for one in allowed), (request, allowed)
+
+    def check_answers(self, sent, closed):
+        """Well-formed answers one after the other; only the last may be cut off, and only by the connection's end."""
+        while sent:
+            head = re.match(rb"HTTP/1\.1 ([1-9][0-9][0-9]) [\t -~\x80-\xff]*\r\n((?:[!-9;-~]+: ?[\t -~\x80-\xff]*\r\n)*)\r\n", sent)
+            if not head:
+                assert closed, sent
+                return
+            status, fields, sent = int(head.group(1)), head.group(2).lower(), sent[head.end() :]
+            self.counts["refusals" if status >= 400 else "answers"] += 1
+            if status == 101:
+                return
+            length = re.search(rb"content-length: ([0-9]+)\r\n", fields)
+            if status < 200 or status in (204, 304) or sent.startswith(b"HTTP/1.1 ") or not sent:  # HEAD among them
+                continue
+            if b"transfer-encoding: chunked\r\n" in fields:
+                body = re.match(rb"(?:([0-9a-f]+)\r\n(?s:.*?)\r\n)*?0\r\n\r\n", sent) if sys.version_info >= (3, 7) else re.match(rb"(?s).*?0\r\n\r\n", sent)
+                if not body:
+                    assert closed, sent
+                    return
+                sent = sent[body.end() :]
+            elif length:
+                assert len(sent) >= int(length.group(1)) or closed
+                sent = sent[int(length.group(1)) :]
+            else:
+                assert closed
+                return
+
+    async def run(self, count):
+        self.loop = asyncio.get_event_loop()
+        self.loop.set_exception_handler(lambda loop, context: self.internal.append(context))
+        self.proxy = PortProxy(Config(port=0, allow_hostnames=("*",)))
+        await self.proxy.start()
+        self.around = self.proxy._around
+        self.around.upstreams.connect = self.connect
+        watcher = logging.Handler(logging.ERROR)
+        watcher.emit = lambda record: self.internal.append(record.getMessage())
+        port_proxy.logger.addHandler(watcher)
+        try:
+            for _ in range(count):
+                before = self.chance.getstate()
+                try:
+                    await self.case()
+                except BaseException:
+                    self.chance.setstate(before)
+                    raise
+        finally:
+            port_proxy.logger.removeHandler(watcher)
+            await self.proxy.close()
+        return self.counts
+
+
+def test_fuzz():
+    """PORT_PROXY_FUZZ and PORT_PROXY_FUZZ_SEED ask for more cases, and for others."""
+    fuzzing = Fuzzing(int(os.environ.get("PORT_PROXY_FUZZ_SEED", "20261123")))
+    loop = asyncio.new_event_loop()
+    try:
+        counts = loop.run_until_complete(fuzzing.run(int(os.environ.get("PORT_PROXY_FUZZ", "3000"))))
+    finally:
+        loop.close()
+    sys.stdout.write("%s\n" % counts)
+    assert counts["requests upstream"] > counts["cases"] / 2
+    assert counts["answers"] > counts["cases"] / 2
+    assert counts["refusals"] > counts["cases"] / 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2242,18 +3767,19 @@ class TestClose:
 
 
 @contextlib.contextmanager
-def shell_proxy(*options, **popen):
+def shell_proxy(*options, says=b"", **popen):
     """Start the program as a user would: (process, port). It must end at SIGTERM with status 0, silently."""
     errors = tempfile.TemporaryFile()  # noqa: SIM115
     command = [sys.executable, "-X", "dev"] if sys.version_info >= (3, 7) else [sys.executable]
-    process = subprocess.Popen(command + [PROGRAM, "--port", "0"] + list(options), stdout=subprocess.PIPE, stderr=errors, **popen)
+    process = subprocess.Popen(command + [PROGRAM, "--port", "0", "--allow-hostname", "here"] + list(options), stdout=subprocess.PIPE, stderr=errors, **popen)
     try:
         banner = process.stdout.readline().decode()
+        assert says.decode() in banner
         yield process, int(re.search(r"http://[^/]*:(\d+)/", banner).group(1))
         process.terminate()
         assert process.wait(WAIT) == 0
         errors.seek(0)
-        noise = errors.read().decode()
+        noise = re.sub(r"(?m)^.* Executing <.*> took [0-9.]+ seconds\n", "", errors.read().decode())  # a busy machine
         assert "Traceback" not in noise
         assert "destroyed" not in noise
         assert "--verbose" in options or noise == ""
@@ -2320,9 +3846,28 @@ class TestCommandLine:
             assert name in output
         assert run_program("--version")[:2] == (0, "port_proxy %s\n" % port_proxy.__version__)
 
+    @pytest.mark.parametrize("options, tells", [(("--quiet",), False), (("--quiet", "--token"), True), (("--quiet", "--bind", "0.0.0.0"), True)])
+    def test_a_token_is_never_kept_from_its_owner(self, options, tells):
+        process = subprocess.Popen([sys.executable, "-u", PROGRAM, "--port", "0"] + list(options), stdout=subprocess.PIPE)
+        if tells:
+            assert b"?token=" in process.stdout.readline()
+        else:
+            connected = threading.Event()
+            connected.wait(1)  # nothing tells when it is ready: that is what is asked for
+        process.terminate()
+        output, _ = process.communicate(timeout=WAIT)
+        assert tells or output == b""
+
+    def test_a_warning_where_everybody_may_come_in(self):
+        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--no-token", "--bind", "0.0.0.0", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert b"anybody who can reach 0.0.0.0" in process.stderr.readline()
+        process.terminate()
+        assert process.communicate(timeout=WAIT) == (b"", b"")
+        assert process.returncode == 0
+
     def test_verbose_logs_a_line_per_request(self, upstream):
         app = upstream(answering(OK))
-        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--verbose"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--verbose", "--allow-hostname", "*"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         port = int(re.search(r":(\d+)/", process.stdout.readline().decode()).group(1))
         with Wire.to(port) as wire:
             wire.send(request("GET", "/proxy/%d/a" % app.port))
@@ -2334,7 +3879,7 @@ class TestCommandLine:
 
     def test_a_stop_with_everything_under_way_is_quiet(self, upstream):
         """Requests, uploads, tunnels and half heads: the exit status is 0 and nothing is said about any of them."""
-        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), wire.send(SWITCHING if app.connections % 2 else b""), app.let_go.wait(WAIT)))
+        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), wire.send(SWITCHING if app.connections % 2 else b""), app.let_go.wait(4 * WAIT)))
         with shell_proxy("--shutdown-timeout", "0.2") as (_, port):
             wires = [Wire.to(port) for _ in range(12)]
             for number, wire in enumerate(wires):
@@ -2412,8 +3957,11 @@ class TestRealPrograms:
 
         asyncio.run(asyncio.wait_for(talk(), WAIT))
 
-    def test_browser(self, proxy, upstream):
-        """A page with relative assets, fetch, a form upload, server-sent events and a WebSocket, in headless Chromium."""
+    @pytest.mark.parametrize("token", [None, TOKEN])
+    def test_browser(self, start, upstream, token):
+        """A page with relative assets, fetch, an upload, server-sent events and a WebSocket, in headless Chromium; where
+        a token is asked for, it is in the first address, and nowhere after that."""
+        proxy = start(allow_hostnames=(), token=token)
         browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         if not browser:
             pytest.skip("no Chromium is installed")
@@ -2423,7 +3971,7 @@ class TestRealPrograms:
                 [
                     browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
                     "--disable-component-update", "--disable-sync", "--user-data-dir=" + profile, "--remote-debugging-port=0",
-                    "http://localhost:%d/proxy/%d" % (proxy.port, app.port),
+                    "http://localhost:%d/proxy/%d%s" % (proxy.port, app.port, "?token=" + token if token else ""),
                 ],
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
@@ -2436,6 +3984,8 @@ class TestRealPrograms:
         assert report == {"fetch": "fetched", "upload": 300000, "events": ["1", "2", "3"], "socket": "echo", "style": "rgb(1, 2, 3)", "path": "/proxy/%d/" % app.port}
         origins = {fields_of(message).get("origin") for message in app.messages}
         assert origins == {None, "http://localhost:%d" % app.port}
+        assert TOKEN not in repr(app.messages)
+        assert "cookie" not in {name for message in app.messages for name in fields_of(message)}
 
 
 BROWSER_PAGE = b"""<!DOCTYPE html><link rel=stylesheet href=style.css><body><script type=module>
