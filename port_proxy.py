@@ -1300,9 +1300,9 @@ class Gate:
         self.config = config
         self.is_private = is_private
         self.cookie_name = cookie_name
-        token = config.token
+        token = config.token if config.authorize is None else ""
         if token is None:
-            token = "" if is_private or config.authorize else ANY_TOKEN
+            token = "" if is_private else ANY_TOKEN
         self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
         self._sessions: Dict[str, None] = {}  # the ids handed out, the oldest first
         # By address and place: the tries left, when that was so, and hashes of the last wrong tokens.
@@ -1346,8 +1346,9 @@ class Gate:
         ]
         return head._replace(fields=tuple(fields))
 
-    def sign_in(self, form: bytes, visit: Visit) -> None:
+    def sign_in(self, head: RequestHead, form: bytes, visit: Visit) -> None:
         """Take what the sign-in page sent; raises the redirect to where the person was going, or the page again."""
+        self._check_origin(head, visit)
         sent = dict(parse_qsl(form.decode("latin-1")))
         if not self._try("form", [sent.get("token", "").strip()], visit):
             raise SignInNeeded(401, "That is not the token.", _CHALLENGE)
@@ -1474,15 +1475,15 @@ def _cookie_name(set_cookie: str) -> str:
 
 
 def _cookie_values(fields: Fields, name: str) -> List[str]:
-    pairs = [pair.strip(" 	") for value in field_values(fields, "cookie") for pair in value.split(";")]
+    pairs = [pair.strip(" \t") for value in field_values(fields, "cookie") for pair in value.split(";")]
     return [pair[len(name) + 1 :] for pair in pairs if pair.startswith(name + "=")]
 
 
 def _without_cookie(value: str, name: str) -> str:
     pairs = value.split(";")
-    kept = [pair for pair in pairs if not pair.strip(" 	").startswith(name + "=")]
+    kept = [pair for pair in pairs if not pair.strip(" \t").startswith(name + "=")]
     if kept and kept[0] is not pairs[0]:
-        kept[0] = kept[0].lstrip(" 	")
+        kept[0] = kept[0].lstrip(" \t")
     return ";".join(kept)
 
 
@@ -1916,7 +1917,7 @@ class Exchange:
         head = gate.without_credentials(asked)
         route = find_route(base, head.target) if head.target != "*" else None
         if gate.token and route is None and head.method == "POST":
-            gate.sign_in(await self._small_body(), self.visit)
+            gate.sign_in(asked, await self._small_body(), self.visit)
         await gate.admit(asked, self.visit, route)
         self.head = head
         if route is not None:

@@ -1317,6 +1317,9 @@ class TestToken:
             answer = submit("token=%s&next=%s" % (TOKEN, "".join("%%%02X" % ord(octet) for octet in place)))
             assert (status_of(answer), fields_of(answer)["location"]) == (303, "/proxy/")
         assert status_of(proxy.ask(request("POST", "/proxy/", "Content-Length: 9000", body=b"a" * 9000))) == 413
+        foreign = request("POST", "/proxy/", "Origin: http://evil", "Content-Length: 13", body=b"token=guessed")
+        assert [status_of(proxy.ask(foreign)) for _ in range(15)] == [403] * 15  # and uses up nobody's tries
+        assert status_of(submit("token=" + TOKEN)) == 303
 
     def test_sign_in_at_the_root(self, start):
         proxy = start(token=TOKEN, base="/")
@@ -1535,6 +1538,7 @@ class TestAuthorize:
 
         app = upstream(answering(OK))
         assert status_of(start(authorize=authorize).get("/proxy/%d/" % app.port)) == 500
+        assert start(authorize=authorize, token="any", bind="0.0.0.0").proxy.token == ""
         assert app.connections == 0
 
 
@@ -1791,7 +1795,7 @@ class TestUpstream:
         size = 115000
         with proxy.wire() as wire:
             wire.send(request("POST", "/proxy/%d/" % app.port, "Content-Length: %d" % size))
-            eventually(lambda: app.connections == 1)
+            eventually(lambda: app.connections == 1 and len(proxy.streams) == 2)
             narrow(proxy, app.port)
             wire.send(bytes(size))
             eventually(lambda: any(stream.transport.get_write_buffer_size() for stream in list(proxy.streams)))
