@@ -188,6 +188,7 @@ class Upstream:
         self.happened = threading.Event()
         self.let_go = threading.Event()
         self.wires = []
+        self.is_closing = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.listener = socket.socket(family)
         self.listener.bind((host, 0))
@@ -214,11 +215,13 @@ class Upstream:
         try:
             self.serve(wire, self)
         except Exception as error:
-            self.failures.append(error)
+            if not (self.is_closing and isinstance(error, OSError)):
+                self.failures.append(error)
         finally:
             wire.close()
 
     def close(self):
+        self.is_closing = True
         self.let_go.set()
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
@@ -1612,11 +1615,11 @@ class TestUpstream:
             app.messages.append(wire.message())
             wire.send(OK)
             app.happened.wait(WAIT)
-            if raw:
-                wire.send(raw)
-            else:
-                wire.end()
-            with contextlib.suppress(ConnectionResetError):
+            with contextlib.suppress(OSError):
+                if raw:
+                    wire.send(raw)
+                else:
+                    wire.end()
                 wire.rest()
 
         app = upstream(serve)
