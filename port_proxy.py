@@ -1242,7 +1242,11 @@ _TRIES = 10.0  # wrong tokens that an address has before it must wait, and that 
 
 
 class SignInNeeded(ProxyError):
-    """A page visit without a valid token: answered with the sign-in page."""
+    """A page visit without a valid token: answered with the sign-in page, which leads on to `target`."""
+
+    def __init__(self, detail: str, target: str) -> None:
+        super().__init__(401, detail, _CHALLENGE)
+        self.target = target
 
 
 def is_websocket(head: RequestHead) -> bool:
@@ -1350,11 +1354,11 @@ class Gate:
         """Take what the sign-in page sent; raises the redirect to where the person was going, or the page again."""
         self._check_origin(head, visit)
         sent = dict(parse_qsl(form.decode("latin-1")))
-        if not self._try("form", [sent.get("token", "").strip()], visit):
-            raise SignInNeeded(401, "That is not the token.", _CHALLENGE)
         target = sent.get("next", "")
         if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
             target = self.config.base + "/"
+        if not self._try("form", [sent.get("token", "").strip()], visit):
+            raise SignInNeeded("That is not the token.", target)
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(visit)))
 
     def _check_host(self, authority: str) -> None:
@@ -1388,7 +1392,7 @@ class Gate:
         if is_websocket(head):
             raise ProxyError(403, "A WebSocket needs a signed-in browser, or the proxy's token.")
         if is_page_visit(head):
-            raise SignInNeeded(401, "", _CHALLENGE)
+            raise SignInNeeded("", head.target)
         raise ProxyError(401, "The proxy's token is needed, as 'Authorization: token TOKEN'.", _CHALLENGE)
 
     def _check_origin(self, head: RequestHead, visit: Visit) -> None:
@@ -1818,15 +1822,15 @@ def forms_response(base: str, as_html: bool) -> Response:
     return _page(200, title, body)
 
 
-def sign_in_response(error: ProxyError, base: str, target: str) -> Response:
-    """The page that asks for the token, and sends the person on to `target`."""
+def sign_in_response(error: SignInNeeded, base: str) -> Response:
+    """The page that asks for the token, and sends the person on to where they were going."""
     body = (
         "<h1>Sign in</h1><p>%s</p><p>This proxy wants to know that you are its owner. Its token is in the address that"
         ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s/">'
         '<input type="hidden" name="next" value="%s"><label>Token <input type="password" name="token" required'
         ' autofocus autocomplete="current-password"></label> <button>Sign in</button></form>'
     )
-    parts = tuple(html.escape(part) for part in (error.detail, base, target))
+    parts = tuple(html.escape(part) for part in (error.detail, base, error.target))
     return _page(error.status, "Sign in", body % parts, error.fields + (("Cache-Control", "no-store"),))
 
 
@@ -1933,8 +1937,7 @@ class Exchange:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
         self.error = error
         if isinstance(error, SignInNeeded):
-            target = self.head.target if self.head.method != "POST" else self.config.base + "/"
-            await self.answer(sign_in_response(error, self.config.base, target))
+            await self.answer(sign_in_response(error, self.config.base))
         else:
             await self.answer(error_response(error, wants_html(self.head)))
 
