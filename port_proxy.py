@@ -1911,6 +1911,7 @@ class Exchange:
         self.error: Optional[ProxyError] = None
         self.tunnel: Optional[Tunnel] = None
         self._patience = self.config.stall_timeout  # for the client to take what it is sent
+        self._silence = FOREVER  # how long an upstream may be silent in the middle of its answer
         self._answer_framing = NO_BODY
         self._sending: Optional["asyncio.Task[None]"] = None
         self._client_failure: Optional[Exception] = None  # why the client is the cause that nothing comes of it
@@ -2028,7 +2029,8 @@ class Exchange:
     def _notice_leaving(self, upstream: Stream) -> None:
         """Close the upstream's connection as soon as the client ends its own.
 
-        A client that had ended its side before its request was sent on, as `nc` does, is given its answer all the same.
+        A client that had ended its side before its request was sent on, as `nc` does, is given its answer all the same;
+        but since it may as well be gone, an upstream that stays silent is not waited for as long.
         """
 
         def leave() -> None:
@@ -2037,7 +2039,9 @@ class Exchange:
 
         if self.client.transport.is_closing():
             raise ClientGone()
-        if not self.client.reader.ended:
+        if self.client.reader.ended:
+            self._silence = self.config.keep_alive_timeout
+        else:
             self.client.reader.on_end = leave
 
     async def _send_rest(self, upstream: Stream) -> None:
@@ -2071,7 +2075,8 @@ class Exchange:
     async def _read_final_head(self, route: Route, upstream: Stream) -> ResponseHead:
         """The upstream's final answer, or its 101; other interim answers are passed on as they come."""
         for _ in range(self.config.max_interim_responses + 1):
-            deadline = FOREVER if self._is_sending() else upstream.now() + self.config.response_timeout
+            patience = min(self.config.response_timeout, self._silence)
+            deadline = FOREVER if self._is_sending() else upstream.now() + patience
             response = parse_response(await read_head(upstream, False, deadline, self.config), self.config)
             if response.status == 101 or response.status >= 200:
                 return response
@@ -2097,7 +2102,7 @@ class Exchange:
             head, self._answer_framing, framed(data, self._answer_framing, body.finished), len(data)
         )
         while not body.finished:
-            data = await body.read()
+            data = await body.read(self._silence)
             await self._to_client(framed(data, self._answer_framing, body.finished), len(data))
         self.client.end_is_delimiter = False
         return response.version == "1.1" and "close" not in field_tokens(response.fields, "connection")
@@ -2801,7 +2806,7 @@ async def _run(config: Config, quiet: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             loop.add_signal_handler(number, interrupt)
-        except NotImplementedError:  # Windows: KeyboardInterrupt ends run_until_complete
+        except NotImplementedError:  # the event loop of Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     try:
         await proxy.start(_inherited_sockets())

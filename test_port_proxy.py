@@ -2350,6 +2350,20 @@ class TestRequests:
             assert wire.message()[2] == b"ok"
             assert wire.rest() == b""
 
+    @pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\n\r\ndata: 1\n\n"])
+    def test_and_is_not_waited_for_as_long(self, start, upstream, begun):
+        """For it may be gone altogether, which nothing tells until something is sent."""
+        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), wire.send(begun), wire.rest()))
+        proxy = start(keep_alive_timeout=0.3)
+        with proxy.wire() as wire:
+            with proxy.held():
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+                wire.end()
+            with contextlib.suppress(ConnectionResetError):
+                answer = wire.rest()
+                assert b" 504 " in answer if not begun else not answer.endswith(b"0\r\n\r\n")
+        eventually(lambda: not proxy.streams)
+
     @pytest.mark.parametrize("behind", [b"GET /proxy/%d/smuggled HTTP/1.1\r\nHost: here\r\n\r\n", b"GET /part"])
     @pytest.mark.parametrize("end", [True, False])
     def test_what_follows_a_bad_chunk_is_no_request(self, proxy, upstream, behind, end):
