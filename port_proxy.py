@@ -495,10 +495,11 @@ class Stream:
         except OSError:  # 3.6, where the peer has reset the connection
             self.abort()
 
-    def close(self, timeout: float = 60.0) -> None:
-        """Send what is queued, for at most `timeout` s, and close."""
+    def close(self) -> None:
+        """Send what is queued, for as long as the last `flush` allowed or else a minute, and close."""
         if not self.transport.is_closing():
-            self.end_deadline = self.now() + timeout
+            allowed = self.transport.get_write_buffer_size() and self.write_deadline < FOREVER
+            self.end_deadline = self.write_deadline if allowed else self.now() + 60
             self.transport.close()
 
     def abort(self) -> None:
@@ -530,6 +531,7 @@ class Stream:
     async def hand_over(self, protocol: asyncio.Protocol) -> bytes:
         """Let `protocol` have all that comes from now on; the bytes that had come before are returned."""
         self.transport.set_protocol(protocol)
+        self.write_deadline = FOREVER  # that of a message; what comes now has none
         while self.reader.unread:
             await self.more()
         earlier = bytes(self.buffer)
@@ -1594,6 +1596,7 @@ class Upstreams:
             self._discard(route, stream)
             if stream.is_fresh():  # also in the kernel, where the loop has not looked yet
                 stream.was_heard = False
+                stream.write_deadline = FOREVER
                 return stream
             stream.abort()
         return None
@@ -2104,7 +2107,6 @@ class Exchange:
         while not body.finished:
             data = await body.read(self._silence)
             await self._to_client(framed(data, self._answer_framing, body.finished), len(data))
-        self.client.end_is_delimiter = False
         return response.version == "1.1" and "close" not in field_tokens(response.fields, "connection")
 
     async def _begin_answer(self, head: ResponseHead, framing: Framing, data: bytes, count: int) -> None:
@@ -2183,8 +2185,9 @@ class Tunnel:
 
     def close(self) -> None:
         """End both sides, sending what is queued."""
-        self.client.stream.close()
-        self.upstream.stream.close()
+        for end in (self.client, self.upstream):
+            end.stream.write_deadline = end.stream.now() + self.timeout
+            end.stream.close()
 
     def received_from(self, stream: Stream) -> int:
         """How many bytes came from one of the two."""
@@ -2225,6 +2228,7 @@ class TunnelEnd(asyncio.Protocol):
     def connection_lost(self, exc: Optional[BaseException]) -> None:
         self.stream.watch.forget(self.stream)
         if exc is None and self.stream.reader.failure is None:
+            self.other.stream.write_deadline = self.stream.now() + self.tunnel.timeout
             self.other.stream.close()
         else:
             self.other.stream.abort()
@@ -2448,8 +2452,11 @@ class PortProxy:
             client.end_writing()
         client.buffer.clear()
         deadline = client.now() + self.config.linger_timeout
-        while await client.more(deadline):
-            client.buffer.clear()
+        try:
+            while await client.more(deadline):
+                client.buffer.clear()
+        except Stalled:
+            pass
 
     def _log(self, client: Stream, exchange: Exchange, duration: float) -> None:
         """One line per request; without the query, which may hold a secret."""

@@ -2108,6 +2108,31 @@ class TestResponses:
             with pytest.raises(ConnectionResetError):
                 wire.rest()
 
+    def test_nor_is_the_tail_of_one_that_had_come_whole(self, start, upstream):
+        """All has been relayed, some of it is still queued for an HTTP/1.0 client, and the proxy is told to stop."""
+        size = 1 << 17
+        app = upstream(once(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(size)))
+        proxy = start(shutdown_timeout=0.1)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", proxy.port))
+            wire = Wire(sock)
+            eventually(lambda: len(proxy.streams) == 1)
+            client = next(iter(proxy.streams))
+            client.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            wire.send(b"GET /proxy/%d/ HTTP/1.0\r\nHost: here\r\n\r\n" % app.port)
+            head = wire.until(b"\r\n\r\n")
+            eventually(lambda: client.transport.get_write_buffer_size())
+            got = len(wire.buffer)
+            while client in proxy.proxy._clients and got < size:  # take a little, until the rest is only queued
+                got += len(sock.recv(4096))
+            proxy.close()
+            wire.buffer = b""
+            try:
+                assert head.startswith(b"HTTP/1.1 200") and got + len(wire.rest()) == size
+            except ConnectionResetError:
+                pass
+
     def test_interim_answers_are_passed_on(self, proxy, upstream):
         app = upstream(answering(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nContent-Length: 9\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n" + OK))
         with proxy.wire() as wire:
@@ -2590,6 +2615,25 @@ class TestStreams:
             return seen
 
         assert background.do(look()) == [True, False, False, False]
+
+    def test_a_tunnel_outlives_the_deadline_of_its_handshake(self, background):
+        """Bytes that happen to be queued an hour after the 101 are no reason to end a WebSocket."""
+
+        async def passing():
+            watch = port_proxy.Watch(background.loop, 60)
+            transport = Loopless(background.loop, 1)
+            protocol = port_proxy.StreamProtocol(watch)
+            transport.set_protocol(protocol)
+            protocol.connection_made(transport)
+            await protocol.stream.flush(3600)
+            await protocol.stream.hand_over(protocol)
+            transport.queued = 5
+            protocol.stream.expire(protocol.stream.now() + 4000)
+            outcome = transport.aborted
+            await watch.close(0)
+            return outcome
+
+        assert background.do(passing()) is False
 
     def test_an_answer_still_on_its_way_is_not_idleness(self, background):
         """A client that pauses on the tail of a download has the time of a body for it, not that between requests."""
