@@ -460,15 +460,22 @@ class Stream:
         if self.transport.is_closing():  # drain() is silent where the connection was closed on this side
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
+    def queued(self) -> int:
+        """How many bytes wait for the peer to take them."""
+        try:
+            return self.transport.get_write_buffer_size()
+        except AttributeError:  # 3.6, over TLS, between the connection's loss and our being told
+            return 0
+
     def is_fresh(self) -> bool:
         """Whether nothing is under way: no byte that was not used, not even in the kernel, none to be sent, no end."""
         if self.buffer or self.reader.unread or self.reader.ended or self.transport.is_closing():
             return False
-        return not self.transport.get_write_buffer_size() and not _poll(self.transport, readable=True)
+        return not self.queued() and not _poll(self.transport, readable=True)
 
     def expire(self, now: float) -> None:
         """Act on the deadlines that have passed, and on a reset of a connection that is not read; called by `Watch`."""
-        queued = self.transport.get_write_buffer_size()
+        queued = self.queued()
         if now > self.read_deadline and not queued:  # who has not taken our answer yet is not idle
             self.read_deadline = FOREVER
             self.reader.set_exception(Stalled())
@@ -498,7 +505,7 @@ class Stream:
     def close(self) -> None:
         """Send what is queued, for as long as the last `flush` allowed or else a minute, and close."""
         if not self.transport.is_closing():
-            allowed = self.transport.get_write_buffer_size() and self.write_deadline < FOREVER
+            allowed = self.queued() and self.write_deadline < FOREVER
             self.end_deadline = self.write_deadline if allowed else self.now() + 60
             self.transport.close()
 

@@ -2616,6 +2616,17 @@ class TestStreams:
 
         assert background.do(look()) == [True, False, False, False]
 
+    def test_a_lost_connection_over_tls_has_nothing_queued(self, background):
+        """3.6 fails when it is asked, which must not end the timer of all connections."""
+
+        class Lost:
+            def get_write_buffer_size(self):
+                return None.get_write_buffer_size()
+
+        stream = port_proxy.Stream.__new__(port_proxy.Stream)
+        stream.transport = Lost()
+        assert stream.queued() == 0
+
     def test_a_tunnel_outlives_the_deadline_of_its_handshake(self, background):
         """Bytes that happen to be queued an hour after the 101 are no reason to end a WebSocket."""
 
