@@ -17,7 +17,7 @@ and relayed piece by piece (exchange).  After a 101 the two connections are spli
 accepts, repeats this for every request of a connection, and is the one place that turns errors into answers (pages).
 
 Sections, each using only names above it: errors, configuration, heads, streams, framing, routes, rewriting, access,
-upstream, pages, exchange, server, command line.
+upstream, pages, jupyterhub, exchange, server, jupyter, command line.
 
 Embedding:
 
@@ -36,6 +36,7 @@ import hashlib
 import hmac
 import html
 import ipaddress
+import json
 import logging
 import os
 import re
@@ -57,6 +58,7 @@ from typing import (
     FrozenSet,
     Iterable,
     List,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -64,7 +66,7 @@ from typing import (
     Tuple,
     Union,
 )
-from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 __version__ = "0.1.0"
 __all__ = ["Config", "PortProxy", "ProxyError", "main"]
@@ -111,6 +113,26 @@ class Stalled(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Hub(NamedTuple):
+    """The JupyterHub that started this server, as it says in the server's environment (`hub_in`)."""
+
+    prefix: str  # the path of this server, such as /user/ana, below which the proxy's base lies
+    user: str  # whose server it is
+    api_url: str
+    api_token: str  # the server's own, which is also the secret of its OAuth client
+    client_id: str
+    authorize_url: str  # where browsers sign in
+    callback_url: str  # where they come back to; a path, sent as the Hub gave it
+    access_scopes: FrozenSet[str]  # one of them, or access:servers, lets in
+    server_name: str = ""  # that of a named server
+    home: str = ""  # where the prefix itself leads; the proxy's base by default
+    activity_url: str = ""
+    activity_interval: float = 300.0  # seconds
+    is_secure: bool = False  # known to be served over HTTPS, whatever reaches us
+    host_cookies: bool = False  # cookies get the __Host- prefix, and with it the path /
+    cookie_options: Tuple[Tuple[str, str], ...] = ()  # further attributes of cookies; "" for one without a value
+
+
 class Config(NamedTuple):
     """What one proxy does; immutable, checked by `PortProxy`, which raises ValueError for what makes no sense.
 
@@ -135,9 +157,11 @@ class Config(NamedTuple):
     # connected; it admits by returning, refuses by raising ProxyError(status, detail), and redirects by raising
     # ProxyError(302, "", (("Location", url),)).  `route` is None for the proxy's own page.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
+    hub: Optional[Hub] = None  # instead of all that too: sign-in by the JupyterHub that started this server
     trusted_proxies: Sequence[str] = ()  # addresses or networks whose X-Forwarded fields are believed, or "unix"
     certfile: Optional[str] = None  # PEM, serves HTTPS; with the key in it, or in keyfile
     keyfile: Optional[str] = None
+    client_ca: Optional[str] = None  # PEM: only clients with a certificate that one of these signed may connect
     upstream_tls: Sequence[str] = ()  # "PORT" or "HOST:PORT" of upstreams that speak TLS
     insecure_upstream: bool = False  # do not verify the certificates of those on this machine
     any_owner: bool = False  # also reach ports of this machine on which another ordinary user listens
@@ -204,6 +228,14 @@ class ResponseHead(NamedTuple):
     reason: str
     version: str
     fields: Fields
+
+
+class Response(NamedTuple):
+    """An answer of our own, whole."""
+
+    status: int
+    fields: Fields
+    body: bytes
 
 
 def field_values(fields: Fields, name: str) -> List[str]:
@@ -414,6 +446,8 @@ class Stream:
         self.end_deadline = FOREVER
         self.end_is_delimiter = False
         self.was_heard = False
+        # Where the transport reads only what it is asked for: asks for at most so many bytes.
+        self.pull: Optional[Callable[[int], None]] = getattr(self.transport, "pull", None)
         peer = self.transport.get_extra_info("peername")
         self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""
         self.scheme = "https" if self.transport.get_extra_info("sslcontext") else "http"
@@ -435,6 +469,8 @@ class Stream:
 
     async def _read(self, limit: int, deadline: float) -> bytes:
         self.read_deadline = deadline
+        if self.pull and not self.reader.unread:
+            self.pull(limit)
         try:
             data = await self.reader.read(limit)
         finally:
@@ -609,6 +645,8 @@ class Watch:
         self.loop = loop
         self.interval = interval
         self.streams: Set[Stream] = set()
+        self.stirred = False  # whether an app was used, or a byte of one went by, since the last look
+        self.on_activity: Optional[Callable[[], None]] = None  # called when it was, at most once an interval
         self._empty: Optional["asyncio.Future[None]"] = None
         self._timer = loop.call_later(interval, self._tick)
 
@@ -616,6 +654,9 @@ class Watch:
         now = self.loop.time()
         for stream in list(self.streams):
             stream.expire(now)
+        if self.stirred and self.on_activity:
+            self.on_activity()
+        self.stirred = False
         self._timer = self.loop.call_later(self.interval, self._tick)
 
     def forget(self, stream: Stream) -> None:
@@ -928,7 +969,7 @@ def find_route(base: str, target: str) -> Optional[Route]:
     Raises ProxyError 404 if it names none, 400 if its dot segments lead out of the prefix.
     """
     path, mark, query = target.partition("?")
-    rest = _below(base, path)
+    rest = path_below(base, path)
     if rest in ("", "/"):
         return None
     match = _ROUTE.fullmatch(rest) if rest else None
@@ -978,12 +1019,17 @@ def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
     return tuple(normal)
 
 
+def is_home(base: str, target: str) -> bool:
+    """Whether a target is the base itself, with or without its slash."""
+    return path_below(base, target.partition("?")[0]) in ("", "/")
+
+
 def is_below(base: str, target: str) -> bool:
     """Whether a target is the base, or something below it."""
-    return _below(base, target.partition("?")[0]) is not None
+    return path_below(base, target.partition("?")[0]) is not None
 
 
-def _below(base: str, path: str) -> Optional[str]:
+def path_below(base: str, path: str) -> Optional[str]:
     """What follows `base` in `path`, None if it does not begin so; compared as percent-decoded segments."""
     if path.startswith(base) and path[len(base) : len(base) + 1] in ("", "/"):
         return path[len(base) :]
@@ -1052,7 +1098,7 @@ def visit_of(head: RequestHead, address: str, scheme: str, trusted_proxies: Sequ
     trusted proxy; of a list of addresses, the last that is no trusted proxy itself."""
     authority, way, port = head.authority, [address] if address else [], ""
     if _is_trusted(address, trusted_proxies):
-        said = {name: field_values(head.fields, "x-forwarded-" + name)[-1:] for name in ("proto", "host", "port")}
+        said = {name: _outermost(head.fields, "x-forwarded-" + name) for name in ("proto", "host", "port")}
         before = [
             one.strip(" \t") for value in field_values(head.fields, "x-forwarded-for") for one in value.split(",")
         ]
@@ -1060,15 +1106,20 @@ def visit_of(head: RequestHead, address: str, scheme: str, trusted_proxies: Sequ
         while len(before) > 1 and _is_trusted(before[-1], trusted_proxies):
             before.pop()
         address = before[-1] if before else address
-        if said["proto"] and said["proto"][0].lower() in _DEFAULT_PORTS:
-            scheme = said["proto"][0].lower()
-        if said["host"] and is_authority(said["host"][0]):
-            authority = said["host"][0]
-        port = said["port"][0] if said["port"] and re.fullmatch("[0-9]{1,5}", said["port"][0]) else ""
+        if said["proto"].lower() in _DEFAULT_PORTS:
+            scheme = said["proto"].lower()
+        if is_authority(said["host"]):
+            authority = said["host"]
+        port = said["port"] if re.fullmatch("[0-9]{1,5}", said["port"]) else ""
     if authority and not port:
         match = _PORT.search(authority)
         port = match.group(1) if match else _DEFAULT_PORTS[scheme][1:]
     return Visit(address, scheme, authority, port, ", ".join(way))
+
+
+def _outermost(fields: Fields, name: str) -> str:
+    """What the proxy next to the browser said, where each on the way has added a member of its own; "" for nothing."""
+    return "".join(field_values(fields, name)[-1:]).partition(",")[0].strip(" \t")
 
 
 def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
@@ -1245,6 +1296,7 @@ _TOKEN_FIELD = re.compile(r"(?:token|bearer) +([!-~]+)", re.IGNORECASE)
 _CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers know no way to ask for one, and show the page
 _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')  # no "//host", and no backslash, which browsers take for a slash
 ANY_TOKEN = "any"  # as Config.token: one made at random
+COOKIE_PREFIX = "port_proxy_"  # of our cookies' names; the port follows, for browsers do not tell ports apart
 _MAX_SESSIONS = 1000
 _MAX_SOURCES = 1000  # addresses whose wrong tokens are remembered
 _TRIES = 10.0  # wrong tokens that an address has before it must wait, and that come back at one a second
@@ -1301,18 +1353,117 @@ def check_route(head: RequestHead, route: Route, framing: Framing, config: Confi
 
 
 class Gate:
-    """Who may come in.
+    """Who may come in: what all kinds of gate have in common.
+
+    A gate is asked three things of a request: whether it is for the gate itself, as signing in is (`answer`); whether
+    it may come in (`admit`); and what the app and the client are to see of each other (`for_upstream`, `for_client`),
+    which is never a credential of ours.
+    """
+
+    token = ""  # what clients must show, where that is one and the same for all
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    async def answer(
+        self, head: RequestHead, visit: Visit, read_body: Callable[[], Awaitable[bytes]]
+    ) -> Optional[Response]:
+        """The answer, where the request is for the gate itself; None, or a ProxyError that answers it, otherwise."""
+        return None
+
+    async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
+        """Return if the request may come in; raise the ProxyError that answers it otherwise."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """End what the gate does on its own."""
+
+    def owns_token(self, token: str) -> bool:
+        """Whether a token that a request shows is ours, and none of the app's business."""
+        return False
+
+    def explain(self, error: ProxyError) -> ProxyError:
+        """The error as the person who set this up knows its options."""
+        return error
+
+    def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
+        """Whether a cookie is ours, or that of another proxy like this one under the same host name: browsers do not
+        tell ports apart.  One that itself is the app behind `route` has a cookie of its own."""
+        return name.startswith(COOKIE_PREFIX) and (route is None or name != COOKIE_PREFIX + str(route.port))
+
+    def for_upstream(self, head: RequestHead, route: Optional[Route]) -> RequestHead:
+        """The request without our cookies and tokens, cut out of it; every other byte as it was."""
+        fields = []
+        for name, value in head.fields:
+            key = name.lower()
+            if key == "cookie":
+                value = self._without_cookies(value, route)
+                if not value:
+                    continue
+            elif key == "authorization" and any(map(self.owns_token, _tokens_in(value))):
+                continue
+            elif key == "referer":
+                value = self._without_token(value)
+            fields.append((name, value))
+        return head._replace(target=self._without_token(head.target), fields=tuple(fields))
+
+    def for_client(self, head: ResponseHead, route: Route) -> ResponseHead:
+        """The response without an app's attempt to set a cookie of ours."""
+        fields = [
+            (name, value)
+            for name, value in head.fields
+            if not (name.lower() == "set-cookie" and self.owns_cookie(_cookie_name(value), route))
+        ]
+        return head._replace(fields=tuple(fields))
+
+    def check_origin(self, head: RequestHead, visit: Visit) -> None:
+        """Refuse what a page of another site makes a browser do here: cross-site requests and WebSocket hijacking."""
+        origins = field_values(head.fields, "origin")
+        if len(origins) > 1:
+            raise ProxyError(400, "A request has at most one Origin field.")
+        foreign = [origin for origin in origins if not is_own_origin(origin, visit.authority)]
+        allowed = self.config.allow_origins
+        if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
+            return
+        advice = "Start the proxy with --allow-origin if it should be."
+        if foreign and (head.method not in _SAFE or is_websocket(head)):
+            logger.info("refused: the Origin %r is not %s", foreign[0], visit.authority or "known")
+            raise ProxyError(403, "A page of another site may not do this here. " + advice)
+        if _is_cross_site(head) and not is_page_visit(head):
+            logger.info("refused: a page of another site (Sec-Fetch-Site) asks for more than a page visit")
+            raise ProxyError(403, "A page of another site may not use what is here. " + advice)
+
+    def _without_cookies(self, value: str, route: Optional[Route]) -> str:
+        pairs = value.split(";")
+        kept = [pair for pair in pairs if not self.owns_cookie(_cookie_name(pair), route)]
+        if kept and kept[0] is not pairs[0]:
+            kept[0] = kept[0].lstrip(" \t")
+        return ";".join(kept)
+
+    def _without_token(self, url: str) -> str:
+        """`url` without those of its "token" parameters that hold ours."""
+        before, hash_mark, fragment = url.partition("#")
+        path, mark, query = before.partition("?")
+        parameters = query.split("&")
+        kept = [one for one in parameters if not any(map(self.owns_token, _query_tokens("?" + one)))]
+        if len(kept) == len(parameters):
+            return url
+        return path + (mark + "&".join(kept) if kept else "") + hash_mark + fragment
+
+
+class TokenGate(Gate):
+    """The gate of a proxy that stands alone.
 
     With a token: whoever shows it, and the browsers that have shown it once, which get a cookie with a random session
     id.  Without: whoever can connect, as long as the Host is one that only this machine's own names lead to, so that a
     page of another site cannot come in by making its name point here.  Where a browser comes in on its own, by cookie
-    or because all is open, pages of other sites cannot use it (`_check_origin`).
+    or because all is open, pages of other sites cannot use it (`check_origin`).
     """
 
-    def __init__(self, config: Config, is_private: bool, cookie_name: str) -> None:
-        self.config = config
+    def __init__(self, config: Config, is_private: bool, port: int) -> None:
+        super().__init__(config)
         self.is_private = is_private
-        self.cookie_name = cookie_name
+        self.cookie_name = COOKIE_PREFIX + (str(port) if port else "unix")
         token = config.token if config.authorize is None else ""
         if token is None:
             token = "" if is_private else ANY_TOKEN
@@ -1321,8 +1472,15 @@ class Gate:
         # By address and place: the tries left, when that was so, and hashes of the last wrong tokens.
         self._wrong: Dict[Tuple[str, str], Tuple[float, float, FrozenSet[int]]] = {}
 
+    async def answer(
+        self, head: RequestHead, visit: Visit, read_body: Callable[[], Awaitable[bytes]]
+    ) -> Optional[Response]:
+        if self.token and head.method == "POST" and is_home(self.config.base, head.target):
+            self.check_origin(head, visit)
+            self._sign_in(await read_body(), visit)
+        return None
+
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
-        """Return if the request may come in; raise the ProxyError that answers it otherwise."""
         preflight = self.config.allow_preflight and is_preflight(head)
         if self.config.authorize is not None:
             await self.config.authorize(head, visit, route)
@@ -1332,36 +1490,16 @@ class Gate:
         elif preflight or not self._check_credentials(head, visit):
             return  # a token in the request itself: whoever sent it meant it
         if not preflight:
-            self._check_origin(head, visit)
+            self.check_origin(head, visit)
 
-    def without_credentials(self, head: RequestHead) -> RequestHead:
-        """The request without our cookie and our token, cut out of it; every other byte as it was."""
-        fields = []
-        for name, value in head.fields:
-            key = name.lower()
-            if key == "cookie":
-                value = _without_cookie(value, self.cookie_name)
-                if not value:
-                    continue
-            elif key == "authorization" and any(map(self._is_right, _tokens_in(value))):
-                continue
-            elif key == "referer":
-                value = self._without_token(value)
-            fields.append((name, value))
-        return head._replace(target=self._without_token(head.target), fields=tuple(fields))
+    def owns_token(self, token: str) -> bool:
+        return bool(self.token) and hmac.compare_digest(token.encode("utf-8"), self.token.encode("utf-8"))
 
-    def without_own_cookie(self, head: ResponseHead) -> ResponseHead:
-        """The response without an app's attempt to set our cookie."""
-        fields = [
-            (name, value)
-            for name, value in head.fields
-            if not (name.lower() == "set-cookie" and _cookie_name(value) == self.cookie_name)
-        ]
-        return head._replace(fields=tuple(fields))
+    def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
+        return name == self.cookie_name or super().owns_cookie(name, route)
 
-    def sign_in(self, head: RequestHead, form: bytes, visit: Visit) -> None:
+    def _sign_in(self, form: bytes, visit: Visit) -> None:
         """Take what the sign-in page sent; raises the redirect to where the person was going, or the page again."""
-        self._check_origin(head, visit)
         sent = dict(parse_qsl(form.decode("latin-1")))
         target = sent.get("next", "")
         if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
@@ -1404,23 +1542,6 @@ class Gate:
             raise SignInNeeded("", head.target)
         raise ProxyError(401, "The proxy's token is needed, as 'Authorization: token TOKEN'.", _CHALLENGE)
 
-    def _check_origin(self, head: RequestHead, visit: Visit) -> None:
-        """Refuse what a page of another site makes a browser do here: cross-site requests and WebSocket hijacking."""
-        origins = field_values(head.fields, "origin")
-        if len(origins) > 1:
-            raise ProxyError(400, "A request has at most one Origin field.")
-        foreign = [origin for origin in origins if not is_own_origin(origin, visit.authority)]
-        allowed = self.config.allow_origins
-        if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
-            return
-        advice = "Start the proxy with --allow-origin if it should be."
-        if foreign and (head.method not in _SAFE or is_websocket(head)):
-            logger.info("refused: the Origin %r is not %s", foreign[0], visit.authority or "known")
-            raise ProxyError(403, "A page of another site may not do this here. " + advice)
-        if _is_cross_site(head) and not is_page_visit(head):
-            logger.info("refused: a page of another site (Sec-Fetch-Site) asks for more than a page visit")
-            raise ProxyError(403, "A page of another site may not use what is here. " + advice)
-
     def _try(self, where: str, tokens: Sequence[str], visit: Visit) -> bool:
         """Whether one of `tokens` is right; ProxyError 429 for an address that has shown too many wrong ones.
 
@@ -1435,7 +1556,7 @@ class Gate:
         if tokens and is_new and left < 1:
             self._wrong[visit.address, where] = left, now, last
             raise ProxyError(429, "Too many wrong tokens came from there. Try again shortly.", (("Retry-After", "5"),))
-        right = any(map(self._is_right, tokens))
+        right = any(map(self.owns_token, tokens))
         if tokens and is_new and not right:
             left, last = left - 1, frozenset(seen if len(last) >= _TRIES else seen | last)
         if left < _TRIES:
@@ -1443,19 +1564,6 @@ class Gate:
             while len(self._wrong) > _MAX_SOURCES:
                 del self._wrong[next(iter(self._wrong))]
         return right
-
-    def _is_right(self, token: str) -> bool:
-        return bool(self.token) and hmac.compare_digest(token.encode("utf-8"), self.token.encode("utf-8"))
-
-    def _without_token(self, url: str) -> str:
-        """`url` without those of its "token" parameters that hold ours."""
-        before, hash_mark, fragment = url.partition("#")
-        path, mark, query = before.partition("?")
-        parameters = query.split("&")
-        kept = [one for one in parameters if not any(map(self._is_right, _query_tokens("?" + one)))]
-        if len(kept) == len(parameters):
-            return url
-        return path + (mark + "&".join(kept) if kept else "") + hash_mark + fragment
 
     def _new_cookie(self, visit: Visit) -> Tuple[str, str]:
         session = secrets.token_urlsafe(32)
@@ -1482,22 +1590,14 @@ def _is_among(origin: str, allowed: Sequence[str]) -> bool:
         return False
 
 
-def _cookie_name(set_cookie: str) -> str:
-    """The name of the cookie that a Set-Cookie field sets, however loosely a browser may read it."""
-    return set_cookie.split(";")[0].lstrip(" \t=").partition("=")[0].rstrip(" \t")
+def _cookie_name(cookie: str) -> str:
+    """The name in a pair of Cookie or at the beginning of Set-Cookie, however loosely it may be read."""
+    return cookie.split(";")[0].lstrip(" \t=").partition("=")[0].rstrip(" \t")
 
 
 def _cookie_values(fields: Fields, name: str) -> List[str]:
     pairs = [pair.strip(" \t") for value in field_values(fields, "cookie") for pair in value.split(";")]
     return [pair[len(name) + 1 :] for pair in pairs if pair.startswith(name + "=")]
-
-
-def _without_cookie(value: str, name: str) -> str:
-    pairs = value.split(";")
-    kept = [pair for pair in pairs if not pair.strip(" \t").startswith(name + "=")]
-    if kept and kept[0] is not pairs[0]:
-        kept[0] = kept[0].lstrip(" \t")
-    return ";".join(kept)
 
 
 def _query_tokens(target: str) -> List[str]:
@@ -1793,14 +1893,6 @@ _FORMS = (
 )
 
 
-class Response(NamedTuple):
-    """An answer of our own, whole."""
-
-    status: int
-    fields: Fields
-    body: bytes
-
-
 def wants_html(head: Optional[RequestHead]) -> bool:
     """Whether a person looks at the answer: a browser's navigation, not a program and not a page's script."""
     return head is not None and head.method in ("GET", "HEAD", "POST") and is_navigation(head)
@@ -1879,6 +1971,347 @@ def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> R
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# JupyterHub: where a Hub started this server, it says who comes in, and wants to know whether the server is in use
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BELIEVED = 60.0  # seconds that the Hub's word on a token is believed
+_LOGIN_SECONDS = 600  # that a person may take to sign in
+_MAX_REMEMBERED = 1000  # sessions, logins under way and tokens, each
+_HUB_PATIENCE = 10.0  # seconds for an answer of the Hub
+_HUB_SESSION = "jupyterhub-session-id"  # the Hub's own cookie, which it changes when somebody signs out
+_HUB_COOKIES = "jupyterhub-"
+_OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
+
+
+class HubUser(NamedTuple):
+    """Whom the Hub knows a token to stand for, and what the token may be used for."""
+
+    name: str
+    scopes: FrozenSet[str]
+
+
+class HubLogin(NamedTuple):
+    """A login under way: where the person was going, what the Hub's code is exchanged with (RFC 7636), what the browser
+    must show that began it, and the moment from which on it is too late."""
+
+    target: str
+    verifier: str
+    browser: str
+    until: float
+
+
+class HubApi:
+    """What this server asks and tells the Hub; ProxyError 503 where the Hub cannot be asked."""
+
+    def __init__(self, hub: Hub, config: Config, watch: Watch) -> None:
+        self.hub = hub
+        self.config = config
+        self.watch = watch
+        self._version = ""
+        self._context: Optional[ssl.SSLContext] = None
+        # By token and Hub session: so that a browser whose session is over is asked about anew, at once.
+        self._asked: Dict[Tuple[str, str], Tuple["asyncio.Task[Optional[HubUser]]", float]] = {}
+
+    async def user_of(self, token: str, session: str) -> Optional[HubUser]:
+        """Whom a token stands for, None if the Hub does not know it; believed for a minute in that Hub session."""
+        now = self.watch.loop.time()
+        asked, since = self._asked.get((token, session), (None, 0.0))
+        if asked is None or now - since > _BELIEVED or (asked.done() and (asked.cancelled() or asked.exception())):
+            asked = asyncio.ensure_future(self._ask_user(token))
+            asked.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # somebody may have left meanwhile
+            _remember(self._asked, (token, session), (asked, now))
+        return await asyncio.shield(asked)
+
+    async def token_for(self, code: str, verifier: str) -> str:
+        """The token that a code from a login stands for (RFC 6749 section 4.1.3); ProxyError 403 if it is no good."""
+        form = {
+            "client_id": self.hub.client_id,
+            "client_secret": self.hub.api_token,
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": self.hub.callback_url,
+            "code_verifier": verifier,
+        }
+        kind = ("Content-Type", "application/x-www-form-urlencoded")
+        status, _, answer = await self._call("POST", self.hub.api_url + "/oauth2/token", (kind,), urlencode(form))
+        token = answer.get("access_token")
+        if status != 200 or not isinstance(token, str):
+            raise ProxyError(403, "The Hub did not take this sign-in for valid. Open %s/ again." % self.hub.prefix)
+        return token
+
+    async def version(self) -> str:
+        """The Hub's version."""
+        if not self._version:
+            _, fields, _ = await self._call("GET", self.hub.api_url + "/", ())
+            self._version = "".join(field_values(fields, "x-jupyterhub-version")[:1])
+        return self._version
+
+    async def report_activity(self, moment: str) -> None:
+        """Say that this server was last used at `moment` (ISO 8601, UTC)."""
+        server = {self.hub.server_name: {"last_activity": moment}}
+        fields = (self._authorization(self.hub.api_token), ("Content-Type", "application/json"))
+        body = json.dumps({"servers": server, "last_activity": moment})
+        status, _, _ = await self._call("POST", self.hub.activity_url, fields, body)
+        if status >= 400:
+            raise ProxyError(503, "The Hub refused a report of activity (%d)." % status)
+
+    def under_way(self) -> "Set[asyncio.Task[Any]]":
+        """The questions that are not answered yet."""
+        return {asked for asked, _ in self._asked.values() if not asked.done()}
+
+    async def _ask_user(self, token: str) -> Optional[HubUser]:
+        status, _, answer = await self._call("GET", self.hub.api_url + "/user", (self._authorization(token),))
+        if status in (401, 403, 404):
+            return None
+        name = answer.get("name")
+        if status != 200 or not isinstance(name, str):
+            raise ProxyError(503, "The Hub did not say who you are (%d)." % status, (("Retry-After", "5"),))
+        # A Hub from before scopes let everybody use their own servers.
+        scopes = answer.get("scopes", ["access:servers!user=" + name])
+        return HubUser(name, frozenset(map(str, scopes)))
+
+    @staticmethod
+    def _authorization(token: str) -> Tuple[str, str]:
+        return "Authorization", "token " + token
+
+    async def _call(self, method: str, url: str, fields: Fields, body: str = "") -> Tuple[int, Fields, Dict[str, Any]]:
+        """One request: the answer's status, fields, and the members of the object that it is, if it is one."""
+        try:
+            head, data = await asyncio.wait_for(self._exchange(method, url, fields, body.encode()), _HUB_PATIENCE)
+            answer = json.loads(data.decode() or "{}") if head.status < 400 else {}
+        except (ProxyError, Truncated, OSError, asyncio.TimeoutError, ValueError) as error:
+            logger.warning("the Hub could not be asked at %s: %r", url.partition("?")[0], error)
+            raise ProxyError(
+                503, "The Hub, which says who may come in, does not answer. Try again shortly.", (("Retry-After", "5"),)
+            )
+        return head.status, head.fields, answer if isinstance(answer, dict) else {}
+
+    async def _exchange(self, method: str, url: str, fields: Fields, body: bytes) -> Tuple[ResponseHead, bytes]:
+        parts = urlsplit(url)
+        port = parts.port or int(_DEFAULT_PORTS[parts.scheme][1:])
+        tls: Dict[str, Any] = {"ssl": self._tls()} if parts.scheme == "https" else {}
+        loop = self.watch.loop
+        host = parts.hostname or ""
+        _, protocol = await loop.create_connection(lambda: StreamProtocol(self.watch), host, port, **tls)
+        stream = protocol.stream
+        assert stream is not None
+        try:
+            own = (("Host", parts.netloc), ("Accept", "application/json"), ("Connection", "close"))
+            framing = framing_fields(Framing(LENGTH, len(body))) if body else ()
+            target = parts.path + ("?" + parts.query if parts.query else "")
+            stream.write(serialise_request(RequestHead(method, target, "", "1.1", own + fields + framing)) + body)
+            head = parse_response(await read_head(stream, False, FOREVER, self.config), self.config)
+            answer, data = Body(stream, response_framing(method, head), self.config), b""
+            while not answer.finished and len(data) < 1 << 20:
+                data += await answer.read()
+        finally:
+            stream.abort()
+        return head, data
+
+    def _tls(self) -> ssl.SSLContext:
+        """How the Hub is spoken to: where it gave us a certificate, with that, and if its authority signed its own."""
+        if self._context is None:
+            self._context = ssl.create_default_context(cafile=self.config.client_ca)
+            if self.config.certfile:
+                self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
+        return self._context
+
+
+class HubGate(Gate):
+    """The gate of a server that a JupyterHub started: its owner comes in, and whom the Hub gave access.
+
+    Programs show a token of the Hub.  Browsers are sent to the Hub to sign in (RFC 6749 section 4.1, RFC 7636) and get
+    a cookie with a random session id; the token that the Hub gives for them stays in memory.
+    """
+
+    def __init__(self, config: Config, watch: Watch) -> None:
+        super().__init__(config)
+        assert config.hub is not None
+        self.hub = config.hub
+        self.api = HubApi(config.hub, config, watch)
+        self.watch = watch
+        host = "__Host-" if self.hub.host_cookies else ""
+        self.cookie_name = host + COOKIE_PREFIX + hashlib.sha256(self.hub.prefix.encode()).hexdigest()[:16]
+        self._sessions: Dict[str, str] = {}  # tokens by session id
+        self._logins: Dict[str, HubLogin] = {}  # by state
+        self._ours: Dict[str, None] = {}  # tokens that the Hub knows
+        self._last_activity = ""
+        watch.on_activity = self._note_activity
+        self._reporting = asyncio.ensure_future(self._report_activity()) if self.hub.activity_url else None
+
+    async def answer(
+        self, head: RequestHead, visit: Visit, read_body: Callable[[], Awaitable[bytes]]
+    ) -> Optional[Response]:
+        if head.method not in ("GET", "HEAD"):
+            return None
+        if is_home(self.hub.prefix + "/api", head.target):
+            return await self._ready()
+        if is_home(self.hub.callback_url, head.target):
+            await self._end_login(head, visit)
+        if is_home(self.hub.prefix, head.target):
+            await self.admit(head, visit, None)
+            raise ProxyError(302, "It is over there.", (("Location", self.hub.home or self.config.base + "/"),))
+        return None
+
+    async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
+        hub_session = "".join(_cookie_values(head.fields, _HUB_SESSION)[:1])
+        in_fields = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
+        in_query = _query_tokens(head.target)
+        for token in in_fields[:1] + in_query[:2]:  # what the Hub does not know is the app's own
+            user = await self.api.user_of(token, hub_session)
+            if user is not None:
+                self._admit_with_token(token, user, head, visit, token in in_query)
+                return
+        for session in _cookie_values(head.fields, self.cookie_name):
+            user = await self.api.user_of(self._sessions[session], hub_session) if session in self._sessions else None
+            if user is not None:
+                self._check_access(user)
+                self.check_origin(head, visit)
+                return
+            self._sessions.pop(session, None)  # signed out
+        if is_websocket(head):
+            raise ProxyError(403, "A WebSocket needs a browser that is signed in at the Hub, or a token of it.")
+        if is_page_visit(head):
+            raise self._begin_login(head.target, visit)
+        raise ProxyError(403, "Sign in at the Hub, or send a token of it as 'Authorization: token TOKEN'.", _CHALLENGE)
+
+    def owns_token(self, token: str) -> bool:
+        return token in self._ours or token == self.hub.api_token
+
+    def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
+        bare = name[len("__Host-") :] if name.startswith("__Host-") else name
+        return bare.startswith(_HUB_COOKIES) or name == self.cookie_name or super().owns_cookie(bare, route)
+
+    async def close(self) -> None:
+        self.watch.on_activity = None
+        tasks = self.api.under_way() | ({self._reporting} if self._reporting else set())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _admit_with_token(self, token: str, user: HubUser, head: RequestHead, visit: Visit, in_query: bool) -> None:
+        _remember(self._ours, token, None)
+        self._check_access(user)
+        if in_query and is_page_visit(head):
+            cookie = self._new_session(token, visit)
+            raise ProxyError(302, "Signed in.", (("Location", self._without_token(head.target)), cookie))
+
+    def _check_access(self, user: HubUser) -> None:
+        if "access:servers" in user.scopes or user.scopes & self.hub.access_scopes:
+            return
+        logger.info("refused: %r has no access to the server of %r", user.name, self.hub.user)
+        raise ProxyError(
+            403,
+            "You are signed in as %s, who has no access to this server: it is that of %s. Sign in at the Hub as"
+            " somebody who has, or ask for access." % (user.name, self.hub.user),
+        )
+
+    def _begin_login(self, target: str, visit: Visit) -> ProxyError:
+        """The redirect to the Hub, which comes back to `_end_login`."""
+        state, verifier, browser = (secrets.token_urlsafe(32) for _ in range(3))
+        path, mark, query_there = target.partition("?")
+        # Spelt as the cookie's Path is, for browsers compare the two undecoded.
+        target = self.hub.prefix + (path_below(self.hub.prefix, path) or "/") + mark + query_there
+        if not _LOCAL_TARGET.fullmatch(target) or len(target) > 4096:
+            target = self.hub.prefix + "/"
+        now = self.watch.loop.time()
+        _remember(self._logins, state, HubLogin(target, verifier, browser, now + _LOGIN_SECONDS))
+        challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).decode().rstrip("=")
+        query = {
+            "client_id": self.hub.client_id,
+            "redirect_uri": self.hub.callback_url,
+            "response_type": "code",
+            "state": state,
+            "code_challenge": challenge,
+            "code_challenge_method": "S256",
+        }
+        cookie = self._cookie(self._login_cookie(state), browser, self.hub.callback_url, visit, _LOGIN_SECONDS)
+        return ProxyError(
+            302, "Sign in at the Hub.", (("Location", self.hub.authorize_url + "?" + urlencode(query)), cookie)
+        )
+
+    async def _end_login(self, head: RequestHead, visit: Visit) -> None:
+        """Take what the Hub sent a browser back with; raises the redirect to where the person was going."""
+        sent = dict(parse_qsl(head.target.partition("?")[2]))
+        state = sent.get("state", "")
+        login = self._logins.pop(state, None)
+        name = self._login_cookie(state)
+        again = " Open %s/ again." % self.hub.prefix
+        if login is None or self.watch.loop.time() > login.until:
+            raise ProxyError(403, "This sign-in is over: it was used, or took longer than ten minutes." + again)
+        shown = [value.encode("latin-1") for value in _cookie_values(head.fields, name)]
+        if not any(hmac.compare_digest(value, login.browser.encode()) for value in shown):
+            raise ProxyError(403, "This sign-in was begun in another browser, or cookies are blocked." + again)
+        if "code" not in sent:
+            error = sent.get("error", "")
+            reason = error if _OAUTH_ERROR.fullmatch(error) else "no reason given"
+            raise ProxyError(403, "The Hub did not sign you in: %s.%s" % (reason, again))
+        token = await self.api.token_for(sent["code"], login.verifier)
+        user = await self.api.user_of(token, "".join(_cookie_values(head.fields, _HUB_SESSION)[:1]))
+        if user is None:
+            raise ProxyError(403, "The Hub did not say who you are." + again)
+        _remember(self._ours, token, None)
+        self._check_access(user)
+        done = self._cookie(name, "", self.hub.callback_url, visit, 0)
+        raise ProxyError(302, "Signed in.", (("Location", login.target), self._new_session(token, visit), done))
+
+    async def _ready(self) -> Response:
+        """What the Hub looks for to see whether this server is up, and of the same version as itself."""
+        try:
+            version = await self.api.version()
+        except ProxyError:  # we are up all the same
+            version = ""
+        fields = (("Content-Type", "application/json"), ("Content-Length", "2"))
+        return Response(200, fields + ((("X-JupyterHub-Version", version),) if version else ()), b"{}")
+
+    def _new_session(self, token: str, visit: Visit) -> Tuple[str, str]:
+        session = secrets.token_urlsafe(32)
+        _remember(self._sessions, session, token)
+        return self._cookie(self.cookie_name, session, self.hub.prefix + "/", visit)
+
+    def _login_cookie(self, state: str) -> str:
+        """The name of the cookie of one login; logins in several tabs do not meet."""
+        return "%s_%s" % (self.cookie_name, hashlib.sha256(state.encode()).hexdigest()[:16])
+
+    def _cookie(self, name: str, value: str, path: str, visit: Visit, seconds: Optional[int] = None) -> Tuple[str, str]:
+        attributes = {"Path": "/" if self.hub.host_cookies else path, "HttpOnly": "", "SameSite": "Lax"}
+        attributes.update(self.hub.cookie_options)
+        if seconds is not None:
+            attributes["Max-Age"] = str(seconds)
+        if self.hub.host_cookies or self.hub.is_secure or visit.scheme == "https":
+            attributes["Secure"] = ""
+        parts = [key + ("=" + attribute if attribute else "") for key, attribute in attributes.items()]
+        return "Set-Cookie", "; ".join(["%s=%s" % (name, value)] + parts)
+
+    def _note_activity(self) -> None:
+        self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    async def _report_activity(self) -> None:
+        """Tell the Hub, once an interval, if there was any: what idles is stopped by it."""
+        reported = ""
+        while True:
+            await asyncio.sleep(self.hub.activity_interval)
+            moment = self._last_activity
+            if moment != reported:
+                try:
+                    await self.api.report_activity(moment)
+                    reported = moment
+                except ProxyError:  # it has been logged; the next interval brings the next try
+                    pass
+
+
+def _remember(table: Dict[Any, Any], key: Any, value: Any) -> None:
+    """Put an entry in as the latest; beyond a thousand the earliest goes."""
+    table.pop(key, None)
+    table[key] = value
+    while len(table) > _MAX_REMEMBERED:
+        del table[next(iter(table))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Exchange: one request's whole way, and the tunnel behind a 101
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1929,14 +2362,16 @@ class Exchange:
     async def run(self) -> None:
         """Serve the request; ProxyError if it is to be answered by us, ClientGone if there is nobody to answer."""
         base, gate, asked = self.config.base, self.around.gate, self.head
-        head = gate.without_credentials(asked)
-        route = find_route(base, head.target) if head.target != "*" else None
-        if gate.token and route is None and head.method == "POST":
-            gate.sign_in(asked, await self._small_body(), self.visit)
+        response = await gate.answer(asked, self.visit, self._small_body)
+        if response is not None:
+            await self.answer(response)
+            return
+        route = find_route(base, asked.target) if asked.target != "*" else None
         await gate.admit(asked, self.visit, route)
-        self.head = head
+        self.around.watch.stirred = True
+        head = self.head = gate.for_upstream(asked, route)
         if route is not None:
-            await self._serve(route)
+            await self._serve(route._replace(query=head.target[len(route.prefix + route.path) :]))
         elif head.target == "*":
             await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
         elif head.method in ("GET", "HEAD"):
@@ -1946,7 +2381,7 @@ class Exchange:
 
     async def answer_error(self, error: ProxyError) -> None:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
-        self.error = error
+        error = self.error = self.around.gate.explain(error)
         if isinstance(error, SignInNeeded):
             await self.answer(sign_in_response(error, self.config.base))
         else:
@@ -2059,6 +2494,7 @@ class Exchange:
         try:
             while not self.body.finished:
                 data = await self.body.read(self.config.stall_timeout)
+                upstream.watch.stirred = True
                 upstream.write(framed(data, self.framing, self.body.finished))
                 try:
                     await upstream.flush(self.config.stall_timeout)
@@ -2113,6 +2549,7 @@ class Exchange:
         )
         while not body.finished:
             data = await body.read(self._silence)
+            upstream.watch.stirred = True
             await self._to_client(framed(data, self._answer_framing, body.finished), len(data))
         return response.version == "1.1" and "close" not in field_tokens(response.fields, "connection")
 
@@ -2151,7 +2588,7 @@ class Exchange:
             self.sent = self.tunnel.received_from(upstream)
 
     def _for_client(self, response: ResponseHead, route: Route, framing: Framing) -> ResponseHead:
-        return self.around.gate.without_own_cookie(response_for_client(response, route, framing, self.visit))
+        return self.around.gate.for_client(response_for_client(response, route, framing, self.visit), route)
 
 
 def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: Config) -> ProxyError:
@@ -2213,6 +2650,7 @@ class TunnelEnd(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
+        self.stream.watch.stirred = True
         self.other.stream.write(data)
         if self.other.ended:
             self.stream.end_deadline = self.stream.now() + self.tunnel.timeout
@@ -2265,19 +2703,23 @@ class PortProxy:
         self._sockets: List[socket.socket] = []
         self._were_given = False
 
-    async def start(self, sockets: Optional[Sequence[socket.socket]] = None) -> "PortProxy":
+    async def start(
+        self, sockets: Optional[Sequence[socket.socket]] = None, ways_back: Sequence[Address] = ()
+    ) -> "PortProxy":
         """Listen; connections are accepted from now on.
 
-        sockets: bound stream sockets to use instead of what `bind` and `port` say, which are closed with the proxy.
+        sockets: bound stream sockets to use instead of what `bind` and `port` say, which are closed with the proxy; an
+        empty sequence for a proxy that is only given requests by `serve_one`.  ways_back: further addresses, of servers
+        that pass requests on to this one, at which no app is looked for.
         """
         loop = asyncio.get_event_loop()
         tls = server_context(self.config) if self.config.certfile else None
-        self._were_given = bool(sockets)
-        self._sockets = list(sockets) if sockets else _bind(self.config)
+        self._were_given = sockets is not None
+        self._sockets = _bind(self.config) if sockets is None else list(sockets)
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         watch = Watch(loop, _watch_interval(self.config))
-        gate = Gate(self.config, self.is_private, "port_proxy_%s" % (self.port or "unix"))
-        upstreams = Upstreams(self.config, watch, addresses)
+        gate = HubGate(self.config, watch) if self.config.hub else TokenGate(self.config, self.is_private, self.port)
+        upstreams = Upstreams(self.config, watch, addresses + list(ways_back))
         around = self._around = Surroundings(self.config, watch, gate, upstreams, set(), asyncio.Event())
         try:
             for sock in self._sockets:
@@ -2310,6 +2752,11 @@ class PortProxy:
     def port(self) -> int:
         """The TCP port that is listened on; 0 before `start` and where there is none."""
         return next((sock.getsockname()[1] for sock in self._sockets if sock.family != _UNIX), 0)
+
+    @property
+    def watch(self) -> Optional[Watch]:
+        """What looks after the connections; None before `start`."""
+        return self._around.watch if self._around else None
 
     @property
     def is_private(self) -> bool:
@@ -2356,9 +2803,27 @@ class PortProxy:
         if self._tasks:
             await asyncio.wait(self._tasks)
         around.upstreams.close()
-        await around.watch.close(1.0)
+        await around.gate.close()
+        await around.watch.close(min(1.0, self.config.shutdown_timeout))
         self._servers.clear()
         self._sockets.clear()
+
+    async def serve_one(self, client: Stream, raw: bytes, gate: Gate) -> bool:
+        """Answer the request whose head is `raw`, on a connection that another server accepted and `gate` looks after;
+        whether the connection stands right behind it and may carry another.  Otherwise it is closed."""
+        assert self._around is not None
+        keep = False
+        try:
+            keep = await self._serve_request(client, raw, self._around._replace(gate=gate))
+            if not keep:
+                client.close()
+        except (ClientGone, Truncated, Stalled, OSError):
+            client.abort()
+        finally:
+            if not keep and not client.transport.is_closing():  # cancelled
+                client.abort()
+            del self._clients[client]
+        return keep
 
     def cut(self) -> None:
         """Cut all running requests off; for whoever cannot wait for `close`, which then goes on at once."""
@@ -2402,13 +2867,19 @@ class PortProxy:
 
     async def _serve_next(self, client: Stream, around: Surroundings) -> bool:
         """Read one request and answer it; whether the connection may carry another."""
+        try:
+            raw = await self._read_request(client)
+        except ProxyError as error:
+            await self._answer_error(client, None, error)
+            await self._linger(client)
+            return False
+        return raw is not None and await self._serve_request(client, raw, around)
+
+    async def _serve_request(self, client: Stream, raw: bytes, around: Surroundings) -> bool:
+        """Answer the request whose head is `raw`; whether the connection may carry another."""
         exchange = None
         started = client.now()
         try:
-            raw = await self._read_request(client)
-            if raw is None:
-                return False
-            started = client.now()
             exchange = self._clients[client] = Exchange(client, parse_request(raw, self.config), around)
             await exchange.run()
         except ProxyError as error:
@@ -2579,6 +3050,9 @@ def server_context(config: Config) -> ssl.SSLContext:
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     context.set_alpn_protocols(["http/1.1"])
     context.load_cert_chain(config.certfile or "", config.keyfile)
+    if config.client_ca:
+        context.load_verify_locations(config.client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
@@ -2593,8 +3067,8 @@ def checked_config(config: Config) -> Config:
         value = getattr(config, name)
         if type(default) in (int, float) and name != "port" and not value > 0:
             raise ValueError("%s must be greater than 0, not %r" % (name, value))
-    if config.keyfile and not config.certfile:
-        raise ValueError("keyfile is of no use without certfile")
+    if (config.keyfile or config.client_ca) and not config.certfile:
+        raise ValueError("keyfile and client_ca are of no use without certfile")
     if config.token is not None and not re.fullmatch("[!-~]*", config.token):
         raise ValueError("the token must consist of visible ASCII characters without spaces")
     for proxy in config.trusted_proxies:
@@ -2621,6 +3095,297 @@ def _watch_interval(config: Config) -> float:
     """Fine enough for the shortest deadline, and never more often than twenty times a second."""
     shortest = min(float(getattr(config, name)) for name in Config._fields if name.endswith("_timeout"))
     return min(1.0, max(0.05, shortest / 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jupyter: inside a running Jupyter server, which signs people in and lends the connection of each request
+# ---------------------------------------------------------------------------------------------------------------------
+
+_JUPYTER_COOKIES = (
+    "username-"  # the sign-in cookies of Jupyter servers; the host and port as the browser sees it follow
+)
+_XSRF = "_xsrf"
+
+
+class TornadoTransport(asyncio.Transport):
+    """The connection that a Tornado stream is, over TCP or TLS, as a transport on which a `Stream` can stand.
+
+    It reads only what is asked for by `pull`, so that nothing of the next request is taken from Tornado, until
+    `set_protocol` makes a tunnel of it.
+    """
+
+    def __init__(self, tornado: Any, watch: Watch) -> None:
+        sock = tornado.socket
+        super().__init__({"socket": sock, "peername": sock.getpeername(), "sslcontext": getattr(sock, "context", None)})
+        self.tornado = tornado
+        self._loop = watch.loop
+        protocol = StreamProtocol(watch)
+        self._protocol: asyncio.Protocol = protocol
+        self._queued = 0
+        self._is_reading = self._is_tunnel = self._is_paused = self._is_closing = self._is_lost = False
+        self._writer_waits = False
+        tornado.set_close_callback(self._closed)
+        protocol.connection_made(self)
+        assert protocol.stream is not None
+        self.stream = protocol.stream
+
+    def pull(self, limit: int) -> None:
+        """Ask for at most `limit` bytes, which `data_received` then gets."""
+        if self._is_reading or self._is_closing or self._is_lost:
+            return
+        try:
+            future = self.tornado.read_bytes(limit, partial=True)
+        except OSError:  # StreamClosedError
+            self._lose()
+            return
+        self._is_reading = True
+        future.add_done_callback(self._received)
+
+    def _received(self, future: "asyncio.Future[bytes]") -> None:
+        self._is_reading = False
+        if future.cancelled() or future.exception():
+            self._lose()
+            return
+        self._protocol.data_received(future.result())
+        if self._is_tunnel and not self._is_paused:
+            self.pull(_RECEIVE_BYTES)
+
+    def _closed(self) -> None:
+        if not self._is_reading:  # otherwise what was read before comes first
+            self._lose()
+
+    def _lose(self) -> None:
+        if not self._is_lost:
+            self._is_lost = self._is_closing = True
+            self._loop.call_soon(self._protocol.connection_lost, self.tornado.error)
+
+    def release(self) -> Any:
+        """Give the Tornado stream back, if it stands between two requests and nothing has been taken from it that is
+        not used; None, and the connection is closed, otherwise."""
+        stream = self.stream
+        stream.watch.forget(stream)
+        if self._is_reading or self._is_closing or stream.buffer or stream.reader.unread:
+            self.abort()
+            return None
+        self._is_lost = self._is_closing = True
+        self.tornado.set_close_callback(None)
+        return self.tornado
+
+    def write(self, data: Union[bytes, bytearray, memoryview]) -> None:
+        if self._is_lost or not data:
+            return
+        try:
+            future = self.tornado.write(bytes(data))
+        except OSError:  # StreamClosedError: the callback comes
+            return
+        if not future.done():
+            self._queued += len(data)
+            future.add_done_callback(lambda _: self._sent(len(data)))
+            if self._queued > _RECEIVE_BYTES and not self._writer_waits:
+                self._writer_waits = True
+                self._protocol.pause_writing()
+
+    def _sent(self, count: int) -> None:
+        self._queued -= count
+        if self._writer_waits and self._queued <= _RECEIVE_BYTES // 4:
+            self._writer_waits = False
+            self._protocol.resume_writing()
+        if self._is_closing and not self._queued:
+            self.tornado.close()
+
+    def get_write_buffer_size(self) -> int:
+        return self._queued
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert isinstance(protocol, asyncio.Protocol)
+        self._protocol = protocol
+        self._is_tunnel = True
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+    def is_reading(self) -> bool:
+        return not self._is_paused
+
+    def pause_reading(self) -> None:
+        self._is_paused = True
+
+    def resume_reading(self) -> None:
+        self._is_paused = False
+        if self._is_tunnel:
+            self.pull(_RECEIVE_BYTES)
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def can_write_eof(self) -> bool:
+        return False  # Tornado closes both ways or none
+
+    def close(self) -> None:
+        self._is_closing = True
+        if not self._queued:
+            self.tornado.close()
+
+    def abort(self) -> None:
+        self._is_closing = True
+        self.tornado.close()
+
+
+class JupyterGate(Gate):
+    """The gate of one request to a Jupyter server, which has let it in already, as `handler` knows.
+
+    What is left is that pages of other sites cannot use the browser's cookie; and the cookies and tokens of Jupyter,
+    and of a Hub around it, that are none of the app's business.
+    """
+
+    def __init__(self, config: Config, handler: Any) -> None:
+        super().__init__(config)
+        self.handler = handler
+        provider = handler.settings.get("identity_provider") or handler  # before 2.0: the handler itself
+        self.by_token = bool(handler.token_authenticated)
+        shown = provider.get_token(handler) if self.by_token and hasattr(provider, "get_token") else ""
+        self.tokens = [token for token in (handler.token, shown) if token]
+        get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
+        self.cookie_name = get_name(handler)
+
+    async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
+        if self.by_token:  # whoever sent it meant it
+            return
+        if not (field_values(head.fields, "origin") and self.handler.check_origin()):  # as Jupyter's options allow
+            self.check_origin(head, visit)
+
+    def owns_token(self, token: str) -> bool:
+        return any(hmac.compare_digest(token.encode(), own.encode()) for own in self.tokens)
+
+    def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
+        bare = name[len("__Host-") :] if name.startswith("__Host-") else name
+        if name == self.cookie_name or bare.startswith(_HUB_COOKIES) or super().owns_cookie(name, route):
+            return True
+        own = _JUPYTER_COOKIES + re.sub(
+            "[^A-Za-z0-9]", "-", route.authority if route else ""
+        )  # if the app is a Jupyter
+        return name.startswith(_JUPYTER_COOKIES) and name != own
+
+    def explain(self, error: ProxyError) -> ProxyError:
+        text = error.detail.replace("--allow-origin", "c.ServerApp.allow_origin")
+        text = re.sub("--([a-z-]+)", lambda option: "c.PortProxy." + option.group(1).replace("-", "_"), text)
+        return ProxyError(error.status, re.sub("([Ss])tart the proxy with", r"\1et", text), error.fields)
+
+    def for_client(self, head: ResponseHead, route: Route) -> ResponseHead:
+        head = super().for_client(head, route)
+        set_by_jupyter = getattr(self.handler, "_new_cookie", {}) if head.status == 101 or head.status >= 200 else {}
+        cookies = tuple(("Set-Cookie", cookie.OutputString(None)) for cookie in set_by_jupyter.values())
+        return head._replace(fields=head.fields + cookies)
+
+    def _without_cookies(self, value: str, route: Optional[Route]) -> str:
+        """Jupyter's XSRF cookie has the same name as that of any Tornado app, but the shortest path of all, and so
+        comes last (RFC 6265 section 5.4).  A browser that is signed in has it."""
+        pairs = value.split(";")
+        names = [_cookie_name(pair) for pair in pairs]
+        if _XSRF in names and any(self.owns_cookie(name, route) for name in names):
+            del pairs[len(names) - 1 - names[::-1].index(_XSRF)]
+        return super()._without_cookies(";".join(pairs), route)
+
+
+def _jupyter_server_extension_points() -> List[Dict[str, str]]:
+    return [{"module": __name__}]
+
+
+def _load_jupyter_server_extension(server: Any) -> None:
+    """Serve `<base>/proxy/` of a Jupyter server, which calls this where the module is among its extensions.
+
+    `c.PortProxy` in its configuration may hold what a `Config` has, host_allowlist above all.
+    """
+    import inspect
+    from datetime import datetime, timezone
+
+    from jupyter_server.base.handlers import JupyterHandler
+    from tornado import web
+
+    base = server.base_url.rstrip("/") + "/proxy"
+    trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
+    proxy = PortProxy(Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {})))
+    settings = server.web_app.settings
+
+    def note_activity() -> None:
+        settings["api_last_activity"] = datetime.now(timezone.utc)
+
+    class AnyMethod(Tuple[str, ...]):
+        def __contains__(self, method: object) -> bool:
+            return True
+
+    @web.stream_request_body
+    class PortProxyHandler(JupyterHandler):  # type: ignore[misc]
+        SUPPORTED_METHODS = AnyMethod(JupyterHandler.SUPPORTED_METHODS)
+
+        def check_xsrf_cookie(self) -> None:
+            """Left to the app, whose forms they are; what keeps other sites out is the gate's check of the origin."""
+
+        def data_received(self, chunk: bytes) -> None:
+            """Dropped: the body of a request that was refused."""
+
+        def get_login_url(self) -> str:
+            if not is_page_visit(_head_from_tornado(self.request)):
+                raise web.HTTPError(403, "Sign in first.")
+            return str(super().get_login_url())
+
+        async def prepare(self) -> None:
+            head = _head_from_tornado(self.request)
+            if not hasattr(self, head.method.lower()):
+                setattr(self, head.method.lower(), None)  # Jupyter looks there for an exemption from signing in
+            result = super().prepare()
+            if inspect.isawaitable(result):
+                await result
+            if not self._finished:
+                web.authenticated(lambda handler: None)(self)  # not all versions do it in `prepare`
+            if self._finished:  # redirected
+                return
+            authorizer = settings.get("authorizer")
+            allowed = authorizer is None or authorizer.is_authorized(self, self.current_user, "execute", "proxy")
+            if not (await allowed if inspect.isawaitable(allowed) else allowed):
+                raise web.HTTPError(403)
+            await self._serve(head)
+
+        async def _serve(self, head: RequestHead) -> None:
+            gate = JupyterGate(proxy.config, self)
+            if is_page_visit(head):
+                self.xsrf_token  # noqa: B018  its cookie is set by that
+                clean = gate.for_upstream(head, None).target
+                if clean != head.target:
+                    self.redirect(clean)  # with the cookie that a token in the address has earned
+                    return
+            if proxy.watch is None:
+                await proxy.start([], [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)])
+            watch = proxy.watch
+            assert watch is not None
+            watch.on_activity = note_activity
+            transport = TornadoTransport(self.detach(), watch)
+            address = transport.get_extra_info("peername")
+            if await proxy.serve_one(transport.stream, serialise_request(head), gate):
+                stream = transport.release()
+                if stream is not None:
+                    server.http_server.handle_stream(stream, address)
+
+    router = server.web_app
+    router.add_handlers(".*$", [(re.escape(base) + "(?:/.*)?", PortProxyHandler)])
+    rules = router.default_router.rules
+    rules.insert(0, rules.pop(-2))
+    logger.parent = server.log
+    logger.setLevel(logging.INFO if server.log.isEnabledFor(logging.DEBUG) else logging.WARNING)  # as its own requests
+    extensions = getattr(getattr(server, "extension_manager", None), "extensions", {})
+    if getattr(extensions.get("jupyter_server_proxy"), "enabled", False):
+        server.log.warning(
+            "port_proxy: jupyter_server_proxy is enabled too, and both serve %s/: port_proxy answers there. Its named"
+            " servers are not touched.",
+            base,
+        )
+    server.log.info("port_proxy: every port of this machine is at %s/<port>/", base)
+
+
+def _head_from_tornado(request: Any) -> RequestHead:
+    """What Tornado understood of a request; it is parsed again, more strictly, before it is used."""
+    fields = tuple((str(name), str(value)) for name, value in request.headers.get_all())
+    return RequestHead(request.method, request.uri, request.host, request.version[len("HTTP/") :], fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2670,16 +3435,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", default=default.base, metavar="PATH", help="path that everything lives under (default: %(default)s)")
     add(
         "--bind",
-        default=default.bind,
         metavar="ADDRESS",
-        help="address to listen on, or unix:PATH (default: %(default)s, this machine alone)",
+        help="address to listen on, or unix:PATH (default: %s, this machine alone)" % default.bind,
     )
     add(
         "--port",
-        default=default.port,
         type=int,
         metavar="N",
-        help="port to listen on, 0 for any free one (default: %(default)s)",
+        help="port to listen on, 0 for any free one (default: %d)" % default.port,
     )
     add(
         "--host-allowlist", action="append", default=[], metavar="HOST",
@@ -2741,6 +3504,9 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     )
     access.add_argument("--certfile", metavar="FILE", help="serve HTTPS with this certificate (PEM)")
     access.add_argument("--keyfile", metavar="FILE", help="its key, if that is in a file of its own")
+    access.add_argument(
+        "--client-ca", metavar="FILE", help="accept only clients with a certificate that one of these (PEM) signed"
+    )
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -2755,9 +3521,105 @@ def _config(arguments: argparse.Namespace) -> Config:
     options: Dict[str, Any] = {
         name: tuple(one.strip() for entry in entries for one in entry.split(",")) for name, entries in lists.items()
     }
-    plain = [name for name in Config._fields if name not in options and name not in ("token", "authorize")]
-    options.update((name, getattr(arguments, name)) for name in plain)
-    return Config(token=_token(arguments), **options)
+    plain = [name for name in Config._fields if name not in options and name not in ("token", "authorize", "hub")]
+    options.update((name, getattr(arguments, name)) for name in plain if getattr(arguments, name) is not None)
+    config = Config(token=_token(arguments), **options)
+    # In a terminal inside a Hub's server the environment is the same; a proxy there is told where to listen.
+    if arguments.port is None and arguments.bind is None and "JUPYTERHUB_SERVICE_URL" in os.environ:
+        return _config_under_hub(config, arguments, os.environ)
+    return config
+
+
+def _config_under_hub(config: Config, arguments: argparse.Namespace, environment: Mapping[str, str]) -> Config:
+    """`config` as a JupyterHub that starts this program wants it; ValueError for what does not go with that."""
+    for option in ("token", "token_file", "no_token", "certfile", "keyfile", "client_ca"):
+        if getattr(arguments, option):
+            name = "--" + option.replace("_", "-")
+            raise ValueError("JupyterHub started this (JUPYTERHUB_SERVICE_URL is set) and says that itself: no " + name)
+    hub = hub_in(environment)
+    url = urlsplit(_http_url(environment["JUPYTERHUB_SERVICE_URL"]))
+    tls: Dict[str, Any] = {name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in ("certfile", "keyfile", "client_ca")}
+    return config._replace(
+        hub=hub,
+        base=hub.prefix + normal_base(config.base),
+        bind=url.hostname or "0.0.0.0",
+        port=url.port or int(_DEFAULT_PORTS[url.scheme][1:]),
+        token="",
+        # Whatever comes by another way than the Hub's own proxy must sign in all the same.
+        trusted_proxies=config.trusted_proxies or ("0.0.0.0/0", "::/0"),
+        # A Hub that stops a server waits for it, and for its own user's click.
+        shutdown_timeout=min(config.shutdown_timeout, 0.3),
+        **(tls if url.scheme == "https" else {}),
+    )
+
+
+def hub_in(environment: Mapping[str, str]) -> Hub:
+    """The Hub that started this server, as told by its environment; ValueError where that is not whole."""
+
+    def told(name: str, default: Optional[str] = None, kind: Callable[[str], Any] = str) -> Any:
+        text = environment.get("JUPYTERHUB_" + name) or default
+        if text is None:
+            raise ValueError("JupyterHub started this, but JUPYTERHUB_%s is not set" % name)
+        try:
+            return kind(text)
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError("JUPYTERHUB_%s holds what no Hub sets: %s" % (name, text))
+
+    prefix, user = told("SERVICE_PREFIX", kind=normal_base), told("USER", "")
+    own = json.dumps(["access:servers!user=" + user])
+    return Hub(
+        prefix=prefix,
+        user=user,
+        api_url=told("API_URL", kind=_http_url).rstrip("/"),
+        api_token=told("API_TOKEN"),
+        client_id=told("CLIENT_ID"),
+        authorize_url=told("HOST", "") + told("BASE_URL", "/") + "hub/api/oauth2/authorize",
+        callback_url=told("OAUTH_CALLBACK_URL", prefix + "/oauth_callback"),
+        access_scopes=told("OAUTH_ACCESS_SCOPES", environment.get("JUPYTERHUB_OAUTH_SCOPES") or own, _scopes),
+        server_name=told("SERVER_NAME", ""),
+        home=told("DEFAULT_URL", "", lambda path: path and _local_target(prefix + "/" + path.lstrip("/"))),
+        activity_url=told("ACTIVITY_URL", "", lambda url: url and _http_url(url)),
+        activity_interval=told("ACTIVITY_INTERVAL", "300", _seconds),
+        is_secure=told("PUBLIC_URL", "").startswith("https:"),
+        host_cookies=told("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
+        cookie_options=told("COOKIE_OPTIONS", "{}", _cookie_options),
+    )
+
+
+def _http_url(url: str) -> str:
+    match = _HTTP_URL.fullmatch(url)
+    if not match or not is_authority(match.group(2)):
+        raise ValueError("an HTTP URL is expected, not %r" % url)
+    return url
+
+
+def _local_target(target: str) -> str:
+    if not _LOCAL_TARGET.fullmatch(target):
+        raise ValueError("a path of this server is expected, not %r" % target)
+    return target
+
+
+def _seconds(text: str) -> float:
+    if not float(text) > 0:
+        raise ValueError("a number of seconds is expected, not %r" % text)
+    return float(text)
+
+
+def _scopes(text: str) -> FrozenSet[str]:
+    return frozenset(map(str, json.loads(text)))
+
+
+def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
+    """The attributes of cookies that the Hub wants, given as the arguments of Tornado's set_cookie in JSON."""
+    given = {name.lower(): value for name, value in json.loads(text).items() if value not in (None, False)}
+    if "expires_days" in given:
+        given.setdefault("max_age", int(float(given["expires_days"]) * 86400))
+    names = {"samesite": "SameSite", "secure": "Secure", "domain": "Domain", "max_age": "Max-Age"}
+    names["partitioned"] = "Partitioned"
+    found = tuple((name, "" if given[key] is True else str(given[key])) for key, name in names.items() if key in given)
+    if any(not re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in found):
+        raise ValueError("this cannot stand in a cookie")
+    return found
 
 
 def _token(arguments: argparse.Namespace) -> Optional[str]:
@@ -2775,6 +3637,9 @@ def _token(arguments: argparse.Namespace) -> Optional[str]:
 
 def _banner(proxy: PortProxy) -> str:
     config, url = proxy.config, proxy.url
+    if config.hub:
+        text = "port_proxy %s: reaches every port of this machine as %s/<port>/, for %s, who signs in at the Hub"
+        return text % (__version__, config.base, config.hub.user or "whom the Hub lets in")
     question = "?token=" + quote(proxy.token, safe="") if proxy.token else ""
     others = (
         ""
@@ -2823,13 +3688,13 @@ async def _run(config: Config, quiet: bool) -> int:
         except NotImplementedError:  # the event loop of Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     try:
-        await proxy.start(_inherited_sockets())
+        await proxy.start(_inherited_sockets() or None)
     except (OSError, ValueError) as error:
         sys.stderr.write("port_proxy: %s\n" % _why_not_listening(error, config))
         return 2
     if not quiet or proxy.token != (config.token or ""):  # a token that nobody has seen would be of no use
         print(_banner(proxy), flush=True)
-    if config.token == "" and not proxy.is_private:
+    if config.token == "" and not proxy.is_private and not config.hub:
         warning = "port_proxy: anybody who can reach %s can use every port of this machine (--no-token)\n"
         sys.stderr.write(warning % config.bind)
     await stop.wait()
@@ -2851,6 +3716,11 @@ def _why_not_listening(error: Exception, config: Config) -> str:
         return "cannot read %s: %s" % (" or ".join(filter(None, (config.certfile, config.keyfile))), error.strerror)
     if config.bind.startswith(_UNIX_PREFIX):
         return "cannot listen on %s: %s" % (config.bind, error.strerror or error)
+    if error.errno == errno.EADDRINUSE and config.hub:
+        return (
+            "%s, which JUPYTERHUB_SERVICE_URL names, is in use: this shell seems to be one inside a server that"
+            " JupyterHub started. For a proxy of your own there, choose a port: --port 0" % where
+        )
     if error.errno == errno.EADDRINUSE:
         return "%s is in use by another program; choose another with --port, or --port 0 for any free one" % where
     if error.errno == errno.EACCES:

@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from urllib.parse import parse_qsl, quote, urlencode
 
 import pytest
 
@@ -37,6 +38,7 @@ from port_proxy import (
     Body,
     Config,
     Framing,
+    Hub,
     PortProxy,
     ProxyError,
     RequestHead,
@@ -318,6 +320,12 @@ def narrow(proxy, port):
 
 def request(method, target, *lines, body=b""):
     return "\r\n".join(("%s %s HTTP/1.1" % (method, target), "Host: here:8888") + lines + ("", "")).encode("latin-1") + body
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 def eventually(condition):
@@ -1952,6 +1960,412 @@ class TestPages:
             assert status_of(wire.message(no_body=True)) == 200
             assert status_of(wire.message(no_body=True)) == 404
             assert wire.message()[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JupyterHub
+# ---------------------------------------------------------------------------------------------------------------------
+
+PREFIX = "/jh/user/al@ice.x%2By"
+PAGE = ("Accept: text/html", "Sec-Fetch-Mode: navigate")
+
+
+class HubBehindWire:
+    """A Hub's API as far as a server uses it, on a real socket: what it was asked, and what it answers.
+
+    users: models by token; codes: tokens by code, each with the challenge that the code was bought with; asked: request
+    lines with the fields and body; broken: what it answers instead of all that.
+    """
+
+    def __init__(self):
+        self.users, self.codes, self.asked, self.broken = {}, {}, [], None
+
+    def __call__(self, wire, app):
+        while wire.buffer or wire.more():
+            message = wire.message()
+            self.asked.append(message)
+            status, answer = self.answer(message)
+            body = self.broken or json.dumps(answer).encode()
+            wire.send(b"HTTP/1.1 %d Because\r\nX-JupyterHub-Version: 6.1.0\r\nContent-Length: %d\r\n\r\n" % (status, len(body)), body)
+
+    def answer(self, message):
+        method, path, _ = message[0].split(" ")
+        if (method, path) == ("GET", "/hub/api/user"):
+            user = self.users.get(fields_of(message)["authorization"][len("token ") :])
+            return (200, user) if user else (403, {"message": "no"})
+        if (method, path) == ("POST", "/hub/api/oauth2/token"):
+            form = dict(parse_qsl(message[2].decode()))
+            token, challenge = self.codes.pop(form["code"], ("", ""))
+            made = base64.urlsafe_b64encode(hashlib.sha256(form["code_verifier"].encode()).digest()).decode().rstrip("=")
+            good = token and made == challenge and (form["client_id"], form["client_secret"]) == ("jupyterhub-user-al%40ice", "server-token")
+            return (200, {"access_token": token}) if good else (400, {"error": "invalid_grant"})
+        return (200, {"version": "6.1.0"})
+
+    def questions(self, path):
+        return [message for message in self.asked if message[0].split(" ")[1] == path]
+
+
+OWNER = {"kind": "user", "name": "al@ice.x+y", "scopes": ["access:servers!server=al@ice.x+y/", "read:users:name!user"]}
+STRANGER = {"kind": "user", "name": "mallory", "scopes": ["access:servers!user=mallory"]}
+ADMIN = {"kind": "user", "name": "boss", "scopes": ["access:servers", "admin:users"]}
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, upstream):
+        hub = HubBehindWire()
+        hub.port = upstream(hub).port
+        hub.users = {"owner-token": OWNER, "stranger-token": STRANGER, "admin-token": ADMIN, "server-token": OWNER}
+        return hub
+
+    @pytest.fixture
+    def begin(self, start, hub):
+        def begin(**options):
+            told = Hub(
+                prefix=PREFIX, user="al@ice.x+y", api_url="http://127.0.0.1:%d/hub/api" % hub.port, api_token="server-token", client_id="jupyterhub-user-al%40ice",
+                authorize_url="/jh/hub/api/oauth2/authorize", callback_url=PREFIX + "/oauth_callback",
+                access_scopes=frozenset(["access:servers!server=al@ice.x+y/", "access:servers!user=al@ice.x+y"]),
+            )._replace(**options)  # fmt: skip
+            return start(base=PREFIX + "/proxy", hub=told, token="", trusted_proxies=["127.0.0.1"], allow_hostnames=(), shutdown_timeout=0.3)
+
+        return begin
+
+    @pytest.fixture
+    def proxy(self, begin):
+        return begin()
+
+    @pytest.fixture
+    def app(self, upstream):
+        return upstream(answering(OK))
+
+    def sent_to_hub(self, proxy, target, *lines):
+        """Visit a page without being signed in: (the parameters for the Hub, the login's cookie)."""
+        answer = proxy.get(target, *(PAGE + lines))
+        assert status_of(answer) == 302
+        place, _, query = fields_of(answer)["location"].partition("?")
+        assert place == "/jh/hub/api/oauth2/authorize"
+        return dict(parse_qsl(query)), cookie_of(answer)
+
+    def come_back(self, proxy, hub, asked, *lines, token="owner-token"):
+        hub.codes["code"] = (token, asked["code_challenge"])
+        return proxy.get("%s/oauth_callback?code=code&state=%s" % (PREFIX, asked["state"]), *(PAGE + lines))
+
+    def sign_in(self, proxy, hub, target=PREFIX + "/proxy/", token="owner-token", session="a"):
+        """The Cookie field of a browser that has signed in."""
+        asked, cookie = self.sent_to_hub(proxy, target)
+        answer = self.come_back(proxy, hub, asked, "%s; jupyterhub-session-id=%s" % (cookie, session), token=token)
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, target)
+        cookies = [value.split(";")[0] for name, value in answer[1] if name == "Set-Cookie" and "Max-Age=0" not in value]
+        return "Cookie: jupyterhub-session-id=%s; %s" % (session, cookies[0])
+
+    def test_readiness(self, proxy, hub):
+        """Asked by the Hub itself, which is not signed in; the version is looked up once."""
+        for target in (PREFIX + "/api", PREFIX + "/api/", "/jh/user/al%40ice.x+y/api"):
+            answer = proxy.get(target)
+            assert (status_of(answer), fields_of(answer)["x-jupyterhub-version"]) == (200, "6.1.0")
+        assert len(hub.asked) == 1
+
+    def test_readiness_without_a_hub(self, begin):
+        answer = begin(api_url="http://127.0.0.1:1/hub/api").get(PREFIX + "/api")
+        assert (status_of(answer), "x-jupyterhub-version" in fields_of(answer)) == (200, False)
+
+    def test_sign_in(self, proxy, hub, app):
+        target = "%s/proxy/%d/a?b=%%2F&c" % (PREFIX, app.port)
+        asked, cookie = self.sent_to_hub(proxy, target)
+        assert (asked["client_id"], asked["redirect_uri"], asked["response_type"]) == ("jupyterhub-user-al%40ice", PREFIX + "/oauth_callback", "code")
+        assert (asked["code_challenge_method"], len(asked["state"]) >= 22) == ("S256", True)
+        assert asked["state"] not in cookie
+        answer = self.come_back(proxy, hub, asked, cookie)
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, target)
+        assert dict(parse_qsl(hub.questions("/hub/api/oauth2/token")[0][2].decode()))["redirect_uri"] == PREFIX + "/oauth_callback"
+        set_cookies = [value for name, value in answer[1] if name == "Set-Cookie"]
+        session = next(value for value in set_cookies if "Max-Age" not in value)
+        assert {part.strip() for part in session.split(";")[1:]} == {"Path=%s/" % PREFIX, "HttpOnly", "SameSite=Lax"}
+        assert "owner-token" not in repr(answer)
+        over = next(value for value in set_cookies if "Max-Age=0" in value)
+        assert over.split("=")[0] == cookie[len("Cookie: ") :].split("=")[0]
+        assert status_of(proxy.get(target, "Cookie: a=b; %s; jupyterhub-session-id=x; __Host-jupyterhub-user=y; c=d" % session.split(";")[0])) == 200
+        assert fields_of(app.messages[-1])["cookie"] == "a=b; c=d"
+        again = self.come_back(proxy, hub, asked, cookie)  # a state counts once
+        assert (status_of(again), b"This sign-in is over" in again[2]) == (403, True)
+
+    @pytest.mark.parametrize("shown", ["", "Cookie: %s=wrong", "Cookie: %s=", "Cookie: other=%s", "Cookie: %s=\xe9"])
+    def test_a_login_belongs_to_its_browser(self, proxy, hub, shown):
+        asked, cookie = self.sent_to_hub(proxy, PREFIX + "/proxy/")
+        lines = (shown.replace("%s", cookie[len("Cookie: ") :].split("=")[0]),) if shown else ()
+        answer = self.come_back(proxy, hub, asked, *lines)
+        assert (status_of(answer), b"another browser" in answer[2], hub.questions("/hub/api/oauth2/token")) == (403, True, [])
+
+    def test_a_login_is_over_after_ten_minutes(self, proxy, hub, background):
+        asked, cookie = self.sent_to_hub(proxy, PREFIX + "/proxy/")
+        logins = proxy.proxy._around.gate._logins
+        login = logins[asked["state"]]
+        assert 590 < login.until - background.loop.time() <= 600
+        logins[asked["state"]] = login._replace(until=background.loop.time() - 1)
+        assert status_of(self.come_back(proxy, hub, asked, cookie)) == 403
+
+    @pytest.mark.parametrize(
+        "query, says",
+        [
+            ("state=%s&error=access_denied", b"did not sign you in: access_denied."), ("state=%s&error=<b>", b"no reason given"), ("state=%s", b"no reason given"),
+            ("state=%s&code=wrong", b"did not take this sign-in for valid"), ("state=x&code=a", b"is over"), ("code=a", b"is over"), ("", b"is over"),
+        ],
+    )  # fmt: skip
+    def test_a_login_that_fails(self, proxy, query, says):
+        asked, cookie = self.sent_to_hub(proxy, PREFIX + "/proxy/")
+        answer = proxy.get("%s/oauth_callback?%s" % (PREFIX, query.replace("%s", asked["state"])), cookie, *PAGE)
+        assert (status_of(answer), says in answer[2], PREFIX.encode() + b"/ again" in answer[2]) == (403, True, True)
+
+    @pytest.mark.parametrize(
+        "target, leads_to",
+        [
+            (PREFIX + "/proxy/80", PREFIX + "/proxy/80"), ("/jh/user/al%40ice.x+y/proxy/80/?a", PREFIX + "/proxy/80/?a"), ("/j%68/user/al@ice.x+y", PREFIX + "/"),
+            (PREFIX + "/proxy/80/" + "a" * 5000, PREFIX + "/"), (PREFIX + "/proxy/80/\\x", PREFIX + "/"), (PREFIX + "/", PREFIX + "/"),
+        ],
+    )  # fmt: skip
+    def test_where_a_login_leads(self, proxy, hub, target, leads_to):
+        """The prefix is spelt as in the cookie's Path: a browser that is led elsewhere would have to sign in for ever."""
+        asked, cookie = self.sent_to_hub(proxy, target)
+        assert fields_of(self.come_back(proxy, hub, asked, cookie))["location"] == leads_to
+
+    @pytest.mark.parametrize("target", ["//evil.example/proxy/80/", "/jh/user/mallory/proxy/80/", "/proxy/80/", "/", "/jh/user/al@ice.x%2By2/"])
+    def test_what_is_not_ours(self, proxy, target):
+        assert status_of(proxy.get(target, *PAGE)) == 404
+
+    def test_only_page_visits_are_sent_to_the_hub(self, proxy, app):
+        target = "%s/proxy/%d/" % (PREFIX, app.port)
+        for method, lines in (("POST", PAGE), ("PUT", ()), ("GET", ()), ("GET", ("Accept: text/html", "Sec-Fetch-Mode: cors")), ("GET", PAGE + HANDSHAKE), ("OPTIONS", PAGE), ("PROPFIND", PAGE)):
+            assert status_of(proxy.ask(request(method, target, *lines))) == 403
+        assert status_of(proxy.ask(request("HEAD", target, *PAGE), no_body=True)) == 302
+        assert app.connections == 0
+
+    @pytest.mark.parametrize("token, status", [("owner-token", 200), ("admin-token", 200), ("server-token", 200), ("stranger-token", 403), ("unknown", 403)])
+    def test_tokens(self, proxy, app, hub, token, status):
+        target = "%s/proxy/%d/" % (PREFIX, app.port)
+        for query, lines in (("", ("Authorization: token " + token,)), ("", ("Authorization: Bearer " + token,)), ("?a&token=%s&b" % token, ())):
+            assert status_of(proxy.get(target + query, *lines)) == status
+        assert len(hub.asked) == 1  # the Hub's word is believed for a minute
+        assert [message[0] for message in app.messages] == ["GET / HTTP/1.1", "GET / HTTP/1.1", "GET /?a&b HTTP/1.1"][: 3 if status == 200 else 0]
+        assert token not in repr(app.messages)
+
+    def test_a_strangers_account_does_not_get_in(self, proxy, hub, app):
+        asked, cookie = self.sent_to_hub(proxy, "%s/proxy/%d/" % (PREFIX, app.port))
+        answer = self.come_back(proxy, hub, asked, cookie, token="stranger-token")
+        assert (status_of(answer), b"signed in as mallory" in answer[2], b"that of al@ice.x+y" in answer[2]) == (403, True, True)
+        assert "set-cookie" not in fields_of(answer)
+        assert app.connections == 0
+
+    def test_access_that_is_taken_away(self, proxy, hub):
+        """When the Hub is asked again, which a new Hub session makes it be at once."""
+        cookie = self.sign_in(proxy, hub)
+        hub.users["owner-token"] = dict(OWNER, scopes=[])
+        assert status_of(proxy.get(PREFIX + "/proxy/", cookie, *PAGE)) == 200
+        answer = proxy.get(PREFIX + "/proxy/", cookie.replace("-id=a", "-id=b"), *PAGE)
+        assert (status_of(answer), b"no access to this server" in answer[2]) == (403, True)
+
+    def test_a_token_in_the_address_signs_a_browser_in(self, proxy, app):
+        target = "%s/proxy/%d/a?b&token=TOKEN&c" % (PREFIX, app.port)
+        answer = proxy.get(target.replace("TOKEN", "owner-token"), *PAGE)
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, "%s/proxy/%d/a?b&c" % (PREFIX, app.port))
+        assert status_of(proxy.get("%s/proxy/%d/" % (PREFIX, app.port), cookie_of(answer))) == 200
+        assert status_of(proxy.get(target.replace("TOKEN", "apps-own"), cookie_of(answer), *PAGE)) == 200
+        assert app.messages[-1][0] == "GET /a?b&token=apps-own&c HTTP/1.1"
+
+    def test_credentials_do_not_reach_the_app(self, proxy, hub, app):
+        cookie = self.sign_in(proxy, hub)
+        target = "%s/proxy/%d/" % (PREFIX, app.port)
+        for line, arrives in (
+            ("Authorization: Bearer apps-own", "Bearer apps-own"), ("Authorization: Basic YTpi", "Basic YTpi"), ("Authorization: token owner-token", None),
+            ("Authorization: token admin-token", None), ("Authorization: token server-token", None),
+        ):  # fmt: skip
+            assert status_of(proxy.get(target, cookie, line)) == 200
+            assert fields_of(app.messages[-1]).get("authorization") == arrives
+        proxy.get(target, cookie, "Referer: http://here:8888%s?token=owner-token&a" % target)
+        assert fields_of(app.messages[-1])["referer"] == "http://localhost:%d/?a" % app.port
+        assert not any("cookie" in fields_of(message) for message in app.messages)
+
+    def test_an_app_cannot_set_the_hubs_cookies(self, proxy, hub, upstream):
+        names = ("jupyterhub-session-id", "__Host-jupyterhub-user", proxy.proxy._around.gate.cookie_name, "own")
+        app = upstream(answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" + b"".join(b"Set-Cookie: %s=x; Path=/\r\n" % name.encode() for name in names) + b"\r\n"))
+        answer = proxy.get("%s/proxy/%d/" % (PREFIX, app.port), "Authorization: token owner-token")
+        assert [value.split("=")[0] for name, value in answer[1] if name == "Set-Cookie"] == ["own"]
+
+    def test_signing_out_of_the_hub(self, proxy, hub, app):
+        """The Hub then forgets the token, and takes its session cookie back: that alone makes us ask anew."""
+        cookie = self.sign_in(proxy, hub)
+        target = "%s/proxy/%d/" % (PREFIX, app.port)
+        for _ in range(5):
+            assert status_of(proxy.get(target, cookie)) == 200
+        assert len(hub.questions("/hub/api/user")) == 1
+        del hub.users["owner-token"]
+        assert status_of(proxy.get(target, cookie)) == 200
+        out = cookie.replace("jupyterhub-session-id=a; ", "")
+        assert status_of(proxy.get(target, out)) == 403
+        assert status_of(proxy.get(target, out, *PAGE)) == 302
+        assert status_of(proxy.get(target, cookie)) == 403  # and the session is gone for good
+
+    def test_several_copies_of_the_cookie(self, proxy, hub):
+        """A cookie of a wider path may stand beside ours: any that is valid lets in."""
+        cookie = self.sign_in(proxy, hub)
+        name = proxy.proxy._around.gate.cookie_name
+        for line in (cookie + "; %s=old" % name, cookie.replace(name, "%s=old; %s" % (name, name))):
+            assert status_of(proxy.get(PREFIX + "/proxy/", line)) == 200
+
+    def test_other_sites(self, proxy, hub, app):
+        cookie, target = self.sign_in(proxy, hub), "%s/proxy/%d/" % (PREFIX, app.port)
+        for method, lines, status in (
+            ("POST", ("Origin: http://evil.example",), 403), ("POST", ("Origin: null",), 403), ("GET", ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"), 403),
+            ("GET", ("Origin: http://evil.example",) + HANDSHAKE, 403), ("POST", ("Origin: http://here:8888",), 200), ("POST", ("Origin: https://hub.example", "X-Forwarded-Host: hub.example"), 200),
+            ("GET", ("Sec-Fetch-Site: cross-site",) + PAGE, 200),
+        ):  # fmt: skip
+            assert status_of(proxy.ask(request(method, target, cookie, *lines))) == status
+        assert status_of(proxy.ask(request("POST", target, "Authorization: token owner-token", "Origin: http://evil.example"))) == 200
+
+    @pytest.mark.parametrize(
+        "options, forwarded, has, lacks",
+        [
+            ({}, "https,http", ["Secure", "SameSite=Lax"], []), ({}, "http", [], ["Secure"]), ({}, "http, https", [], ["Secure"]), ({"is_secure": True}, "http", ["Secure"], []),
+            ({"host_cookies": True}, "http", ["Secure", "Path=/"], []), ({"cookie_options": (("SameSite", "None"), ("Partitioned", ""))}, "https", ["SameSite=None", "Partitioned", "Secure"], ["SameSite=Lax"]),
+        ],
+    )  # fmt: skip
+    def test_attributes_of_cookies(self, begin, hub, options, forwarded, has, lacks):
+        proxy = begin(**options)
+        answer = proxy.get(PREFIX + "/proxy/?token=owner-token", "X-Forwarded-Proto: " + forwarded, *PAGE)
+        attributes = [part.strip() for part in fields_of(answer)["set-cookie"].split(";")]
+        assert set(has) <= set(attributes)
+        assert not set(lacks) & set(attributes)
+        assert attributes[0].startswith("__Host-") is bool(options.get("host_cookies"))
+        assert status_of(proxy.get(PREFIX + "/proxy/", "Cookie: " + attributes[0])) == 200
+
+    @pytest.mark.parametrize("fault", ["silent", "not HTTP", "not JSON", "no name", "500", "list"])
+    def test_a_hub_that_cannot_be_asked(self, begin, upstream, fault):
+        """Nobody gets in, and nobody is sent to a sign-in that cannot succeed; what is asked later is asked anew."""
+        answers = {
+            "silent": b"", "not HTTP": b"SSH-2.0-x\r\n\r\n", "not JSON": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{", "no name": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+            "500": b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", "list": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        }  # fmt: skip
+        broken = upstream(lambda wire, app: (app.messages.append(wire.message()), wire.send(answers[fault])))
+        proxy = begin(api_url="http://127.0.0.1:%d/hub/api" % broken.port)
+        for count in (1, 2):
+            answer = proxy.get(PREFIX + "/proxy/", "Authorization: token some", *PAGE)
+            assert (status_of(answer), "retry-after" in fields_of(answer)) == (503, True)
+            assert len(broken.messages) == count
+
+    def test_the_same_question_is_asked_once(self, begin, upstream):
+        """Many requests of one page wait for one answer."""
+        go = threading.Event()
+        body = json.dumps(OWNER).encode()
+
+        def serve(wire, app):
+            app.messages.append(wire.message())
+            go.wait(WAIT)
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body), body)
+
+        slow = upstream(serve)
+        proxy = begin(api_url="http://127.0.0.1:%d/hub/api" % slow.port)
+        wires = [proxy.wire() for _ in range(5)]
+        for wire in wires:
+            wire.send(request("GET", PREFIX + "/proxy/", "Authorization: token owner-token"))
+        eventually(lambda: slow.messages and len([one for one in proxy.proxy._clients.values() if one]) == 5)
+        wires.pop().reset()  # whoever leaves takes the answer from nobody
+        go.set()
+        for wire in wires:
+            assert status_of(wire.message()) == 200
+            wire.close()
+        assert len(slow.messages) == 1
+
+    def test_a_stop_while_the_hub_is_asked(self, begin, upstream):
+        """The fixtures see to it that no task, connection or complaint is left."""
+        silent = upstream(lambda wire, app: (app.happened.set(), wire.rest()))
+        proxy = begin(api_url="http://127.0.0.1:%d/hub/api" % silent.port)
+        with proxy.wire() as wire:
+            wire.send(request("GET", PREFIX + "/proxy/", "Authorization: token owner-token"))
+            assert silent.happened.wait(WAIT)
+            proxy.background.do(proxy.proxy.close())
+            assert b"200" not in wire.rest()
+
+    def test_tables_are_bounded(self, proxy, hub):
+        gate = proxy.proxy._around.gate
+        visit = Visit("", "http", "a")
+        for number in range(1500):
+            gate._new_session("token", visit)
+            gate._begin_login(PREFIX + "/", visit)
+            port_proxy._remember(gate._ours, str(number), None)
+        assert [len(table) for table in (gate._sessions, gate._logins, gate._ours)] == [1000] * 3
+
+    def test_many_tokens_in_one_request(self, proxy, hub):
+        """One request makes few questions, however many tokens are in it."""
+        assert status_of(proxy.get(PREFIX + "/proxy/?" + "&".join("token=%d" % number for number in range(500)))) == 403
+        assert len(hub.asked) == 2
+
+    @pytest.mark.parametrize("home, leads_to", [("", PREFIX + "/proxy/"), (PREFIX + "/proxy/8080", PREFIX + "/proxy/8080"), (PREFIX + "/proxy/8080/?a", PREFIX + "/proxy/8080/?a")])
+    def test_home(self, begin, hub, home, leads_to):
+        proxy = begin(home=home)
+        cookie = self.sign_in(proxy, hub)
+        for target in (PREFIX, PREFIX + "/", "/jh/user/al%40ice.x+y/"):
+            answer = proxy.get(target, cookie, *PAGE)
+            assert (status_of(answer), fields_of(answer)["location"]) == (302, leads_to)
+        assert status_of(proxy.get(PREFIX + "/")) == 403
+
+    @pytest.mark.parametrize("kind", ["request", "websocket", "upload", "download"])
+    def test_activity_is_reported(self, begin, hub, upstream, kind):
+        """Once an interval, if there was any since; bytes count, not only requests."""
+
+        def serve(wire, app):
+            app.messages.append(wire.until(b"\r\n\r\n"))
+            if kind == "websocket":
+                wire.send(SWITCHING)
+                while wire.more():
+                    wire.send(wire.buffer)
+            elif kind == "download":
+                wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while not app.let_go.wait(0.01):
+                    wire.send(b"a")
+            elif kind == "upload":
+                wire.rest()
+            else:
+                wire.send(OK)
+
+        app = upstream(serve)
+        proxy = begin(activity_url="http://127.0.0.1:%d/hub/api/users/al%%40ice.x%%2By/activity" % hub.port, activity_interval=0.05)
+        gate = proxy.proxy._around.gate
+        assert status_of(proxy.get(PREFIX + "/api")) == 200
+        assert status_of(proxy.get(PREFIX + "/proxy/")) == 403
+        assert gate._last_activity == ""  # neither of these is use
+
+        def reports():
+            return hub.questions("/hub/api/users/al%40ice.x%2By/activity")
+
+        with proxy.wire() as wire:
+            lines = {"websocket": HANDSHAKE, "upload": ("Content-Length: 100000",)}.get(kind, ())
+            wire.send(request("GET", "%s/proxy/%d/" % (PREFIX, app.port), "Authorization: token owner-token", *lines))
+            eventually(reports)
+            told = json.loads(reports()[0][2].decode())
+            assert told == {"servers": {"": {"last_activity": told["last_activity"]}}, "last_activity": told["last_activity"]}
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told["last_activity"])
+            assert fields_of(reports()[0])["authorization"] == "token server-token"
+            if kind != "request":
+                gate._last_activity = "long ago"
+                if kind == "websocket":
+                    wire.until(b"\r\n\r\n")
+                    wire.send(b"a")
+                elif kind == "upload":
+                    wire.send(b"a")
+                eventually(lambda: gate._last_activity != "long ago")
+            app.let_go.set()
+
+    def test_a_report_that_fails_is_made_again(self, begin, hub, upstream):
+        app = upstream(answering(OK))
+        proxy = begin(activity_url="http://127.0.0.1:%d/hub/api/activity" % hub.port, activity_interval=0.05)
+        hub.broken = b"{"
+        assert status_of(proxy.get("%s/proxy/%d/" % (PREFIX, app.port), "Authorization: token owner-token")) == 503
+        hub.broken = None
+        assert status_of(proxy.get("%s/proxy/%d/" % (PREFIX, app.port), "Authorization: token owner-token")) == 200
+        hub.broken = b"{"
+        eventually(lambda: hub.questions("/hub/api/activity"))
+        count = len(hub.questions("/hub/api/activity"))
+        eventually(lambda: len(hub.questions("/hub/api/activity")) > count)
+        hub.broken = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3981,6 +4395,99 @@ class TestCommandLine:
                 assert wire.message()[2] == b"ok"
 
 
+HUB_ENVIRONMENT = {
+    "JUPYTERHUB_SERVICE_URL": "http://127.0.0.1:%d/jh/user/al@ice.x%%2By/", "JUPYTERHUB_SERVICE_PREFIX": "/jh/user/al@ice.x%2By/", "JUPYTERHUB_API_URL": "http://127.0.0.1:1/jh/hub/api",
+    "JUPYTERHUB_API_TOKEN": "server-token", "JUPYTERHUB_CLIENT_ID": "jupyterhub-user-al%40ice.x%2By", "JUPYTERHUB_OAUTH_CALLBACK_URL": "/jh/user/al@ice.x%2By/oauth_callback",
+    "JUPYTERHUB_OAUTH_ACCESS_SCOPES": '["access:servers!server=al@ice.x+y/", "access:servers!user=al@ice.x+y"]', "JUPYTERHUB_BASE_URL": "/jh/", "JUPYTERHUB_HOST": "", "JUPYTERHUB_USER": "al@ice.x+y",
+    "JUPYTERHUB_SERVER_NAME": "", "JUPYTERHUB_DEFAULT_URL": "/proxy/8080", "JUPYTERHUB_ACTIVITY_URL": "http://127.0.0.1:1/jh/hub/api/users/al@ice.x%2By/activity",
+}  # fmt: skip
+
+
+class TestUnderAHub:
+    def test_environment(self):
+        hub = port_proxy.hub_in(HUB_ENVIRONMENT)
+        assert (hub.prefix, hub.user, hub.server_name, hub.home) == ("/jh/user/al@ice.x%2By", "al@ice.x+y", "", "/jh/user/al@ice.x%2By/proxy/8080")
+        assert (hub.authorize_url, hub.callback_url) == ("/jh/hub/api/oauth2/authorize", "/jh/user/al@ice.x%2By/oauth_callback")
+        assert hub.access_scopes == {"access:servers!server=al@ice.x+y/", "access:servers!user=al@ice.x+y"}
+        assert (hub.activity_interval, hub.host_cookies, hub.is_secure, hub.cookie_options) == (300.0, False, False, ())
+
+    @pytest.mark.parametrize(
+        "change, field, value",
+        [
+            ({"JUPYTERHUB_HOST": "https://hub.example"}, "authorize_url", "https://hub.example/jh/hub/api/oauth2/authorize"), ({"JUPYTERHUB_PUBLIC_URL": "https://hub.example/jh/user/a/"}, "is_secure", True),
+            ({"JUPYTERHUB_OAUTH_ACCESS_SCOPES": "", "JUPYTERHUB_OAUTH_SCOPES": '["a"]'}, "access_scopes", {"a"}), ({"JUPYTERHUB_OAUTH_ACCESS_SCOPES": ""}, "access_scopes", {"access:servers!user=al@ice.x+y"}),
+            ({"JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "1"}, "host_cookies", True), ({"JUPYTERHUB_ACTIVITY_INTERVAL": "60"}, "activity_interval", 60.0), ({"JUPYTERHUB_DEFAULT_URL": ""}, "home", ""),
+            ({"JUPYTERHUB_SERVER_NAME": "gpu"}, "server_name", "gpu"), ({"JUPYTERHUB_DEFAULT_URL": "proxy/1/?a=b"}, "home", "/jh/user/al@ice.x%2By/proxy/1/?a=b"),
+            ({"JUPYTERHUB_COOKIE_OPTIONS": '{"SameSite": "None", "Secure": true}'}, "cookie_options", (("SameSite", "None"), ("Secure", ""))),
+            ({"JUPYTERHUB_COOKIE_OPTIONS": '{"expires_days": 0.5, "path": "/evil", "secure": false}'}, "cookie_options", (("Max-Age", "43200"),)),
+        ],
+    )  # fmt: skip
+    def test_variations(self, change, field, value):
+        assert getattr(port_proxy.hub_in(dict(HUB_ENVIRONMENT, **change)), field) == value
+
+    @pytest.mark.parametrize("name", ["JUPYTERHUB_SERVICE_PREFIX", "JUPYTERHUB_API_URL", "JUPYTERHUB_API_TOKEN", "JUPYTERHUB_CLIENT_ID"])
+    def test_what_is_missing_is_named(self, name):
+        with pytest.raises(ValueError, match=name):
+            port_proxy.hub_in(dict(HUB_ENVIRONMENT, **{name: ""}))
+
+    @pytest.mark.parametrize(
+        "change, options, says",
+        [
+            ({"JUPYTERHUB_API_TOKEN": ""}, (), "JUPYTERHUB_API_TOKEN is not set"), ({}, ("--no-token",), "no --no-token"), ({}, ("--token",), "no --token"), ({}, ("--certfile", "x"), "no --certfile"),
+            ({"JUPYTERHUB_SERVICE_URL": "unix:/a"}, (), "an HTTP URL is expected"), ({"JUPYTERHUB_DEFAULT_URL": "/a b"}, (), "JUPYTERHUB_DEFAULT_URL holds what no Hub sets: /a b"),
+            ({"JUPYTERHUB_COOKIE_OPTIONS": '{"domain": "a; Path=/"}'}, (), "JUPYTERHUB_COOKIE_OPTIONS"), ({"JUPYTERHUB_COOKIE_OPTIONS": "["}, (), "JUPYTERHUB_COOKIE_OPTIONS"),
+            ({"JUPYTERHUB_OAUTH_ACCESS_SCOPES": "7"}, (), "JUPYTERHUB_OAUTH_ACCESS_SCOPES"), ({"JUPYTERHUB_ACTIVITY_INTERVAL": "x"}, (), "JUPYTERHUB_ACTIVITY_INTERVAL"),
+            ({"JUPYTERHUB_ACTIVITY_INTERVAL": "0"}, (), "JUPYTERHUB_ACTIVITY_INTERVAL"), ({"JUPYTERHUB_API_URL": "http+unix://a"}, (), "JUPYTERHUB_API_URL"),
+        ],
+    )  # fmt: skip
+    def test_mistakes(self, change, options, says):
+        environment = dict(os.environ, **dict(HUB_ENVIRONMENT, **dict({"JUPYTERHUB_SERVICE_URL": "http://127.0.0.1:1/"}, **change)))
+        done = subprocess.run([sys.executable, PROGRAM] + list(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=WAIT, universal_newlines=True, env=environment)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert says in done.stderr.strip().split("\n")[-1]
+        assert "Traceback" not in done.stderr
+        assert "server-token" not in done.stderr
+
+    def begin(self, *options):
+        port = free_port()
+        environment = dict(os.environ, **HUB_ENVIRONMENT)
+        environment["JUPYTERHUB_SERVICE_URL"] %= port
+        return port, subprocess.Popen([sys.executable, PROGRAM] + list(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+    def test_it_runs_and_stops(self):
+        port, process = self.begin("--base", "/ports")
+        try:
+            assert b"/jh/user/al@ice.x%2By/ports/<port>/, for al@ice.x+y" in process.stdout.readline()
+            with Wire.to(port) as wire:
+                wire.send(request("GET", "/jh/user/al@ice.x%2By/ports/80/", *PAGE))
+                assert fields_of(wire.message())["location"].startswith("/jh/hub/api/oauth2/authorize?")
+                wire.send(request("GET", "/jh/user/al@ice.x%2By/ports/80/"))
+                assert status_of(wire.message()) == 403
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=WAIT) == (b"", b"")
+            assert process.returncode == 0
+        finally:
+            process.kill()
+            process.wait()
+
+    def test_in_a_terminal_of_a_hubs_server(self):
+        """Its environment is the same: who starts a proxy there is told, or says where it shall listen."""
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(1)
+            environment = dict(os.environ, **HUB_ENVIRONMENT)
+            environment["JUPYTERHUB_SERVICE_URL"] %= sock.getsockname()[1]
+            done = subprocess.run([sys.executable, PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=WAIT, env=environment)
+            assert (done.returncode, b"--port 0" in done.stderr) == (2, True)
+        _, process = self.begin("--port", "0")
+        try:
+            banner = process.stdout.readline().decode()
+            assert re.search(r"open http://127\.0\.0\.1:\d+/proxy/", banner)
+        finally:
+            process.terminate()
+            assert process.communicate(timeout=WAIT)[1] == b""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Real programs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4038,30 +4545,40 @@ class TestRealPrograms:
         """A page with relative assets, fetch, an upload, server-sent events and a WebSocket, in headless Chromium; where
         a token is asked for, it is in the first address, and nowhere after that."""
         proxy = start(allow_hostnames=(), token=token)
-        browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        if not browser:
-            pytest.skip("no Chromium is installed")
         app = upstream(serve_browser_app)
-        with tempfile.TemporaryDirectory() as profile:
-            process = subprocess.Popen(
-                [
-                    browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                    "--disable-component-update", "--disable-sync", "--user-data-dir=" + profile, "--remote-debugging-port=0",
-                    "http://localhost:%d/proxy/%d%s" % (proxy.port, app.port, "?token=" + token if token else ""),
-                ],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-            try:
-                assert app.happened.wait(60), "the browser did not report: it asked for %r" % [m[0] for m in app.messages]
-            finally:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        report = json.loads(next(message[2] for message in app.messages if message[0].startswith("POST /report ")).decode())
-        assert report == {"fetch": "fetched", "upload": 300000, "events": ["1", "2", "3"], "socket": "echo", "style": "rgb(1, 2, 3)", "path": "/proxy/%d/" % app.port}
+        with chromium("http://localhost:%d/proxy/%d%s" % (proxy.port, app.port, "?token=" + token if token else "")):
+            assert app.happened.wait(60), "the browser did not report: it asked for %r" % [m[0] for m in app.messages]
+        check_browser_report(app, "/proxy/%d/" % app.port)
         origins = {fields_of(message).get("origin") for message in app.messages}
         assert origins == {None, "http://localhost:%d" % app.port}
         assert TOKEN not in repr(app.messages)
         assert "cookie" not in {name for message in app.messages for name in fields_of(message)}
+
+
+@contextlib.contextmanager
+def chromium(url, *options):
+    """Headless Chromium at `url`, with a profile of its own; killed in the end."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium is installed")
+    with tempfile.TemporaryDirectory() as profile:
+        process = subprocess.Popen(
+            [
+                browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                "--disable-component-update", "--disable-sync", "--user-data-dir=" + profile, "--remote-debugging-port=0",
+            ] + list(options) + [url],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def check_browser_report(app, path):
+    report = json.loads(next(message[2] for message in app.messages if message[0].startswith("POST /report ")).decode())
+    assert report == {"fetch": "fetched", "upload": 300000, "events": ["1", "2", "3"], "socket": "echo", "style": "rgb(1, 2, 3)", "path": path}
 
 
 BROWSER_PAGE = b"""<!DOCTYPE html><link rel=stylesheet href=style.css><body><script type=module>
@@ -4102,3 +4619,667 @@ def serve_browser_app(wire, app):
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(body)), body)
         if path == "/report":
             app.happened.set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real JupyterHub and Jupyter servers; PORT_PROXY_TEST_JUPYTER names the folder that their commands are in
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def jupyter_command(name):
+    folder = os.environ.get("PORT_PROXY_TEST_JUPYTER")
+    path = shutil.which(name, path=folder or None)
+    if folder and not path:
+        pytest.fail("%s is not in the folder that PORT_PROXY_TEST_JUPYTER names" % name)
+    if not path:
+        pytest.skip("%s is not installed: PORT_PROXY_TEST_JUPYTER says in which folder it is" % name)
+    return path
+
+
+class Server:
+    """A real server in a process group of its own, with a home folder of its own; it has answered at `target`.
+
+    said: what it has printed so far.
+    """
+
+    def __init__(self, command, folder, port, target, context=None, **environment):
+        folder.mkdir(exist_ok=True)
+        bin_folder = os.path.dirname(command[0])
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "PYTHON", "JPY"))}
+        kept.update(HOME=str(folder), PATH=bin_folder + os.pathsep + os.environ["PATH"], JUPYTER_PLATFORM_DIRS="1", **environment)
+        self.log = folder / "log"
+        self.port = port
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=str(folder), env=kept, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            self.wait_for(target, context)
+        except BaseException:
+            self.close()
+            raise
+
+    def wait_for(self, target, context):
+        limit = time.monotonic() + 60
+        while True:
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < limit, self.said
+            with contextlib.suppress(OSError):
+                if status_of(Visitor(self.port, context).ask("GET", target)) == 200:  # a front server may be up before that
+                    return
+            time.sleep(0.05)
+
+    @property
+    def said(self):
+        return self.log.read_text(errors="replace")
+
+    def close(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(WAIT)
+        except subprocess.TimeoutExpired:
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(WAIT)
+
+
+class Visitor:
+    """A browser without a window: it keeps cookies by path, sends those of longer paths first, follows redirects.
+
+    trail: what it asked for, with the statuses.
+    """
+
+    def __init__(self, port, context=None):
+        self.port, self.context = port, context
+        self.cookies, self.trail = {}, []
+
+    def wire(self):
+        sock = socket.create_connection(("127.0.0.1", self.port), WAIT)
+        return Wire(self.context.wrap_socket(sock, server_hostname="localhost") if self.context else sock)
+
+    def head(self, method, target, *lines):
+        path = target.partition("?")[0]
+        fit = [(at, name, value) for (name, at), value in self.cookies.items() if (path + "/").startswith(at.rstrip("/") + "/")]
+        shown = "; ".join("%s=%s" % (name, value) for at, name, value in sorted(fit, key=lambda cookie: -len(cookie[0])))
+        host = "Host: 127.0.0.1:%d" % self.port
+        return "\r\n".join(("%s %s HTTP/1.1" % (method, target), host) + (("Cookie: " + shown,) if shown else ()) + lines + ("", "")).encode()
+
+    def ask(self, method, target, *lines, body=b"", **how):
+        """One request, and its answer, whose cookies are kept."""
+        if body:
+            lines += ("Content-Length: %d" % len(body),)
+        with self.wire() as wire:
+            wire.send(self.head(method, target, *lines), body)
+            answer = wire.message(**how)
+        self.trail.append((method, target, status_of(answer)))
+        for value in (value for name, value in answer[1] if name.lower() == "set-cookie"):
+            (name, _, content), *attributes = [part.strip().partition("=") for part in value.split(";")]
+            about = {key.lower(): attribute for key, _, attribute in attributes}
+            self.cookies.pop((name, about.get("path", "/")), None)
+            if content.strip('"') and about.get("max-age") != "0":
+                self.cookies[name, about.get("path", "/")] = content
+        return answer
+
+    def visit(self, target):
+        """Go to a page, wherever it leads; a page of the Hub that waits for a server is looked at again."""
+        limit = time.monotonic() + WAIT
+        while True:
+            answer = self.ask("GET", target, *PAGE)
+            location = fields_of(answer).get("location")
+            if location:
+                target = re.sub("https?://[^/]*", "", location)
+            elif "/hub/spawn-pending/" not in target:
+                return answer
+            else:
+                time.sleep(0.05)
+            assert time.monotonic() < limit, self.trail
+
+    def sign_in_at_hub(self, name, base="/jh/"):
+        self.ask("GET", base + "hub/login", *PAGE)
+        xsrf = next(value for (cookie, at), value in self.cookies.items() if (cookie, at) == ("_xsrf", base + "hub/"))
+        form = urlencode({"username": name, "password": "any", "_xsrf": xsrf}).encode()
+        assert status_of(self.ask("POST", base + "hub/login", "Content-Type: application/x-www-form-urlencoded", body=form)) == 302
+        return self
+
+
+def send_frame(wire, text):
+    """A masked text frame (RFC 6455 section 5.2), with a mask of zeros."""
+    data = text.encode()
+    length = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + struct.pack(">H", len(data))
+    wire.send(b"\x81" + length + bytes(4) + data)
+
+
+def receive_frame(wire):
+    first, length = wire.exactly(2)
+    if length == 126:
+        length = struct.unpack(">H", wire.exactly(2))[0]
+    elif length == 127:
+        length = struct.unpack(">Q", wire.exactly(8))[0]
+    return wire.exactly(length) if first & 15 in (1, 2) else None
+
+
+def serve_anything(wire, app):
+    """An app that tells what it was asked; counts an upload, sends much, events one by one, echoes over a WebSocket."""
+    while wire.buffer or wire.more():
+        head = wire.until(b"\r\n\r\n")
+        line, *fields = head[:-4].decode("latin-1").split("\r\n")
+        by_name = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
+        path = line.split(" ")[1].partition("?")[0]
+        app.messages.append((line, [tuple(field.split(": ", 1)) for field in fields], b""))
+        if by_name.get("expect") == "100-continue":
+            wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if path.endswith("/ws"):
+            accept = base64.b64encode(hashlib.sha1((by_name["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest())
+            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n" % accept)
+            with contextlib.suppress(OSError):
+                while True:
+                    wire.send(wire.buffer)
+                    wire.buffer = b""
+                    if not wire.more():
+                        return
+        count, digest = 0, hashlib.sha256()
+        if by_name.get("transfer-encoding") == "chunked":
+            size = -1
+            while size:
+                size = int(wire.until(b"\r\n")[:-2], 16)
+                digest.update(wire.exactly(size))
+                wire.exactly(2)
+                count += size
+        while count < int(by_name.get("content-length", 0)):
+            piece = wire.buffer or (wire.more() and wire.buffer)
+            take = piece[: int(by_name["content-length"]) - count]
+            wire.buffer = piece[len(take) :]
+            digest.update(take)
+            count += len(take)
+        if path.endswith("/events"):
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
+            app.let_go.wait(WAIT)
+            wire.send(b"data: 2\n\n")
+            return
+        if path.endswith("/much"):
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % MUCH)
+            for _ in range(MUCH >> 20):
+                wire.send(MEBIBYTE)
+            continue
+        said = b"%s\n%d %s" % (line.encode(), count, digest.hexdigest().encode())
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nSet-Cookie: app=1; Path=/\r\n\r\n" % len(said), b"" if line.startswith("HEAD ") else said)
+
+
+MEBIBYTE = bytes(range(256)) * 4096
+MUCH = 200 << 20
+
+
+def download(wire):
+    """Read a 200 MiB answer of `serve_anything`; its SHA-256, so far as it came."""
+    head = wire.until(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200"), head
+    digest, count = hashlib.sha256(wire.buffer), len(wire.buffer)
+    wire.buffer = b""
+    while count < MUCH and wire.more():
+        digest.update(wire.buffer)
+        count += len(wire.buffer)
+        wire.buffer = b""
+    return digest.hexdigest()
+
+
+def upload(wire, visitor, target, *lines, chunked=False):
+    """Send 200 MiB; what the app says of it."""
+    how = "Transfer-Encoding: chunked" if chunked else "Content-Length: %d" % MUCH
+    wire.send(visitor.head("PUT", target, how, *lines))
+    for _ in range(MUCH >> 20):
+        wire.send(b"100000\r\n%s\r\n" % MEBIBYTE if chunked else MEBIBYTE)
+    wire.send(b"0\r\n\r\n" if chunked else b"")
+    return wire.message()
+
+
+def much_hash():
+    digest = hashlib.sha256()
+    for _ in range(MUCH >> 20):
+        digest.update(MEBIBYTE)
+    return digest.hexdigest()
+
+
+HUB_CONFIG = """
+import os, sys
+c.JupyterHub.bind_url = "http://127.0.0.1:{port}/jh/"
+c.JupyterHub.hub_port = {hub_port}
+c.ConfigurableHTTPProxy.api_url = "{scheme}://127.0.0.1:{api_port}"
+c.JupyterHub.db_url = "sqlite://"
+c.JupyterHub.authenticator_class = "dummy"
+c.Authenticator.allow_all = True
+c.Authenticator.admin_users = {{"boss"}}
+c.JupyterHub.admin_access = True
+c.JupyterHub.load_roles = [
+    {{"name": "test", "scopes": ["admin:users", "admin:servers", "tokens", "read:users:activity"], "services": ["test"]}},
+]
+c.JupyterHub.services = [{{"name": "test", "api_token": "test-token"}}]
+c.JupyterHub.allow_named_servers = True
+c.JupyterHub.spawner_class = "simple"
+c.SimpleLocalProcessSpawner.home_dir_template = {home!r} + "/{{username}}"
+c.Spawner.cmd = {command!r}
+c.Spawner.environment = {{"JUPYTERHUB_ACTIVITY_INTERVAL": "1", "PYTHONPATH": {here!r}}}
+c.Spawner.default_url = "{default_url}"
+c.JupyterHub.internal_ssl = {internal_ssl}
+c.JupyterHub.internal_certs_location = {home!r} + "/certificates"
+"""
+ANA, ANA_PATH = "al@ice.x+y", "/jh/user/al@ice.x%2By"
+
+
+@pytest.fixture(scope="module")
+def real_app():
+    app = Upstream(serve_anything)
+    yield app
+    app.close()
+    assert not app.failures
+
+
+@pytest.fixture(scope="module", params=["plain", "internal TLS", "inside jupyterhub-singleuser"])
+def hub(request, real_app, tmp_path_factory):
+    """A Hub whose servers are this program; or its usual ones, with the module among their extensions."""
+    command = jupyter_command("jupyterhub")
+    jupyter_command("configurable-http-proxy")
+    folder = tmp_path_factory.mktemp("hub")
+    port, internal = free_port(), request.param == "internal TLS"
+    spawned = [sys.executable, PROGRAM]
+    if request.param == "inside jupyterhub-singleuser":
+        spawned = [jupyter_command("jupyterhub-singleuser"), "--allow-root", "--ServerApp.jpserver_extensions={'port_proxy': True}"]
+    text = HUB_CONFIG.format(
+        port=port, hub_port=free_port(), api_port=free_port(), home=str(folder / "home"), command=spawned, here=str(HERE),
+        default_url="/proxy/%d%s" % (real_app.port, "/" if internal else ""), internal_ssl=internal, scheme="https" if internal else "http",
+    )  # fmt: skip
+    (folder / "config.py").write_text(text)
+    server = Server([command, "-f", str(folder / "config.py")], folder, port, "/jh/hub/api/")
+    server.is_jupyter = len(spawned) > 2
+    yield server
+    server.close()
+
+
+class TestJupyterHub:
+    @pytest.fixture
+    def app(self, real_app):
+        return real_app
+
+    def api(self, hub, method, path, **body):
+        data = json.dumps(body).encode() if body else b""
+        answer = Visitor(hub.port).ask(method, "/jh/hub/api" + path, "Authorization: token test-token", "Content-Type: application/json", body=data, no_body=method == "DELETE")
+        assert status_of(answer) < 300, answer
+        return json.loads(answer[2].decode()) if answer[2] else None
+
+    @pytest.fixture
+    def ana(self, hub, app):
+        """A browser that has been through the Hub's sign-in and is at the app."""
+        visitor = Visitor(hub.port).sign_in_at_hub(ANA)
+        answer = visitor.visit("/jh/hub/user-redirect/proxy/%d" % app.port)
+        assert (status_of(answer), answer[2].split(b"\n")[0]) == (200, b"GET / HTTP/1.1"), (visitor.trail, hub.said)
+        assert visitor.trail[-1][1] == "%s/proxy/%d/" % (ANA_PATH, app.port)
+        return visitor
+
+    def is_sent_to_sign_in(self, visitor, target):
+        return b'name="password"' in visitor.visit(target)[2]
+
+    def test_from_sign_in_to_the_app(self, hub, app, ana):
+        target = "%s/proxy/%d/a%%2Fb//c?d=%%20" % (ANA_PATH, app.port)
+        assert ana.visit(target)[2].split(b"\n")[0] == b"GET /a%2Fb//c?d=%20 HTTP/1.1"
+        assert ("app", "%s/proxy/%d/" % (ANA_PATH, app.port)) in ana.cookies
+        assert fields_of(app.messages[-1])["cookie"] == "app=1"
+        assert ana.ask("PROPFIND", target)[2].split(b"\n")[0] == b"PROPFIND /a%2Fb//c?d=%20 HTTP/1.1"
+
+    def test_the_default_url(self, hub, app, ana):
+        """Where a person lands who just opens the Hub: with the slash that relative links need, whoever left it out."""
+        visitor = Visitor(hub.port).sign_in_at_hub(ANA)
+        assert visitor.visit("/jh/")[2].split(b"\n")[0] == b"GET / HTTP/1.1"
+        assert visitor.trail[-1][1] == "%s/proxy/%d/" % (ANA_PATH, app.port)
+
+    def test_spelt_otherwise(self, hub, app, ana):
+        answer = ana.visit("/jh/user/al%%40ice.x%%2By/proxy/%d/" % app.port)
+        if hub.is_jupyter:  # which knows its own spelling alone
+            assert status_of(answer) == 404
+        else:
+            assert answer[2].split(b"\n")[0] == b"GET / HTTP/1.1"
+
+    def test_who_gets_in(self, hub, app, ana):
+        target = "%s/proxy/%d/" % (ANA_PATH, app.port)
+        assert self.is_sent_to_sign_in(Visitor(hub.port), target)
+        for method, lines in (("POST", PAGE), ("GET", ()), ("GET", HANDSHAKE)):
+            assert status_of(Visitor(hub.port).ask(method, target, *lines)) == 403
+        count = len(app.messages)
+        answer = Visitor(hub.port).sign_in_at_hub("mallory").visit(target)
+        assert (status_of(answer), len(app.messages)) == (403, count)
+        assert status_of(Visitor(hub.port).sign_in_at_hub("boss").visit(target)) == 200
+
+    def test_api_tokens(self, hub, app, ana):
+        target = "%s/proxy/%d/" % (ANA_PATH, app.port)
+        token = self.api(hub, "POST", "/users/%s/tokens" % "al@ice.x%2By", note="test", scopes=["access:servers!user=" + ANA])["token"]
+        for query, lines in (("", ("Authorization: token " + token,)), ("", ("Authorization: Bearer " + token,)), ("?a&token=" + token, ())):
+            refused = query and hub.is_jupyter  # which does not take tokens in addresses any more
+            assert status_of(Visitor(hub.port).ask("GET", target + query, *lines)) == (403 if refused else 200)
+            assert token not in repr(app.messages[-1])
+        assert status_of(Visitor(hub.port).ask("GET", target, "Authorization: token apps-own")) == 403
+        assert status_of(ana.ask("GET", target + "?token=apps-own", "Authorization: Bearer apps-own")) == 200
+        assert app.messages[-1][0] == "GET /?token=apps-own HTTP/1.1"
+        assert fields_of(app.messages[-1])["authorization"] == "Bearer apps-own"
+        browser = Visitor(hub.port)
+        if not hub.is_jupyter:
+            assert status_of(browser.visit(target + "?token=" + token)) == 200
+            assert browser.trail[-1][1] == target
+
+    def test_bodies_and_streams(self, hub, app, ana):
+        target = "%s/proxy/%d" % (ANA_PATH, app.port)
+        with ana.wire() as wire:
+            answer = upload(wire, ana, target + "/put")
+            assert answer[2].split(b"\n")[1].decode() == "%d %s" % (MUCH, much_hash())
+        with ana.wire() as wire:
+            wire.send(ana.head("GET", target + "/much"))
+            assert download(wire) == much_hash()
+        with ana.wire() as wire:
+            wire.send(ana.head("GET", target + "/events"))
+            assert wire.until(b"data: 1\n\n").endswith(b"data: 1\n\n")  # the second is not sent before that
+
+    def test_websocket(self, hub, app, ana):
+        target = "%s/proxy/%d/ws" % (ANA_PATH, app.port)
+        origin = "Origin: http://127.0.0.1:%d" % hub.port
+        assert status_of(ana.ask("GET", target, "Origin: http://evil.example", *HANDSHAKE)) == 403
+        with ana.wire() as wire:
+            wire.send(ana.head("GET", target, origin, *HANDSHAKE))
+            assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 101")
+            wire.send(b"hello")
+            assert wire.exactly(5) == b"hello"
+        assert fields_of(app.messages[-1])["origin"] == "http://localhost:%d" % app.port
+
+    def test_activity(self, hub, app, ana):
+        def last():
+            return self.api(hub, "GET", "/users/al@ice.x%2By")["servers"][""]["last_activity"]
+
+        with ana.wire() as wire:
+            wire.send(ana.head("GET", "%s/proxy/%d/ws" % (ANA_PATH, app.port), *HANDSHAKE))
+            assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 101")
+            before = last()
+
+            def is_later():
+                wire.send(b"a")
+                wire.exactly(1)
+                return last() > before
+
+            eventually(is_later)
+
+    def test_named_server(self, hub, app):
+        visitor = Visitor(hub.port).sign_in_at_hub(ANA)
+        self.api(hub, "POST", "/users/al@ice.x%2By/servers/gpu-2")
+        target = ANA_PATH + "/gpu-2"
+        assert visitor.visit("%s/proxy/%d/" % (target, app.port))[2].split(b"\n")[0] == b"GET / HTTP/1.1"
+        assert visitor.visit(target)[2].split(b"\n")[0] == b"GET / HTTP/1.1"
+        assert fields_of(app.messages[-1])["x-forwarded-prefix"] == "%s/proxy/%d" % (target, app.port)
+
+    def test_signing_out(self, hub, app, ana):
+        target = "%s/proxy/%d/" % (ANA_PATH, app.port)
+        ours = {name for name, _ in ana.cookies if name.startswith(("port_proxy_", "jupyterhub-user-"))}
+        assert ours
+        ana.visit("/jh/hub/logout")
+        assert ours <= {name for name, _ in ana.cookies}  # they are still shown, to no avail
+        assert status_of(ana.ask("GET", target)) == 403
+        assert self.is_sent_to_sign_in(ana, target)
+
+    def test_a_stop_with_a_websocket_open(self, hub, app):
+        """The Hub waits ten seconds before it answers that a server is slow to stop (202)."""
+        visitor = Visitor(hub.port).sign_in_at_hub("stopper")
+        target = "/jh/user/stopper/proxy/%d/" % app.port
+        assert status_of(visitor.visit("/jh/hub/user-redirect/proxy/%d" % app.port)) == 200
+        with visitor.wire() as wire, visitor.wire() as events:
+            wire.send(visitor.head("GET", target + "ws", *HANDSHAKE))
+            assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 101")
+            events.send(visitor.head("GET", target + "events"))
+            assert b"data: 1" in events.until(b"data: 1\n\n")
+            answer = visitor.ask("DELETE", "/jh/hub/api/users/stopper/server", "Authorization: token test-token", no_body=True)
+            assert status_of(answer) == 204
+            assert wire.rest() == b""
+        assert self.api(hub, "GET", "/users/stopper")["servers"] == {}
+        assert "Traceback" not in hub.said
+        assert "SIGKILL" not in hub.said
+
+
+LAB_EXTENSION = """
+window._JUPYTERLAB = window._JUPYTERLAB || {};
+let shared;
+window._JUPYTERLAB["port-proxy-test"] = {
+  init: scope => { shared = scope["@jupyterlab/coreutils"]; },
+  get: async () => {
+    const { PageConfig } = (await Object.values(shared)[0].get())();
+    const activate = () => {
+      const frame = document.createElement("iframe");
+      frame.src = PageConfig.getBaseUrl() + "proxy/" + PORT + "/";
+      document.body.append(frame);
+    };
+    return () => ({ __esModule: true, default: { id: "port-proxy-test:plugin", autoStart: true, activate } });
+  },
+};
+"""
+
+
+@pytest.fixture(scope="module", params=["plain", "TLS"])
+def jupyter(request, tmp_path_factory):
+    """A Jupyter server that has the module among its extensions; `context` is what a client of it needs."""
+    command = [jupyter_command("jupyter"), "server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0", "--ServerApp.base_url=/nb/"]
+    folder, port, context = tmp_path_factory.mktemp("jupyter"), free_port(), None
+    command += ["--port=%d" % port, "--ServerApp.jpserver_extensions={'port_proxy': True}", "--IdentityProvider.token=" + TOKEN, "--config=config.py"]
+    (folder / "config.py").write_text("c.PortProxy.host_allowlist = ['*.example.org']\nc.LabApp.extra_labextensions_path = [%r]\n" % str(folder / "extensions"))
+    if request.param == "TLS":
+        certificate = request.getfixturevalue("certificate")
+        command += ["--certfile=%s" % (certificate / "cert.pem"), "--keyfile=%s" % (certificate / "key.pem")]
+        context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+    server = Server(command, folder, port, "/nb/api", context, PYTHONPATH=str(HERE))
+    server.context = context
+    yield server
+    said = server.said
+    server.close()
+    assert "port_proxy: every port of this machine is at /nb/proxy/<port>/" in said
+    assert "Traceback" not in said
+    assert TOKEN not in said.replace("token=" + TOKEN, "")  # Jupyter itself prints the address to open
+
+
+class TestJupyter:
+    @pytest.fixture
+    def app(self, real_app):
+        return real_app
+
+    @pytest.fixture
+    def target(self, app):
+        return "/nb/proxy/%d" % app.port
+
+    @pytest.fixture
+    def visitor(self, jupyter, target):
+        """A browser that is signed in."""
+        visitor = Visitor(jupyter.port, jupyter.context)
+        assert status_of(visitor.visit(target + "/?token=" + TOKEN)) == 200
+        assert visitor.trail[0][2] == 302
+        assert TOKEN not in visitor.trail[-1][1]
+        return visitor
+
+    @pytest.fixture
+    def wire(self, visitor):
+        with visitor.wire() as wire:
+            yield wire
+
+    def test_who_gets_in(self, jupyter, app, target, visitor):
+        count = len(app.messages)
+        stranger = Visitor(jupyter.port, jupyter.context)
+        answer = stranger.ask("GET", target + "/?x", *PAGE)
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, "/nb/login?next=" + quote(target + "/?x", ""))
+        for method, lines in (("GET", ()), ("POST", PAGE), ("GET", HANDSHAKE), ("PROPFIND", ()), ("M-SEARCH", ()), ("OPTIONS", ()), ("GET", ("Authorization: token wrong",))):
+            assert status_of(stranger.ask(method, target + "/", *lines)) == 403
+        assert len(app.messages) == count
+        assert status_of(stranger.ask("GET", target + "/", "Authorization: token " + TOKEN)) == 200
+        assert status_of(stranger.ask("GET", "/nb/proxy", *PAGE)) == 200  # that request has set the cookie, too
+        assert status_of(visitor.ask("GET", target + "/")) == 200
+
+    def test_requests_arrive_as_sent(self, app, target, visitor):
+        for method in ("GET", "POST", "PROPFIND", "M-SEARCH", "PREPARE", "OPTIONS"):
+            answer = visitor.ask(method, target + "/a%2Fb//c;d?e=%20&token=apps-own", "X-A: 1", "X-A: 2", "Authorization: Bearer apps-own")
+            assert answer[2].split(b"\n")[0].decode() == method + " /a%2Fb//c;d?e=%20&token=apps-own HTTP/1.1"
+            assert [value for name, value in app.messages[-1][1] if name == "X-A"] == ["1", "2"]
+            assert fields_of(app.messages[-1])["authorization"] == "Bearer apps-own"
+        assert visitor.ask("GET", "/nb/proxy/absolute/%d/a" % app.port)[2].split(b"\n")[0].decode() == "GET /nb/proxy/absolute/%d/a HTTP/1.1" % app.port
+        assert status_of(visitor.ask("HEAD", target + "/", no_body=True)) == 200
+        answer = visitor.ask("GET", target + "?q")
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, target + "/?q")
+
+    @pytest.mark.parametrize("place, status", [("/nb/proxy/", 200), ("/nb/proxy/nope/", 404), ("/nb/proxy/a.example.com:80/", 403), ("/nb/proxy/1/../../x", 400), ("/nb/proxy/1", 302)])
+    def test_other_places(self, visitor, place, status):
+        assert status_of(visitor.ask("GET", place)) == status
+
+    def test_its_own_port(self, jupyter, visitor):
+        """In the absolute form the request would come round for ever."""
+        for form in ("/nb/proxy/absolute/%d/", "/nb/proxy/%d/", "/nb/proxy/absolute/[::1]:%d/", "/nb/proxy/localhost:%d/"):
+            assert status_of(visitor.ask("GET", form % jupyter.port)) in (508, 502)
+        assert status_of(visitor.ask("GET", "/nb/proxy/absolute/%d/" % jupyter.port)) == 508
+
+    def test_credentials_do_not_reach_the_app(self, jupyter, app, target, visitor):
+        own = "username-localhost-%d" % app.port  # if the app is a Jupyter server itself
+        visitor.cookies.update({("_xsrf", target + "/"): "apps-own", (own, target + "/"): "x", ("username-localhost-1", "/"): "y", ("jupyterhub-user-a", "/"): "z", ("port_proxy_8888", "/"): "w"})
+        visitor.cookies.pop(("app", target + "/"), None)
+        for lines in ((), ("Authorization: token " + TOKEN,), ("Authorization: bearer " + TOKEN,), ("Referer: http://127.0.0.1:%d%s/?token=%s" % (jupyter.port, target, TOKEN),)):
+            assert status_of(visitor.ask("GET", target + "/?a&token=%s&b" % TOKEN, *lines)) == 200
+            visitor.cookies.pop(("app", target + "/"))
+            line, fields, _ = app.messages[-1]
+            assert line == "GET /?a&b HTTP/1.1"
+            assert fields_of(app.messages[-1])["cookie"].split("; ") in (["_xsrf=apps-own", own + "=x"], [own + "=x", "_xsrf=apps-own"])
+            assert TOKEN not in repr(fields)
+            assert "username-127" not in repr(fields)
+
+    def test_an_app_cannot_set_jupyters_cookies(self, jupyter, upstream, visitor):
+        (name,) = [name for name, _ in visitor.cookies if name.startswith("username-127-0-0-1-")]
+        app = upstream(answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: %s=evil; Path=/\r\nSet-Cookie: jupyterhub-session-id=evil\r\nSet-Cookie: a=b\r\n\r\n" % name.encode()))
+        answer = visitor.ask("GET", "/nb/proxy/%d/" % app.port)
+        assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
+
+    def test_other_sites(self, target, visitor):
+        for method, lines, status in (
+            ("POST", ("Origin: http://evil.example",), 403), ("POST", ("Origin: null",), 403), ("GET", ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"), 403),
+            ("GET", ("Origin: http://evil.example",) + HANDSHAKE, 403), ("POST", ("Origin: https://evil.example", "Authorization: token " + TOKEN), 200), ("POST", (), 200),
+            ("GET", ("Sec-Fetch-Site: cross-site",) + PAGE, 200),
+        ):  # fmt: skip
+            assert status_of(visitor.ask(method, target + "/", *lines)) == status
+        scheme = "https" if visitor.context else "http"
+        assert status_of(visitor.ask("POST", target + "/", "Origin: %s://127.0.0.1:%d" % (scheme, visitor.port))) == 200
+
+    def test_keep_alive_is_shared_with_jupyter(self, target, visitor, wire):
+        """The connection goes to the proxy and back to Tornado, request by request, with bodies of both framings."""
+        for _ in range(3):
+            wire.send(visitor.head("GET", target + "/a"))
+            assert wire.message()[2].startswith(b"GET /a ")
+            wire.send(visitor.head("GET", "/nb/api/status"))
+            assert b"last_activity" in wire.message()[2]
+            wire.send(visitor.head("POST", target + "/b", "Content-Length: 100000") + bytes(100000))
+            assert wire.message()[2].split(b"\n")[1].startswith(b"100000 ")
+            wire.send(visitor.head("POST", target + "/c", "Transfer-Encoding: chunked") + b"3\r\nabc\r\n0\r\n\r\n")
+            assert wire.message()[2].split(b"\n")[1].startswith(b"3 ")
+            wire.send(visitor.head("GET", "/nb/api"))
+            assert b"version" in wire.message()[2]
+
+    def test_pipelined_requests(self, target, visitor, wire):
+        """What was sent ahead is neither lost nor mistaken for the body before it."""
+        put = visitor.head("PUT", target + "/b", "Content-Length: 3") + b"abc"
+        wire.send(visitor.head("GET", target + "/a") + visitor.head("GET", "/nb/api") + put + visitor.head("GET", target + "/c"))
+        for begins in (b"GET /a ", b'{"version": ', b"PUT /b HTTP/1.1\n3 ", b"GET /c "):
+            assert wire.message()[2].startswith(begins)
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_a_large_upload(self, target, visitor, wire, chunked):
+        answer = upload(wire, visitor, target + "/put", chunked=chunked)
+        assert answer[2].split(b"\n")[1].decode() == "%d %s" % (MUCH, much_hash())
+        wire.send(visitor.head("GET", "/nb/api"))
+        assert b"version" in wire.message()[2]
+
+    def test_a_large_download(self, target, visitor, wire):
+        wire.send(visitor.head("GET", target + "/much"))
+        assert download(wire) == much_hash()
+        wire.send(visitor.head("GET", "/nb/api"))
+        assert b"version" in wire.message()[2]
+
+    def test_expect_continue(self, target, visitor, wire):
+        wire.send(visitor.head("PUT", target + "/", "Content-Length: 3", "Expect: 100-continue"))
+        assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100")
+        wire.send(b"abc")
+        assert wire.message()[2].split(b"\n")[1].startswith(b"3 ")
+
+    def test_events(self, target, visitor, wire):
+        wire.send(visitor.head("GET", target + "/events"))
+        assert wire.until(b"data: 1\n\n").endswith(b"data: 1\n\n")  # the second is not sent before that
+
+    def test_websocket(self, target, visitor, wire):
+        wire.send(visitor.head("GET", target + "/ws", *HANDSHAKE))
+        assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 101")
+        for size in (1, 1000) + (30000,) * 100:  # over TLS one thread may not send while another receives
+            wire.send(bytes(size))
+            assert wire.exactly(size) == bytes(size)
+
+    def test_whoever_leaves_is_noticed(self, upstream, visitor, wire):
+        app = upstream(lambda wire, app: (app.messages.append(wire.until(b"\r\n\r\n")), app.happened.set(), wire.rest(), app.let_go.set()))
+        wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port))
+        assert app.happened.wait(WAIT)
+        wire.close()
+        assert app.let_go.wait(WAIT)
+
+    def test_an_answer_cut_short_is_seen_to_be(self, upstream, visitor, wire):
+        app = upstream(once(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"))
+        wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port))
+        assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        assert wire.exactly(10) == b"abc"
+
+    @pytest.mark.parametrize("line", [b"X: a\x01b", b"Content-Length: +3", b"Transfer-Encoding: chunked\r\nContent-Length: 3", b"Content-Length: 3\r\nContent-Length: 4", b"Transfer-Encoding: gzip, chunked"])
+    def test_what_is_not_http_is_refused(self, app, target, visitor, wire, line):
+        """By Tornado or by us, whose grammar is the stricter one; nothing of it reaches an app."""
+        count = len(app.messages)
+        wire.send(visitor.head("POST", target + "/")[:-2] + line + b"\r\n\r\nabc")
+        assert re.match(b"HTTP/1.1 (400|501)", wire.rest())
+        assert len(app.messages) == count
+
+    def test_activity(self, app, target, visitor, wire):
+        """A server in use is not culled, by requests or by the bytes of a WebSocket."""
+
+        def last():
+            return json.loads(visitor.ask("GET", "/nb/api/status", "Authorization: token " + TOKEN)[2].decode())["last_activity"]
+
+        wire.send(visitor.head("GET", target + "/ws", *HANDSHAKE))
+        assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 101")
+
+        def is_later(than):
+            wire.send(b"a")
+            wire.exactly(1)
+            return last() > than
+
+        for _ in range(2):
+            before = last()
+            eventually(lambda: is_later(before))  # noqa: B023
+
+    def test_jupyter_beside_it(self, visitor):
+        """Its kernels run, its own XSRF and origin checks hold."""
+        assert status_of(visitor.ask("POST", "/nb/api/kernels", body=b"{}")) == 403
+        token = "Authorization: token " + TOKEN
+        kernel = json.loads(visitor.ask("POST", "/nb/api/kernels", token, body=b"{}")[2].decode())["id"]
+        assert status_of(visitor.ask("GET", "/nb/api/kernels/%s/channels" % kernel, "Origin: http://evil.example", *HANDSHAKE)) == 403
+        with visitor.wire() as wire:
+            wire.send(visitor.head("GET", "/nb/api/kernels/%s/channels" % kernel, *HANDSHAKE))
+            assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 101")
+            header = {"msg_id": "a", "msg_type": "execute_request", "username": "", "session": "b", "version": "5.3"}
+            content = {"code": "print(6 * 7)", "silent": False}
+            send_frame(wire, json.dumps({"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": content}))
+            while True:
+                message = json.loads((receive_frame(wire) or b"{}").decode("latin-1"))
+                if message.get("msg_type") == "stream":
+                    break
+            assert message["content"]["text"] == "42\n"
+        assert status_of(visitor.ask("DELETE", "/nb/api/kernels/" + kernel, token, no_body=True)) == 204
+
+    def test_a_page_in_lab(self, jupyter, upstream, tmp_path):
+        """A Lab extension opens PageConfig.getBaseUrl() + "proxy/" + port: assets, fetch, upload, events, WebSocket."""
+        app = upstream(serve_browser_app)
+        extension = jupyter.log.parent / "extensions" / "port-proxy-test"
+        (extension / "static").mkdir(parents=True, exist_ok=True)
+        (extension / "static" / "remoteEntry.js").write_text(LAB_EXTENSION.replace("PORT", str(app.port)))
+        about = {"name": "port-proxy-test", "version": "1.0.0", "jupyterlab": {"extension": True, "_build": {"load": "static/remoteEntry.js", "extension": "./extension"}}}
+        (extension / "package.json").write_text(json.dumps(about))
+        scheme = "https" if jupyter.context else "http"
+        with chromium("%s://localhost:%d/nb/lab?token=%s" % (scheme, jupyter.port, TOKEN), "--ignore-certificate-errors"):
+            assert app.happened.wait(60), "the browser did not report: it asked for %r; %s" % ([m[0] for m in app.messages], jupyter.said)
+        check_browser_report(app, "/nb/proxy/%d/" % app.port)
+        assert TOKEN not in repr(app.messages)
