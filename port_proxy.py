@@ -3318,6 +3318,11 @@ def _load_jupyter_server_extension(server: Any) -> None:
     class PortProxyHandler(JupyterHandler):  # type: ignore[misc]
         SUPPORTED_METHODS = AnyMethod(JupyterHandler.SUPPORTED_METHODS)
 
+        def set_default_headers(self) -> None:
+            super().set_default_headers()
+            # Of answers that are given before the body is read, after which Tornado closes without saying so.
+            self.set_header("Connection", "close")
+
         def check_xsrf_cookie(self) -> None:
             """Left to the app, whose forms they are; what keeps other sites out is the gate's check of the origin."""
 
@@ -3370,7 +3375,7 @@ def _load_jupyter_server_extension(server: Any) -> None:
     router.add_handlers(".*$", [(re.escape(base) + "(?:/.*)?", PortProxyHandler)])
     rules = router.default_router.rules
     rules.insert(0, rules.pop(-2))
-    logger.parent = server.log
+    logger.parent = getattr(server.log, "logger", server.log)
     logger.setLevel(logging.INFO if server.log.isEnabledFor(logging.DEBUG) else logging.WARNING)  # as its own requests
     extensions = getattr(getattr(server, "extension_manager", None), "extensions", {})
     if getattr(extensions.get("jupyter_server_proxy"), "enabled", False):

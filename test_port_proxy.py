@@ -5104,6 +5104,7 @@ class TestJupyter:
         stranger = Visitor(jupyter.port, jupyter.context)
         answer = stranger.ask("GET", target + "/?x", *PAGE)
         assert (status_of(answer), fields_of(answer)["location"]) == (302, "/nb/login?next=" + quote(target + "/?x", ""))
+        assert fields_of(answer)["connection"] == "close"  # a front server must not send the next request there
         for method, lines in (("GET", ()), ("POST", PAGE), ("GET", HANDSHAKE), ("PROPFIND", ()), ("M-SEARCH", ()), ("OPTIONS", ()), ("GET", ("Authorization: token wrong",))):
             assert status_of(stranger.ask(method, target + "/", *lines)) == 403
         assert len(app.messages) == count
@@ -5223,14 +5224,15 @@ class TestJupyter:
         app = upstream(once(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"))
         wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port))
         assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
-        assert wire.exactly(10) == b"abc"
+        with contextlib.suppress(OSError):  # that is a way to see it, too, over TLS
+            assert wire.exactly(10) == b"abc"
 
     @pytest.mark.parametrize("line", [b"X: a\x01b", b"Content-Length: +3", b"Transfer-Encoding: chunked\r\nContent-Length: 3", b"Content-Length: 3\r\nContent-Length: 4", b"Transfer-Encoding: gzip, chunked"])
     def test_what_is_not_http_is_refused(self, app, target, visitor, wire, line):
         """By Tornado or by us, whose grammar is the stricter one; nothing of it reaches an app."""
         count = len(app.messages)
         wire.send(visitor.head("POST", target + "/")[:-2] + line + b"\r\n\r\nabc")
-        assert re.match(b"HTTP/1.1 (400|501)", wire.rest())
+        assert re.match(b"HTTP/1.1 (400|501)", wire.until(b"\r\n\r\n"))
         assert len(app.messages) == count
 
     def test_activity(self, app, target, visitor, wire):
