@@ -3111,11 +3111,13 @@ class TornadoTransport(asyncio.Transport):
     """The connection that a Tornado stream is, over TCP or TLS, as a transport on which a `Stream` can stand.
 
     It reads only what is asked for by `pull`, so that nothing of the next request is taken from Tornado, until
-    `set_protocol` makes a tunnel of it.
+    `set_protocol` makes a tunnel of it.  Raises OSError if the client has left.
     """
 
     def __init__(self, tornado: Any, watch: Watch) -> None:
         sock = tornado.socket
+        if sock is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the client has left")
         super().__init__({"socket": sock, "peername": sock.getpeername(), "sslcontext": getattr(sock, "context", None)})
         self.tornado = tornado
         self._loop = watch.loop
@@ -3364,7 +3366,12 @@ def _load_jupyter_server_extension(server: Any) -> None:
             watch = proxy.watch
             assert watch is not None
             watch.on_activity = note_activity
-            transport = TornadoTransport(self.detach(), watch)
+            tornado = self.detach()
+            try:
+                transport = TornadoTransport(tornado, watch)
+            except OSError:  # the client has left meanwhile
+                tornado.close()
+                return
             address = transport.get_extra_info("peername")
             if await proxy.serve_one(transport.stream, serialise_request(head), gate):
                 stream = transport.release()
@@ -3376,7 +3383,7 @@ def _load_jupyter_server_extension(server: Any) -> None:
     rules = router.default_router.rules
     rules.insert(0, rules.pop(-2))
     logger.parent = getattr(server.log, "logger", server.log)
-    logger.setLevel(logging.INFO if server.log.isEnabledFor(logging.DEBUG) else logging.WARNING)  # as its own requests
+    logger.setLevel(logging.INFO if server.log_level in (logging.DEBUG, "DEBUG") else logging.WARNING)  # as for its own
     extensions = getattr(getattr(server, "extension_manager", None), "extensions", {})
     if getattr(extensions.get("jupyter_server_proxy"), "enabled", False):
         server.log.warning(
@@ -3543,7 +3550,8 @@ def _config_under_hub(config: Config, arguments: argparse.Namespace, environment
             raise ValueError("JupyterHub started this (JUPYTERHUB_SERVICE_URL is set) and says that itself: no " + name)
     hub = hub_in(environment)
     url = urlsplit(_http_url(environment["JUPYTERHUB_SERVICE_URL"]))
-    tls: Dict[str, Any] = {name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in ("certfile", "keyfile", "client_ca")}
+    names = ("certfile", "keyfile", "client_ca")
+    tls: Dict[str, Any] = {name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in names}
     return config._replace(
         hub=hub,
         base=hub.prefix + normal_base(config.base),
