@@ -122,7 +122,7 @@ class Hub(NamedTuple):
     api_token: str  # the server's own, which is also the secret of its OAuth client
     client_id: str
     authorize_url: str  # where browsers sign in
-    callback_url: str  # where they come back to; a path, sent as the Hub gave it
+    callback_url: str  # where they come back to, sent as the Hub gave it
     access_scopes: FrozenSet[str]  # one of them, or access:servers, lets in
     server_name: str = ""  # that of a named server
     home: str = ""  # where the prefix itself leads; the proxy's base by default
@@ -2018,9 +2018,8 @@ class HubApi:
         asked, since = self._asked.get((token, session), (None, 0.0))
         if asked is None or now - since > _BELIEVED or (asked.done() and (asked.cancelled() or asked.exception())):
             asked = asyncio.ensure_future(self._ask_user(token))
-            asked.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # somebody may have left meanwhile
+            # Whoever asked may have left meanwhile: then nobody else takes note of a failure.
+            asked.add_done_callback(lambda done: done.cancelled() or done.exception())
             _remember(self._asked, (token, session), (asked, now))
         return await asyncio.shield(asked)
 
@@ -2132,6 +2131,7 @@ class HubGate(Gate):
         self.hub = config.hub
         self.api = HubApi(config.hub, config, watch)
         self.watch = watch
+        self.callback_path = urlsplit(self.hub.callback_url).path
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + hashlib.sha256(self.hub.prefix.encode()).hexdigest()[:16]
         self._sessions: Dict[str, str] = {}  # tokens by session id
@@ -2148,7 +2148,7 @@ class HubGate(Gate):
             return None
         if is_home(self.hub.prefix + "/api", head.target):
             return await self._ready()
-        if is_home(self.hub.callback_url, head.target):
+        if is_home(self.callback_path, head.target):
             await self._end_login(head, visit)
         if is_home(self.hub.prefix, head.target):
             await self.admit(head, visit, None)
@@ -2228,7 +2228,7 @@ class HubGate(Gate):
             "code_challenge": challenge,
             "code_challenge_method": "S256",
         }
-        cookie = self._cookie(self._login_cookie(state), browser, self.hub.callback_url, visit, _LOGIN_SECONDS)
+        cookie = self._cookie(self._login_cookie(state), browser, self.callback_path, visit, _LOGIN_SECONDS)
         return ProxyError(
             302, "Sign in at the Hub.", (("Location", self.hub.authorize_url + "?" + urlencode(query)), cookie)
         )
@@ -2255,7 +2255,7 @@ class HubGate(Gate):
             raise ProxyError(403, "The Hub did not say who you are." + again)
         _remember(self._ours, token, None)
         self._check_access(user)
-        done = self._cookie(name, "", self.hub.callback_url, visit, 0)
+        done = self._cookie(name, "", self.callback_path, visit, 0)
         raise ProxyError(302, "Signed in.", (("Location", login.target), self._new_session(token, visit), done))
 
     async def _ready(self) -> Response:
