@@ -2206,6 +2206,16 @@ class TestHub:
         assert status_of(proxy.get(target, out, *PAGE)) == 302
         assert status_of(proxy.get(target, cookie)) == 403  # and the session is gone for good
 
+    def test_a_connection_is_nobodys(self, proxy, hub, app):
+        """The Hub's front proxy sends the requests of several users on one connection: each is let in, or not, alone."""
+        cookie, target = self.sign_in(proxy, hub), "%s/proxy/%d/" % (PREFIX, app.port)
+        with proxy.wire() as wire:
+            for lines, status in (((cookie,), 200), ((), 403), (("Authorization: token stranger-token",), 403), ((cookie,), 200), (PAGE, 302), ((cookie,), 200), (HANDSHAKE, 403)):
+                wire.send(request("GET", target, *lines))
+                assert status_of(wire.message()) == status
+            wire.send(request("GET", target, cookie) + request("GET", target) + request("GET", target, cookie))
+            assert [status_of(wire.message()) for _ in range(3)] == [200, 403, 200]
+
     def test_several_copies_of_the_cookie(self, proxy, hub):
         """A cookie of a wider path may stand beside ours: any that is valid lets in."""
         cookie = self.sign_in(proxy, hub)
