@@ -507,7 +507,7 @@ class Stream:
         """Whether nothing is under way: no byte that was not used, not even in the kernel, none to be sent, no end."""
         if self.buffer or self.reader.unread or self.reader.ended or self.transport.is_closing():
             return False
-        return not self.queued() and not _poll(self.transport, readable=True)
+        return not self.queued() and not _poll(self.transport, _READABLE)
 
     def expire(self, now: float) -> None:
         """Act on the deadlines that have passed, and on a reset of a connection that is not read; called by `Watch`."""
@@ -519,7 +519,7 @@ class Stream:
             self.end_deadline = self.write_deadline = FOREVER
             self.reader.set_exception(Stalled())
             self.abort()
-        elif self._is_paused() and _poll(self.transport, readable=False):  # the loop does not look at it then
+        elif self._is_paused() and _poll(self.transport, _HANG_UP if self.pull else 0):  # the loop does not look at it
             self.abort()
 
     def _is_paused(self) -> bool:
@@ -583,13 +583,17 @@ class Stream:
         return earlier
 
 
-def _poll(transport: asyncio.Transport, readable: bool) -> bool:
-    """Whether the kernel has something to tell of a connection: a failure or hang-up, or, if asked, bytes or an end."""
+_READABLE = getattr(select, "POLLIN", 0)
+_HANG_UP = getattr(select, "POLLRDHUP", 0)  # the peer has ended its side; Linux alone tells
+
+
+def _poll(transport: asyncio.Transport, events: int) -> bool:
+    """Whether the kernel has something to tell of a connection: a failure or hang-up, or one of `events`."""
     sock = transport.get_extra_info("socket")
     if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):
         return False
     poll = select.poll()
-    poll.register(sock.fileno(), select.POLLIN if readable else 0)
+    poll.register(sock.fileno(), events)
     return bool(poll.poll(0))
 
 
@@ -1292,7 +1296,7 @@ def _without(suffix: str, text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
-_TOKEN_FIELD = re.compile(r"(?:token|bearer) +([!-~]+)", re.IGNORECASE)
+_TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
 _CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers know no way to ask for one, and show the page
 _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')  # no "//host", and no backslash, which browsers take for a slash
 ANY_TOKEN = "any"  # as Config.token: one made at random
@@ -1976,11 +1980,18 @@ def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> R
 
 _BELIEVED = 60.0  # seconds that the Hub's word on a token is believed
 _LOGIN_SECONDS = 600  # that a person may take to sign in
-_MAX_REMEMBERED = 1000  # sessions, logins under way and tokens, each
+_MAX_REMEMBERED = 1000  # sessions and tokens, each
+_MAX_LOGINS = 10000  # under way; anybody can begin one
+_MAX_QUESTIONS = 64  # that the Hub is asked at once
+_MAX_TOKENS = 8  # different ones in a request
 _HUB_PATIENCE = 10.0  # seconds for an answer of the Hub
 _HUB_SESSION = "jupyterhub-session-id"  # the Hub's own cookie, which it changes when somebody signs out
 _HUB_COOKIES = "jupyterhub-"
+_HUB_TOKEN = re.compile("[!-~]+")  # anything else is an app's own, and must not get into the head of a request
 _OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
+
+
+_SHORTLY = (("Retry-After", "5"),)
 
 
 class HubUser(NamedTuple):
@@ -2007,21 +2018,32 @@ class HubApi:
         self.hub = hub
         self.config = config
         self.watch = watch
+        self.under_way: Set["asyncio.Task[Any]"] = set()  # questions that are not answered yet
         self._version = ""
+        self._next_try = 0.0  # not before then is the version asked for again
         self._context: Optional[ssl.SSLContext] = None
         # By token and Hub session: so that a browser whose session is over is asked about anew, at once.
         self._asked: Dict[Tuple[str, str], Tuple["asyncio.Task[Optional[HubUser]]", float]] = {}
 
     async def user_of(self, token: str, session: str) -> Optional[HubUser]:
         """Whom a token stands for, None if the Hub does not know it; believed for a minute in that Hub session."""
+        if not _HUB_TOKEN.fullmatch(token):
+            return None
         now = self.watch.loop.time()
         asked, since = self._asked.get((token, session), (None, 0.0))
         if asked is None or now - since > _BELIEVED or (asked.done() and (asked.cancelled() or asked.exception())):
+            if len(self.under_way) >= _MAX_QUESTIONS:
+                raise ProxyError(503, "There are too many questions to the Hub. Try again shortly.", _SHORTLY)
             asked = asyncio.ensure_future(self._ask_user(token))
-            # Whoever asked may have left meanwhile: then nobody else takes note of a failure.
-            asked.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self.under_way.add(asked)
+            asked.add_done_callback(self._answered)
             _remember(self._asked, (token, session), (asked, now))
         return await asyncio.shield(asked)
+
+    def _answered(self, asked: "asyncio.Task[Optional[HubUser]]") -> None:
+        self.under_way.discard(asked)
+        if not asked.cancelled():
+            asked.exception()  # whoever asked may have left, and then nobody else takes note of it
 
     async def token_for(self, code: str, verifier: str) -> str:
         """The token that a code from a login stands for (RFC 6749 section 4.1.3); ProxyError 403 if it is no good."""
@@ -2041,8 +2063,10 @@ class HubApi:
         return token
 
     async def version(self) -> str:
-        """The Hub's version."""
-        if not self._version:
+        """The Hub's version; ""  where it has just not been told."""
+        now = self.watch.loop.time()
+        if not self._version and now >= self._next_try:
+            self._next_try = now + 5
             _, fields, _ = await self._call("GET", self.hub.api_url + "/", ())
             self._version = "".join(field_values(fields, "x-jupyterhub-version")[:1])
         return self._version
@@ -2056,19 +2080,13 @@ class HubApi:
         if status >= 400:
             raise ProxyError(503, "The Hub refused a report of activity (%d)." % status)
 
-    def under_way(self) -> "Set[asyncio.Task[Any]]":
-        """The questions that are not answered yet."""
-        return {asked for asked, _ in self._asked.values() if not asked.done()}
-
     async def _ask_user(self, token: str) -> Optional[HubUser]:
         status, _, answer = await self._call("GET", self.hub.api_url + "/user", (self._authorization(token),))
         if status in (401, 403, 404):
             return None
-        name = answer.get("name")
-        if status != 200 or not isinstance(name, str):
-            raise ProxyError(503, "The Hub did not say who you are (%d)." % status, (("Retry-After", "5"),))
-        # A Hub from before scopes let everybody use their own servers.
-        scopes = answer.get("scopes", ["access:servers!user=" + name])
+        name, scopes = answer.get("name"), answer.get("scopes")
+        if status != 200 or not isinstance(name, str) or not isinstance(scopes, list):
+            raise ProxyError(503, "The Hub did not say who you are (%d)." % status, _SHORTLY)
         return HubUser(name, frozenset(map(str, scopes)))
 
     @staticmethod
@@ -2081,10 +2099,8 @@ class HubApi:
             head, data = await asyncio.wait_for(self._exchange(method, url, fields, body.encode()), _HUB_PATIENCE)
             answer = json.loads(data.decode() or "{}") if head.status < 400 else {}
         except (ProxyError, Truncated, OSError, asyncio.TimeoutError, ValueError) as error:
-            logger.warning("the Hub could not be asked at %s: %r", url.partition("?")[0], error)
-            raise ProxyError(
-                503, "The Hub, which says who may come in, does not answer. Try again shortly.", (("Retry-After", "5"),)
-            )
+            logger.warning("the Hub could not be asked at %s: %s", url, getattr(error, "strerror", None) or type(error))
+            raise ProxyError(503, "The Hub, which says who may come in, does not answer. Try again shortly.", _SHORTLY)
         return head.status, head.fields, answer if isinstance(answer, dict) else {}
 
     async def _exchange(self, method: str, url: str, fields: Fields, body: bytes) -> Tuple[ResponseHead, bytes]:
@@ -2099,8 +2115,7 @@ class HubApi:
         try:
             own = (("Host", parts.netloc), ("Accept", "application/json"), ("Connection", "close"))
             framing = framing_fields(Framing(LENGTH, len(body))) if body else ()
-            target = parts.path + ("?" + parts.query if parts.query else "")
-            stream.write(serialise_request(RequestHead(method, target, "", "1.1", own + fields + framing)) + body)
+            stream.write(serialise_request(RequestHead(method, parts.path, "", "1.1", own + fields + framing)) + body)
             head = parse_response(await read_head(stream, False, FOREVER, self.config), self.config)
             answer, data = Body(stream, response_framing(method, head), self.config), b""
             while not answer.finished and len(data) < 1 << 20:
@@ -2134,7 +2149,8 @@ class HubGate(Gate):
         self.callback_path = urlsplit(self.hub.callback_url).path
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + hashlib.sha256(self.hub.prefix.encode()).hexdigest()[:16]
-        self._sessions: Dict[str, str] = {}  # tokens by session id
+        # By session id: the token, and the Hub session that it goes with, None for any.
+        self._sessions: Dict[str, Tuple[str, Optional[str]]] = {}
         self._logins: Dict[str, HubLogin] = {}  # by state
         self._ours: Dict[str, None] = {}  # tokens that the Hub knows
         self._last_activity = ""
@@ -2157,25 +2173,54 @@ class HubGate(Gate):
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         hub_session = "".join(_cookie_values(head.fields, _HUB_SESSION)[:1])
-        in_fields = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
-        in_query = _query_tokens(head.target)
-        for token in in_fields[:1] + in_query[:2]:  # what the Hub does not know is the app's own
+        signed_in = await self._user_of_session(head, hub_session)
+        shown = await self._user_of_token(head, hub_session)
+        user = shown[1] if shown else signed_in
+        if user is None:
+            if is_websocket(head):
+                raise ProxyError(403, "A WebSocket needs a browser that is signed in at the Hub, or a token of it.")
+            if is_page_visit(head):
+                raise self._begin_login(head.target, visit)
+            raise ProxyError(
+                403, "Sign in at the Hub, or send a token of it as 'Authorization: token TOKEN'.", _CHALLENGE
+            )
+        self._check_access(user)
+        clean = self._without_token(head.target)
+        if clean != head.target and is_page_visit(head):
+            cookie = () if signed_in or not shown else (self._new_session(shown[0], visit, hub_session),)
+            raise ProxyError(302, "Signed in.", (("Location", clean),) + cookie)
+        if not shown:  # a browser comes in by cookie on its own; whoever sent a token meant it
+            self.check_origin(head, visit)
+
+    async def _user_of_session(self, head: RequestHead, hub_session: str) -> Optional[HubUser]:
+        """Who is signed in here in this browser, and at the Hub still."""
+        for session in _cookie_values(head.fields, self.cookie_name):
+            token, bound = self._sessions.get(session, ("", ""))
+            if token and bound in (None, hub_session):
+                user = await self.api.user_of(token, hub_session)
+                if user is not None:
+                    return user
+            self._sessions.pop(session, None)  # signed out
+        return None
+
+    async def _user_of_token(self, head: RequestHead, hub_session: str) -> Optional[Tuple[str, HubUser]]:
+        """The first token of the Hub that is shown, and whose it is.  All are looked up: none may reach the app."""
+        shown = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
+        if not _is_cross_site(head):  # a page of another site could sign a browser in as somebody else
+            shown += _query_tokens(head.target)
+        passed_on = _query_tokens(head.target) + [
+            token for value in field_values(head.fields, "referer") for token in _query_tokens(value.partition("#")[0])
+        ]
+        candidates = list(dict.fromkeys(shown + passed_on))
+        if len(candidates) > _MAX_TOKENS:
+            raise ProxyError(400, "There are more than %d different tokens in this request." % _MAX_TOKENS)
+        found = None
+        for token in candidates:
             user = await self.api.user_of(token, hub_session)
             if user is not None:
-                self._admit_with_token(token, user, head, visit, token in in_query)
-                return
-        for session in _cookie_values(head.fields, self.cookie_name):
-            user = await self.api.user_of(self._sessions[session], hub_session) if session in self._sessions else None
-            if user is not None:
-                self._check_access(user)
-                self.check_origin(head, visit)
-                return
-            self._sessions.pop(session, None)  # signed out
-        if is_websocket(head):
-            raise ProxyError(403, "A WebSocket needs a browser that is signed in at the Hub, or a token of it.")
-        if is_page_visit(head):
-            raise self._begin_login(head.target, visit)
-        raise ProxyError(403, "Sign in at the Hub, or send a token of it as 'Authorization: token TOKEN'.", _CHALLENGE)
+                _remember(self._ours, token, None)
+                found = found or ((token, user) if token in shown else None)
+        return found
 
     def owns_token(self, token: str) -> bool:
         return token in self._ours or token == self.hub.api_token
@@ -2186,18 +2231,11 @@ class HubGate(Gate):
 
     async def close(self) -> None:
         self.watch.on_activity = None
-        tasks = self.api.under_way() | ({self._reporting} if self._reporting else set())
+        tasks = self.api.under_way | ({self._reporting} if self._reporting else set())
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-
-    def _admit_with_token(self, token: str, user: HubUser, head: RequestHead, visit: Visit, in_query: bool) -> None:
-        _remember(self._ours, token, None)
-        self._check_access(user)
-        if in_query and is_page_visit(head):
-            cookie = self._new_session(token, visit)
-            raise ProxyError(302, "Signed in.", (("Location", self._without_token(head.target)), cookie))
 
     def _check_access(self, user: HubUser) -> None:
         if "access:servers" in user.scopes or user.scopes & self.hub.access_scopes:
@@ -2215,10 +2253,10 @@ class HubGate(Gate):
         path, mark, query_there = target.partition("?")
         # Spelt as the cookie's Path is, for browsers compare the two undecoded.
         target = self.hub.prefix + (path_below(self.hub.prefix, path) or "/") + mark + query_there
-        if not _LOCAL_TARGET.fullmatch(target) or len(target) > 4096:
+        if not _LOCAL_TARGET.fullmatch(target) or len(target) > 2048:
             target = self.hub.prefix + "/"
-        now = self.watch.loop.time()
-        _remember(self._logins, state, HubLogin(target, verifier, browser, now + _LOGIN_SECONDS))
+        until = self.watch.loop.time() + _LOGIN_SECONDS
+        _remember(self._logins, state, HubLogin(target, verifier, browser, until), _MAX_LOGINS)
         challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).decode().rstrip("=")
         query = {
             "client_id": self.hub.client_id,
@@ -2267,9 +2305,11 @@ class HubGate(Gate):
         fields = (("Content-Type", "application/json"), ("Content-Length", "2"))
         return Response(200, fields + ((("X-JupyterHub-Version", version),) if version else ()), b"{}")
 
-    def _new_session(self, token: str, visit: Visit) -> Tuple[str, str]:
+    def _new_session(self, token: str, visit: Visit, hub_session: Optional[str] = None) -> Tuple[str, str]:
+        """The cookie of a new session.  The Hub forgets the token of a login when the person signs out there; one that
+        was shown lives on, and so its session is over here when that of the Hub is."""
         session = secrets.token_urlsafe(32)
-        _remember(self._sessions, session, token)
+        _remember(self._sessions, session, (token, hub_session))
         return self._cookie(self.cookie_name, session, self.hub.prefix + "/", visit)
 
     def _login_cookie(self, state: str) -> str:
@@ -2303,11 +2343,11 @@ class HubGate(Gate):
                     pass
 
 
-def _remember(table: Dict[Any, Any], key: Any, value: Any) -> None:
-    """Put an entry in as the latest; beyond a thousand the earliest goes."""
+def _remember(table: Dict[Any, Any], key: Any, value: Any, most: int = _MAX_REMEMBERED) -> None:
+    """Put an entry in as the latest; beyond `most` the earliest goes."""
     table.pop(key, None)
     table[key] = value
-    while len(table) > _MAX_REMEMBERED:
+    while len(table) > most:
         del table[next(iter(table))]
 
 
@@ -2556,6 +2596,8 @@ class Exchange:
     async def _begin_answer(self, head: ResponseHead, framing: Framing, data: bytes, count: int) -> None:
         """Send the final head with the first bytes of the body."""
         self.keep_alive = self.keep_alive and framing.kind != UNTIL_CLOSE and not self.around.stopping.is_set()
+        if self.client.pull and self.client.buffer:  # behind a chunked body, and out of its owner's reach
+            self.keep_alive = False
         if not self.keep_alive and head.status != 101:
             head = head._replace(fields=head.fields + (("Connection", "close"),))
         self.answered = True
@@ -3162,13 +3204,13 @@ class TornadoTransport(asyncio.Transport):
             self._loop.call_soon(self._protocol.connection_lost, self.tornado.error)
 
     def release(self) -> Any:
-        """Give the Tornado stream back, if it stands between two requests and nothing has been taken from it that is
-        not used; None, and the connection is closed, otherwise."""
+        """Give the Tornado stream back, if nothing has been taken from it that is not used; None, and the connection is
+        closed, otherwise."""
         stream = self.stream
-        stream.watch.forget(stream)
         if self._is_reading or self._is_closing or stream.buffer or stream.reader.unread:
-            self.abort()
+            stream.close()
             return None
+        stream.watch.forget(stream)
         self._is_lost = self._is_closing = True
         self.tornado.set_close_callback(None)
         return self.tornado
@@ -3192,7 +3234,7 @@ class TornadoTransport(asyncio.Transport):
         if self._writer_waits and self._queued <= _RECEIVE_BYTES // 4:
             self._writer_waits = False
             self._protocol.resume_writing()
-        if self._is_closing and not self._queued:
+        if self._is_closing and not self._is_lost and not self._queued:
             self.tornado.close()
 
     def get_write_buffer_size(self) -> int:
@@ -3207,7 +3249,7 @@ class TornadoTransport(asyncio.Transport):
         return self._protocol
 
     def is_reading(self) -> bool:
-        return not self._is_paused
+        return self._is_reading
 
     def pause_reading(self) -> None:
         self._is_paused = True
@@ -3245,19 +3287,30 @@ class JupyterGate(Gate):
         self.handler = handler
         provider = handler.settings.get("identity_provider") or handler  # before 2.0: the handler itself
         self.by_token = bool(handler.token_authenticated)
-        shown = provider.get_token(handler) if self.by_token and hasattr(provider, "get_token") else ""
-        self.tokens = [token for token in (handler.token, shown) if token]
+        self.tokens = [token for token in (handler.token, self._shown_to(provider)) if token]
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
         self.cookie_name = get_name(handler)
+
+    def _shown_to(self, provider: Any) -> Optional[str]:
+        """The token by which the request came in."""
+        if not self.by_token:
+            return None
+        if hasattr(provider, "hub_auth"):
+            return str(provider.hub_auth.get_token(self.handler, in_cookie=False))
+        return str(provider.get_token(self.handler)) if hasattr(provider, "get_token") else None
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         if self.by_token:  # whoever sent it meant it
             return
-        if not (field_values(head.fields, "origin") and self.handler.check_origin()):  # as Jupyter's options allow
+        allowed = bool(field_values(head.fields, "origin")) and self.handler.check_origin()  # as Jupyter's options say
+        # Where they allow any origin, its own handlers still ask for the XSRF token, which no app's page has.
+        for_any = self.handler.allow_origin == "*" and not self.handler.settings.get("disable_check_xsrf")
+        if not allowed or (for_any and head.method not in _SAFE):
             self.check_origin(head, visit)
 
     def owns_token(self, token: str) -> bool:
-        return any(hmac.compare_digest(token.encode(), own.encode()) for own in self.tokens)
+        read = re.sub("[\x00-\x08\x0e-\x1f+]", " ", token).strip()  # as Jupyter reads it
+        return any(hmac.compare_digest(one.encode(), own.encode()) for one in (token, read) for own in self.tokens)
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
@@ -3314,7 +3367,7 @@ def _load_jupyter_server_extension(server: Any) -> None:
 
     class AnyMethod(Tuple[str, ...]):
         def __contains__(self, method: object) -> bool:
-            return True
+            return bool(re.fullmatch("[A-Z]+(?:-[A-Z]+)*", str(method)))
 
     @web.stream_request_body
     class PortProxyHandler(JupyterHandler):  # type: ignore[misc]
@@ -3336,10 +3389,14 @@ def _load_jupyter_server_extension(server: Any) -> None:
                 raise web.HTTPError(403, "Sign in first.")
             return str(super().get_login_url())
 
+        def __getattr__(self, name: str) -> Any:
+            # Under the method's name Jupyter looks for an exemption from signing in.
+            if "request" in self.__dict__ and name == self.request.method.lower():
+                return None
+            raise AttributeError(name)
+
         async def prepare(self) -> None:
             head = _head_from_tornado(self.request)
-            if not hasattr(self, head.method.lower()):
-                setattr(self, head.method.lower(), None)  # Jupyter looks there for an exemption from signing in
             result = super().prepare()
             if inspect.isawaitable(result):
                 await result
@@ -3549,7 +3606,9 @@ def _config_under_hub(config: Config, arguments: argparse.Namespace, environment
             name = "--" + option.replace("_", "-")
             raise ValueError("JupyterHub started this (JUPYTERHUB_SERVICE_URL is set) and says that itself: no " + name)
     hub = hub_in(environment)
-    url = urlsplit(_http_url(environment["JUPYTERHUB_SERVICE_URL"]))
+    url = urlsplit(environment["JUPYTERHUB_SERVICE_URL"])
+    if url.scheme not in _DEFAULT_PORTS or not url.netloc:
+        raise ValueError("JUPYTERHUB_SERVICE_URL holds what no Hub sets: %s" % environment["JUPYTERHUB_SERVICE_URL"])
     names = ("certfile", "keyfile", "client_ca")
     tls: Dict[str, Any] = {name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in names}
     return config._replace(
@@ -3578,19 +3637,18 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
         except (ValueError, TypeError, AttributeError):
             raise ValueError("JUPYTERHUB_%s holds what no Hub sets: %s" % (name, text))
 
-    prefix, user = told("SERVICE_PREFIX", kind=normal_base), told("USER", "")
-    own = json.dumps(["access:servers!user=" + user])
+    prefix = told("SERVICE_PREFIX", kind=normal_base)
     return Hub(
         prefix=prefix,
-        user=user,
+        user=told("USER", ""),
         api_url=told("API_URL", kind=_http_url).rstrip("/"),
         api_token=told("API_TOKEN"),
         client_id=told("CLIENT_ID"),
         authorize_url=told("HOST", "") + told("BASE_URL", "/") + "hub/api/oauth2/authorize",
         callback_url=told("OAUTH_CALLBACK_URL", prefix + "/oauth_callback"),
-        access_scopes=told("OAUTH_ACCESS_SCOPES", environment.get("JUPYTERHUB_OAUTH_SCOPES") or own, _scopes),
+        access_scopes=told("OAUTH_ACCESS_SCOPES", environment.get("JUPYTERHUB_OAUTH_SCOPES"), _scopes),
         server_name=told("SERVER_NAME", ""),
-        home=told("DEFAULT_URL", "", lambda path: path and _local_target(prefix + "/" + path.lstrip("/"))),
+        home=told("DEFAULT_URL", "", lambda path: _home(prefix, path)),
         activity_url=told("ACTIVITY_URL", "", lambda url: url and _http_url(url)),
         activity_interval=told("ACTIVITY_INTERVAL", "300", _seconds),
         is_secure=told("PUBLIC_URL", "").startswith("https:"),
@@ -3606,10 +3664,8 @@ def _http_url(url: str) -> str:
     return url
 
 
-def _local_target(target: str) -> str:
-    if not _LOCAL_TARGET.fullmatch(target):
-        raise ValueError("a path of this server is expected, not %r" % target)
-    return target
+def _home(prefix: str, path: str) -> str:
+    return prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~") if path else ""
 
 
 def _seconds(text: str) -> float:

@@ -2012,6 +2012,15 @@ STRANGER = {"kind": "user", "name": "mallory", "scopes": ["access:servers!user=m
 ADMIN = {"kind": "user", "name": "boss", "scopes": ["access:servers", "admin:users"]}
 
 
+def number_of_refusal(wire):
+    """Whether a 503 comes, at once."""
+    wire.sock.settimeout(0.5)
+    try:
+        return status_of(wire.message()) == 503
+    except socket.timeout:
+        return False
+
+
 class TestHub:
     @pytest.fixture
     def hub(self, upstream):
@@ -2067,9 +2076,13 @@ class TestHub:
             assert (status_of(answer), fields_of(answer)["x-jupyterhub-version"]) == (200, "6.1.0")
         assert len(hub.asked) == 1
 
-    def test_readiness_without_a_hub(self, begin):
-        answer = begin(api_url="http://127.0.0.1:1/hub/api").get(PREFIX + "/api")
-        assert (status_of(answer), "x-jupyterhub-version" in fields_of(answer)) == (200, False)
+    def test_readiness_without_a_hub(self, begin, upstream):
+        broken = upstream(once(b"HTTP/1.1 500 No\r\n\r\n"))
+        proxy = begin(api_url="http://127.0.0.1:%d/hub/api" % broken.port)
+        for _ in range(5):
+            answer = proxy.get(PREFIX + "/api")
+            assert (status_of(answer), "x-jupyterhub-version" in fields_of(answer)) == (200, False)
+        assert broken.connections == 1  # it is not asked again at once
 
     def test_sign_in(self, proxy, hub, app):
         target = "%s/proxy/%d/a?b=%%2F&c" % (PREFIX, app.port)
@@ -2170,8 +2183,30 @@ class TestHub:
         answer = proxy.get(target.replace("TOKEN", "owner-token"), *PAGE)
         assert (status_of(answer), fields_of(answer)["location"]) == (302, "%s/proxy/%d/a?b&c" % (PREFIX, app.port))
         assert status_of(proxy.get("%s/proxy/%d/" % (PREFIX, app.port), cookie_of(answer))) == 200
-        assert status_of(proxy.get(target.replace("TOKEN", "apps-own"), cookie_of(answer), *PAGE)) == 200
+        signed_in = cookie_of(answer)
+        assert status_of(proxy.get(target.replace("TOKEN", "apps-own"), signed_in, *PAGE)) == 200
         assert app.messages[-1][0] == "GET /a?b&token=apps-own&c HTTP/1.1"
+        again = proxy.get(target.replace("TOKEN", "admin-token"), signed_in, *PAGE)  # who is signed in stays that
+        assert (status_of(again), "set-cookie" in fields_of(again)) == (302, False)
+        foreign = proxy.get(target.replace("TOKEN", "admin-token"), "Sec-Fetch-Site: cross-site", *PAGE)
+        assert fields_of(foreign)["location"].startswith("/jh/hub/api/oauth2/authorize?")
+
+    def test_signing_out_with_a_token_that_lives_on(self, proxy, hub, app):
+        """A session that began with a token is over when that of the Hub is, though the Hub knows the token still."""
+        hub_cookie = "Cookie: jupyterhub-session-id=a"
+        target = "%s/proxy/%d/" % (PREFIX, app.port)
+        cookie = cookie_of(proxy.get(target + "?token=owner-token", hub_cookie, *PAGE))[len("Cookie: ") :]
+        assert status_of(proxy.get(target, hub_cookie + "; " + cookie)) == 200
+        assert status_of(proxy.get(target, "Cookie: " + cookie)) == 403
+        assert status_of(proxy.get(target, hub_cookie + "; " + cookie)) == 403
+
+    def test_all_tokens_of_the_hub_are_cut(self, proxy, hub, app):
+        """Also those that did not let the request in."""
+        target = "%s/proxy/%d/" % (PREFIX, app.port)
+        proxy.get(target + "?token=owner-token&token=apps-own&token=admin-token", "Authorization: token server-token", "Referer: http://here:8888%s?token=stranger-token&x" % target)
+        assert app.messages[-1][0] == "GET /?token=apps-own HTTP/1.1"
+        assert "authorization" not in fields_of(app.messages[-1])
+        assert fields_of(app.messages[-1])["referer"] == "http://localhost:%d/?x" % app.port
 
     def test_credentials_do_not_reach_the_app(self, proxy, hub, app):
         cookie = self.sign_in(proxy, hub)
@@ -2249,12 +2284,12 @@ class TestHub:
         assert attributes[0].startswith("__Host-") is bool(options.get("host_cookies"))
         assert status_of(proxy.get(PREFIX + "/proxy/", "Cookie: " + attributes[0])) == 200
 
-    @pytest.mark.parametrize("fault", ["silent", "not HTTP", "not JSON", "no name", "500", "list"])
+    @pytest.mark.parametrize("fault", ["silent", "not HTTP", "not JSON", "no name", "no scopes", "500", "list"])
     def test_a_hub_that_cannot_be_asked(self, begin, upstream, fault):
         """Nobody gets in, and nobody is sent to a sign-in that cannot succeed; what is asked later is asked anew."""
         answers = {
             "silent": b"", "not HTTP": b"SSH-2.0-x\r\n\r\n", "not JSON": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{", "no name": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
-            "500": b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", "list": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+            "no scopes": b'HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"name": "bo"}', "500": b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", "list": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
         }  # fmt: skip
         broken = upstream(lambda wire, app: (app.messages.append(wire.message()), wire.send(answers[fault])))
         proxy = begin(api_url="http://127.0.0.1:%d/hub/api" % broken.port)
@@ -2303,12 +2338,41 @@ class TestHub:
             gate._new_session("token", visit)
             gate._begin_login(PREFIX + "/", visit)
             port_proxy._remember(gate._ours, str(number), None)
-        assert [len(table) for table in (gate._sessions, gate._logins, gate._ours)] == [1000] * 3
+        assert [len(table) for table in (gate._sessions, gate._logins, gate._ours)] == [1000, 1500, 1000]
+        for _ in range(10000):
+            port_proxy._remember(gate._logins, object(), None, port_proxy._MAX_LOGINS)
+        assert len(gate._logins) == 10000
 
     def test_many_tokens_in_one_request(self, proxy, hub):
         """One request makes few questions, however many tokens are in it."""
-        assert status_of(proxy.get(PREFIX + "/proxy/?" + "&".join("token=%d" % number for number in range(500)))) == 403
-        assert len(hub.asked) == 2
+        assert status_of(proxy.get(PREFIX + "/proxy/?" + "&".join("token=%d" % number for number in range(500)))) == 400
+        assert hub.asked == []
+        assert status_of(proxy.get(PREFIX + "/proxy/?" + "&".join("token=%d" % (number % 8) for number in range(500)))) == 403
+        assert len(hub.asked) == 8
+
+    @pytest.mark.parametrize("token", ["x%0d%0aX-A:%20b", "a%0d%0a%0d%0aDELETE%20/hub/api/users/a%20HTTP/1.1%0d%0aHost:%20h%0d%0a%0d%0a", "%E2%82%AC", "a%20b", "%00", ""])
+    def test_a_token_cannot_become_a_request_to_the_hub(self, proxy, hub, app, token):
+        """What no token of the Hub can be is the app's own, and nobody's business but its."""
+        target = "%s/proxy/%d/?token=%s" % (PREFIX, app.port, token)
+        assert status_of(proxy.get(target)) == 403
+        assert hub.asked == []
+        assert status_of(proxy.get(target, "Authorization: token owner-token")) == 200
+        assert app.messages[-1][0] == "GET /?token=%s HTTP/1.1" % token
+        assert [message[0] for message in hub.asked] == ["GET /hub/api/user HTTP/1.1"]
+
+    def test_questions_are_bounded(self, begin, upstream):
+        """However many ask, and leave: the Hub is not asked more at once, and nothing of it is left."""
+        silent = upstream(lambda wire, app: wire.rest())
+        proxy = begin(api_url="http://127.0.0.1:%d/hub/api" % silent.port)
+        wires = [proxy.wire() for _ in range(80)]
+        for number, wire in enumerate(wires):
+            wire.send(request("GET", PREFIX + "/proxy/", "Authorization: token %d" % number))
+        api = proxy.proxy._around.gate.api
+        refused = [wire for wire in wires if number_of_refusal(wire)]
+        assert len(refused) >= 16
+        assert len(api.under_way) <= 64
+        for wire in wires:
+            wire.close()
 
     @pytest.mark.parametrize("home, leads_to", [("", PREFIX + "/proxy/"), (PREFIX + "/proxy/8080", PREFIX + "/proxy/8080"), (PREFIX + "/proxy/8080/?a", PREFIX + "/proxy/8080/?a")])
     def test_home(self, begin, hub, home, leads_to):
@@ -4424,9 +4488,10 @@ class TestUnderAHub:
         "change, field, value",
         [
             ({"JUPYTERHUB_HOST": "https://hub.example"}, "authorize_url", "https://hub.example/jh/hub/api/oauth2/authorize"), ({"JUPYTERHUB_PUBLIC_URL": "https://hub.example/jh/user/a/"}, "is_secure", True),
-            ({"JUPYTERHUB_OAUTH_ACCESS_SCOPES": "", "JUPYTERHUB_OAUTH_SCOPES": '["a"]'}, "access_scopes", {"a"}), ({"JUPYTERHUB_OAUTH_ACCESS_SCOPES": ""}, "access_scopes", {"access:servers!user=al@ice.x+y"}),
+            ({"JUPYTERHUB_OAUTH_ACCESS_SCOPES": "", "JUPYTERHUB_OAUTH_SCOPES": '["a"]'}, "access_scopes", {"a"}),
             ({"JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "1"}, "host_cookies", True), ({"JUPYTERHUB_ACTIVITY_INTERVAL": "60"}, "activity_interval", 60.0), ({"JUPYTERHUB_DEFAULT_URL": ""}, "home", ""),
             ({"JUPYTERHUB_SERVER_NAME": "gpu"}, "server_name", "gpu"), ({"JUPYTERHUB_DEFAULT_URL": "proxy/1/?a=b"}, "home", "/jh/user/al@ice.x%2By/proxy/1/?a=b"),
+            ({"JUPYTERHUB_DEFAULT_URL": "//evil.example/a b\u00e9%2F#/x"}, "home", "/jh/user/al@ice.x%2By/evil.example/a%20b%C3%A9%2F#/x"),
             ({"JUPYTERHUB_COOKIE_OPTIONS": '{"SameSite": "None", "Secure": true}'}, "cookie_options", (("SameSite", "None"), ("Secure", ""))),
             ({"JUPYTERHUB_COOKIE_OPTIONS": '{"expires_days": 0.5, "path": "/evil", "secure": false}'}, "cookie_options", (("Max-Age", "43200"),)),
         ],
@@ -4434,7 +4499,14 @@ class TestUnderAHub:
     def test_variations(self, change, field, value):
         assert getattr(port_proxy.hub_in(dict(HUB_ENVIRONMENT, **change)), field) == value
 
-    @pytest.mark.parametrize("name", ["JUPYTERHUB_SERVICE_PREFIX", "JUPYTERHUB_API_URL", "JUPYTERHUB_API_TOKEN", "JUPYTERHUB_CLIENT_ID"])
+    @pytest.mark.parametrize("url, address", [("http://:1/", ("0.0.0.0", 1)), ("http://[::1]:2/", ("::1", 2)), ("https://0.0.0.0/", ("0.0.0.0", 443))])
+    def test_where_it_listens(self, url, address):
+        arguments = port_proxy._parser().parse_args([])
+        config = port_proxy._config_under_hub(DEFAULT, arguments, dict(HUB_ENVIRONMENT, JUPYTERHUB_SERVICE_URL=url))
+        assert (config.bind, config.port) == address
+        assert (config.base, config.token, config.shutdown_timeout) == ("/jh/user/al@ice.x%2By/proxy", "", 0.3)
+
+    @pytest.mark.parametrize("name", ["JUPYTERHUB_OAUTH_ACCESS_SCOPES", "JUPYTERHUB_SERVICE_PREFIX", "JUPYTERHUB_API_URL", "JUPYTERHUB_API_TOKEN", "JUPYTERHUB_CLIENT_ID"])
     def test_what_is_missing_is_named(self, name):
         with pytest.raises(ValueError, match=name):
             port_proxy.hub_in(dict(HUB_ENVIRONMENT, **{name: ""}))
@@ -4443,7 +4515,7 @@ class TestUnderAHub:
         "change, options, says",
         [
             ({"JUPYTERHUB_API_TOKEN": ""}, (), "JUPYTERHUB_API_TOKEN is not set"), ({}, ("--no-token",), "no --no-token"), ({}, ("--token",), "no --token"), ({}, ("--certfile", "x"), "no --certfile"),
-            ({"JUPYTERHUB_SERVICE_URL": "unix:/a"}, (), "an HTTP URL is expected"), ({"JUPYTERHUB_DEFAULT_URL": "/a b"}, (), "JUPYTERHUB_DEFAULT_URL holds what no Hub sets: /a b"),
+            ({"JUPYTERHUB_SERVICE_URL": "unix:/a"}, (), "JUPYTERHUB_SERVICE_URL holds what no Hub sets: unix:/a"),
             ({"JUPYTERHUB_COOKIE_OPTIONS": '{"domain": "a; Path=/"}'}, (), "JUPYTERHUB_COOKIE_OPTIONS"), ({"JUPYTERHUB_COOKIE_OPTIONS": "["}, (), "JUPYTERHUB_COOKIE_OPTIONS"),
             ({"JUPYTERHUB_OAUTH_ACCESS_SCOPES": "7"}, (), "JUPYTERHUB_OAUTH_ACCESS_SCOPES"), ({"JUPYTERHUB_ACTIVITY_INTERVAL": "x"}, (), "JUPYTERHUB_ACTIVITY_INTERVAL"),
             ({"JUPYTERHUB_ACTIVITY_INTERVAL": "0"}, (), "JUPYTERHUB_ACTIVITY_INTERVAL"), ({"JUPYTERHUB_API_URL": "http+unix://a"}, (), "JUPYTERHUB_API_URL"),
