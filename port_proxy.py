@@ -3147,6 +3147,7 @@ _JUPYTER_COOKIES = (
     "username-"  # the sign-in cookies of Jupyter servers; the host and port as the browser sees it follow
 )
 _XSRF = "_xsrf"
+_PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
 
 
 class TornadoTransport(asyncio.Transport):
@@ -3367,7 +3368,7 @@ def _load_jupyter_server_extension(server: Any) -> None:
 
     class AnyMethod(Tuple[str, ...]):
         def __contains__(self, method: object) -> bool:
-            return bool(re.fullmatch("[A-Z]+(?:-[A-Z]+)*", str(method)))
+            return True
 
     @web.stream_request_body
     class PortProxyHandler(JupyterHandler):  # type: ignore[misc]
@@ -3390,13 +3391,17 @@ def _load_jupyter_server_extension(server: Any) -> None:
             return str(super().get_login_url())
 
         def __getattr__(self, name: str) -> Any:
+            method = self.__dict__["request"].method if "request" in self.__dict__ else ""
+            if name != method.lower() or not _PLAIN_METHOD.fullmatch(method):
+                raise AttributeError(name)
             # Under the method's name Jupyter looks for an exemption from signing in.
-            if "request" in self.__dict__ and name == self.request.method.lower():
-                return None
-            raise AttributeError(name)
 
         async def prepare(self) -> None:
             head = _head_from_tornado(self.request)
+            if not _PLAIN_METHOD.fullmatch(head.method):  # Jupyter would take it for another attribute's name
+                self.set_status(405)
+                self.finish("405 Method Not Allowed\n")
+                return
             result = super().prepare()
             if inspect.isawaitable(result):
                 await result

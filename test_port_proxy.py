@@ -5035,6 +5035,8 @@ class TestJupyterHub:
             refused = query and hub.is_jupyter  # which does not take tokens in addresses any more
             assert status_of(Visitor(hub.port).ask("GET", target + query, *lines)) == (403 if refused else 200)
             assert token not in repr(app.messages[-1])
+        answer = Visitor(hub.port).ask("GET", target + "?token=apps-own&a", "Authorization: token " + token)
+        assert (status_of(answer), app.messages[-1][0], token in repr(app.messages[-1])) == (200, "GET /?token=apps-own&a HTTP/1.1", False)
         assert status_of(Visitor(hub.port).ask("GET", target, "Authorization: token apps-own")) == 403
         assert status_of(ana.ask("GET", target + "?token=apps-own", "Authorization: Bearer apps-own")) == 200
         assert app.messages[-1][0] == "GET /?token=apps-own HTTP/1.1"
@@ -5228,6 +5230,20 @@ class TestJupyter:
             assert TOKEN not in repr(fields)
             assert "username-127" not in repr(fields)
 
+    @pytest.mark.parametrize("query", ["token=%s%%20", "token=+%s", "token=%%00%s", "token=%s%%0a&a"])
+    def test_what_jupyter_reads_loosely_is_cut_as_loosely(self, jupyter, app, target, query):
+        assert status_of(Visitor(jupyter.port, jupyter.context).ask("GET", target + "/?" + query % TOKEN)) == 200
+        assert TOKEN not in repr(app.messages[-1])
+        assert status_of(Visitor(jupyter.port, jupyter.context).ask("GET", target + "/", "Authorization: ToKeN\t " + TOKEN)) == 200
+        assert TOKEN not in repr(app.messages[-1])
+
+    @pytest.mark.parametrize("method", ["_NEW_COOKIE", "CURRENT_USER", "XSRF_TOKEN", "get", "X1"])
+    def test_a_method_is_no_attribute(self, visitor, target, method):
+        """It is refused; names that a method may have are answered, whatever else is called so."""
+        assert status_of(visitor.ask(method, target + "/?token=" + TOKEN)) == 405
+        for name in ("REQUEST", "SETTINGS", "APPLICATION", "FINISH", "UI", "LOG", "TOKEN"):
+            assert visitor.ask(name, target + "/")[2].split(b" ")[0].decode() == name
+
     def test_an_app_cannot_set_jupyters_cookies(self, jupyter, upstream, visitor):
         (name,) = [name for name, _ in visitor.cookies if name.startswith("username-127-0-0-1-")]
         app = upstream(answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: %s=evil; Path=/\r\nSet-Cookie: jupyterhub-session-id=evil\r\nSet-Cookie: a=b\r\n\r\n" % name.encode()))
@@ -5324,6 +5340,33 @@ class TestJupyter:
         app.happened.set()
         thread.join(WAIT)
         assert wire.message()[2] == b"ok"
+
+    def test_a_connection_that_was_handed_back_stays_open(self, upstream, visitor, wire):
+        """Though part of the answer is still on its way to a client that takes its time."""
+        body = bytes(4 << 20)
+        app = upstream(answering(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)))
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        for _ in range(3):
+            wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port) + visitor.head("GET", "/nb/api"))
+            assert wire.message()[2] == body
+            assert b"version" in wire.message()[2]
+
+    def test_a_request_behind_a_chunked_body(self, upstream, visitor, wire):
+        """It cannot be given back to Jupyter: the answer before it says so, and comes whole."""
+        body = bytes(4 << 20)
+        app = upstream(answering(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)))
+        wire.send(visitor.head("POST", "/nb/proxy/%d/" % app.port, "Transfer-Encoding: chunked") + b"3\r\nabc\r\n0\r\n\r\n" + visitor.head("GET", "/nb/api"))
+        answer = wire.message()
+        assert (len(answer[2]), fields_of(answer)["connection"]) == (len(body), "close")
+
+    @pytest.mark.parametrize("behind", [b"", b"\r\n"])
+    def test_whoever_leaves_with_bytes_behind_the_request(self, upstream, visitor, wire, behind):
+        app = upstream(lambda wire, app: (wire.message(), app.happened.set(), wire.rest(), app.let_go.set()))
+        wire.send(visitor.head("POST", "/nb/proxy/%d/" % app.port, "Content-Length: 3") + b"abc" + behind)
+        assert app.happened.wait(WAIT)
+        wire.close()
+        if sys.platform == "linux":
+            assert app.let_go.wait(WAIT)
 
     def test_clients_that_leave(self, jupyter, upstream, visitor):
         """At any moment: afterwards no descriptor is left open, and all is served as before."""
