@@ -4325,6 +4325,120 @@ def test_fuzz():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Jupyter
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TornadoStream:
+    """A Tornado stream as far as the bridge uses it, which sends and receives when the test says so."""
+
+    error = None
+
+    def __init__(self, loop):
+        self.loop = loop
+        self.socket, self.other = socket.socketpair()
+        self.writes, self.reads, self.is_closed, self.on_close = [], [], False, None
+
+    def set_close_callback(self, callback):
+        self.on_close = callback
+
+    def write(self, data):
+        self.writes.append(self.loop.create_future())
+        return self.writes[-1]
+
+    def read_bytes(self, limit, partial):
+        assert partial
+        self.reads.append((limit, self.loop.create_future()))
+        return self.reads[-1][1]
+
+    def close(self):
+        self.is_closed = True
+        self.socket.close()
+        self.other.close()
+
+
+class TestTornadoTransport:
+    """The bridge alone; with a real Jupyter server it is tested further below."""
+
+    @pytest.fixture
+    def bridge(self, background):
+        """A transport that is made in the loop, and a way to call it there and see what followed."""
+
+        async def make():
+            watch = port_proxy.Watch(background.loop, 10.0)
+            return watch, port_proxy.TornadoTransport(TornadoStream(background.loop), watch)
+
+        watch, transport = background.do(make())
+
+        async def call(function):
+            result = function()
+            await asyncio.sleep(0)  # what it has scheduled comes first
+            await asyncio.sleep(0)
+            return result
+
+        yield transport, lambda function: background.do(call(function))
+        transport.tornado.close()
+        background.do(watch.close(0.1))
+
+    def test_reads_only_what_is_asked_for(self, bridge):
+        transport, call = bridge
+        assert transport.tornado.reads == []
+        call(lambda: transport.pull(10))
+        call(lambda: transport.pull(10))  # still under way
+        assert [limit for limit, _ in transport.tornado.reads] == [10]
+        call(lambda: transport.tornado.reads[0][1].set_result(b"abc"))
+        assert transport.stream.reader.unread == 3
+        assert len(transport.tornado.reads) == 1
+
+    def test_what_was_handed_back_is_not_touched(self, bridge):
+        """Though part of the answer is still on its way."""
+        transport, call = bridge
+        call(lambda: transport.write(b"answer"))
+        assert transport.get_write_buffer_size() == 6
+        assert call(transport.release) is transport.tornado
+        assert transport.tornado.on_close is None
+        call(lambda: transport.tornado.writes[0].set_result(None))
+        assert not transport.tornado.is_closed
+        assert transport.stream not in transport.stream.watch.streams
+
+    def test_what_cannot_be_handed_back_is_closed_behind_its_answer(self, bridge):
+        transport, call = bridge
+        call(lambda: transport.write(b"answer"))
+        transport.stream.buffer += b"GET / HTTP/1.1"
+        assert call(transport.release) is None
+        assert not transport.tornado.is_closed
+        call(lambda: transport.tornado.writes[0].set_result(None))
+        assert transport.tornado.is_closed
+
+    def test_back_pressure(self, bridge):
+        transport, call = bridge
+        call(lambda: [transport.write(bytes(40000)) for _ in range(2)])
+        flush = asyncio.run_coroutine_threadsafe(transport.stream.flush(WAIT), transport.stream.watch.loop)
+        call(lambda: transport.tornado.writes[0].set_result(None))
+        call(lambda: None)
+        assert not flush.done()
+        call(lambda: transport.tornado.writes[1].set_result(None))
+        assert flush.result(WAIT) is None
+
+    def test_a_tunnel_reads_on_unless_it_is_stopped(self, bridge):
+        transport, call = bridge
+        received = []
+
+        class End(asyncio.Protocol):
+            def data_received(self, data):
+                received.append(data)
+
+        call(lambda: transport.set_protocol(End()))
+        call(transport.resume_reading)
+        call(lambda: transport.tornado.reads[0][1].set_result(b"a"))
+        call(transport.pause_reading)
+        call(lambda: transport.tornado.reads[1][1].set_result(b"b"))
+        assert (received, len(transport.tornado.reads)) == ([b"a", b"b"], 2)
+        call(transport.resume_reading)
+        assert len(transport.tornado.reads) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
