@@ -1625,10 +1625,11 @@ _FIRST_ORDINARY_USER = 1000  # below are root and the system's own services
 
 
 class Owners:
-    """Who listens on the ports of this machine, as Linux tells in /proc/net/tcp and tcp6.
+    """Who listens on the ports of this machine, as Linux tells.
 
-    A look at the table takes as long as the machine has sockets; what it said is believed for twenty times as long, so
-    that looking never costs more than a twentieth of the time.
+    Where its kernel does not answer questions about single sockets, there is the table of all of them, and a look at
+    that takes as long as the machine has sockets, up to tenths of a second; what it said is believed for twenty times
+    as long as it took, so that looking never costs more than a twentieth of the time.
     """
 
     def __init__(self) -> None:
@@ -1640,7 +1641,9 @@ class Owners:
         begun = time.perf_counter()
         owner, until = self._known.get(there, (None, 0.0))
         if begun >= until:
-            owner = _owner(here, there)
+            owner = _told_owner(here, there)
+            if owner is None:
+                owner = _owner(here, there)
             now = time.perf_counter()
             if len(self._known) > 1000:
                 self._known.clear()
@@ -1649,8 +1652,38 @@ class Owners:
         return owner if owner is not None and owner >= _FIRST_ORDINARY_USER and owner != mine else None
 
 
+def _told_owner(here: Address, there: Address) -> Optional[int]:
+    """As `_owner`, asked of the kernel; None where it does not tell."""
+    accepted = _told_user(here, there)
+    nowhere = ("::" if ":" in there[0] else "0.0.0.0", 0)
+    return accepted or _told_user(nowhere, there)  # 0, root's, is also that of one that nobody has accepted yet
+
+
+def _told_user(here: Address, there: Address) -> Optional[int]:
+    """The user id of the socket at `there` that is connected to `here`, or that listens where this has no port; None
+    if there is none, or if the kernel does not answer (sock_diag(7))."""
+    family = socket.AF_INET6 if ":" in there[0] else socket.AF_INET
+    packed = (ipaddress.ip_address(end[0]).packed for end in (there, here))
+    ends = struct.pack("!HH16s16s", there[1], here[1], *packed) + b"\0" * 4 + b"\xff" * 8  # any interface and cookie
+    question = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + ends  # in any state
+    header = struct.pack("=IHHII", 16 + len(question), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+            kernel.setblocking(False)
+            kernel.send(header + question)
+            answer = kernel.recv(4096)
+    except (AttributeError, OSError):
+        return None
+    if len(answer) < 84 or struct.unpack_from("=H", answer, 4)[0] != _SOCK_DIAG_BY_FAMILY:
+        return None
+    return int(struct.unpack_from("=I", answer, 80)[0])
+
+
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
+
+
 def _owner(here: Address, there: Address) -> Optional[int]:
-    """The user id of the socket that `here` is connected to, or of the one that listens for it."""
+    """The user id of the socket that `here` is connected to, or of the one that listens for it, by the table."""
     rows = re.compile(
         r"^ *[0-9]+: ([0-9A-F]+):%04X ([0-9A-F]+:[0-9A-F]{4}) (..) \S+ \S+ \S+ +([0-9]+) " % there[1], re.M
     )

@@ -1842,10 +1842,15 @@ while True:
 class TestPortOwner:
     @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
     @pytest.mark.parametrize("user, reached", [(OTHER_USER, False), (0, True), (33, True)])
-    def test_listeners_of_others(self, start, host, user, reached):
+    @pytest.mark.parametrize("asked", ["the kernel", "the table"])
+    def test_listeners_of_others(self, start, host, user, reached, asked, monkeypatch):
         """jupyter-server-proxy issue 590: another user's port is refused, whatever address it listens on."""
         if not Path("/proc/net/tcp").exists() or os.geteuid() != 0:
             pytest.skip("only root on Linux can listen as somebody else")
+        if asked == "the table":
+            monkeypatch.setattr(port_proxy, "_told_owner", lambda here, there: None)
+        elif self._is_told():
+            monkeypatch.setattr(port_proxy, "_owner", lambda here, there: OTHER_USER + 1)
         with as_user(user, host) as port:
             name = "[::1]" if host == "::1" else "127.0.0.1"
             for form in ("/proxy/%d/" % port, "/proxy/absolute/%d/" % port, "/proxy/%s:%d/" % (name, port)):
@@ -1854,6 +1859,25 @@ class TestPortOwner:
                 assert reached or (b"--any-owner" in answer[2] and b"number %d" % OTHER_USER in answer[2])
                 assert status_of(start().get(form, *HANDSHAKE)) == (200 if reached else 403)
                 assert status_of(start(any_owner=True).get(form)) == 200
+
+    def _is_told(self):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            return port_proxy._told_user(("0.0.0.0", 0), listener.getsockname()) is not None
+
+    def test_the_kernel_tells_of_sockets_that_are_there(self, upstream):
+        if not self._is_told():
+            pytest.skip("this system's kernel does not tell")
+        app = upstream(lambda wire, app: wire.rest())
+        there = ("127.0.0.1", app.port)
+        with socket.create_connection(there) as sock:
+            eventually(lambda: app.connections)
+            assert port_proxy._told_user(sock.getsockname(), there) == os.geteuid()
+            assert port_proxy._told_owner(sock.getsockname(), there) == os.geteuid()
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            assert port_proxy._told_owner(("127.0.0.1", 1), closed.getsockname()) is None
 
     def test_which_row_of_the_table_counts(self, monkeypatch):
         """The accepted socket before listeners; the very address before all; IPv6 for all serves IPv4 only where nothing else does."""
@@ -1891,7 +1915,7 @@ class TestPortOwner:
     def test_looking_is_bounded(self, monkeypatch):
         """What a look said is believed for a while; it is not looked up for every connection."""
         looks = []
-        monkeypatch.setattr(port_proxy, "_owner", lambda here, there: (looks.append(there), threading.Event().wait(0.05), OTHER_USER)[2])
+        monkeypatch.setattr(port_proxy, "_told_owner", lambda here, there: (looks.append(there), threading.Event().wait(0.05), OTHER_USER)[2])
         owners = port_proxy.Owners()
         assert [owners.stranger(("127.0.0.1", n), ("127.0.0.1", 80)) for n in range(20)] == [OTHER_USER] * 20
         assert len(looks) == 1
