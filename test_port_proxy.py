@@ -3,6 +3,7 @@
 Every wait has a bound (`WAIT`), nothing sleeps to pass, and each test leaves its loop without tasks and connections.
 """
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -12,8 +13,10 @@ import io
 import json
 import logging
 import os
+import platform
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -27,7 +30,14 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode
 
-import pytest
+try:
+    import pytest
+except ImportError:  # `python3 test_port_proxy.py bench` needs none
+    if __name__ != "__main__":
+        raise
+    from unittest.mock import MagicMock
+
+    pytest = MagicMock()
 
 import port_proxy
 from port_proxy import (
@@ -5622,3 +5632,377 @@ class TestJupyter:
             assert app.happened.wait(60), "the browser did not report: it asked for %r; %s" % ([m[0] for m in app.messages], jupyter.said)
         check_browser_report(app, "/nb/proxy/%d/" % app.port)
         assert TOKEN not in repr(app.messages)
+
+
+class TestBenchmark:
+    def test_it_runs_where_there_is_no_pytest(self):
+        if not hasattr(os, "fork"):
+            pytest.skip("the benchmark's upstream waits for its standard input, as Windows cannot")
+        run = "import runpy, sys; sys.modules['pytest'] = None; sys.argv[:] = ['', 'bench', '--seconds', '0.05', '--repeats', '1']; runpy.run_path(%r, run_name='__main__')"
+        done = subprocess.run([sys.executable, "-c", run % str(HERE / "test_port_proxy.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=4 * WAIT, cwd=str(HERE))
+        assert (done.returncode, done.stderr) == (0, b"")
+        for row in (b"200 B, 64 connections: requests/s", b"download: MB/s", b"upload: MB/s", b"WebSocket, 32 B, 64 connections: echoes/s"):
+            assert re.search(re.escape(b"| " + row) + rb" \| [0-9.]+ \([0-9.]+-[0-9.]+\) \| [0-9.]+ ", done.stdout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark: `python3 test_port_proxy.py bench`, side by side on this machine; it needs no pytest
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BenchUpstream(asyncio.Protocol):
+    """What lies behind the proxies: answers GETs with as many bytes as their path says, swallows PUTs, echoes WebSockets."""
+
+    BLOCK = bytes(1 << 20)
+
+    def __init__(self):
+        self.serve = self.next_request
+        self.head = b""
+        self.missing = 0  # of a body that comes, or of one that goes
+        self.may_write = True
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.serve(data)
+
+    def next_request(self, data):
+        self.head += data
+        if b"\r\n\r\n" not in self.head:
+            return
+        head, _, rest = self.head.partition(b"\r\n\r\n")
+        self.head = b""
+        if b"\r\nupgrade: websocket" in head.lower():
+            self.transport.write(SWITCHING)
+            self.serve = self.transport.write
+        elif head.startswith(b"PUT"):
+            self.missing = int(re.search(rb"content-length: ([0-9]+)", head.lower()).group(1))
+            self.serve = self.swallow
+            self.swallow(rest)
+        else:
+            size = int(head.split(b" ", 2)[1].rpartition(b"/")[2])
+            first = min(size, 65536)
+            self.missing = size - first
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % size + self.BLOCK[:first])
+            self.pour()
+
+    def swallow(self, data):
+        self.missing -= len(data)
+        if self.missing <= 0:
+            self.serve = self.next_request
+            self.transport.write(OK)
+
+    def pour(self):
+        while self.missing and self.may_write:
+            count = min(self.missing, len(self.BLOCK))
+            self.missing -= count
+            self.transport.write(self.BLOCK[:count])
+
+    def pause_writing(self):
+        self.may_write = False
+
+    def resume_writing(self):
+        self.may_write = True
+        self.pour()
+
+
+def bench_upstream():
+    """Serve until the standard input ends; the port is printed first."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    server = loop.run_until_complete(loop.create_server(BenchUpstream, "127.0.0.1", 0, backlog=1024))
+    print(server.sockets[0].getsockname()[1], flush=True)
+    loop.add_reader(0, loop.stop)
+    loop.run_forever()
+
+
+NGINX = """worker_processes 1; daemon off; master_process off; pid {scratch}/pid; error_log {scratch}/log;
+events {{ worker_connections 4096; }}
+http {{ access_log off; keepalive_requests 1000000000; client_max_body_size 0; client_body_temp_path {scratch}/b; proxy_temp_path {scratch}/p;
+fastcgi_temp_path {scratch}/f; uwsgi_temp_path {scratch}/u; scgi_temp_path {scratch}/s;
+map $http_upgrade $connection_out {{ default upgrade; '' ''; }}
+upstream app {{ server 127.0.0.1:{upstream}; keepalive 256; keepalive_requests 1000000000; }}
+server {{ listen 127.0.0.1:{port} backlog=1024;
+location /proxy/{upstream}/ {{ proxy_pass http://app/; proxy_http_version 1.1; proxy_set_header Host $host; proxy_set_header Upgrade $http_upgrade;
+proxy_set_header Connection $connection_out; proxy_buffering off; proxy_request_buffering off; proxy_buffer_size 64k; proxy_buffers 8 64k; }} }} }}
+"""
+HAPROXY = """global
+ maxconn 8000
+ nbthread 1
+defaults
+ mode http
+ timeout connect 5s
+ timeout client 600s
+ timeout server 600s
+ timeout tunnel 600s
+ option http-no-delay
+ http-reuse always
+frontend front
+ bind 127.0.0.1:{port}
+ http-request replace-path /proxy/[0-9]+/(.*) /\\1
+ default_backend app
+backend app
+ server app 127.0.0.1:{upstream}
+"""
+
+
+class BenchSystem:
+    """One way to the upstream: directly, or through a proxy in a process of its own."""
+
+    def __init__(self, name, upstream, scratch):
+        self.name = name
+        self.process, self.prefix, self.port = None, "", upstream
+        self.started_in = None
+        if name == "direct":
+            return
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        folder = Path(scratch) / name
+        folder.mkdir(exist_ok=True)
+        config = {"nginx": NGINX, "haproxy": HAPROXY}.get(name)
+        if config:
+            (folder / "config").write_text(config.format(scratch=folder, port=self.port, upstream=upstream))
+        command = {
+            "port_proxy": [sys.executable, PROGRAM, "--quiet", "--port", str(self.port)],
+            "nginx": ["nginx", "-c", str(folder / "config"), "-p", str(folder)],
+            "haproxy": ["haproxy", "-db", "-f", str(folder / "config")],
+        }[name]
+        self.prefix = "/proxy/%d" % upstream
+        begun = time.perf_counter()
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        pin(self.process.pid, -1)
+        while not self.answers():
+            assert self.process.poll() is None, "%s does not run" % name
+            assert time.perf_counter() - begun < WAIT, "%s does not answer" % name
+            time.sleep(0.001)
+        self.started_in = (time.perf_counter() - begun) * 1000
+
+    def answers(self):
+        with contextlib.suppress(OSError), Wire.to(self.port) as wire:
+            wire.send(self.request("GET", "/2"))
+            return len(wire.message()[2]) == 2
+        return False
+
+    def request(self, method, path, *lines):
+        host = "Host: localhost:%d" % self.port
+        return "\r\n".join(("%s %s%s HTTP/1.1" % (method, self.prefix, path), host) + lines + ("", "")).encode()
+
+    def cpu(self):
+        """Seconds of processor time that the proxy has taken; None where the system does not tell, or there is none."""
+        try:
+            fields = Path("/proc/%d/stat" % self.process.pid).read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        except (AttributeError, OSError):
+            return None
+
+    def close(self):
+        if self.process:
+            self.process.terminate()
+            self.process.wait(WAIT)
+
+
+def pin(pid, core):
+    """Keep a process on one of the first two processors (0: the load, -1: what is measured), where there are two."""
+    with contextlib.suppress(AttributeError, OSError):
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) > 1:
+            os.sched_setaffinity(pid, {cores[:2][core]})
+
+
+def bench_requests(system, connections, seconds, size=200):
+    """GETs for `size` bytes on kept-alive connections: (answers, seconds); by wrk where it is installed."""
+    ask = system.request("GET", "/%d" % size)
+    if shutil.which("wrk") and seconds >= 1:
+        url = "http://localhost:%d%s/%d" % (system.port, system.prefix, size)
+        told = subprocess.run(["wrk", "-t1", "-c%d" % connections, "-d%ds" % seconds, url], stdout=subprocess.PIPE, check=True).stdout.decode()
+        assert "Non-2xx" not in told, told
+        return int(re.search(r"(\d+) requests in", told).group(1)), int(seconds)
+    with Wire.to(system.port) as wire:
+        wire.send(ask)
+        answer = len(wire.until(b"\r\n\r\n")) + size
+    return bench_rounds([Wire.to(system.port) for _ in range(connections)], ask, answer, seconds)
+
+
+def bench_new_connections(system, seconds, size=200):
+    """GETs for `size` bytes, each on a connection of its own, one after the other."""
+    ask = system.request("GET", "/%d" % size, "Connection: close")
+    begun, answers = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        with Wire.to(system.port) as wire:
+            wire.send(ask)
+            assert len(wire.message()[2]) == size
+        answers += 1
+    return answers, time.perf_counter() - begun
+
+
+def bench_websockets(system, connections, seconds):
+    """Messages of 32 bytes there and back."""
+    wires = bench_open(system, connections)
+    message = bytes([0x82, 0x80 | 26]) + bytes(4 + 26)
+    return bench_rounds(wires, message, len(message), seconds)
+
+
+def bench_open(system, connections):
+    """WebSockets, opened one after the other."""
+    wires = [Wire.to(system.port) for _ in range(connections)]
+    for wire in wires:
+        wire.send(system.request("GET", "/", *HANDSHAKE))
+        assert b" 101 " in wire.until(b"\r\n\r\n")
+    return wires
+
+
+def bench_rounds(wires, ask, answer, seconds):
+    """Send `ask` on all connections, and again on each when `answer` bytes have come: (answers, seconds)."""
+    missing = {wire.sock: answer for wire in wires}
+    begun, answers = time.perf_counter(), 0
+    with selectors.DefaultSelector() as selector:
+        for wire in wires:
+            selector.register(wire.sock, selectors.EVENT_READ)
+            wire.sock.send(ask)
+        while time.perf_counter() - begun < seconds:
+            for key, _ in selector.select(1):
+                missing[key.fileobj] -= len(key.fileobj.recv(65536))
+                if not missing[key.fileobj]:
+                    answers += 1
+                    missing[key.fileobj] = answer
+                    key.fileobj.send(ask)
+    taken = time.perf_counter() - begun
+    for wire in wires:
+        wire.close()
+    return answers, taken
+
+
+def bench_download(system, megabytes):
+    """One body of so many MB: (MB, seconds)."""
+    with Wire.to(system.port) as wire:
+        begun = time.perf_counter()
+        wire.send(system.request("GET", "/%d" % (megabytes * 1000000)))
+        wire.until(b"\r\n\r\n")
+        left, block = megabytes * 1000000 - len(wire.buffer), bytearray(1 << 20)
+        while left:
+            count = wire.sock.recv_into(block)
+            assert count
+            left -= count
+        return megabytes, time.perf_counter() - begun
+
+
+def bench_upload(system, megabytes):
+    """One body of so many MB: (MB, seconds)."""
+    with Wire.to(system.port) as wire:
+        begun = time.perf_counter()
+        wire.send(system.request("PUT", "/", "Content-Length: %d" % (megabytes * 1000000)))
+        for _ in range(megabytes):
+            wire.sock.sendall(BenchUpstream.BLOCK[:1000000])
+        assert wire.message()[2] == b"ok"
+        return megabytes, time.perf_counter() - begun
+
+
+def bench_idle(system, count, open_one):
+    """KiB that a proxy takes for each of `count` connections that idle."""
+    open_one(system)[0].close()
+    before = rss_kib(system.process.pid)
+    wires = [open_one(system)[0] for _ in range(count)]
+    grown = rss_kib(system.process.pid) - before
+    for wire in wires:
+        wire.close()
+    return grown / count
+
+
+def bench_kept_alive(system):
+    wire = Wire.to(system.port)
+    wire.send(system.request("GET", "/200"))
+    wire.message()
+    return [wire]
+
+
+def bench(names, seconds, repeats):
+    """Measure all systems one right after the other, again and again, and print medians with their spread."""
+    megabytes, clients, websockets = (500, 1000, 500) if seconds >= 1 else (20, 100, 50)
+    work = [
+        ("200 B, 64 connections: requests/s", "CPU us each", 1e6, lambda system: bench_requests(system, 64, seconds)),
+        ("200 B, 1 connection: requests/s", "CPU us each", 1e6, lambda system: bench_requests(system, 1, seconds)),
+        ("200 B, a new connection each: requests/s", "CPU us each", 1e6, lambda system: bench_new_connections(system, seconds)),
+        ("download: MB/s", "CPU ms per GB", 1e6, lambda system: bench_download(system, megabytes)),
+        ("upload: MB/s", "CPU ms per GB", 1e6, lambda system: bench_upload(system, megabytes)),
+        ("WebSocket, 32 B, 64 connections: echoes/s", "CPU us each", 1e6, lambda system: bench_websockets(system, 64, seconds)),
+    ]
+    idle = [
+        ("start to the first answer: ms", lambda system: system.started_in),
+        ("idle: MiB", lambda system: rss_kib(system.process.pid) / 1024),
+        ("idle kept-alive client: KiB", lambda system: bench_idle(system, clients, bench_kept_alive)),
+        ("idle WebSocket: KiB", lambda system: bench_idle(system, websockets, lambda system: bench_open(system, 1))),
+    ]
+    results = {}
+
+    def note(row, name, value):
+        results.setdefault(row, {}).setdefault(name, []).append(value)
+
+    with tempfile.TemporaryDirectory() as scratch, subprocess.Popen([sys.executable, str(HERE / "test_port_proxy.py"), "bench-upstream"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        os.chmod(scratch, 0o755)
+        upstream = int(server.stdout.readline())
+        pin(server.pid, 0)
+        pin(0, 0)
+        for _ in range(repeats):
+            systems = [BenchSystem(name, upstream, scratch) for name in names]
+            try:
+                for row, measure in idle if Path("/proc/self/status").exists() else idle[:1]:
+                    for system in systems[1:]:
+                        note(row, system.name, measure(system))
+                for row, cost, unit, measure in work:
+                    for system in systems:
+                        before = system.cpu()
+                        count, taken = measure(system)
+                        note(row, system.name, count / taken)
+                        if before is not None:
+                            note(row.split(":")[0] + ": " + cost, system.name, (system.cpu() - before) / count * unit)
+            finally:
+                for system in systems:
+                    system.close()
+        server.stdin.close()
+    bench_report(results, names)
+
+
+def bench_report(results, names):
+    """A table in Markdown: medians with the least and the most, and how port_proxy compares with the others."""
+    peers = [name for name in names if name not in ("direct", "port_proxy")] or ["direct"]
+    print("| work |", " | ".join(names), "|", " | ".join("port_proxy : " + peer for peer in peers), "|")
+    print("|---" * (1 + len(names) + len(peers)) + "|")
+    for row, measured in results.items():
+        cells = [bench_cell(measured[name]) if name in measured else "" for name in names]
+        for peer in peers:
+            pairs = zip(measured["port_proxy"], measured.get(peer, []))
+            cells.append(bench_cell([ours / theirs for ours, theirs in pairs if theirs]))
+        print("|", row, "|", " | ".join(cells), "|")
+
+
+def bench_cell(values):
+    def short(value):
+        return "%.0f" % value if value >= 100 else "%.1f" % value if value >= 10 else "%.2f" % value
+
+    return "%s (%s-%s)" % tuple(map(short, (sorted(values)[len(values) // 2], min(values), max(values)))) if values else ""
+
+
+def bench_main(arguments=None):
+    """The command line of this file."""
+    parser = argparse.ArgumentParser(description="Tests are run by pytest; this measures.")
+    commands = parser.add_subparsers(dest="command")
+    commands.required = True
+    command = commands.add_parser("bench", help="compare port_proxy with what else is installed: nginx, haproxy")
+    command.add_argument("--seconds", type=float, default=2, help="length of one measurement (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=3, help="how often each is measured (default: %(default)s)")
+    commands.add_parser("bench-upstream")
+    options = parser.parse_args(arguments)
+    if options.command == "bench-upstream":
+        bench_upstream()
+        return
+    names = ["direct", "port_proxy"] + [name for name in ("nginx", "haproxy") if shutil.which(name)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = "wrk" if shutil.which("wrk") else "its own load, which is what limits the fastest"
+    print("CPython %s, %s, %d processors, %s" % (sys.version.split()[0], platform.platform(), cores, load), flush=True)
+    bench(names, options.seconds, options.repeats)
+
+
+if __name__ == "__main__":
+    bench_main()
