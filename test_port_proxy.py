@@ -5955,7 +5955,7 @@ def bench(names, seconds, repeats):
                         before = system.cpu()
                         count, taken = measure(system)
                         note(row, system.name, count / taken)
-                        if before is not None:
+                        if before is not None and count:
                             note(row.split(":")[0] + ": " + cost, system.name, (system.cpu() - before) / count * unit)
             finally:
                 for system in systems:
