@@ -3176,9 +3176,7 @@ def _watch_interval(config: Config) -> float:
 # Jupyter: inside a running Jupyter server, which signs people in and lends the connection of each request
 # ---------------------------------------------------------------------------------------------------------------------
 
-_JUPYTER_COOKIES = (
-    "username-"  # the sign-in cookies of Jupyter servers; the host and port as the browser sees it follow
-)
+_JUPYTER_COOKIES = "username-"  # of people who are signed in; the host and port that the browser sees follow
 _XSRF = "_xsrf"
 _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
 
@@ -3350,10 +3348,10 @@ class JupyterGate(Gate):
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
         if name == self.cookie_name or bare.startswith(_HUB_COOKIES) or super().owns_cookie(name, route):
             return True
-        own = _JUPYTER_COOKIES + re.sub(
+        of_the_app = _JUPYTER_COOKIES + re.sub(
             "[^A-Za-z0-9]", "-", route.authority if route else ""
-        )  # if the app is a Jupyter
-        return name.startswith(_JUPYTER_COOKIES) and name != own
+        )  # if it is a Jupyter
+        return name.startswith(_JUPYTER_COOKIES) and name != of_the_app
 
     def explain(self, error: ProxyError) -> ProxyError:
         text = error.detail.replace("--allow-origin", "c.ServerApp.allow_origin")
@@ -3393,7 +3391,11 @@ def _load_jupyter_server_extension(server: Any) -> None:
 
     base = server.base_url.rstrip("/") + "/proxy"
     trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
-    proxy = PortProxy(Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {})))
+    try:
+        proxy = PortProxy(Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {})))
+    except (TypeError, ValueError) as error:
+        server.log.error("port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s", base, error)
+        return
     settings = server.web_app.settings
 
     def note_activity() -> None:

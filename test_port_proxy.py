@@ -5286,19 +5286,26 @@ window._JUPYTERLAB["port-proxy-test"] = {
 """
 
 
+def start_jupyter(folder, config, *options, context=None):
+    """A Jupyter server that has the module among its extensions; `context` is what a client of it needs."""
+    command = [jupyter_command("jupyter"), "server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0", "--ServerApp.base_url=/nb/", "--config=config.py"]
+    port = free_port()
+    (folder / "config.py").write_text(config)
+    command += ["--port=%d" % port, "--ServerApp.jpserver_extensions={'port_proxy': True}", "--IdentityProvider.token=" + TOKEN]
+    server = Server(command + list(options), folder, port, "/nb/api", context, PYTHONPATH=str(HERE))
+    server.context = context
+    return server
+
+
 @pytest.fixture(scope="module", params=["plain", "TLS"])
 def jupyter(request, tmp_path_factory):
-    """A Jupyter server that has the module among its extensions; `context` is what a client of it needs."""
-    command = [jupyter_command("jupyter"), "server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0", "--ServerApp.base_url=/nb/"]
-    folder, port, context = tmp_path_factory.mktemp("jupyter"), free_port(), None
-    command += ["--port=%d" % port, "--ServerApp.jpserver_extensions={'port_proxy': True}", "--IdentityProvider.token=" + TOKEN, "--config=config.py"]
-    (folder / "config.py").write_text("c.PortProxy.host_allowlist = ['*.example.org']\nc.LabApp.extra_labextensions_path = [%r]\n" % str(folder / "extensions"))
+    folder, options, context = tmp_path_factory.mktemp("jupyter"), [], None
+    config = "c.PortProxy.host_allowlist = ['*.example.org']\nc.LabApp.extra_labextensions_path = [%r]\n" % str(folder / "extensions")
     if request.param == "TLS":
         certificate = request.getfixturevalue("certificate")
-        command += ["--certfile=%s" % (certificate / "cert.pem"), "--keyfile=%s" % (certificate / "key.pem")]
+        options = ["--certfile=%s" % (certificate / "cert.pem"), "--keyfile=%s" % (certificate / "key.pem")]
         context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
-    server = Server(command, folder, port, "/nb/api", context, PYTHONPATH=str(HERE))
-    server.context = context
+    server = start_jupyter(folder, config, *options, context=context)
     yield server
     said = server.said
     server.close()
@@ -5306,6 +5313,33 @@ def jupyter(request, tmp_path_factory):
     assert "Traceback" not in said
     assert "GET /nb/proxy/" not in re.sub(r"(?m)^\[W.*|.* 302 GET .*", "", said)  # those that succeed are not worth a line
     assert TOKEN not in said.replace("token=" + TOKEN, "")  # Jupyter itself prints the address to open
+
+
+class TestJupyterConfiguration:
+    def test_any_origin(self, real_app, tmp_path):
+        """Where Jupyter allows any, its own handlers still ask for the XSRF token: what changes something is refused."""
+        server = start_jupyter(tmp_path, "c.ServerApp.allow_origin = '*'")
+        try:
+            visitor, target = Visitor(server.port), "/nb/proxy/%d/" % real_app.port
+            assert status_of(visitor.visit(target + "?token=" + TOKEN)) == 200
+            foreign = "Origin: https://evil.example"
+            for method, lines, status in (("POST", (), 403), ("PUT", (), 403), ("GET", (), 200), ("POST", ("Authorization: token " + TOKEN,), 200)):
+                assert status_of(visitor.ask(method, target, foreign, *lines)) == status
+            assert status_of(visitor.ask("GET", target + "ws", foreign, *HANDSHAKE, no_body=True)) == 101  # as with its own
+            assert status_of(visitor.ask("POST", target, "Origin: http://127.0.0.1:%d" % server.port)) == 200
+        finally:
+            server.close()
+
+    @pytest.mark.parametrize("line, says", [("host_allowlist = 'a'", "host_allowlist is a sequence"), ("frob = 1", "frob"), ("head_timeout = -1", "head_timeout must be")])
+    def test_mistakes(self, tmp_path, line, says):
+        server = start_jupyter(tmp_path, "c.PortProxy." + line)
+        try:
+            assert status_of(Visitor(server.port).ask("GET", "/nb/proxy/80", "Authorization: token " + TOKEN)) == 404
+            (complaint,) = re.findall(r"port_proxy: /nb/proxy/ is not served, for c.PortProxy cannot be used: (.*)", server.said)
+            assert says in complaint
+            assert "Traceback" not in server.said
+        finally:
+            server.close()
 
 
 class TestJupyter:
