@@ -3276,6 +3276,7 @@ class TornadoTransport(asyncio.Transport):
         assert isinstance(protocol, asyncio.Protocol)
         self._protocol = protocol
         self._is_tunnel = True
+        self.stream.pull = None  # and its end is met where it stands, behind all that came before
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         return self._protocol

@@ -4454,6 +4454,22 @@ class TestTornadoTransport:
         call(lambda: transport.tornado.writes[1].set_result(None))
         assert flush.result(WAIT) is None
 
+    @pytest.mark.parametrize("is_tunnel", [False, True])
+    def test_a_client_that_has_left(self, bridge, is_tunnel):
+        """It is noticed while nothing is read of it; that of a tunnel is met where it stands, behind all that came."""
+        if sys.platform != "linux":
+            pytest.skip("only Linux tells of an end that has not been read up to")
+        transport, call = bridge
+        if is_tunnel:
+            call(lambda: transport.set_protocol(asyncio.Protocol()))
+            call(transport.pause_reading)
+        call(lambda: transport.stream.expire(0.0))
+        assert not transport.tornado.is_closed
+        transport.tornado.other.send(b"last words")
+        transport.tornado.other.shutdown(socket.SHUT_WR)
+        call(lambda: transport.stream.expire(0.0))
+        assert transport.tornado.is_closed is not is_tunnel
+
     def test_a_tunnel_reads_on_unless_it_is_stopped(self, bridge):
         transport, call = bridge
         received = []
