@@ -1347,6 +1347,11 @@ def _is_cross_site(head: RequestHead) -> bool:
     return "cross-site" in field_values(head.fields, "sec-fetch-site")
 
 
+def _is_same_origin(head: RequestHead) -> bool:
+    """Whether the browser says that a page of our own origin is behind this."""
+    return "same-origin" in field_values(head.fields, "sec-fetch-site")
+
+
 def check_route(head: RequestHead, route: Route, framing: Framing, config: Config) -> None:
     """ProxyError 403 or 400 if this route may not be reached by anybody."""
     if not is_allowed(route.host, config.host_allowlist):
@@ -2020,7 +2025,7 @@ _MAX_TOKENS = 8  # different ones in a request
 _HUB_PATIENCE = 10.0  # seconds for an answer of the Hub
 _HUB_SESSION = "jupyterhub-session-id"  # the Hub's own cookie, which it changes when somebody signs out
 _HUB_COOKIES = "jupyterhub-"
-_HUB_TOKEN = re.compile("[!-~]+")  # anything else is an app's own, and must not get into the head of a request
+_HUB_TOKEN = re.compile("[!-~]{1,1024}")  # anything else is an app's own, and must not get into the head of a request
 _OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
 
 
@@ -2241,14 +2246,8 @@ class HubGate(Gate):
         shown = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
         if not _is_cross_site(head):  # a page of another site could sign a browser in as somebody else
             shown += _query_tokens(head.target)
-        passed_on = _query_tokens(head.target) + [
-            token for value in field_values(head.fields, "referer") for token in _query_tokens(value.partition("#")[0])
-        ]
-        candidates = list(dict.fromkeys(shown + passed_on))
-        if len(candidates) > _MAX_TOKENS:
-            raise ProxyError(400, "There are more than %d different tokens in this request." % _MAX_TOKENS)
         found = None
-        for token in candidates:
+        for token in _all_tokens(head):
             user = await self.api.user_of(token, hub_session)
             if user is not None:
                 _remember(self._ours, token, None)
@@ -2374,6 +2373,18 @@ class HubGate(Gate):
                     reported = moment
                 except ProxyError:  # it has been logged; the next interval brings the next try
                     pass
+
+
+def _all_tokens(head: RequestHead) -> List[str]:
+    """The different tokens in a request, wherever an app would find them; ProxyError 400 for far too many."""
+    found = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
+    found += _query_tokens(head.target)
+    for value in field_values(head.fields, "referer"):
+        found += _query_tokens(value.partition("#")[0])
+    tokens = list(dict.fromkeys(found))
+    if len(tokens) > _MAX_TOKENS:
+        raise ProxyError(400, "There are more than %d different tokens in this request." % _MAX_TOKENS)
+    return tokens
 
 
 def _remember(table: Dict[Any, Any], key: Any, value: Any, most: int = _MAX_REMEMBERED) -> None:
@@ -3319,6 +3330,7 @@ class JupyterGate(Gate):
         super().__init__(config)
         self.handler = handler
         provider = handler.settings.get("identity_provider") or handler  # before 2.0: the handler itself
+        self.hub_auth: Any = getattr(provider, "hub_auth", None)
         self.by_token = bool(handler.token_authenticated)
         self.tokens = [token for token in (handler.token, self._shown_to(provider)) if token]
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
@@ -3328,18 +3340,41 @@ class JupyterGate(Gate):
         """The token by which the request came in."""
         if not self.by_token:
             return None
-        if hasattr(provider, "hub_auth"):
-            return str(provider.hub_auth.get_token(self.handler, in_cookie=False))
-        return str(provider.get_token(self.handler)) if hasattr(provider, "get_token") else None
+        if self.hub_auth is None and hasattr(provider, "get_token"):
+            return str(provider.get_token(self.handler))
+        return None
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
+        if self.hub_auth is not None:
+            await self._look_up_tokens(head)
         if self.by_token:  # whoever sent it meant it
             return
         allowed = bool(field_values(head.fields, "origin")) and self.handler.check_origin()  # as Jupyter's options say
-        # Where they allow any origin, its own handlers still ask for the XSRF token, which no app's page has.
-        for_any = self.handler.allow_origin == "*" and not self.handler.settings.get("disable_check_xsrf")
-        if not allowed or (for_any and head.method not in _SAFE):
+        if not allowed or (head.method not in _SAFE and self._allows_any_origin() and not _is_same_origin(head)):
             self.check_origin(head, visit)
+
+    async def _look_up_tokens(self, head: RequestHead) -> None:
+        """Find out which of the tokens that are shown are the Hub's, which answers from memory for most."""
+        for token in filter(_HUB_TOKEN.fullmatch, _all_tokens(head)):
+            try:
+                session = self.hub_auth.get_session_id(self.handler)
+                user = await self.hub_auth.user_for_token(token, session_id=session, sync=False)
+            except TypeError:  # before JupyterHub 2.4, which cannot be asked without waiting for it
+                return
+            except Exception as error:  # of Tornado's kind, or of the connection to the Hub
+                logger.warning("the Hub could not be asked: %s", type(error).__name__)
+                raise ProxyError(503, "The Hub, which knows whose a token is, does not answer.", _SHORTLY)
+            if user:
+                self.tokens.append(token)
+
+    def _allows_any_origin(self) -> bool:
+        """Whether Jupyter's options let any origin in.  Its own handlers still ask for the XSRF token then, which no
+        app's page has."""
+        handler = self.handler
+        if handler.settings.get("disable_check_xsrf"):
+            return False
+        pattern = handler.allow_origin_pat
+        return handler.allow_origin == "*" or bool(pattern and re.match(pattern, "https://any.invalid"))
 
     def owns_token(self, token: str) -> bool:
         read = re.sub("[\x00-\x08\x0e-\x1f+]", " ", token).strip()  # as Jupyter reads it
@@ -3706,7 +3741,8 @@ def _http_url(url: str) -> str:
 
 
 def _home(prefix: str, path: str) -> str:
-    return prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~") if path else ""
+    home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
+    return "" if is_home(prefix, home.partition("#")[0]) else home  # it would lead to itself
 
 
 def _seconds(text: str) -> float:

@@ -4391,6 +4391,65 @@ class TornadoStream:
         self.other.close()
 
 
+class Handler:
+    """A Jupyter server's handler of a request that it has let in, as far as the gate asks it."""
+
+    token_authenticated = False
+    token = "servers-own"
+    cookie_name = "username-here"
+    allow_origin, allow_origin_pat = "", None
+
+    def __init__(self, hub_knows=None, **settings):
+        self.settings = settings
+        if hub_knows is not None:
+            self.hub_auth = self
+            self.hub_knows = hub_knows
+
+    def check_origin(self):
+        return bool(self.allow_origin or self.allow_origin_pat)
+
+    def get_session_id(self, handler):
+        return "a"
+
+    async def user_for_token(self, token, session_id, sync):
+        if self.hub_knows == "broken":
+            raise OSError("no answer")
+        return {"name": "ana"} if token in self.hub_knows else None
+
+
+class TestJupyterGate:
+    @pytest.mark.parametrize(
+        "allow_origin, pattern, method, lines, settings, admitted",
+        [
+            ("", None, "POST", (), {}, False), ("*", None, "POST", (), {}, False), ("", ".*", "POST", (), {}, False), ("", re.compile("https?://.*"), "POST", (), {}, False),
+            ("*", None, "GET", (), {}, True), ("*", None, "POST", (("Sec-Fetch-Site", "same-origin"),), {}, True), ("*", None, "POST", (("Sec-Fetch-Site", "cross-site"),), {}, False),
+            ("*", None, "POST", (), {"disable_check_xsrf": True}, True), ("https://a.example", None, "POST", (), {}, True), ("", r"https://.*\.example", "POST", (), {}, True),
+        ],
+    )  # fmt: skip
+    def test_origins_that_jupyter_allows(self, background, allow_origin, pattern, method, lines, settings, admitted):
+        handler = Handler(**settings)
+        handler.allow_origin, handler.allow_origin_pat = allow_origin, pattern
+        head = RequestHead(method, "/", "here:8888", "1.1", (("Origin", "https://a.example"),) + lines)
+        gate = port_proxy.JupyterGate(DEFAULT, handler)
+        if admitted:
+            background.do(gate.admit(head, VISIT, None))
+        else:
+            assert status_of_error(background.do, gate.admit(head, VISIT, None)) == 403
+
+    def test_tokens_of_a_hub_around_it(self, background):
+        """All are cut, also where the request came in by another, or by cookie; what the Hub does not know is the app's."""
+        gate = port_proxy.JupyterGate(DEFAULT, Handler(hub_knows=["one", "two", "three"]))
+        fields = (("Authorization", "token one"), ("Referer", "http://here:8888/lab?token=three&a"))
+        head = RequestHead("GET", "/?token=two&token=apps-own", "here:8888", "1.1", fields)
+        background.do(gate.admit(head, VISIT, None))
+        cut = gate.for_upstream(head, None)
+        assert (cut.target, cut.fields) == ("/?token=apps-own", (("Referer", "http://here:8888/lab?a"),))
+        many = head._replace(target="/?" + "&".join("token=%d" % number for number in range(20)))
+        assert status_of_error(background.do, gate.admit(many, VISIT, None)) == 400
+        gate = port_proxy.JupyterGate(DEFAULT, Handler(hub_knows="broken"))
+        assert status_of_error(background.do, gate.admit(head, VISIT, None)) == 503
+
+
 class TestTornadoTransport:
     """The bridge alone; with a real Jupyter server it is tested further below."""
 
@@ -4655,6 +4714,7 @@ class TestUnderAHub:
             ({"JUPYTERHUB_OAUTH_ACCESS_SCOPES": "", "JUPYTERHUB_OAUTH_SCOPES": '["a"]'}, "access_scopes", {"a"}),
             ({"JUPYTERHUB_COOKIE_HOST_PREFIX_ENABLED": "1"}, "host_cookies", True), ({"JUPYTERHUB_ACTIVITY_INTERVAL": "60"}, "activity_interval", 60.0), ({"JUPYTERHUB_DEFAULT_URL": ""}, "home", ""),
             ({"JUPYTERHUB_SERVER_NAME": "gpu"}, "server_name", "gpu"), ({"JUPYTERHUB_DEFAULT_URL": "proxy/1/?a=b"}, "home", "/jh/user/al@ice.x%2By/proxy/1/?a=b"),
+            ({"JUPYTERHUB_DEFAULT_URL": "/"}, "home", ""), ({"JUPYTERHUB_DEFAULT_URL": "//?x#y"}, "home", ""),
             ({"JUPYTERHUB_DEFAULT_URL": "//evil.example/a b\u00e9%2F#/x"}, "home", "/jh/user/al@ice.x%2By/evil.example/a%20b%C3%A9%2F#/x"),
             ({"JUPYTERHUB_COOKIE_OPTIONS": '{"SameSite": "None", "Secure": true}'}, "cookie_options", (("SameSite", "None"), ("Secure", ""))),
             ({"JUPYTERHUB_COOKIE_OPTIONS": '{"expires_days": 0.5, "path": "/evil", "secure": false}'}, "cookie_options", (("Max-Age", "43200"),)),
