@@ -32,6 +32,7 @@ import asyncio
 import base64
 import errno
 import fnmatch
+import functools
 import hashlib
 import hmac
 import html
@@ -54,6 +55,7 @@ from typing import (
     Any,
     Awaitable,
     Callable,
+    Coroutine,
     Dict,
     FrozenSet,
     Iterable,
@@ -64,6 +66,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    TypeVar,
     Union,
 )
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
@@ -75,6 +78,7 @@ logger = logging.getLogger("port_proxy")
 
 Fields = Tuple[Tuple[str, str], ...]  # (name, value) pairs, latin-1; order, case and duplicates as on the wire
 FOREVER = float("inf")
+_T = TypeVar("_T")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +297,7 @@ def serialise_response(head: ResponseHead) -> bytes:
     return _serialise("HTTP/1.1 %d %s" % (head.status, head.reason), head.fields)
 
 
-def check_partial_head(head: bytearray, start: int, is_request: bool, config: Config) -> None:
+def check_partial_head(head: bytes, start: int, is_request: bool, config: Config) -> None:
     """Refuse the beginning of a head as soon as it is too long or cannot become a valid one (ProxyError).
 
     start: up to where it was checked before, or a little less.
@@ -367,124 +371,508 @@ def _serialise(start_line: str, fields: Fields) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Streams: one peer's connection, and the one timer that looks after all of them
+# Streams: one peer's connection, what waits for its bytes, and the one timer that looks after all of them
 # ---------------------------------------------------------------------------------------------------------------------
 
 _RECEIVE_BYTES = 65536
+_HOT_RECEIVE_BYTES = 1 << 20  # where a receive was filled: for a large body it is the number of receives that counts
+_MOST_QUEUED_BYTES = 65536  # that a peer has not taken yet, or that nobody has used: then the other side is stopped
+_BACKLOG = 1024  # connections that nobody has accepted yet
 _UNIX = getattr(socket, "AF_UNIX", None)
 
 
 def plain_address(text: str) -> str:
     """An address without its zone, and IPv4 where it is that mapped to IPv6."""
+    if ":" not in text:
+        return text
     address = ipaddress.ip_address(text.partition("%")[0])
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-class Reader(asyncio.StreamReader):
-    """asyncio's reader, which also says what happens on the connection while nobody reads.
+class SocketTransport(asyncio.Transport):
+    """A connected socket, without encryption, under asyncio's contract for transports.
 
-    unread: bytes that have come and wait; ended: the peer has sent its last byte; failure: why, where that was no clean
-    end.  asyncio's own throws away the bytes in front of a failure; here they can still be read, then the end comes.
-    on_data and on_end are called, without arguments, when bytes or the end arrive.
+    asyncio's own has a quarter of the receive size and several times the memory, and differs from version to version.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(limit=_RECEIVE_BYTES, loop=loop)
-        self.unread = 0
+    __slots__ = (
+        "_has_ended",
+        "_is_closing",
+        "_is_lost",
+        "_is_reading",
+        "_is_writing_ended",
+        "_is_writing_paused",
+        "_loop",
+        "_number",
+        "_protocol",
+        "_queue",
+        "_receive_bytes",
+        "_sock",
+        "_unsent",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: asyncio.BaseProtocol) -> None:
+        super().__init__()
+        self._loop = loop
+        self._sock = sock
+        self._number = sock.fileno()  # selectors make a text of every socket that they do not know, but not of a number
+        self._unsent: Optional[memoryview] = None  # of what was written: what the kernel has not taken yet,
+        self._queue: Optional[bytearray] = None  # and what was written behind that
+        self._receive_bytes = _RECEIVE_BYTES
+        self._is_reading = self._has_ended = self._is_closing = self._is_lost = False
+        self._is_writing_paused = self._is_writing_ended = False
+        sock.setblocking(False)
+        if sock.family != _UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.set_protocol(protocol)
+        protocol.connection_made(self)
+        self.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """The "socket", and its "peername" and "sockname" while it has them."""
+        if name == "socket":
+            return self._sock
+        try:
+            return {"peername": self._sock.getpeername, "sockname": self._sock.getsockname}[name]()
+        except (KeyError, OSError):
+            return default
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol: asyncio.Protocol = protocol  # type: ignore[assignment]
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def is_reading(self) -> bool:
+        return self._is_reading
+
+    def pause_reading(self) -> None:
+        if self._is_reading:
+            self._is_reading = False
+            self._loop.remove_reader(self._number)
+
+    def resume_reading(self) -> None:
+        if not self._is_reading and not self._has_ended and not self._is_closing:
+            self._is_reading = True
+            self._loop.add_reader(self._number, self._receive)
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(self._receive_bytes)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(error)
+            return
+        if not data:
+            self.pause_reading()
+            self._has_ended = True
+            if not self._protocol.eof_received():
+                self.close()
+            return
+        if len(data) < _RECEIVE_BYTES:
+            self._receive_bytes = _RECEIVE_BYTES
+        elif len(data) == self._receive_bytes:
+            self._receive_bytes = _HOT_RECEIVE_BYTES
+        self._protocol.data_received(data)
+
+    def get_write_buffer_size(self) -> int:
+        if self._unsent is None:
+            return 0
+        return len(self._unsent) + (len(self._queue) if self._queue else 0)
+
+    def write(self, data: Any) -> None:
+        """Send `data`, which must not change later, or queue what the kernel does not take."""
+        if self._is_closing or not data:
+            return
+        if self._unsent is not None:
+            self._queue = self._queue or bytearray()
+            self._queue += data
+        else:
+            try:
+                sent = self._sock.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as error:
+                self._lose(error)
+                return
+            if sent == len(data):
+                return
+            self._unsent = memoryview(data)[sent:]
+            self._loop.add_writer(self._number, self._send)
+        if not self._is_writing_paused and self.get_write_buffer_size() > _MOST_QUEUED_BYTES:
+            self._is_writing_paused = True
+            self._protocol.pause_writing()
+
+    def _send(self) -> None:
+        """Send of what is queued as much as the kernel takes."""
+        assert self._unsent is not None
+        try:
+            sent = self._sock.send(self._unsent)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(error)
+            return
+        self._unsent = self._unsent[sent:]
+        if not self._unsent:
+            self._unsent, self._queue = memoryview(self._queue) if self._queue else None, None
+        if self._unsent is None:
+            self._loop.remove_writer(self._number)
+            if self._is_writing_ended:
+                self._end_writing()
+            if self._is_closing:
+                self._lose(None)
+        if self._is_writing_paused and self.get_write_buffer_size() <= _MOST_QUEUED_BYTES // 4:
+            self._is_writing_paused = False
+            self._protocol.resume_writing()
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        if not self._is_writing_ended and not self._is_closing:
+            self._is_writing_ended = True
+            if self._unsent is None:
+                self._end_writing()
+
+    def _end_writing(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:  # reset by the peer
+            self._lose(error)
+
+    def close(self) -> None:
+        if not self._is_closing:
+            self.pause_reading()
+            self._is_closing = True
+            if self._unsent is None:
+                self._lose(None)
+
+    def abort(self) -> None:
+        self._lose(None)
+
+    def _lose(self, error: Optional[OSError]) -> None:
+        if self._is_lost:
+            return
+        self.pause_reading()
+        self._is_closing = self._is_lost = True
+        if self._unsent is not None:
+            self._loop.remove_writer(self._number)
+            self._unsent = self._queue = None
+        self._loop.call_soon(self._lost, error)
+
+    def _lost(self, error: Optional[OSError]) -> None:
+        try:
+            self._protocol.connection_lost(error)
+        finally:
+            self._sock.close()
+
+
+def can_watch_sockets(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether a loop tells when a socket is ready, as `SocketTransport` needs it; that of Windows does not."""
+    return isinstance(loop, asyncio.SelectorEventLoop)
+
+
+class Listener:
+    """Accepts the connections of a bound socket, each with a protocol of its own."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: Callable[[], asyncio.BaseProtocol]
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._protocol = protocol
+        self._timer: Optional[asyncio.TimerHandle] = None
+        sock.setblocking(False)
+        sock.listen(_BACKLOG)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._loop.add_reader(self._sock, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(_BACKLOG):
+            try:
+                sock, _address = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no descriptors or no memory; they may come back
+                self._loop.remove_reader(self._sock)
+                self._timer = self._loop.call_later(1.0, self._go_on)
+                self._loop.call_exception_handler({"message": "no connection can be accepted", "exception": error})
+                return
+            try:
+                SocketTransport(self._loop, sock, self._protocol())
+            except OSError:  # gone already
+                sock.close()
+
+    def close(self) -> None:
+        """Accept no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self._sock)
+
+
+class Signal(asyncio.Future):  # type: ignore[type-arg]
+    """What one peer's bytes, its end, or its readiness to take more are awaited by.
+
+    on_given: called at once when it is given; asyncio calls back only in its next round.
+    """
+
+    on_given: Optional[Callable[[], None]] = None
+
+    def give(self) -> None:
+        """Let whoever awaits this go on."""
+        if not self.done():
+            self.set_result(None)
+            if self.on_given:
+                self.on_given()
+
+
+class PromptTask(asyncio.Future):  # type: ignore[type-arg]
+    """Runs a coroutine as asyncio.Task does, but at once: from its beginning, and on when a `Signal` is given.
+
+    A small request waits twice, and each round of the loop that it need not wait for is a tenth of its cost.  To
+    asyncio this is no task: what asks for the current one, as `asyncio.wait_for` does, needs one made for it.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._coroutine = coroutine
+        self._call_soon = loop.call_soon
+        self._awaited: Optional["asyncio.Future[Any]"] = None
+        self._is_running = self._is_to_end = False
+        self._go_on()
+
+    def _go_on(self, _: object = None) -> None:
+        if self._is_running or self.done():
+            return
+        self._is_running = True
+        self._awaited = None
+        try:
+            if self._is_to_end:
+                self._is_to_end = False
+                awaited = self._coroutine.throw(asyncio.CancelledError())
+            else:
+                awaited = self._coroutine.send(None)
+        except StopIteration:
+            self.set_result(None)
+        except asyncio.CancelledError:
+            super().cancel()
+        except Exception as error:
+            self.set_exception(error)
+        else:
+            self._awaited = awaited
+            if type(awaited) is Signal:
+                awaited.on_given = self._go_on
+            elif awaited is None:  # asyncio.sleep(0)
+                self._call_soon(self._go_on)
+            else:
+                awaited.add_done_callback(self._go_on)
+        finally:
+            self._is_running = False
+
+    def cancel(self, *args: Any, **kwargs: Any) -> bool:
+        """End the coroutine where it waits, as asyncio.Task does."""
+        if self.done():
+            return False
+        if self._awaited is None or not self._awaited.cancel():
+            self._is_to_end = True  # it is about to go on
+        elif type(self._awaited) is Signal:
+            self._go_on()
+        return True
+
+
+def limited(awaitable: Awaitable[_T], seconds: float) -> "Awaitable[_T]":
+    """What `asyncio.wait_for` does, also where a `PromptTask` awaits it."""
+    return asyncio.ensure_future(asyncio.wait_for(awaitable, seconds))
+
+
+class Stream(asyncio.Protocol):
+    """One peer's connection: the bytes that have come and were not used yet, its transport, its deadlines.
+
+    accepted: called with the stream once it stands.
+    buffer: bytes that have come and were not used yet.  ended: nothing more comes; failure: why, where that was no
+    clean end.  on_data and on_end are called, without arguments, when bytes or the end come while nobody awaits them.
+    address: the peer's, "" where it has none.  scheme: "https" over TLS.  was_heard: whether any byte came since that
+    was last set False.  end_is_delimiter: only the connection's end tells the peer where what it is being sent ends,
+    so that an abort must look like one.
+
+    One coroutine reads and one writes at a time.  All deadlines are absolute, on the loop's clock, and kept by `Watch`:
+    for the next byte, for what is queued to be taken, and for the connection as a whole.
+    """
+
+    __slots__ = (
+        "_accepted",
+        "_arrival",
+        "_is_stopped",
+        "_is_writing_paused",
+        "_room",
+        "address",
+        "buffer",
+        "end_deadline",
+        "end_is_delimiter",
+        "ended",
+        "failure",
+        "on_data",
+        "on_end",
+        "pull",
+        "read_deadline",
+        "scheme",
+        "transport",
+        "was_heard",
+        "watch",
+        "write_deadline",
+    )
+    transport: asyncio.Transport
+
+    def __init__(self, watch: "Watch", accepted: Optional[Callable[["Stream"], None]] = None) -> None:
+        self.watch = watch
+        self.buffer = b""
         self.ended = False
         self.failure: Optional[BaseException] = None
         self.on_data: Optional[Callable[[], None]] = None
         self.on_end: Optional[Callable[[], None]] = None
-
-    def feed_data(self, data: Iterable[Any]) -> None:
-        if self.ended:  # a deadline has passed; what comes now comes too late
-            return
-        assert isinstance(data, bytes)
-        self.unread += len(data)
-        super().feed_data(data)
-        if self.on_data:
-            self.on_data()
-
-    def feed_eof(self) -> None:
-        super().feed_eof()
-        if not self.ended:
-            self.ended = True
-            if self.on_end:
-                self.on_end()
-
-    def set_exception(self, exc: BaseException) -> None:
-        if self.failure is None:
-            self.failure = exc
-        self.feed_eof()
-
-    async def read(self, n: int = -1) -> bytes:
-        data = await super().read(n)
-        self.unread -= len(data)
-        return data
-
-
-class Stream:
-    """One peer's connection: its reader with the bytes that were read and not used yet, its writer, its deadlines.
-
-    buffer: bytes read and not used yet.  address: the peer's, "" where it has none.  scheme: "https" over TLS.
-    was_heard: whether any byte came since that was last set False.  end_is_delimiter: only the connection's end tells
-    the peer where what it is being sent ends, so that an abort must look like one.
-
-    One task reads and one writes at a time.  All deadlines are absolute, on the loop's clock, and kept by `Watch`: for
-    the next byte, for what is queued to be taken, and for the connection as a whole.
-    """
-
-    def __init__(self, reader: Reader, writer: asyncio.StreamWriter, watch: "Watch") -> None:
-        self.reader = reader
-        self.writer = writer
-        self.transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
-        self.watch = watch
-        self.now = watch.loop.time
-        self.buffer = bytearray()
         self.read_deadline = FOREVER
         self.write_deadline = FOREVER
         self.end_deadline = FOREVER
         self.end_is_delimiter = False
         self.was_heard = False
-        # Where the transport reads only what it is asked for: asks for at most so many bytes.
-        self.pull: Optional[Callable[[int], None]] = getattr(self.transport, "pull", None)
-        peer = self.transport.get_extra_info("peername")
-        self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""
-        self.scheme = "https" if self.transport.get_extra_info("sslcontext") else "http"
-        watch.streams.add(self)
+        self._accepted = accepted
+        self._arrival: Optional[Signal] = None  # of bytes or the end, where somebody waits for them
+        self._room: Optional[Signal] = None  # for more to be written, likewise
+        self._is_stopped = False
+        self._is_writing_paused = False
 
-    async def more(self, deadline: float = FOREVER) -> bool:
-        """Wait until `buffer` has grown; False at the peer's clean end; raises its failure (OSError, Stalled)."""
-        data = await self._read(_RECEIVE_BYTES, deadline)
-        self.buffer += data
-        return bool(data)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        # Where the transport reads only what it is asked for: asks for at most so many bytes.
+        self.pull: Optional[Callable[[int], None]] = getattr(transport, "pull", None)
+        peer = transport.get_extra_info("peername")
+        self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""
+        self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
+        self.watch.streams.add(self)
+        if self._accepted:
+            self._accepted(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.ended:  # a deadline has passed; what comes now comes too late
+            return
+        self.was_heard = True
+        self.buffer = self.buffer + data if self.buffer else data
+        if self._arrival is not None:
+            self._arrival.give()
+        elif self.on_data:
+            self.on_data()
+        if len(self.buffer) > _MOST_QUEUED_BYTES and self._arrival is None and not self._is_stopped:
+            self._is_stopped = True
+            self.pause_reading()
+
+    def eof_received(self) -> bool:
+        self.end()
+        return self.transport.can_write_eof()
+
+    def end(self, failure: Optional[BaseException] = None) -> None:
+        """Note that nothing more comes, and why if that is no clean end; what has come can still be used."""
+        if self.failure is None:
+            self.failure = failure
+        if not self.ended:
+            self.ended = True
+            if self._arrival is not None:
+                self._arrival.give()
+            if self.on_end:
+                self.on_end()
+
+    def connection_lost(self, exc: Optional[BaseException]) -> None:
+        self.watch.forget(self)
+        if isinstance(exc, OSError):
+            self._save_unread()
+        self.end(exc)
+        self.resume_writing()
+
+    def _save_unread(self) -> None:
+        """Read what the kernel still holds: an upstream that answers early and closes may have reset the connection
+        before its answer was read, and transports stop reading when a write fails."""
+        sock = self.transport.get_extra_info("socket")
+        if sock is None or self.scheme == "https":
+            return
+        try:
+            with socket.fromfd(sock.fileno(), sock.family, sock.type) as copy:
+                copy.setblocking(False)
+                data = copy.recv(_RECEIVE_BYTES)
+                while data:
+                    self.data_received(data)
+                    data = copy.recv(_RECEIVE_BYTES)
+        except OSError:  # nothing more
+            pass
+
+    def pause_writing(self) -> None:
+        self._is_writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_writing_paused = False
+        if self._room is not None:
+            self._room.give()
+
+    def now(self) -> float:
+        """The time by which deadlines are told, in seconds."""
+        return self.watch.loop.time()
+
+    async def more(self, deadline: float = FOREVER, limit: int = _RECEIVE_BYTES) -> bool:
+        """Wait until `buffer` has grown; False at the peer's clean end; raises its failure (OSError, Stalled).
+
+        limit: how many bytes are asked for where the transport reads only what it is asked for.
+        """
+        length = len(self.buffer)
+        if not self.ended:
+            self.read_deadline = deadline
+            if self.pull:
+                self.pull(limit)
+            self._let_go_on()
+            self._arrival = Signal(loop=self.watch.loop)
+            try:
+                await self._arrival
+            finally:
+                self._arrival = None
+                self.read_deadline = FOREVER
+        if len(self.buffer) > length:
+            return True
+        if self.failure is not None:
+            raise self.failure
+        return False
 
     async def take(self, limit: int, deadline: float = FOREVER) -> bytes:
         """At most `limit` bytes, from the buffer or as they come; b"" at the clean end; raises as `more` does."""
-        if self.buffer:
-            data = bytes(self.buffer[:limit])
-            del self.buffer[:limit]
-            return data
-        return await self._read(min(limit, _RECEIVE_BYTES), deadline)
+        if not self.buffer:
+            await self.more(deadline, min(limit, _RECEIVE_BYTES))
+        return self.cut(limit)
 
-    async def _read(self, limit: int, deadline: float) -> bytes:
-        self.read_deadline = deadline
-        if self.pull and not self.reader.unread:
-            self.pull(limit)
-        try:
-            data = await self.reader.read(limit)
-        finally:
-            self.read_deadline = FOREVER
-        if data:
-            self.was_heard = True
-        elif self.reader.failure is not None:
-            raise self.reader.failure
+    def cut(self, count: int) -> bytes:
+        """At most the first `count` bytes of the buffer, which are used now."""
+        data = self.buffer[:count]
+        self.drop(count)
         return data
+
+    def drop(self, count: int) -> None:
+        """As `cut`, where the bytes are of no further use."""
+        self.buffer = self.buffer[count:]
+        if self._is_stopped and len(self.buffer) <= _MOST_QUEUED_BYTES:
+            self._let_go_on()
+
+    def _let_go_on(self) -> None:
+        if self._is_stopped:
+            self._is_stopped = False
+            self.resume_reading()
 
     def write(self, data: bytes) -> None:
         """Send bytes, or queue them behind those that the peer has not taken yet; then `flush`."""
         if not self.transport.is_closing():
-            self.writer.write(data)
+            self.transport.write(data)
 
     async def flush(self, timeout: float) -> None:
         """Wait until the peer has taken enough of what was written; OSError if it is gone or lets `timeout` s pass.
@@ -492,8 +880,13 @@ class Stream:
         What is still queued then has as much time again, counted from here.
         """
         self.write_deadline = self.now() + timeout
-        await self.writer.drain()
-        if self.transport.is_closing():  # drain() is silent where the connection was closed on this side
+        if self._is_writing_paused:
+            self._room = Signal(loop=self.watch.loop)
+            try:
+                await self._room
+            finally:
+                self._room = None
+        if self.transport.is_closing():
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def queued(self) -> int:
@@ -503,26 +896,29 @@ class Stream:
         except AttributeError:  # 3.6, over TLS, between the connection's loss and our being told
             return 0
 
+    def is_quiet(self) -> bool:
+        """Whether everything that came was used, and more may come."""
+        return not (self.buffer or self.ended or self.transport.is_closing())
+
     def is_fresh(self) -> bool:
         """Whether nothing is under way: no byte that was not used, not even in the kernel, none to be sent, no end."""
-        if self.buffer or self.reader.unread or self.reader.ended or self.transport.is_closing():
-            return False
-        return not self.queued() and not _poll(self.transport, _READABLE)
+        return self.is_quiet() and not self.queued() and not _poll(self.transport, _READABLE)
 
     def expire(self, now: float) -> None:
         """Act on the deadlines that have passed, and on a reset of a connection that is not read; called by `Watch`."""
         queued = self.queued()
         if now > self.read_deadline and not queued:  # who has not taken our answer yet is not idle
             self.read_deadline = FOREVER
-            self.reader.set_exception(Stalled())
+            self.end(Stalled())
         if now > self.end_deadline or (now > self.write_deadline and queued):
             self.end_deadline = self.write_deadline = FOREVER
-            self.reader.set_exception(Stalled())
+            self.end(Stalled())
             self.abort()
-        elif self._is_paused() and _poll(self.transport, _HANG_UP if self.pull else 0):  # the loop does not look at it
+        elif self._is_unwatched() and _poll(self.transport, _HANG_UP if self.pull else 0):
             self.abort()
 
-    def _is_paused(self) -> bool:
+    def _is_unwatched(self) -> bool:
+        """Whether the loop does not look at the connection, which is open."""
         is_reading = getattr(self.transport, "is_reading", None)  # not in 3.6
         return is_reading is not None and not self.transport.is_closing() and not is_reading()
 
@@ -550,8 +946,8 @@ class Stream:
 
         So does the peer where only the connection's end delimits what it is being sent.
         """
-        if not self.reader.ended:
-            self.reader.set_exception(ConnectionAbortedError(errno.ECONNABORTED, "the proxy gave the connection up"))
+        if not self.ended:
+            self.end(ConnectionAbortedError(errno.ECONNABORTED, "the proxy gave the connection up"))
         sock = self.transport.get_extra_info("socket")
         if self.end_is_delimiter and sock is not None and sock.family != _UNIX and sock.fileno() >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -571,14 +967,12 @@ class Stream:
         except RuntimeError:
             pass
 
-    async def hand_over(self, protocol: asyncio.Protocol) -> bytes:
+    def hand_over(self, protocol: asyncio.Protocol) -> bytes:
         """Let `protocol` have all that comes from now on; the bytes that had come before are returned."""
         self.transport.set_protocol(protocol)
         self.write_deadline = FOREVER  # that of a message; what comes now has none
-        while self.reader.unread:
-            await self.more()
-        earlier = bytes(self.buffer)
-        self.buffer.clear()
+        earlier, self.buffer = self.buffer, b""
+        self._is_stopped = False
         self.resume_reading()
         return earlier
 
@@ -595,51 +989,6 @@ def _poll(transport: asyncio.Transport, events: int) -> bool:
     poll = select.poll()
     poll.register(sock.fileno(), events)
     return bool(poll.poll(0))
-
-
-class StreamProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's stream protocol, which makes a `Stream` and saves what came before a reset.
-
-    accepted: called with the new stream where the peer connected to us; None where we connect to it.
-    """
-
-    def __init__(self, watch: "Watch", accepted: Optional[Callable[[Stream], None]] = None) -> None:
-        self.reader = Reader(watch.loop)
-        super().__init__(self.reader, loop=watch.loop)
-        self.watch = watch
-        self.accepted = accepted
-        self.stream: Optional[Stream] = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        assert isinstance(transport, asyncio.Transport)
-        writer = asyncio.StreamWriter(transport, self, self.reader, self.watch.loop)
-        self.stream = Stream(self.reader, writer, self.watch)
-        if self.accepted:
-            self.accepted(self.stream)
-
-    def connection_lost(self, exc: Optional[BaseException]) -> None:
-        assert self.stream is not None
-        self.watch.forget(self.stream)
-        if isinstance(exc, OSError):
-            self._save_unread(self.stream)
-        super().connection_lost(exc)  # type: ignore[arg-type]
-
-    def _save_unread(self, stream: Stream) -> None:
-        """Read what the kernel still holds: an upstream that answers early and closes may have reset the connection
-        before its answer was read, and asyncio stops reading when a write fails."""
-        sock = stream.transport.get_extra_info("socket")
-        if sock is None or stream.transport.get_extra_info("sslcontext"):
-            return
-        try:
-            with socket.fromfd(sock.fileno(), sock.family, sock.type) as copy:
-                copy.setblocking(False)
-                data = copy.recv(_RECEIVE_BYTES)
-                while data:
-                    self.reader.feed_data(data)
-                    data = copy.recv(_RECEIVE_BYTES)
-        except (OSError, RuntimeError):  # nothing more, or (3.6) the closing transport refuses to be paused
-            pass
 
 
 class Watch:
@@ -686,14 +1035,12 @@ async def read_head(stream: Stream, is_request: bool, deadline: float, config: C
     Raises ProxyError as soon as it cannot be a valid head, Truncated if the peer ends first, Stalled at the deadline,
     OSError if the connection fails.
     """
-    buffer = stream.buffer
     searched = 0
     while True:
+        buffer = stream.buffer
         end = buffer.find(b"\r\n\r\n", max(0, searched - 3))
         if 0 <= end <= config.max_head_bytes - 4:
-            head = bytes(buffer[: end + 4])
-            del buffer[: end + 4]
-            return head
+            return stream.cut(end + 4)
         if searched < len(buffer):
             check_partial_head(buffer, max(0, searched - 1), is_request, config)
         searched = len(buffer)
@@ -714,7 +1061,7 @@ async def skip_empty_lines(stream: Stream, deadline: float) -> bool:
                 return False
         if not stream.buffer.startswith(b"\r\n"):
             return True
-        del stream.buffer[:2]
+        stream.drop(2)
     return bool(stream.buffer) or await stream.more(deadline)
 
 
@@ -786,24 +1133,20 @@ def framing_fields(framing: Framing) -> Fields:
     return ()
 
 
-def framed(data: bytes, framing: Framing, is_last: bool) -> bytes:
-    """A piece of a body, which may be empty, as it stands on the wire."""
-    if framing.kind != CHUNKED:
-        return data
-    chunk = b"%x\r\n%s\r\n" % (len(data), data) if data else b""
-    return chunk + b"0\r\n\r\n" if is_last else chunk
-
-
 class Body:
     """The body of one message, read off a stream piece by piece, as the pieces come.
 
-    finished: the body has been read to its end, and the stream stands right behind it.
+    in_chunks: whether the pieces are given in the chunked coding, the last chunk included, rather than bare; set
+    before the first is read.  count: bytes of the body itself so far.  finished: the body has been read to its end, and
+    the stream stands right behind it.
     """
 
-    def __init__(self, stream: Stream, framing: Framing, config: Config) -> None:
+    def __init__(self, stream: Stream, framing: Framing, config: Config, in_chunks: bool = False) -> None:
         self.stream = stream
         self.framing = framing
         self.config = config
+        self.in_chunks = in_chunks
+        self.count = 0
         self.finished = framing == NO_BODY or (framing.kind == LENGTH and framing.length == 0)
         self._remaining = framing.length  # of the body, or of the chunk that is being read
         self._part = "size"  # of a chunked body, what comes next: size, data, data end, trailers
@@ -819,76 +1162,83 @@ class Body:
             data = self.at_hand()
             if data or self.finished:
                 return data
-            deadline = self.stream.now() + timeout
-            if self.framing.kind == CHUNKED:
-                if not await self.stream.more(deadline):
-                    raise Truncated()
-            else:
-                limit = self._remaining if self.framing.kind == LENGTH else _RECEIVE_BYTES
-                data = await self.stream.take(limit, deadline)
-                if data:
-                    return self._counted(data)
-                if self.framing.kind == LENGTH:
+            limit = min(self._remaining, _RECEIVE_BYTES) if self.framing.kind == LENGTH else _RECEIVE_BYTES
+            if not await self.stream.more(self.stream.now() + timeout, limit):
+                if self.framing.kind != UNTIL_CLOSE:
                     raise Truncated()
                 self.finished = True
+                return self._given([])
         return b""
 
     def at_hand(self) -> bytes:
         """As `read`, but only what is in the stream's buffer already: b"" also if that is nothing."""
-        buffer = self.stream.buffer
-        if self.finished or not buffer:
+        if self.finished or not self.stream.buffer:
             return b""
         if self.framing.kind == CHUNKED:
-            return self._decode_chunks(buffer)
-        return self._counted(_cut(buffer, self._remaining if self.framing.kind == LENGTH else len(buffer)))
+            return self._given(self._decode_chunks())
+        if self.framing.kind == UNTIL_CLOSE:
+            return self._given([self.stream.cut(len(self.stream.buffer))])
+        data = self.stream.cut(self._remaining)
+        self._remaining -= len(data)
+        self.finished = self._remaining == 0
+        return self._given([data])
 
-    def _counted(self, data: bytes) -> bytes:
-        if self.framing.kind == LENGTH:
-            self._remaining -= len(data)
-            self.finished = self._remaining == 0
-        return data
+    def _given(self, pieces: "Sequence[Union[bytes, memoryview]]") -> bytes:
+        """The pieces in one, in the chunked coding if that is wanted."""
+        size = sum(map(len, pieces))
+        self.count += size
+        if not self.in_chunks:
+            return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+        end = b"0\r\n\r\n" if self.finished else b""
+        return b"".join([b"%x\r\n" % size, *pieces, b"\r\n", end]) if size else end
 
-    def _decode_chunks(self, buffer: bytearray) -> bytes:
+    def _decode_chunks(self) -> List[memoryview]:
         """Take all whole parts of chunks, and the data of the last, from the buffer (RFC 9112 section 7.1)."""
         pieces = []
-        while buffer and not self.finished:
+        buffer = self.stream.buffer
+        view, at = memoryview(buffer), 0
+        while at < len(buffer) and not self.finished:
             if self._part == "data":
-                pieces.append(_cut(buffer, self._remaining))
-                self._remaining -= len(pieces[-1])
+                piece = view[at : at + self._remaining]
+                pieces.append(piece)
+                at += len(piece)
+                self._remaining -= len(piece)
                 if not self._remaining:
                     self._part = "data end"
             elif self._part == "data end":
-                if not b"\r\n".startswith(bytes(buffer[:2])):
+                end = buffer[at : at + 2]
+                if not b"\r\n".startswith(end):
                     raise ProxyError(400, "A chunk is not followed by CRLF.")
-                if len(buffer) < 2:
+                if len(end) < 2:
                     break
-                del buffer[:2]
+                at += 2
                 self._part = "size"
             else:
-                line = self._take_line(buffer)
+                line = self._find_line(buffer, at)
                 if line is None:
                     break
+                at += len(line) + 2
                 if self._part == "size":
                     self._chunk_begins(line)
                 else:
                     self._trailer_comes(line)
-        return b"".join(pieces)
+        self.stream.drop(at)
+        return pieces
 
-    def _take_line(self, buffer: bytearray) -> Optional[str]:
-        """Cut one line off the buffer, without its CRLF; None if it has not come whole."""
+    def _find_line(self, buffer: bytes, at: int) -> Optional[str]:
+        """The line that begins there, without its CRLF; None if it has not come whole."""
         is_size = self._part == "size"
         limit = self.config.max_chunk_line_bytes if is_size else self.config.max_trailer_bytes
-        end = buffer.find(b"\n", 0, limit + 2)
+        end = buffer.find(b"\n", at, at + limit + 2)
         if end < 0:
-            if len(buffer) > limit + 1:
+            if len(buffer) - at > limit + 1:
                 raise ProxyError(400, "A chunk's first line or trailer is longer than %d bytes." % limit)
-            if is_size and not _CHUNK_LINE_START.fullmatch(buffer):
+            if is_size and not _CHUNK_LINE_START.fullmatch(buffer, at):
                 raise ProxyError(400, "A chunk does not begin with its size in hexadecimal digits.")
             return None
-        line = _cut(buffer, end + 1)
-        if not line.endswith(b"\r\n"):
+        if end == at or buffer[end - 1 : end] != b"\r":
             raise ProxyError(400, "A line of a chunked body ends without CR.")
-        return line[:-2].decode("latin-1")
+        return buffer[at : end - 1].decode("latin-1")
 
     def _chunk_begins(self, line: str) -> None:
         match = _CHUNK_LINE.fullmatch(line)
@@ -904,12 +1254,6 @@ class Body:
         if line and not _FIELD.fullmatch(line + "\r\n"):
             raise ProxyError(400, "A trailer is not a valid field line.")
         self.finished = not line
-
-
-def _cut(buffer: bytearray, count: int) -> bytes:
-    data = bytes(buffer[:count])
-    del buffer[:count]
-    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1742,7 +2086,7 @@ class Upstreams:
         idle = self._idle.get((route.host, route.port), [])
         while idle and (replayable or self.watch.loop.time() - idle[-1][1] < 1.0):
             stream = idle[-1][0]
-            self._discard(route, stream)
+            self._discard(route, len(idle) - 1)
             if stream.is_fresh():  # also in the kernel, where the loop has not looked yet
                 stream.was_heard = False
                 stream.write_deadline = FOREVER
@@ -1752,7 +2096,8 @@ class Upstreams:
 
     def give(self, route: Route, stream: Stream) -> None:
         """Keep a connection whose exchange ended cleanly and exactly; the least sign of life from it ends that."""
-        if not stream.is_fresh() or self._idle_count >= self.config.max_idle_upstreams:
+        # What as yet the kernel alone knows ends it in the loop's next round, or in `take` if that comes first.
+        if not stream.is_quiet() or stream.queued() or self._idle_count >= self.config.max_idle_upstreams:
             stream.close()
             return
         now = self.watch.loop.time()
@@ -1761,37 +2106,35 @@ class Upstreams:
         stream.read_deadline = now + self.config.idle_upstream_timeout
 
         def drop() -> None:
-            self._discard(route, stream)
+            idle = self._idle[route.host, route.port]
+            self._discard(route, next(at for at in range(len(idle)) if idle[at][0] is stream))
             stream.abort()
 
-        stream.reader.on_data = stream.reader.on_end = drop
+        stream.on_data = stream.on_end = drop
 
     def close(self) -> None:
         """Close all idle connections."""
         for idle in list(self._idle.values()):
             for stream, _ in list(idle):
-                stream.reader.on_data = stream.reader.on_end = None
+                stream.on_data = stream.on_end = None
                 stream.abort()
         self._idle.clear()
         self._idle_count = 0
 
-    def _discard(self, route: Route, stream: Stream) -> None:
-        """Take a connection out of the pool; it need not be closed for that."""
-        stream.reader.on_data = stream.reader.on_end = None
+    def _discard(self, route: Route, at: int) -> None:
+        """Take one of the idle connections to the route's target out of the pool; it need not be closed for that."""
+        idle = self._idle[route.host, route.port]
+        stream, _ = idle.pop(at)
+        stream.on_data = stream.on_end = None
         stream.read_deadline = FOREVER
-        key = (route.host, route.port)
-        idle = self._idle.get(key, [])
-        for at in range(len(idle) - 1, -1, -1):
-            if idle[at][0] is stream:
-                del idle[at]
-                self._idle_count -= 1
+        self._idle_count -= 1
         if not idle:
-            self._idle.pop(key, None)
+            del self._idle[route.host, route.port]
 
     async def connect(self, route: Route) -> Stream:
         """A new connection to the route's target; ProxyError 502, 503, 504 or 508 if there is none to be had."""
         try:
-            return await asyncio.wait_for(self._connect_any(route), self.config.connect_timeout)
+            return await limited(self._connect_any(route), self.config.connect_timeout)
         except asyncio.TimeoutError:
             raise _no_answer_in_time(route, self.config)
         except (ssl.SSLError, ssl.CertificateError) as error:
@@ -1837,9 +2180,11 @@ class Upstreams:
             if verified not in self._contexts:  # making one takes longer than using it
                 self._contexts[verified] = upstream_context(verified)
             tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
-        _, protocol = await loop.create_connection(lambda: StreamProtocol(self.watch), *address, **tls)
-        stream = protocol.stream
-        assert stream is not None
+        stream = Stream(self.watch)
+        if tls or not can_watch_sockets(loop):
+            await loop.create_connection(lambda: stream, *address, **tls)
+        else:
+            await self._connect_plainly(address, stream)
         here, there = _ends_of(stream)
         if here == there:  # TCP lets a socket connect to itself where nobody listens
             stream.abort()
@@ -1853,6 +2198,17 @@ class Upstreams:
                 stream.abort()
                 raise ProxyError(403, _whose_port(there[1], owner))
         return stream
+
+    async def _connect_plainly(self, address: Address, stream: Stream) -> None:
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await self.watch.loop.sock_connect(sock, address)
+            SocketTransport(self.watch.loop, sock, stream)
+        except BaseException:
+            sock.close()
+            raise
 
 
 def _whose_port(port: int, owner: int) -> str:
@@ -2134,7 +2490,7 @@ class HubApi:
     async def _call(self, method: str, url: str, fields: Fields, body: str = "") -> Tuple[int, Fields, Dict[str, Any]]:
         """One request: the answer's status, fields, and the members of the object that it is, if it is one."""
         try:
-            head, data = await asyncio.wait_for(self._exchange(method, url, fields, body.encode()), _HUB_PATIENCE)
+            head, data = await limited(self._exchange(method, url, fields, body.encode()), _HUB_PATIENCE)
             answer = json.loads(data.decode() or "{}") if head.status < 400 else {}
         except (ProxyError, Truncated, OSError, asyncio.TimeoutError, ValueError) as error:
             logger.warning("the Hub could not be asked at %s: %s", url, getattr(error, "strerror", None) or type(error))
@@ -2147,9 +2503,8 @@ class HubApi:
         tls: Dict[str, Any] = {"ssl": self._tls()} if parts.scheme == "https" else {}
         loop = self.watch.loop
         host = parts.hostname or ""
-        _, protocol = await loop.create_connection(lambda: StreamProtocol(self.watch), host, port, **tls)
-        stream = protocol.stream
-        assert stream is not None
+        stream = Stream(self.watch)
+        await loop.create_connection(lambda: stream, host, port, **tls)
         try:
             own = (("Host", parts.netloc), ("Accept", "application/json"), ("Connection", "close"))
             framing = framing_fields(Framing(LENGTH, len(body))) if body else ()
@@ -2439,8 +2794,7 @@ class Exchange:
         self.tunnel: Optional[Tunnel] = None
         self._patience = self.config.stall_timeout  # for the client to take what it is sent
         self._silence = FOREVER  # how long an upstream may be silent in the middle of its answer
-        self._answer_framing = NO_BODY
-        self._sending: Optional["asyncio.Task[None]"] = None
+        self._sending: Optional[PromptTask] = None
         self._client_failure: Optional[Exception] = None  # why the client is the cause that nothing comes of it
 
     async def run(self) -> None:
@@ -2478,7 +2832,8 @@ class Exchange:
         head = ResponseHead(response.status, reason_phrase(response.status), "1.1", response.fields)
         body = b"" if self.head.method == "HEAD" else response.body
         self._patience = self.config.head_timeout  # it is short, and may go to anybody
-        await self._begin_answer(head, NO_BODY, body, len(body))
+        await self._begin_answer(head, NO_BODY, body)
+        self.sent = len(body)
 
     def cut_short(self) -> None:
         """End an answer that cannot be finished, so that the client sees that it is incomplete."""
@@ -2516,7 +2871,8 @@ class Exchange:
 
     async def _forward(self, route: Route, request: bytes, is_upgrade: bool) -> None:
         """Send the request and relay its answer, on a pooled connection if there is one."""
-        first = framed(self.body.at_hand(), self.framing, self.body.finished)
+        self.body.in_chunks = self.framing.kind == CHUNKED
+        first = self.body.at_hand()
         replayable = self.head.method in _IDEMPOTENT and self.framing == NO_BODY
         upstream = self.around.upstreams.take(route, replayable)
         if upstream is not None and await self._exchange(route, upstream, request + first, is_upgrade, replayable):
@@ -2536,7 +2892,7 @@ class Exchange:
             self._notice_leaving(upstream)
             upstream.write(request)
             if not self.body.finished:
-                self._sending = asyncio.ensure_future(self._send_rest(upstream))
+                self._sending = PromptTask(self._send_rest(upstream), upstream.watch.loop)
             response = await self._read_final_head(route, upstream)
             if response.status == 101:
                 await self._splice(route, upstream, response, is_upgrade)
@@ -2547,11 +2903,12 @@ class Exchange:
                 return False
             raise self._client_failure or _upstream_failure(error, route, upstream, self.config)
         finally:
-            self.client.reader.on_end = None
-            await self._stop_sending()
+            self.client.on_end = None
+            if self._is_sending():
+                await self._stop_sending()
             if reusable and self.body.finished:
                 self.around.upstreams.give(route, upstream)
-            else:
+            elif self.tunnel is None:
                 upstream.abort()
         return True
 
@@ -2568,10 +2925,10 @@ class Exchange:
 
         if self.client.transport.is_closing():
             raise ClientGone()
-        if self.client.reader.ended:
+        if self.client.ended:
             self._silence = self.config.keep_alive_timeout
         else:
-            self.client.reader.on_end = leave
+            self.client.on_end = leave
 
     async def _send_rest(self, upstream: Stream) -> None:
         """Send the rest of the request's body on as it comes, while the answer is already awaited."""
@@ -2579,7 +2936,7 @@ class Exchange:
             while not self.body.finished:
                 data = await self.body.read(self.config.stall_timeout)
                 upstream.watch.stirred = True
-                upstream.write(framed(data, self.framing, self.body.finished))
+                upstream.write(data)
                 try:
                     await upstream.flush(self.config.stall_timeout)
                 except OSError:
@@ -2593,11 +2950,9 @@ class Exchange:
             upstream.abort()
 
     async def _stop_sending(self) -> None:
-        if self._sending is not None:
-            self._sending.cancel()
-            await asyncio.wait([self._sending])
-            if not self._sending.cancelled() and self._sending.exception():
-                logger.error("internal error: %r", self._sending.exception())
+        assert self._sending is not None
+        self._sending.cancel()
+        await asyncio.wait([self._sending])
 
     def _is_sending(self) -> bool:
         return self._sending is not None and not self._sending.done()
@@ -2617,27 +2972,24 @@ class Exchange:
 
     async def _relay(self, route: Route, upstream: Stream, response: ResponseHead) -> bool:
         """Pass the answer on, piece by piece as it comes; whether the upstream's connection may be used again."""
-        framing = response_framing(self.head.method, response)
-        body = Body(upstream, framing, self.config)
-        if framing.kind == CHUNKED or framing.kind == UNTIL_CLOSE:
-            self._answer_framing = Framing(CHUNKED if self.head.version == "1.1" else UNTIL_CLOSE)
-            self.client.end_is_delimiter = self._answer_framing.kind == UNTIL_CLOSE
-        else:
-            self._answer_framing = framing
+        came_as = sent_as = response_framing(self.head.method, response)
+        if came_as.kind == CHUNKED or came_as.kind == UNTIL_CLOSE:
+            sent_as = Framing(CHUNKED if self.head.version == "1.1" else UNTIL_CLOSE)
+            self.client.end_is_delimiter = sent_as.kind == UNTIL_CLOSE
+        body = Body(upstream, came_as, self.config, sent_as.kind == CHUNKED)
         data = body.at_hand()
         if not self.body.finished or self._is_sending():  # an early answer; the rest of the body may never be read
             self.keep_alive = False
-        head = self._for_client(response, route, self._answer_framing)
-        await self._begin_answer(
-            head, self._answer_framing, framed(data, self._answer_framing, body.finished), len(data)
-        )
+        await self._begin_answer(self._for_client(response, route, sent_as), sent_as, data)
+        self.sent = body.count
         while not body.finished:
             data = await body.read(self._silence)
             upstream.watch.stirred = True
-            await self._to_client(framed(data, self._answer_framing, body.finished), len(data))
+            await self._to_client(data)
+            self.sent = body.count
         return response.version == "1.1" and "close" not in field_tokens(response.fields, "connection")
 
-    async def _begin_answer(self, head: ResponseHead, framing: Framing, data: bytes, count: int) -> None:
+    async def _begin_answer(self, head: ResponseHead, framing: Framing, data: bytes) -> None:
         """Send the final head with the first bytes of the body."""
         self.keep_alive = self.keep_alive and framing.kind != UNTIL_CLOSE and not self.around.stopping.is_set()
         if self.client.pull and self.client.buffer:  # behind a chunked body, and out of its owner's reach
@@ -2646,32 +2998,25 @@ class Exchange:
             head = head._replace(fields=head.fields + (("Connection", "close"),))
         self.answered = True
         self.status = head.status
-        await self._to_client(serialise_response(head) + data, count)
+        await self._to_client(serialise_response(head) + data)
 
-    async def _to_client(self, data: bytes, count: int = 0) -> None:
+    async def _to_client(self, data: bytes) -> None:
         self.client.write(data)
         try:
             await self.client.flush(self._patience)
         except OSError:
             raise ClientGone()
-        self.sent += count
 
     async def _splice(self, route: Route, upstream: Stream, response: ResponseHead, is_upgrade: bool) -> None:
-        """Answer the client with the upstream's 101, then pass bytes both ways until both sides have ended."""
+        """Answer the client with the upstream's 101, then let a tunnel have both connections."""
         switched = "upgrade" in field_tokens(response.fields, "connection")
         if not is_upgrade or not switched or "websocket" not in field_tokens(response.fields, "upgrade"):
             raise ProxyError(502, "It switched protocols (101) to something that was not asked for.")
-        self.client.reader.on_end = None
+        self.client.on_end = None
         self.keep_alive = False
         await upstream.flush(self.config.stall_timeout)
-        await self._begin_answer(self._for_client(response, route, NO_BODY), NO_BODY, b"", 0)
-        self.tunnel = Tunnel(self.client, upstream, self.config.stall_timeout)
-        self.around.tunnels.add(self.tunnel)
-        try:
-            await self.tunnel.run()
-        finally:
-            self.around.tunnels.discard(self.tunnel)
-            self.sent = self.tunnel.received_from(upstream)
+        await self._begin_answer(self._for_client(response, route, NO_BODY), NO_BODY, b"")
+        self.tunnel = Tunnel(self.client, upstream, self.config.stall_timeout, self.around.tunnels)
 
     def _for_client(self, response: ResponseHead, route: Route, framing: Framing) -> ResponseHead:
         return self.around.gate.for_client(response_for_client(response, route, framing, self.visit), route)
@@ -2689,29 +3034,31 @@ def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: 
 
 
 class Tunnel:
-    """Two connections whose bytes go to each other, undecoded, until both sides have ended.
+    """Two connections whose bytes go to each other, undecoded, until both sides have ended; making it takes them over.
 
-    A side that ends while the other goes on is passed on as such; a failure of one is the end of both.
+    A side that ends while the other goes on is passed on as such; a failure of one is the end of both.  `tunnels` are
+    those that are open, this one among them while it is.  on_end is called, without arguments, when it has ended.
     """
 
-    def __init__(self, client: Stream, upstream: Stream, timeout: float) -> None:
+    __slots__ = ("client", "on_end", "open", "timeout", "tunnels", "upstream")
+
+    def __init__(self, client: Stream, upstream: Stream, timeout: float, tunnels: "Set[Tunnel]") -> None:
         self.timeout = timeout
         self.client, self.upstream = TunnelEnd(client, self), TunnelEnd(upstream, self)
         self.client.other, self.upstream.other = self.upstream, self.client
         self.open = 2
-        self.finished: "asyncio.Future[None]" = client.watch.loop.create_future()
-
-    async def run(self) -> None:
-        """Take both connections over, pass on what had already come, and wait for the end of both."""
-        earlier = [(end, await end.stream.hand_over(end)) for end in (self.client, self.upstream)]
-        for end, data in earlier:
+        self.on_end: Optional[Callable[[], None]] = None
+        self.tunnels = tunnels
+        tunnels.add(self)
+        ends = (self.client, self.upstream)
+        earlier = [end.stream.hand_over(end) for end in ends]
+        for end, data in zip(ends, earlier):
             end.data_received(data)
-        for end, _ in earlier:
+        for end in ends:
             if end.stream not in end.stream.watch.streams:  # lost before it could be handed over
-                end.connection_lost(end.stream.reader.failure)
-            elif end.stream.reader.ended:
+                end.connection_lost(end.stream.failure)
+            elif end.stream.ended:
                 end.eof_received()
-        await self.finished
 
     def close(self) -> None:
         """End both sides, sending what is queued."""
@@ -2719,13 +3066,30 @@ class Tunnel:
             end.stream.write_deadline = end.stream.now() + self.timeout
             end.stream.close()
 
-    def received_from(self, stream: Stream) -> int:
-        """How many bytes came from one of the two."""
-        return (self.client if stream is self.client.stream else self.upstream).received
+    def abort(self) -> None:
+        """End both sides at once."""
+        for end in (self.client, self.upstream):
+            end.stream.abort()
+
+    def lost(self, end: "TunnelEnd", is_clean: bool) -> None:
+        """Note that the connection of one side is no more: the other follows."""
+        other = end.other.stream
+        if is_clean:
+            other.write_deadline = other.now() + self.timeout
+            other.close()
+        else:
+            other.abort()
+        self.open -= 1
+        if not self.open:
+            self.tunnels.discard(self)
+            if self.on_end:
+                self.on_end()
 
 
 class TunnelEnd(asyncio.Protocol):
     """One side of a tunnel: what comes from it is written to the other, and its pace is the other's."""
+
+    __slots__ = ("ended", "other", "received", "stream", "tunnel")
 
     def __init__(self, stream: Stream, tunnel: Tunnel) -> None:
         self.stream = stream
@@ -2758,14 +3122,7 @@ class TunnelEnd(asyncio.Protocol):
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
         self.stream.watch.forget(self.stream)
-        if exc is None and self.stream.reader.failure is None:
-            self.other.stream.write_deadline = self.stream.now() + self.tunnel.timeout
-            self.other.stream.close()
-        else:
-            self.other.stream.abort()
-        self.tunnel.open -= 1
-        if not self.tunnel.open and not self.tunnel.finished.done():
-            self.tunnel.finished.set_result(None)
+        self.tunnel.lost(self, exc is None and self.stream.failure is None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2782,10 +3139,11 @@ class PortProxy:
 
     def __init__(self, config: Config = Config()) -> None:
         self.config = checked_config(config)
-        self._servers: List[asyncio.AbstractServer] = []
+        self._servers: List[Union[asyncio.AbstractServer, Listener]] = []
         self._around: Optional[Surroundings] = None
         self._clients: Dict[Stream, Optional[Exchange]] = {}  # with the request that each one is at
-        self._tasks: Set["asyncio.Task[None]"] = set()
+        self._tasks: Set[PromptTask] = set()
+        self._tunnels: Set[Tunnel] = set()
         self._sockets: List[socket.socket] = []
         self._were_given = False
 
@@ -2806,7 +3164,7 @@ class PortProxy:
         watch = Watch(loop, _watch_interval(self.config))
         gate = HubGate(self.config, watch) if self.config.hub else TokenGate(self.config, self.is_private, self.port)
         upstreams = Upstreams(self.config, watch, addresses + list(ways_back))
-        around = self._around = Surroundings(self.config, watch, gate, upstreams, set(), asyncio.Event())
+        around = self._around = Surroundings(self.config, watch, gate, upstreams, self._tunnels, asyncio.Event())
         try:
             for sock in self._sockets:
                 self._servers.append(await self._listen(sock, tls, around))
@@ -2817,15 +3175,19 @@ class PortProxy:
 
     async def _listen(
         self, sock: socket.socket, tls: Optional[ssl.SSLContext], around: Surroundings
-    ) -> asyncio.AbstractServer:
-        def protocol() -> StreamProtocol:
-            return StreamProtocol(around.watch, lambda client: self._accepted(client, around))
+    ) -> Union[asyncio.AbstractServer, Listener]:
+        accepted = functools.partial(self._accepted, around)
+
+        def protocol() -> Stream:
+            return Stream(around.watch, accepted)
 
         loop = around.watch.loop
+        if not tls and can_watch_sockets(loop):
+            return Listener(loop, sock, protocol)
         if tls and sys.version_info < (3, 7):
             inner, context = protocol, tls
             return await loop.create_server(lambda: _timed_handshake(inner(), context, self.config, loop), sock=sock)
-        options: Dict[str, Any] = {"sock": sock, "ssl": tls, "backlog": 1024}
+        options: Dict[str, Any] = {"sock": sock, "ssl": tls, "backlog": _BACKLOG}
         if tls:
             options["ssl_handshake_timeout"] = self.config.head_timeout
         if sock.family != _UNIX:
@@ -2881,8 +3243,9 @@ class PortProxy:
         for client, exchange in list(self._clients.items()):
             if exchange is None:
                 client.close()
-            elif exchange.tunnel:
-                exchange.tunnel.close()
+        for tunnel in list(self._tunnels):
+            tunnel.close()
+        until = around.watch.loop.time() + self.config.shutdown_timeout
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self.config.shutdown_timeout)
         self.cut()
@@ -2890,7 +3253,8 @@ class PortProxy:
             await asyncio.wait(self._tasks)
         around.upstreams.close()
         await around.gate.close()
-        await around.watch.close(min(1.0, self.config.shutdown_timeout))
+        patience = until - around.watch.loop.time() if self._tunnels else 0.0
+        await around.watch.close(max(patience, min(1.0, self.config.shutdown_timeout)))
         self._servers.clear()
         self._sockets.clear()
 
@@ -2901,30 +3265,48 @@ class PortProxy:
         keep = False
         try:
             keep = await self._serve_request(client, raw, self._around._replace(gate=gate))
-            if not keep:
+            if not keep and client in self._clients:
                 client.close()
         except (ClientGone, Truncated, Stalled, OSError):
             client.abort()
+        except asyncio.CancelledError:
+            client.abort()
+            raise
         finally:
-            if not keep and not client.transport.is_closing():  # cancelled
-                client.abort()
-            del self._clients[client]
+            self._clients.pop(client, None)
         return keep
 
     def cut(self) -> None:
         """Cut all running requests off; for whoever cannot wait for `close`, which then goes on at once."""
         for task in list(self._tasks):
             task.cancel()
+        for tunnel in list(self._tunnels):
+            tunnel.abort()
 
-    def _accepted(self, client: Stream, around: Surroundings) -> None:
-        if len(self._clients) >= self.config.max_connections and not self._make_room():
+    def _accepted(self, around: Surroundings, client: Stream) -> None:
+        if len(self._clients) + len(self._tunnels) >= self.config.max_connections and not self._make_room():
             client.write(_FULL)
             client.close()
             return
+        self._let_idle(client, around)
+
+    def _let_idle(self, client: Stream, around: Surroundings) -> None:
+        """Let a connection wait for its next request, without a task: what comes on it makes one."""
         self._clients[client] = None
-        task = asyncio.ensure_future(self._serve(client, around))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        client.read_deadline = client.now() + self.config.keep_alive_timeout
+        client.on_data = client.on_end = functools.partial(self._wake, client, around)
+
+    def _wake(self, client: Stream, around: Surroundings) -> None:
+        client.on_data = client.on_end = None
+        client.read_deadline = FOREVER
+        if client.ended:
+            del self._clients[client]
+            client.close()
+            return
+        task = PromptTask(self._serve(client, around), around.watch.loop)
+        if not task.done():
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def _make_room(self) -> bool:
         """Close the connection that has idled longest; whether there was one."""
@@ -2939,17 +3321,23 @@ class PortProxy:
         return True
 
     async def _serve(self, client: Stream, around: Surroundings) -> None:
-        """All requests of one client's connection, one after the other."""
+        """The requests of one client's connection that come one right behind the other."""
         try:
             while not around.stopping.is_set() and await self._serve_next(client, around):
-                pass
-            client.close()
+                if client.is_quiet():
+                    self._let_idle(client, around)
+                    return
+                await asyncio.sleep(0)  # a client that sends many at once leaves the others their turns
+            if client in self._clients:
+                client.close()
         except (ClientGone, Truncated, Stalled, OSError):
             client.abort()
+        except asyncio.CancelledError:
+            client.abort()
+            raise
         finally:
-            if not client.transport.is_closing():  # cancelled
-                client.abort()
-            del self._clients[client]
+            if client.transport.is_closing():
+                self._clients.pop(client, None)
 
     async def _serve_next(self, client: Stream, around: Surroundings) -> bool:
         """Read one request and answer it; whether the connection may carry another."""
@@ -2979,7 +3367,7 @@ class PortProxy:
         finally:
             self._clients[client] = None
             if exchange is not None:
-                self._log(client, exchange, client.now() - started)
+                self._note_end(client, exchange, started)
         if exchange is None or not exchange.body.finished:
             await self._linger(client)
         return exchange is not None and exchange.keep_alive and exchange.body.finished
@@ -3014,13 +3402,33 @@ class PortProxy:
         reset it and could take the answer from it (RFC 9112 section 9.6)."""
         if client.transport.can_write_eof():  # over TLS there is only a whole close
             client.end_writing()
-        client.buffer.clear()
         deadline = client.now() + self.config.linger_timeout
+        client.drop(len(client.buffer))
         try:
             while await client.more(deadline):
-                client.buffer.clear()
+                client.drop(len(client.buffer))
         except Stalled:
             pass
+
+    def _note_end(self, client: Stream, exchange: Exchange, started: float) -> None:
+        """Log a request that has been served; one that became a tunnel when that ends, which has the connection now."""
+        tunnel = exchange.tunnel
+        if tunnel is None:
+            self._log(client, exchange, client.now() - started)
+            return
+        del self._clients[client]
+
+        def ended() -> None:
+            assert tunnel is not None
+            exchange.sent = tunnel.upstream.received
+            self._log(client, exchange, client.now() - started)
+
+        if not logger.isEnabledFor(logging.INFO):
+            return  # and so nothing of the request is kept for as long as its tunnel lasts
+        if tunnel.open:
+            tunnel.on_end = ended
+        else:
+            ended()
 
     def _log(self, client: Stream, exchange: Exchange, duration: float) -> None:
         """One line per request; without the query, which may hold a secret."""
@@ -3206,15 +3614,13 @@ class TornadoTransport(asyncio.Transport):
         super().__init__({"socket": sock, "peername": sock.getpeername(), "sslcontext": getattr(sock, "context", None)})
         self.tornado = tornado
         self._loop = watch.loop
-        protocol = StreamProtocol(watch)
-        self._protocol: asyncio.Protocol = protocol
+        self.stream = Stream(watch)
+        self._protocol: asyncio.Protocol = self.stream
         self._queued = 0
         self._is_reading = self._is_tunnel = self._is_paused = self._is_closing = self._is_lost = False
         self._writer_waits = False
         tornado.set_close_callback(self._closed)
-        protocol.connection_made(self)
-        assert protocol.stream is not None
-        self.stream = protocol.stream
+        self.stream.connection_made(self)
 
     def pull(self, limit: int) -> None:
         """Ask for at most `limit` bytes, which `data_received` then gets."""
@@ -3250,7 +3656,7 @@ class TornadoTransport(asyncio.Transport):
         """Give the Tornado stream back, if nothing has been taken from it that is not used; None, and the connection is
         closed, otherwise."""
         stream = self.stream
-        if self._is_reading or self._is_closing or stream.buffer or stream.reader.unread:
+        if self._is_reading or self._is_closing or stream.buffer:
             stream.close()
             return None
         stream.watch.forget(stream)
