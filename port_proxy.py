@@ -242,14 +242,35 @@ class Response(NamedTuple):
     body: bytes
 
 
+class ReceivedFields(Tuple[Tuple[str, str], ...]):
+    """The fields of a head that was received, which are looked up again and again.
+
+    by_name: all values by lower-cased name, in order.
+    """
+
+    by_name: Dict[str, List[str]]
+
+    @classmethod
+    def of(cls, section: str) -> "ReceivedFields":
+        """The fields in a valid field section."""
+        fields = cls([(name, value.strip(" \t")) for name, value in _FIELD.findall(section)])
+        fields.by_name = {}
+        for name, value in fields:
+            fields.by_name.setdefault(name.lower(), []).append(value)
+        return fields
+
+
 def field_values(fields: Fields, name: str) -> List[str]:
     """All values of the field called `name` (lower case), in order."""
+    if type(fields) is ReceivedFields:
+        return fields.by_name.get(name, [])
     return [value for key, value in fields if key.lower() == name]
 
 
 def field_tokens(fields: Fields, name: str) -> FrozenSet[str]:
     """The members of the list-valued field called `name`, lower-cased."""
-    return frozenset(member.strip(" \t").lower() for value in field_values(fields, name) for member in value.split(","))
+    values = field_values(fields, name)
+    return frozenset([member.strip(" \t").lower() for value in values for member in value.split(",")])
 
 
 def is_authority(text: str) -> bool:
@@ -346,10 +367,10 @@ def _parse_fields(section: str, config: Config) -> Fields:
     """The field lines up to and including the empty line (RFC 9112 section 5)."""
     if not _FIELD_SECTION.fullmatch(section):
         raise ProxyError(400, _what_is_wrong_with(section))
-    pairs = _FIELD.findall(section)
-    if len(pairs) > config.max_fields:
+    fields = ReceivedFields.of(section)
+    if len(fields) > config.max_fields:
         raise ProxyError(431, "The message head has more than %d fields." % config.max_fields)
-    return tuple((name, value.strip(" \t")) for name, value in pairs)
+    return fields
 
 
 def _what_is_wrong_with(section: str) -> str:
@@ -1118,7 +1139,7 @@ def _declared_framing(fields: Fields, version: str) -> Optional[Framing]:
         return None
     if not all(_LENGTH_LIST.fullmatch(value) for value in lengths):
         raise ProxyError(400, "Content-Length is not a number of at most 18 digits.")
-    numbers = {number.strip(" \t") for value in lengths for number in value.split(",")}
+    numbers = {number.strip(" \t") for number in ",".join(lengths).split(",")}
     if len(numbers) > 1:
         raise ProxyError(400, "The message has several different values of Content-Length.")
     return Framing(LENGTH, int(numbers.pop()))
@@ -1497,16 +1518,17 @@ def request_for_upstream(
 ) -> RequestHead:
     """The request as the upstream gets it: the framing and the forwarded fields our own, everything else as it came."""
     named = field_tokens(head.fields, "connection")
-    fields = [("Host", visit.authority if preserve_host and visit.authority else route.authority)]
+    authority = route.authority
+    fields = [("Host", visit.authority if preserve_host and visit.authority else authority)]
     translated = False
     for name, value in head.fields:
         key = name.lower()
         if key in _HOP_BY_HOP or key in named or (key == "expect" and head.version == "1.0"):
             continue
-        if key.replace("_", "-") in _WRITTEN_BY_US:  # CGI and WSGI cannot tell the two spellings apart
-            continue
+        if key in _WRITTEN_BY_US or ("_" in key and key.replace("_", "-") in _WRITTEN_BY_US):
+            continue  # CGI and WSGI cannot tell the two spellings apart
         if not preserve_host and key == "origin" and is_own_origin(value, visit.authority):
-            value = "%s://%s" % (route.scheme, route.authority)
+            value = "%s://%s" % (route.scheme, authority)
             translated = True
         elif not preserve_host and key == "referer":
             value = _translate_referer(value, route, visit)
@@ -1517,7 +1539,7 @@ def request_for_upstream(
     fields.extend(framing_fields(framing))
     if is_upgrade:
         fields.extend(_UPGRADE_FIELDS)
-    return RequestHead(head.method, route.target, route.authority, "1.1", tuple(fields))
+    return RequestHead(head.method, route.target, authority, "1.1", tuple(fields))
 
 
 _UPGRADE_FIELDS = (("Connection", "Upgrade"), ("Upgrade", "websocket"))
@@ -1548,7 +1570,6 @@ def _translate_referer(value: str, route: Route, visit: Visit) -> str:
 def response_for_client(head: ResponseHead, route: Route, framing: Framing, visit: Visit) -> ResponseHead:
     """The response as the client gets it, framed by `framing`; what points at the app's home is made to point here."""
     named = field_tokens(head.fields, "connection") - {"content-length"}
-    homes = _homes(route, visit)
     keep_length = framing == NO_BODY and head.status >= 200 and head.status != 204  # HEAD, 304: what a GET would get
     fields = []
     for name, value in head.fields:
@@ -1560,11 +1581,11 @@ def response_for_client(head: ResponseHead, route: Route, framing: Framing, visi
                 continue
             value, keep_length = value.partition(",")[0].strip(" \t"), False
         elif key in ("location", "content-location"):
-            value = _translate_location(value, route, homes)
+            value = _translate_location(value, route, _homes(route, visit))
         elif key == "refresh":
-            value = _translate_refresh(value, route, homes)
+            value = _translate_refresh(value, route, _homes(route, visit))
         elif key == "set-cookie" and not route.absolute:
-            value = _translate_cookie(value, route, homes)
+            value = _translate_cookie(value, route, _homes(route, visit))
         fields.append((name, value))
     fields.extend(framing_fields(framing))
     if head.status == 101:
@@ -1646,8 +1667,12 @@ _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')  # no "//host", and no ba
 ANY_TOKEN = "any"  # as Config.token: one made at random
 COOKIE_PREFIX = "port_proxy_"  # of our cookies' names; the port follows, for browsers do not tell ports apart
 _MAX_SESSIONS = 1000
+_MAX_NAMES = 100
 _MAX_SOURCES = 1000  # addresses whose wrong tokens are remembered
 _TRIES = 10.0  # wrong tokens that an address has before it must wait, and that come back at one a second
+
+
+_CREDENTIALS = ("cookie", "authorization", "referer")  # fields that can hold ours
 
 
 class SignInNeeded(ProxyError):
@@ -1663,8 +1688,8 @@ def is_websocket(head: RequestHead) -> bool:
     return (
         head.method == "GET"
         and head.version == "1.1"
-        and "upgrade" in field_tokens(head.fields, "connection")
         and [value.lower() for value in field_values(head.fields, "upgrade")] == ["websocket"]
+        and "upgrade" in field_tokens(head.fields, "connection")
     )
 
 
@@ -1714,6 +1739,7 @@ class Gate:
     """
 
     token = ""  # what clients must show, where that is one and the same for all
+    is_pure = False  # whether what the app and the client see of each other depends on their messages alone
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1746,6 +1772,8 @@ class Gate:
 
     def for_upstream(self, head: RequestHead, route: Optional[Route]) -> RequestHead:
         """The request without our cookies and tokens, cut out of it; every other byte as it was."""
+        if "?" not in head.target and not any(field_values(head.fields, name) for name in _CREDENTIALS):
+            return head
         fields = []
         for name, value in head.fields:
             key = name.lower()
@@ -1762,6 +1790,8 @@ class Gate:
 
     def for_client(self, head: ResponseHead, route: Route) -> ResponseHead:
         """The response without an app's attempt to set a cookie of ours."""
+        if not field_values(head.fields, "set-cookie"):
+            return head
         fields = [
             (name, value)
             for name, value in head.fields
@@ -1815,6 +1845,7 @@ class TokenGate(Gate):
 
     def __init__(self, config: Config, is_private: bool, port: int) -> None:
         super().__init__(config)
+        self.is_pure = True
         self.is_private = is_private
         self.cookie_name = COOKIE_PREFIX + (str(port) if port else "unix")
         token = config.token if config.authorize is None else ""
@@ -1824,6 +1855,7 @@ class TokenGate(Gate):
         self._sessions: Dict[str, None] = {}  # the ids handed out, the oldest first
         # By address and place: the tries left, when that was so, and hashes of the last wrong tokens.
         self._wrong: Dict[Tuple[str, str], Tuple[float, float, FrozenSet[int]]] = {}
+        self._known_names: Set[str] = set()  # by which requests may come, as far as some have
 
     async def answer(
         self, head: RequestHead, visit: Visit, read_body: Callable[[], Awaitable[bytes]]
@@ -1836,7 +1868,7 @@ class TokenGate(Gate):
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         preflight = self.config.allow_preflight and is_preflight(head)
         if self.config.authorize is not None:
-            await self.config.authorize(head, visit, route)
+            await asyncio.ensure_future(self.config.authorize(head, visit, route))
         elif not self.token:
             for authority in {head.authority, visit.authority}:  # a page cannot choose the one, though it may the other
                 self._check_host(authority)
@@ -1862,6 +1894,8 @@ class TokenGate(Gate):
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(visit)))
 
     def _check_host(self, authority: str) -> None:
+        if authority in self._known_names:
+            return
         host = re.sub(r":[0-9]*\Z", "", authority).lower()
         try:
             address = ipaddress.ip_address(host.strip("[]"))
@@ -1872,6 +1906,8 @@ class TokenGate(Gate):
         if not known and not any(fnmatch.fnmatchcase(host, name) for name in self.config.allow_hostnames):
             name = "The name %s, by which this request came, is not known to lead here." % host
             raise ProxyError(403, name + " Start the proxy with --allow-hostname %s if it does." % host)
+        if len(self._known_names) < _MAX_NAMES:
+            self._known_names.add(authority)
 
     def _check_credentials(self, head: RequestHead, visit: Visit) -> bool:
         """Whether it is the cookie, which a browser sends on its own, that lets the request in."""
@@ -2757,16 +2793,121 @@ def _remember(table: Dict[Any, Any], key: Any, value: Any, most: int = _MAX_REME
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())  # RFC 9110 section 9.2.2
 
 
+class Asked(NamedTuple):
+    """What the head of a request comes to, before anybody was asked whether it may come in.
+
+    route: None also where none is to be found.  keep_alive: the client can send another request behind this one.
+    for_upstream: the bytes of the head that the upstream gets; b"" where the gate has to be asked what may be in it.
+    """
+
+    head: RequestHead
+    framing: Framing
+    visit: Visit
+    route: Optional[Route]
+    keep_alive: bool
+    for_upstream: bytes
+
+
+def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
+    """What the head `raw` of a request from `address` comes to; ProxyError 4xx, 501 or 505 if it does not parse."""
+    config = gate.config
+    head = parse_request(raw, config)
+    framing = request_framing(head)
+    visit = visit_of(head, address, scheme, config.trusted_proxies)
+    try:
+        route = find_route(config.base, head.target) if head.target != "*" else None
+        if route and speaks_tls(route, config.upstream_tls):
+            route = route._replace(scheme="https")
+    except ProxyError:  # the gate comes first
+        route = None
+    keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
+    asked = Asked(head, framing, visit, route, keep_alive, b"")
+    return asked._replace(for_upstream=bytes_for_upstream(gate, asked, route)) if route and gate.is_pure else asked
+
+
+def bytes_for_upstream(gate: Gate, asked: Asked, route: Route) -> bytes:
+    """The head of a request as its upstream gets it, without what is ours."""
+    head = gate.for_upstream(asked.head, route)
+    route = route._replace(query=head.target[len(route.prefix + route.path) :])
+    preserve_host, is_upgrade = gate.config.preserve_host, is_websocket(head)
+    return serialise_request(request_for_upstream(head, route, asked.framing, asked.visit, preserve_host, is_upgrade))
+
+
+class Answered(NamedTuple):
+    """What the head of an upstream's answer comes to.
+
+    came_as, sent_as: how its body is framed on its way here, and on to the client.  keep_alive: another answer may
+    follow it there.  for_client: the bytes of the head that the client gets.
+    """
+
+    head: ResponseHead
+    came_as: Framing
+    sent_as: Framing
+    keep_alive: bool
+    for_client: bytes
+
+
+def translate(
+    gate: Gate, raw: bytes, method: str, version: str, route: Route, visit: Visit, keep_alive: bool
+) -> Answered:
+    """What the head `raw` of an answer comes to, for a client that asked with `method` and speaks HTTP/`version`.
+
+    keep_alive: whether another answer may follow it there.  Raises ProxyError 400 or 501 if it does not parse.
+    """
+    head = parse_response(raw, gate.config)
+    came_as = sent_as = response_framing(method, head)
+    if came_as.kind == CHUNKED or came_as.kind == UNTIL_CLOSE:
+        sent_as = Framing(CHUNKED if version == "1.1" else UNTIL_CLOSE)
+    keep_alive = keep_alive and sent_as.kind != UNTIL_CLOSE
+    for_client = gate.for_client(response_for_client(head, route, sent_as, visit), route)
+    return Answered(head, came_as, sent_as, keep_alive, final_bytes(for_client, keep_alive))
+
+
+def final_bytes(head: ResponseHead, keep_alive: bool) -> bytes:
+    """The bytes of a response's head, with word that no other follows it where that is so."""
+    if not keep_alive and head.status >= 200:
+        head = head._replace(fields=head.fields + (("Connection", "close"),))
+    return serialise_response(head)
+
+
+_SHORT_BYTES = 2048
+_REMEMBERED = 256
+
+
+def remembering(function: Callable[..., _T]) -> Callable[..., _T]:
+    """`function`, whose first argument is a head, with a memory: peers send the same short heads again and again, and
+    making something of one costs more than all else that is done for a small request."""
+    remembered = functools.lru_cache(maxsize=_REMEMBERED)(function)
+    return lambda raw, *others: (remembered if len(raw) <= _SHORT_BYTES else function)(raw, *others)
+
+
 class Surroundings(NamedTuple):
-    """What all exchanges of one proxy share: `tunnels` are those that are open, `stopping` is set once it has been told
-    to stop."""
+    """What all exchanges of one proxy share.
+
+    understand, translate: the functions of these names, of the gate; they may remember.  tunnels: those that are open.
+    stopping: set once the proxy has been told to stop.
+    """
 
     config: Config
     watch: Watch
     gate: Gate
+    understand: Callable[[bytes, str, str], Asked]
+    translate: Callable[[bytes, str, str, Route, Visit, bool], Answered]
     upstreams: Upstreams
     tunnels: "Set[Tunnel]"
     stopping: asyncio.Event
+
+
+def readers_of_heads(
+    gate: Gate,
+) -> Tuple[Callable[[bytes, str, str], Asked], Callable[[bytes, str, str, Route, Visit, bool], Answered]]:
+    """`understand` and `translate` for this gate, with a memory where they depend on nothing else."""
+    understand_here, translate_here = functools.partial(understand, gate), functools.partial(translate, gate)
+    return (
+        (remembering(understand_here), remembering(translate_here))
+        if gate.is_pure
+        else (understand_here, translate_here)
+    )
 
 
 class Exchange:
@@ -2777,15 +2918,13 @@ class Exchange:
     sent (bytes of the answer's body) and error are for the log.
     """
 
-    def __init__(self, client: Stream, head: RequestHead, around: Surroundings) -> None:
+    def __init__(self, client: Stream, asked: Asked, around: Surroundings) -> None:
         self.client = client
-        self.head = head
+        self.asked = asked
         self.around = around
         self.config = around.config
-        self.framing = request_framing(head)
-        self.body = Body(client, self.framing, self.config)
-        self.visit = visit_of(head, client.address, client.scheme, self.config.trusted_proxies)
-        self.keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
+        self.body = Body(client, asked.framing, self.config)
+        self.keep_alive = asked.keep_alive
         self.answered = False
         self.place = "-"
         self.status = 0
@@ -2799,17 +2938,16 @@ class Exchange:
 
     async def run(self) -> None:
         """Serve the request; ProxyError if it is to be answered by us, ClientGone if there is nobody to answer."""
-        base, gate, asked = self.config.base, self.around.gate, self.head
-        response = await gate.answer(asked, self.visit, self._small_body)
+        base, gate, head, visit = self.config.base, self.around.gate, self.asked.head, self.asked.visit
+        response = await gate.answer(head, visit, self._small_body)
         if response is not None:
             await self.answer(response)
             return
-        route = find_route(base, asked.target) if asked.target != "*" else None
-        await gate.admit(asked, self.visit, route)
+        route = self.asked.route or (find_route(base, head.target) if head.target != "*" else None)
+        await gate.admit(head, visit, route)
         self.around.watch.stirred = True
-        head = self.head = gate.for_upstream(asked, route)
         if route is not None:
-            await self._serve(route._replace(query=head.target[len(route.prefix + route.path) :]))
+            await self._serve(route)
         elif head.target == "*":
             await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
         elif head.method in ("GET", "HEAD"):
@@ -2823,16 +2961,15 @@ class Exchange:
         if isinstance(error, SignInNeeded):
             await self.answer(sign_in_response(error, self.config.base))
         else:
-            await self.answer(error_response(error, wants_html(self.head)))
+            await self.answer(error_response(error, wants_html(self.asked.head)))
 
     async def answer(self, response: Response) -> None:
         """Send an answer of our own; a request body that was not read costs the connection."""
-        if not self.body.finished:
-            self.keep_alive = False
+        self.keep_alive = self._may_keep_alive()
         head = ResponseHead(response.status, reason_phrase(response.status), "1.1", response.fields)
-        body = b"" if self.head.method == "HEAD" else response.body
+        body = b"" if self.asked.head.method == "HEAD" else response.body
         self._patience = self.config.head_timeout  # it is short, and may go to anybody
-        await self._begin_answer(head, NO_BODY, body)
+        await self._begin_answer(head.status, final_bytes(head, self.keep_alive) + body)
         self.sent = len(body)
 
     def cut_short(self) -> None:
@@ -2855,25 +2992,24 @@ class Exchange:
         return data
 
     async def _serve(self, route: Route) -> None:
-        head = self.head
-        if speaks_tls(route, self.config.upstream_tls):
-            route = route._replace(scheme="https")
+        asked = self.asked
         self.place = route.authority
-        check_route(head, route, self.framing, self.config)
-        is_upgrade = is_websocket(head)
+        check_route(asked.head, route, asked.framing, self.config)
+        is_upgrade = is_websocket(asked.head)
         if is_upgrade and len(self.around.tunnels) >= self.config.max_tunnels:
             raise ProxyError(503, "There are too many open WebSockets.", (("Retry-After", "10"),))
-        if not route.path and not route.absolute and not is_upgrade and head.method in ("GET", "HEAD"):
-            await self.answer(redirect_response(route.prefix + "/" + route.query))
+        if not route.path and not route.absolute and not is_upgrade and asked.head.method in ("GET", "HEAD"):
+            clean = self.around.gate.for_upstream(asked.head, route)
+            await self.answer(redirect_response(route.prefix + "/" + clean.target[len(route.prefix) :]))
         else:
-            request = request_for_upstream(head, route, self.framing, self.visit, self.config.preserve_host, is_upgrade)
-            await self._forward(route, serialise_request(request), is_upgrade)
+            request = asked.for_upstream or bytes_for_upstream(self.around.gate, asked, route)
+            await self._forward(route, request, is_upgrade)
 
     async def _forward(self, route: Route, request: bytes, is_upgrade: bool) -> None:
         """Send the request and relay its answer, on a pooled connection if there is one."""
-        self.body.in_chunks = self.framing.kind == CHUNKED
+        self.body.in_chunks = self.body.framing.kind == CHUNKED
         first = self.body.at_hand()
-        replayable = self.head.method in _IDEMPOTENT and self.framing == NO_BODY
+        replayable = self.asked.head.method in _IDEMPOTENT and self.body.framing == NO_BODY
         upstream = self.around.upstreams.take(route, replayable)
         if upstream is not None and await self._exchange(route, upstream, request + first, is_upgrade, replayable):
             return
@@ -2893,11 +3029,11 @@ class Exchange:
             upstream.write(request)
             if not self.body.finished:
                 self._sending = PromptTask(self._send_rest(upstream), upstream.watch.loop)
-            response = await self._read_final_head(route, upstream)
-            if response.status == 101:
-                await self._splice(route, upstream, response, is_upgrade)
+            answered = await self._read_final_head(route, upstream)
+            if answered.head.status == 101:
+                await self._splice(upstream, answered, is_upgrade)
             else:
-                reusable = await self._relay(route, upstream, response)
+                reusable = await self._relay(upstream, answered)
         except (ProxyError, Truncated, Stalled, OSError) as error:
             if replayable and not upstream.was_heard and not self._client_failure and not isinstance(error, Stalled):
                 return False
@@ -2957,48 +3093,49 @@ class Exchange:
     def _is_sending(self) -> bool:
         return self._sending is not None and not self._sending.done()
 
-    async def _read_final_head(self, route: Route, upstream: Stream) -> ResponseHead:
+    async def _read_final_head(self, route: Route, upstream: Stream) -> Answered:
         """The upstream's final answer, or its 101; other interim answers are passed on as they come."""
+        asked, visit = self.asked.head, self.asked.visit
         for _ in range(self.config.max_interim_responses + 1):
             patience = min(self.config.response_timeout, self._silence)
             deadline = FOREVER if self._is_sending() else upstream.now() + patience
-            response = parse_response(await read_head(upstream, False, deadline, self.config), self.config)
-            if response.status == 101 or response.status >= 200:
-                return response
-            if self.head.version == "1.1":  # RFC 9110 section 15.2
-                interim = self._for_client(response, route, NO_BODY)
-                await self._to_client(serialise_response(interim))
+            raw = await read_head(upstream, False, deadline, self.config)
+            keep_alive = self._may_keep_alive()
+            answered = self.around.translate(raw, asked.method, asked.version, route, visit, keep_alive)
+            if answered.head.status == 101 or answered.head.status >= 200:
+                return answered
+            if asked.version == "1.1":  # RFC 9110 section 15.2
+                await self._to_client(answered.for_client)
         raise ProxyError(502, "It sent more than %d interim responses." % self.config.max_interim_responses)
 
-    async def _relay(self, route: Route, upstream: Stream, response: ResponseHead) -> bool:
-        """Pass the answer on, piece by piece as it comes; whether the upstream's connection may be used again."""
-        came_as = sent_as = response_framing(self.head.method, response)
-        if came_as.kind == CHUNKED or came_as.kind == UNTIL_CLOSE:
-            sent_as = Framing(CHUNKED if self.head.version == "1.1" else UNTIL_CLOSE)
-            self.client.end_is_delimiter = sent_as.kind == UNTIL_CLOSE
-        body = Body(upstream, came_as, self.config, sent_as.kind == CHUNKED)
-        data = body.at_hand()
+    def _may_keep_alive(self) -> bool:
+        """Whether the client may send another request behind the answer that begins now."""
         if not self.body.finished or self._is_sending():  # an early answer; the rest of the body may never be read
-            self.keep_alive = False
-        await self._begin_answer(self._for_client(response, route, sent_as), sent_as, data)
+            return False
+        if self.client.pull and self.client.buffer:  # behind a chunked body, and out of its owner's reach
+            return False
+        return self.keep_alive and not self.around.stopping.is_set()
+
+    async def _relay(self, upstream: Stream, answered: Answered) -> bool:
+        """Pass the answer on, piece by piece as it comes; whether the upstream's connection may be used again."""
+        self.keep_alive = answered.keep_alive
+        self.client.end_is_delimiter = answered.sent_as.kind == UNTIL_CLOSE
+        body = Body(upstream, answered.came_as, self.config, answered.sent_as.kind == CHUNKED)
+        data = body.at_hand()
+        await self._begin_answer(answered.head.status, answered.for_client + data)
         self.sent = body.count
         while not body.finished:
             data = await body.read(self._silence)
             upstream.watch.stirred = True
             await self._to_client(data)
             self.sent = body.count
-        return response.version == "1.1" and "close" not in field_tokens(response.fields, "connection")
+        return answered.head.version == "1.1" and "close" not in field_tokens(answered.head.fields, "connection")
 
-    async def _begin_answer(self, head: ResponseHead, framing: Framing, data: bytes) -> None:
-        """Send the final head with the first bytes of the body."""
-        self.keep_alive = self.keep_alive and framing.kind != UNTIL_CLOSE and not self.around.stopping.is_set()
-        if self.client.pull and self.client.buffer:  # behind a chunked body, and out of its owner's reach
-            self.keep_alive = False
-        if not self.keep_alive and head.status != 101:
-            head = head._replace(fields=head.fields + (("Connection", "close"),))
+    async def _begin_answer(self, status: int, data: bytes) -> None:
+        """Send the final head, with the first bytes of the body."""
         self.answered = True
-        self.status = head.status
-        await self._to_client(serialise_response(head) + data)
+        self.status = status
+        await self._to_client(data)
 
     async def _to_client(self, data: bytes) -> None:
         self.client.write(data)
@@ -3007,19 +3144,17 @@ class Exchange:
         except OSError:
             raise ClientGone()
 
-    async def _splice(self, route: Route, upstream: Stream, response: ResponseHead, is_upgrade: bool) -> None:
+    async def _splice(self, upstream: Stream, answered: Answered, is_upgrade: bool) -> None:
         """Answer the client with the upstream's 101, then let a tunnel have both connections."""
-        switched = "upgrade" in field_tokens(response.fields, "connection")
-        if not is_upgrade or not switched or "websocket" not in field_tokens(response.fields, "upgrade"):
+        fields = answered.head.fields
+        switched = "upgrade" in field_tokens(fields, "connection") and "websocket" in field_tokens(fields, "upgrade")
+        if not is_upgrade or not switched:
             raise ProxyError(502, "It switched protocols (101) to something that was not asked for.")
         self.client.on_end = None
         self.keep_alive = False
         await upstream.flush(self.config.stall_timeout)
-        await self._begin_answer(self._for_client(response, route, NO_BODY), NO_BODY, b"")
+        await self._begin_answer(answered.head.status, answered.for_client)
         self.tunnel = Tunnel(self.client, upstream, self.config.stall_timeout, self.around.tunnels)
-
-    def _for_client(self, response: ResponseHead, route: Route, framing: Framing) -> ResponseHead:
-        return self.around.gate.for_client(response_for_client(response, route, framing, self.visit), route)
 
 
 def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: Config) -> ProxyError:
@@ -3164,7 +3299,9 @@ class PortProxy:
         watch = Watch(loop, _watch_interval(self.config))
         gate = HubGate(self.config, watch) if self.config.hub else TokenGate(self.config, self.is_private, self.port)
         upstreams = Upstreams(self.config, watch, addresses + list(ways_back))
-        around = self._around = Surroundings(self.config, watch, gate, upstreams, self._tunnels, asyncio.Event())
+        around = self._around = Surroundings(
+            self.config, watch, gate, *readers_of_heads(gate), upstreams, self._tunnels, asyncio.Event()
+        )
         try:
             for sock in self._sockets:
                 self._servers.append(await self._listen(sock, tls, around))
@@ -3264,7 +3401,9 @@ class PortProxy:
         assert self._around is not None
         keep = False
         try:
-            keep = await self._serve_request(client, raw, self._around._replace(gate=gate))
+            understand_here, translate_here = readers_of_heads(gate)
+            around = self._around._replace(gate=gate, understand=understand_here, translate=translate_here)
+            keep = await self._serve_request(client, raw, around)
             if not keep and client in self._clients:
                 client.close()
         except (ClientGone, Truncated, Stalled, OSError):
@@ -3354,7 +3493,8 @@ class PortProxy:
         exchange = None
         started = client.now()
         try:
-            exchange = self._clients[client] = Exchange(client, parse_request(raw, self.config), around)
+            asked = around.understand(raw, client.address, client.scheme)
+            exchange = self._clients[client] = Exchange(client, asked, around)
             await exchange.run()
         except ProxyError as error:
             await self._answer_error(client, exchange, error)
@@ -3432,8 +3572,9 @@ class PortProxy:
 
     def _log(self, client: Stream, exchange: Exchange, duration: float) -> None:
         """One line per request; without the query, which may hold a secret."""
-        path, mark, _ = exchange.head.target.partition("?")
-        asked = (exchange.visit.address or "-", exchange.head.method, path + ("?..." if mark else ""))
+        head = exchange.asked.head
+        path, mark, _ = head.target.partition("?")
+        asked = (exchange.asked.visit.address or "-", head.method, path + ("?..." if mark else ""))
         outcome = (exchange.place, exchange.status or "gone", exchange.sent, duration)
         reason = ": " + exchange.error.detail if exchange.error else ""
         logger.info("%s %s %s -> %s %s, %d bytes, %.3f s%s", *(asked + outcome + (reason,)))
