@@ -2820,17 +2820,18 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
             route = route._replace(scheme="https")
     except ProxyError:  # the gate comes first
         route = None
+    for_upstream = bytes_for_upstream(gate, head, framing, visit, route) if route and gate.is_pure else b""
     keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
-    asked = Asked(head, framing, visit, route, keep_alive, b"")
-    return asked._replace(for_upstream=bytes_for_upstream(gate, asked, route)) if route and gate.is_pure else asked
+    return Asked(head, framing, visit, route, keep_alive, for_upstream)
 
 
-def bytes_for_upstream(gate: Gate, asked: Asked, route: Route) -> bytes:
+def bytes_for_upstream(gate: Gate, head: RequestHead, framing: Framing, visit: Visit, route: Route) -> bytes:
     """The head of a request as its upstream gets it, without what is ours."""
-    head = gate.for_upstream(asked.head, route)
-    route = route._replace(query=head.target[len(route.prefix + route.path) :])
-    preserve_host, is_upgrade = gate.config.preserve_host, is_websocket(head)
-    return serialise_request(request_for_upstream(head, route, asked.framing, asked.visit, preserve_host, is_upgrade))
+    clean = gate.for_upstream(head, route)
+    if clean.target != head.target:
+        route = route._replace(query=clean.target[len(route.prefix + route.path) :])
+    is_upgrade = is_websocket(head)
+    return serialise_request(request_for_upstream(clean, route, framing, visit, gate.config.preserve_host, is_upgrade))
 
 
 class Answered(NamedTuple):
@@ -3002,7 +3003,9 @@ class Exchange:
             clean = self.around.gate.for_upstream(asked.head, route)
             await self.answer(redirect_response(route.prefix + "/" + clean.target[len(route.prefix) :]))
         else:
-            request = asked.for_upstream or bytes_for_upstream(self.around.gate, asked, route)
+            request = asked.for_upstream or bytes_for_upstream(
+                self.around.gate, asked.head, asked.framing, asked.visit, route
+            )
             await self._forward(route, request, is_upgrade)
 
     async def _forward(self, route: Route, request: bytes, is_upgrade: bool) -> None:
