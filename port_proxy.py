@@ -723,8 +723,8 @@ class Stream(asyncio.Protocol):
     was last set False.  end_is_delimiter: only the connection's end tells the peer where what it is being sent ends,
     so that an abort must look like one.
 
-    One coroutine reads and one writes at a time.  All deadlines are absolute, on the loop's clock, and kept by `Watch`:
-    for the next byte, for what is queued to be taken, and for the connection as a whole.
+    One coroutine reads and one writes at a time.  All deadlines are absolute, and kept by `Watch`: for the next byte,
+    for what is queued to be taken, and for the connection as a whole.
     """
 
     __slots__ = (
@@ -840,9 +840,7 @@ class Stream(asyncio.Protocol):
         if self._room is not None:
             self._room.give()
 
-    def now(self) -> float:
-        """The time by which deadlines are told, in seconds."""
-        return self.watch.loop.time()
+    now = staticmethod(time.monotonic)  # the clock by which deadlines are told, in seconds
 
     async def more(self, deadline: float = FOREVER, limit: int = _RECEIVE_BYTES) -> bool:
         """Wait until `buffer` has grown; False at the peer's clean end; raises its failure (OSError, Stalled).
@@ -1025,7 +1023,7 @@ class Watch:
         self._timer = loop.call_later(interval, self._tick)
 
     def _tick(self) -> None:
-        now = self.loop.time()
+        now = time.monotonic()
         for stream in list(self.streams):
             stream.expire(now)
         if self.stirred and self.on_activity:
@@ -1059,12 +1057,12 @@ async def read_head(stream: Stream, is_request: bool, deadline: float, config: C
     searched = 0
     while True:
         buffer = stream.buffer
-        end = buffer.find(b"\r\n\r\n", max(0, searched - 3))
-        if 0 <= end <= config.max_head_bytes - 4:
-            return stream.cut(end + 4)
-        if searched < len(buffer):
+        if buffer:
+            end = buffer.find(b"\r\n\r\n", max(0, searched - 3))
+            if 0 <= end <= config.max_head_bytes - 4:
+                return stream.cut(end + 4)
             check_partial_head(buffer, max(0, searched - 1), is_request, config)
-        searched = len(buffer)
+            searched = len(buffer)
         if not await stream.more(deadline):
             raise Truncated()
 
@@ -1721,13 +1719,11 @@ def _is_same_origin(head: RequestHead) -> bool:
     return "same-origin" in field_values(head.fields, "sec-fetch-site")
 
 
-def check_route(head: RequestHead, route: Route, framing: Framing, config: Config) -> None:
-    """ProxyError 403 or 400 if this route may not be reached by anybody."""
+def check_route(route: Route, config: Config) -> None:
+    """ProxyError 403 if this route may not be reached by anybody."""
     if not is_allowed(route.host, config.host_allowlist):
         advice = "Start the proxy with --host-allowlist %s to allow it." % route.host
         raise ProxyError(403, "The host %s is not on the allowlist. %s" % (route.host, advice))
-    if is_websocket(head) and framing != NO_BODY:
-        raise ProxyError(400, "A WebSocket handshake has no body.")
 
 
 class Gate:
@@ -2120,7 +2116,7 @@ class Upstreams:
         others nothing older than a second is used, which no server is known to close.
         """
         idle = self._idle.get((route.host, route.port), [])
-        while idle and (replayable or self.watch.loop.time() - idle[-1][1] < 1.0):
+        while idle and (replayable or time.monotonic() - idle[-1][1] < 1.0):
             stream = idle[-1][0]
             self._discard(route, len(idle) - 1)
             if stream.is_fresh():  # also in the kernel, where the loop has not looked yet
@@ -2136,7 +2132,7 @@ class Upstreams:
         if not stream.is_quiet() or stream.queued() or self._idle_count >= self.config.max_idle_upstreams:
             stream.close()
             return
-        now = self.watch.loop.time()
+        now = time.monotonic()
         self._idle.setdefault((route.host, route.port), []).append((stream, now))
         self._idle_count += 1
         stream.read_deadline = now + self.config.idle_upstream_timeout
@@ -2459,7 +2455,7 @@ class HubApi:
         """Whom a token stands for, None if the Hub does not know it; believed for a minute in that Hub session."""
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        now = self.watch.loop.time()
+        now = time.monotonic()
         asked, since = self._asked.get((token, session), (None, 0.0))
         if asked is None or now - since > _BELIEVED or (asked.done() and (asked.cancelled() or asked.exception())):
             if len(self.under_way) >= _MAX_QUESTIONS:
@@ -2494,7 +2490,7 @@ class HubApi:
 
     async def version(self) -> str:
         """The Hub's version; ""  where it has just not been told."""
-        now = self.watch.loop.time()
+        now = time.monotonic()
         if not self._version and now >= self._next_try:
             self._next_try = now + 5
             _, fields, _ = await self._call("GET", self.hub.api_url + "/", ())
@@ -2678,7 +2674,7 @@ class HubGate(Gate):
         target = self.hub.prefix + (path_below(self.hub.prefix, path) or "/") + mark + query_there
         if not _LOCAL_TARGET.fullmatch(target) or len(target) > 2048:
             target = self.hub.prefix + "/"
-        until = self.watch.loop.time() + _LOGIN_SECONDS
+        until = time.monotonic() + _LOGIN_SECONDS
         _remember(self._logins, state, HubLogin(target, verifier, browser, until), _MAX_LOGINS)
         challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).decode().rstrip("=")
         query = {
@@ -2701,7 +2697,7 @@ class HubGate(Gate):
         login = self._logins.pop(state, None)
         name = self._login_cookie(state)
         again = " Open %s/ again." % self.hub.prefix
-        if login is None or self.watch.loop.time() > login.until:
+        if login is None or time.monotonic() > login.until:
             raise ProxyError(403, "This sign-in is over: it was used, or took longer than ten minutes." + again)
         shown = [value.encode("latin-1") for value in _cookie_values(head.fields, name)]
         if not any(hmac.compare_digest(value, login.browser.encode()) for value in shown):
@@ -2797,6 +2793,7 @@ class Asked(NamedTuple):
     """What the head of a request comes to, before anybody was asked whether it may come in.
 
     route: None also where none is to be found.  keep_alive: the client can send another request behind this one.
+    is_upgrade: it opens a WebSocket.
     for_upstream: the bytes of the head that the upstream gets; b"" where the gate has to be asked what may be in it.
     """
 
@@ -2805,6 +2802,7 @@ class Asked(NamedTuple):
     visit: Visit
     route: Optional[Route]
     keep_alive: bool
+    is_upgrade: bool
     for_upstream: bytes
 
 
@@ -2820,9 +2818,9 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
             route = route._replace(scheme="https")
     except ProxyError:  # the gate comes first
         route = None
-    for_upstream = bytes_for_upstream(gate, head, framing, visit, route) if route and gate.is_pure else b""
     keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
-    return Asked(head, framing, visit, route, keep_alive, for_upstream)
+    for_upstream = bytes_for_upstream(gate, head, framing, visit, route) if route and gate.is_pure else b""
+    return Asked(head, framing, visit, route, keep_alive, is_websocket(head), for_upstream)
 
 
 def bytes_for_upstream(gate: Gate, head: RequestHead, framing: Framing, visit: Visit, route: Route) -> bytes:
@@ -2838,13 +2836,15 @@ class Answered(NamedTuple):
     """What the head of an upstream's answer comes to.
 
     came_as, sent_as: how its body is framed on its way here, and on to the client.  keep_alive: another answer may
-    follow it there.  for_client: the bytes of the head that the client gets.
+    follow it there.  is_reusable: another request may follow on the upstream's connection, behind this answer's body.
+    for_client: the bytes of the head that the client gets.
     """
 
     head: ResponseHead
     came_as: Framing
     sent_as: Framing
     keep_alive: bool
+    is_reusable: bool
     for_client: bytes
 
 
@@ -2861,7 +2861,8 @@ def translate(
         sent_as = Framing(CHUNKED if version == "1.1" else UNTIL_CLOSE)
     keep_alive = keep_alive and sent_as.kind != UNTIL_CLOSE
     for_client = gate.for_client(response_for_client(head, route, sent_as, visit), route)
-    return Answered(head, came_as, sent_as, keep_alive, final_bytes(for_client, keep_alive))
+    is_reusable = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
+    return Answered(head, came_as, sent_as, keep_alive, is_reusable, final_bytes(for_client, keep_alive))
 
 
 def final_bytes(head: ResponseHead, keep_alive: bool) -> bytes:
@@ -2925,6 +2926,7 @@ class Exchange:
         self.around = around
         self.config = around.config
         self.body = Body(client, asked.framing, self.config)
+        self.started = client.now()
         self.keep_alive = asked.keep_alive
         self.answered = False
         self.place = "-"
@@ -2970,7 +2972,8 @@ class Exchange:
         head = ResponseHead(response.status, reason_phrase(response.status), "1.1", response.fields)
         body = b"" if self.asked.head.method == "HEAD" else response.body
         self._patience = self.config.head_timeout  # it is short, and may go to anybody
-        await self._begin_answer(head.status, final_bytes(head, self.keep_alive) + body)
+        self._begin_answer(head.status)
+        await self._to_client(final_bytes(head, self.keep_alive) + body)
         self.sent = len(body)
 
     def cut_short(self) -> None:
@@ -2993,35 +2996,29 @@ class Exchange:
         return data
 
     async def _serve(self, route: Route) -> None:
-        asked = self.asked
+        """Send the request to its upstream and relay the answer, on a pooled connection if there is one."""
+        asked, upstreams = self.asked, self.around.upstreams
         self.place = route.authority
-        check_route(asked.head, route, asked.framing, self.config)
-        is_upgrade = is_websocket(asked.head)
-        if is_upgrade and len(self.around.tunnels) >= self.config.max_tunnels:
+        check_route(route, self.config)
+        if asked.is_upgrade and asked.framing != NO_BODY:
+            raise ProxyError(400, "A WebSocket handshake has no body.")
+        if asked.is_upgrade and len(self.around.tunnels) >= self.config.max_tunnels:
             raise ProxyError(503, "There are too many open WebSockets.", (("Retry-After", "10"),))
-        if not route.path and not route.absolute and not is_upgrade and asked.head.method in ("GET", "HEAD"):
+        if not route.path and not route.absolute and not asked.is_upgrade and asked.head.method in ("GET", "HEAD"):
             clean = self.around.gate.for_upstream(asked.head, route)
             await self.answer(redirect_response(route.prefix + "/" + clean.target[len(route.prefix) :]))
-        else:
-            request = asked.for_upstream or bytes_for_upstream(
-                self.around.gate, asked.head, asked.framing, asked.visit, route
-            )
-            await self._forward(route, request, is_upgrade)
-
-    async def _forward(self, route: Route, request: bytes, is_upgrade: bool) -> None:
-        """Send the request and relay its answer, on a pooled connection if there is one."""
-        self.body.in_chunks = self.body.framing.kind == CHUNKED
-        first = self.body.at_hand()
-        replayable = self.asked.head.method in _IDEMPOTENT and self.body.framing == NO_BODY
-        upstream = self.around.upstreams.take(route, replayable)
-        if upstream is not None and await self._exchange(route, upstream, request + first, is_upgrade, replayable):
             return
-        upstream = await self.around.upstreams.connect(route)
-        await self._exchange(route, upstream, request + first, is_upgrade, False)
+        request = asked.for_upstream or bytes_for_upstream(
+            self.around.gate, asked.head, asked.framing, asked.visit, route
+        )
+        self.body.in_chunks = asked.framing.kind == CHUNKED
+        request += self.body.at_hand()
+        replayable = asked.head.method in _IDEMPOTENT and asked.framing == NO_BODY
+        upstream = upstreams.take(route, replayable)
+        if upstream is None or not await self._exchange(route, upstream, request, replayable):
+            await self._exchange(route, await upstreams.connect(route), request, False)
 
-    async def _exchange(
-        self, route: Route, upstream: Stream, request: bytes, is_upgrade: bool, replayable: bool
-    ) -> bool:
+    async def _exchange(self, route: Route, upstream: Stream, request: bytes, replayable: bool) -> bool:
         """One request and its answer on one connection, which is pooled or closed afterwards.
 
         False, with nothing done, where the connection turned out to be stale and the request may be sent on another.
@@ -3034,7 +3031,7 @@ class Exchange:
                 self._sending = PromptTask(self._send_rest(upstream), upstream.watch.loop)
             answered = await self._read_final_head(route, upstream)
             if answered.head.status == 101:
-                await self._splice(upstream, answered, is_upgrade)
+                await self._splice(upstream, answered)
             else:
                 reusable = await self._relay(upstream, answered)
         except (ProxyError, Truncated, Stalled, OSError) as error:
@@ -3125,20 +3122,20 @@ class Exchange:
         self.client.end_is_delimiter = answered.sent_as.kind == UNTIL_CLOSE
         body = Body(upstream, answered.came_as, self.config, answered.sent_as.kind == CHUNKED)
         data = body.at_hand()
-        await self._begin_answer(answered.head.status, answered.for_client + data)
+        self._begin_answer(answered.head.status)
+        await self._to_client(answered.for_client + data)
         self.sent = body.count
         while not body.finished:
             data = await body.read(self._silence)
             upstream.watch.stirred = True
             await self._to_client(data)
             self.sent = body.count
-        return answered.head.version == "1.1" and "close" not in field_tokens(answered.head.fields, "connection")
+        return answered.is_reusable
 
-    async def _begin_answer(self, status: int, data: bytes) -> None:
-        """Send the final head, with the first bytes of the body."""
+    def _begin_answer(self, status: int) -> None:
+        """Note that the final head goes out now."""
         self.answered = True
         self.status = status
-        await self._to_client(data)
 
     async def _to_client(self, data: bytes) -> None:
         self.client.write(data)
@@ -3147,16 +3144,17 @@ class Exchange:
         except OSError:
             raise ClientGone()
 
-    async def _splice(self, upstream: Stream, answered: Answered, is_upgrade: bool) -> None:
+    async def _splice(self, upstream: Stream, answered: Answered) -> None:
         """Answer the client with the upstream's 101, then let a tunnel have both connections."""
         fields = answered.head.fields
         switched = "upgrade" in field_tokens(fields, "connection") and "websocket" in field_tokens(fields, "upgrade")
-        if not is_upgrade or not switched:
+        if not self.asked.is_upgrade or not switched:
             raise ProxyError(502, "It switched protocols (101) to something that was not asked for.")
         self.client.on_end = None
         self.keep_alive = False
         await upstream.flush(self.config.stall_timeout)
-        await self._begin_answer(answered.head.status, answered.for_client)
+        self._begin_answer(answered.head.status)
+        await self._to_client(answered.for_client)
         self.tunnel = Tunnel(self.client, upstream, self.config.stall_timeout, self.around.tunnels)
 
 
@@ -3280,7 +3278,7 @@ class PortProxy:
         self._servers: List[Union[asyncio.AbstractServer, Listener]] = []
         self._around: Optional[Surroundings] = None
         self._clients: Dict[Stream, Optional[Exchange]] = {}  # with the request that each one is at
-        self._tasks: Set[PromptTask] = set()
+        self._tasks: Dict[Stream, PromptTask] = {}  # of the clients that do not idle
         self._tunnels: Set[Tunnel] = set()
         self._sockets: List[socket.socket] = []
         self._were_given = False
@@ -3385,15 +3383,16 @@ class PortProxy:
                 client.close()
         for tunnel in list(self._tunnels):
             tunnel.close()
-        until = around.watch.loop.time() + self.config.shutdown_timeout
+        until = time.monotonic() + self.config.shutdown_timeout
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self.config.shutdown_timeout)
-        self.cut()
+            await asyncio.wait(list(self._tasks.values()), timeout=self.config.shutdown_timeout)
+        for task in list(self._tasks.values()):
+            task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(list(self._tasks.values()))
         around.upstreams.close()
         await around.gate.close()
-        patience = until - around.watch.loop.time() if self._tunnels else 0.0
+        patience = until - time.monotonic() if self._tunnels else 0.0
         await around.watch.close(max(patience, min(1.0, self.config.shutdown_timeout)))
         self._servers.clear()
         self._sockets.clear()
@@ -3406,7 +3405,7 @@ class PortProxy:
         try:
             understand_here, translate_here = readers_of_heads(gate)
             around = self._around._replace(gate=gate, understand=understand_here, translate=translate_here)
-            keep = await self._serve_request(client, raw, around)
+            keep = await self._serve_request(client, around, raw)
             if not keep and client in self._clients:
                 client.close()
         except (ClientGone, Truncated, Stalled, OSError):
@@ -3420,7 +3419,7 @@ class PortProxy:
 
     def cut(self) -> None:
         """Cut all running requests off; for whoever cannot wait for `close`, which then goes on at once."""
-        for task in list(self._tasks):
+        for task in list(self._tasks.values()):
             task.cancel()
         for tunnel in list(self._tunnels):
             tunnel.abort()
@@ -3447,8 +3446,7 @@ class PortProxy:
             return
         task = PromptTask(self._serve(client, around), around.watch.loop)
         if not task.done():
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[client] = task
 
     def _make_room(self) -> bool:
         """Close the connection that has idled longest; whether there was one."""
@@ -3465,7 +3463,7 @@ class PortProxy:
     async def _serve(self, client: Stream, around: Surroundings) -> None:
         """The requests of one client's connection that come one right behind the other."""
         try:
-            while not around.stopping.is_set() and await self._serve_next(client, around):
+            while not around.stopping.is_set() and await self._serve_request(client, around):
                 if client.is_quiet():
                     self._let_idle(client, around)
                     return
@@ -3478,24 +3476,17 @@ class PortProxy:
             client.abort()
             raise
         finally:
+            self._tasks.pop(client, None)
             if client.transport.is_closing():
                 self._clients.pop(client, None)
 
-    async def _serve_next(self, client: Stream, around: Surroundings) -> bool:
-        """Read one request and answer it; whether the connection may carry another."""
-        try:
-            raw = await self._read_request(client)
-        except ProxyError as error:
-            await self._answer_error(client, None, error)
-            await self._linger(client)
-            return False
-        return raw is not None and await self._serve_request(client, raw, around)
-
-    async def _serve_request(self, client: Stream, raw: bytes, around: Surroundings) -> bool:
-        """Answer the request whose head is `raw`; whether the connection may carry another."""
+    async def _serve_request(self, client: Stream, around: Surroundings, raw: bytes = b"") -> bool:
+        """Answer the next request, whose head is `raw` where that was read already; whether another may follow."""
         exchange = None
-        started = client.now()
         try:
+            raw = raw or await self._read_request(client)
+            if not raw:
+                return False
             asked = around.understand(raw, client.address, client.scheme)
             exchange = self._clients[client] = Exchange(client, asked, around)
             await exchange.run()
@@ -3510,18 +3501,19 @@ class PortProxy:
         finally:
             self._clients[client] = None
             if exchange is not None:
-                self._note_end(client, exchange, started)
+                self._note_end(client, exchange)
         if exchange is None or not exchange.body.finished:
             await self._linger(client)
         return exchange is not None and exchange.keep_alive and exchange.body.finished
 
-    async def _read_request(self, client: Stream) -> Optional[bytes]:
-        """The next request's head; None where the client ends, or stays silent for too long, between two requests."""
+    async def _read_request(self, client: Stream) -> bytes:
+        """The next request's head; b"" where the client ends, or stays silent for too long, between two requests."""
         try:
-            if not await skip_empty_lines(client, client.now() + self.config.keep_alive_timeout):
-                return None
+            is_there = client.buffer[:1] not in _MAY_BE_EMPTY_LINE
+            if not is_there and not await skip_empty_lines(client, client.now() + self.config.keep_alive_timeout):
+                return b""
         except Stalled:
-            return None
+            return b""
         try:
             return await read_head(client, True, client.now() + self.config.head_timeout, self.config)
         except Stalled:
@@ -3553,37 +3545,32 @@ class PortProxy:
         except Stalled:
             pass
 
-    def _note_end(self, client: Stream, exchange: Exchange, started: float) -> None:
+    def _note_end(self, client: Stream, exchange: Exchange) -> None:
         """Log a request that has been served; one that became a tunnel when that ends, which has the connection now."""
         tunnel = exchange.tunnel
-        if tunnel is None:
-            self._log(client, exchange, client.now() - started)
-            return
-        del self._clients[client]
-
-        def ended() -> None:
-            assert tunnel is not None
-            exchange.sent = tunnel.upstream.received
-            self._log(client, exchange, client.now() - started)
-
+        if tunnel is not None:
+            del self._clients[client]
         if not logger.isEnabledFor(logging.INFO):
             return  # and so nothing of the request is kept for as long as its tunnel lasts
-        if tunnel.open:
-            tunnel.on_end = ended
+        if tunnel is not None and tunnel.open:
+            tunnel.on_end = functools.partial(self._log, client, exchange)
         else:
-            ended()
+            self._log(client, exchange)
 
-    def _log(self, client: Stream, exchange: Exchange, duration: float) -> None:
+    def _log(self, client: Stream, exchange: Exchange) -> None:
         """One line per request; without the query, which may hold a secret."""
+        if exchange.tunnel is not None:
+            exchange.sent = exchange.tunnel.upstream.received
         head = exchange.asked.head
         path, mark, _ = head.target.partition("?")
         asked = (exchange.asked.visit.address or "-", head.method, path + ("?..." if mark else ""))
-        outcome = (exchange.place, exchange.status or "gone", exchange.sent, duration)
+        outcome = (exchange.place, exchange.status or "gone", exchange.sent, client.now() - exchange.started)
         reason = ": " + exchange.error.detail if exchange.error else ""
         logger.info("%s %s %s -> %s %s, %d bytes, %.3f s%s", *(asked + outcome + (reason,)))
 
 
 _UNIX_PREFIX = "unix:"
+_MAY_BE_EMPTY_LINE = (b"", b"\r")  # what the first byte then is
 
 
 def _plain_answer(error: ProxyError) -> bytes:
