@@ -1735,7 +1735,7 @@ class Gate:
     """
 
     token = ""  # what clients must show, where that is one and the same for all
-    is_pure = False  # whether what the app and the client see of each other depends on their messages alone
+    is_plain = False  # whether `check` is all of `admit`, and the rest depends on nothing but what it is given
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1748,6 +1748,10 @@ class Gate:
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         """Return if the request may come in; raise the ProxyError that answers it otherwise."""
+        self.check(head, visit)
+
+    def check(self, head: RequestHead, visit: Visit) -> None:
+        """What `admit` does, as far as nobody has to be asked."""
         raise NotImplementedError
 
     async def close(self) -> None:
@@ -1841,7 +1845,7 @@ class TokenGate(Gate):
 
     def __init__(self, config: Config, is_private: bool, port: int) -> None:
         super().__init__(config)
-        self.is_pure = True
+        self.is_plain = config.authorize is None
         self.is_private = is_private
         self.cookie_name = COOKIE_PREFIX + (str(port) if port else "unix")
         token = config.token if config.authorize is None else ""
@@ -1862,9 +1866,14 @@ class TokenGate(Gate):
         return None
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
-        preflight = self.config.allow_preflight and is_preflight(head)
         if self.config.authorize is not None:
             await asyncio.ensure_future(self.config.authorize(head, visit, route))
+        self.check(head, visit)
+
+    def check(self, head: RequestHead, visit: Visit) -> None:
+        preflight = self.config.allow_preflight and is_preflight(head)
+        if self.config.authorize is not None:
+            pass
         elif not self.token:
             for authority in {head.authority, visit.authority}:  # a page cannot choose the one, though it may the other
                 self._check_host(authority)
@@ -2125,6 +2134,10 @@ class Upstreams:
                 return stream
             stream.abort()
         return None
+
+    def has_idle(self, route: Route) -> bool:
+        """Whether there is an idle connection to the route's target, fit for use or not."""
+        return (route.host, route.port) in self._idle
 
     def give(self, route: Route, stream: Stream) -> None:
         """Keep a connection whose exchange ended cleanly and exactly; the least sign of life from it ends that."""
@@ -2793,7 +2806,7 @@ class Asked(NamedTuple):
     """What the head of a request comes to, before anybody was asked whether it may come in.
 
     route: None also where none is to be found.  keep_alive: the client can send another request behind this one.
-    is_upgrade: it opens a WebSocket.
+    is_upgrade: it opens a WebSocket.  is_plain: all that is left to do is to ask the gate, and its upstream.
     for_upstream: the bytes of the head that the upstream gets; b"" where the gate has to be asked what may be in it.
     """
 
@@ -2803,6 +2816,7 @@ class Asked(NamedTuple):
     route: Optional[Route]
     keep_alive: bool
     is_upgrade: bool
+    is_plain: bool
     for_upstream: bytes
 
 
@@ -2819,8 +2833,10 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
     except ProxyError:  # the gate comes first
         route = None
     keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
-    for_upstream = bytes_for_upstream(gate, head, framing, visit, route) if route and gate.is_pure else b""
-    return Asked(head, framing, visit, route, keep_alive, is_websocket(head), for_upstream)
+    for_upstream = bytes_for_upstream(gate, head, framing, visit, route) if route and gate.is_plain else b""
+    is_upgrade = is_websocket(head)
+    is_plain = bool(for_upstream and route and (route.path or route.absolute)) and framing == NO_BODY and not is_upgrade
+    return Asked(head, framing, visit, route, keep_alive, is_upgrade, is_plain, for_upstream)
 
 
 def bytes_for_upstream(gate: Gate, head: RequestHead, framing: Framing, visit: Visit, route: Route) -> bytes:
@@ -2907,7 +2923,7 @@ def readers_of_heads(
     understand_here, translate_here = functools.partial(understand, gate), functools.partial(translate, gate)
     return (
         (remembering(understand_here), remembering(translate_here))
-        if gate.is_pure
+        if gate.is_plain
         else (understand_here, translate_here)
     )
 
@@ -2958,6 +2974,61 @@ class Exchange:
         else:
             raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
 
+    def begin(self) -> Optional[Stream]:
+        """Send a plain request on a pooled connection, which is returned, without waiting for anything.
+
+        None, with nothing done, where that cannot be: that is left to `run`.
+        """
+        asked, route, upstreams = self.asked, self.asked.route, self.around.upstreams
+        if not asked.is_plain or route is None or not upstreams.has_idle(route):
+            return None
+        try:
+            self.around.gate.check(asked.head, asked.visit)
+            check_route(route, self.config)
+        except Exception:  # `run` meets it again, where errors become answers
+            return None
+        upstream = upstreams.take(route, self._is_replayable())
+        if upstream is not None:
+            self.around.watch.stirred = True
+            self.place = route.authority
+            upstream.write(asked.for_upstream)
+        return upstream
+
+    def finish(self, upstream: Stream) -> bool:
+        """Pass on the answer to a request that `begin` has sent, if it has come whole.
+
+        False, with nothing done, where it has not: that is left to `go_on`.
+        """
+        head, route, data = self.asked.head, self.asked.route, upstream.buffer
+        end = data.find(b"\r\n\r\n") + 4
+        if not 4 <= end <= min(_SHORT_BYTES, self.config.max_head_bytes) or route is None:
+            return False
+        keep_alive, visit = self._may_keep_alive(), self.asked.visit
+        try:
+            answered = self.around.translate(data[:end], head.method, head.version, route, visit, keep_alive)
+        except Exception:  # `go_on` meets it again, where errors become answers
+            return False
+        if answered.head.status < 200 or answered.came_as.kind not in (LENGTH, NO_BODY.kind):
+            return False
+        if len(data) != end + answered.came_as.length:
+            return False
+        self.keep_alive = answered.keep_alive
+        self.sent = answered.came_as.length
+        self._begin_answer(answered.head.status)
+        self.client.write(answered.for_client + data[end:])
+        self.client.write_deadline = self.client.now() + self._patience
+        upstream.drop(len(data))
+        if answered.is_reusable:
+            self.around.upstreams.give(route, upstream)
+        else:
+            upstream.abort()
+        return True
+
+    async def go_on(self, upstream: Stream) -> None:
+        """As `run`, for a request that `begin` has sent."""
+        assert self.asked.route is not None
+        await self._forward(self.asked.route, upstream, self.asked.for_upstream, is_sent=True)
+
     async def answer_error(self, error: ProxyError) -> None:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
         error = self.error = self.around.gate.explain(error)
@@ -2997,7 +3068,7 @@ class Exchange:
 
     async def _serve(self, route: Route) -> None:
         """Send the request to its upstream and relay the answer, on a pooled connection if there is one."""
-        asked, upstreams = self.asked, self.around.upstreams
+        asked = self.asked
         self.place = route.authority
         check_route(route, self.config)
         if asked.is_upgrade and asked.framing != NO_BODY:
@@ -3013,10 +3084,17 @@ class Exchange:
         )
         self.body.in_chunks = asked.framing.kind == CHUNKED
         request += self.body.at_hand()
-        replayable = asked.head.method in _IDEMPOTENT and asked.framing == NO_BODY
-        upstream = upstreams.take(route, replayable)
-        if upstream is None or not await self._exchange(route, upstream, request, replayable):
-            await self._exchange(route, await upstreams.connect(route), request, False)
+        await self._forward(route, self.around.upstreams.take(route, self._is_replayable()), request, is_sent=False)
+
+    def _is_replayable(self) -> bool:
+        """Whether the request may be sent again where a connection turned out to be stale."""
+        return self.asked.head.method in _IDEMPOTENT and self.asked.framing == NO_BODY
+
+    async def _forward(self, route: Route, pooled: Optional[Stream], request: bytes, is_sent: bool) -> None:
+        """Exchange the request for its answer, on a pooled connection if there is one, on which it may be already."""
+        unsent = b"" if is_sent else request
+        if pooled is None or not await self._exchange(route, pooled, unsent, self._is_replayable()):
+            await self._exchange(route, await self.around.upstreams.connect(route), request, False)
 
     async def _exchange(self, route: Route, upstream: Stream, request: bytes, replayable: bool) -> bool:
         """One request and its answer on one connection, which is pooled or closed afterwards.
@@ -3055,16 +3133,17 @@ class Exchange:
         but since it may as well be gone, an upstream that stays silent is not waited for as long.
         """
 
-        def leave() -> None:
-            self._client_failure = self._client_failure or ClientGone()
-            upstream.abort()
-
         if self.client.transport.is_closing():
             raise ClientGone()
         if self.client.ended:
             self._silence = self.config.keep_alive_timeout
         else:
-            self.client.on_end = leave
+            self.client.on_end = functools.partial(self.leave, upstream)
+
+    def leave(self, upstream: Stream) -> None:
+        """Note that the client has left, and break the request off."""
+        self._client_failure = self._client_failure or ClientGone()
+        upstream.abort()
 
     async def _send_rest(self, upstream: Stream) -> None:
         """Send the rest of the request's body on as it comes, while the answer is already awaited."""
@@ -3381,6 +3460,8 @@ class PortProxy:
         for client, exchange in list(self._clients.items()):
             if exchange is None:
                 client.close()
+            elif client not in self._tasks and client.on_end:
+                client.on_end()  # it is served promptly; now a task is to wait for
         for tunnel in list(self._tunnels):
             tunnel.close()
         until = time.monotonic() + self.config.shutdown_timeout
@@ -3443,10 +3524,57 @@ class PortProxy:
         if client.ended:
             del self._clients[client]
             client.close()
-            return
-        task = PromptTask(self._serve(client, around), around.watch.loop)
+        elif not self._serve_promptly(client, around):
+            self._start_task(client, around)
+
+    def _start_task(
+        self, client: Stream, around: Surroundings, begun: "Optional[Tuple[Exchange, Stream]]" = None
+    ) -> None:
+        task = PromptTask(self._serve(client, around, begun), around.watch.loop)
         if not task.done():
             self._tasks[client] = task
+
+    def _serve_promptly(self, client: Stream, around: Surroundings) -> bool:
+        """Serve a plain request without a task, as most are: its head has come whole and alone, a pooled connection
+        takes it, and its answer comes whole.  What turns out otherwise, sooner or later, is left to a task; False, with
+        nothing done, if that is so from the beginning."""
+        raw = client.buffer
+        if raw.find(b"\r\n\r\n") != len(raw) - 4 or len(raw) > min(_SHORT_BYTES, self.config.max_head_bytes):
+            return False
+        if client.queued() or around.stopping.is_set():
+            return False
+        try:
+            exchange = Exchange(client, around.understand(raw, client.address, client.scheme), around)
+        except Exception:  # the task meets it again, where errors become answers
+            return False
+        upstream = exchange.begin()
+        if upstream is None:
+            return False
+        client.drop(len(raw))
+        self._clients[client] = exchange
+        upstream.read_deadline = client.now() + self.config.response_timeout
+        go_on = functools.partial(self._go_on, client, around, exchange, upstream)
+        upstream.on_data = upstream.on_end = client.on_end = go_on
+        return True
+
+    def _go_on(self, client: Stream, around: Surroundings, exchange: Exchange, upstream: Stream) -> None:
+        """Go on with a request that is served promptly when something comes from its upstream, or the client ends."""
+        upstream.on_data = upstream.on_end = client.on_end = None
+        upstream.read_deadline = FOREVER
+        if client.ended:
+            exchange.leave(upstream)
+        if upstream.ended or not exchange.finish(upstream):
+            self._start_task(client, around, (exchange, upstream))
+            return
+        self._clients[client] = None
+        self._note_end(client, exchange)
+        if not exchange.keep_alive:
+            del self._clients[client]
+            client.close()
+        elif client.buffer:
+            self._start_task(client, around)
+        else:
+            self._let_idle(client, around)
 
     def _make_room(self) -> bool:
         """Close the connection that has idled longest; whether there was one."""
@@ -3460,10 +3588,13 @@ class PortProxy:
         min(idle, key=lambda client: client.read_deadline).abort()
         return True
 
-    async def _serve(self, client: Stream, around: Surroundings) -> None:
+    async def _serve(
+        self, client: Stream, around: Surroundings, begun: Optional[Tuple[Exchange, Stream]] = None
+    ) -> None:
         """The requests of one client's connection that come one right behind the other."""
         try:
-            while not around.stopping.is_set() and await self._serve_request(client, around):
+            while (begun or not around.stopping.is_set()) and await self._serve_request(client, around, begun=begun):
+                begun = None
                 if client.is_quiet():
                     self._let_idle(client, around)
                     return
@@ -3480,16 +3611,29 @@ class PortProxy:
             if client.transport.is_closing():
                 self._clients.pop(client, None)
 
-    async def _serve_request(self, client: Stream, around: Surroundings, raw: bytes = b"") -> bool:
-        """Answer the next request, whose head is `raw` where that was read already; whether another may follow."""
+    async def _serve_request(
+        self,
+        client: Stream,
+        around: Surroundings,
+        raw: bytes = b"",
+        begun: Optional[Tuple[Exchange, Stream]] = None,
+    ) -> bool:
+        """Answer the next request; whether another may follow.
+
+        raw: its head, where that was read already.  begun: its exchange, and the connection on which it was sent.
+        """
         exchange = None
         try:
-            raw = raw or await self._read_request(client)
-            if not raw:
-                return False
-            asked = around.understand(raw, client.address, client.scheme)
-            exchange = self._clients[client] = Exchange(client, asked, around)
-            await exchange.run()
+            if begun is None:
+                raw = raw or await self._read_request(client)
+                if not raw:
+                    return False
+                asked = around.understand(raw, client.address, client.scheme)
+                exchange = self._clients[client] = Exchange(client, asked, around)
+                await exchange.run()
+            else:
+                exchange, upstream = begun
+                await exchange.go_on(upstream)
         except ProxyError as error:
             await self._answer_error(client, exchange, error)
         except (ClientGone, Truncated, Stalled, OSError, asyncio.CancelledError):
