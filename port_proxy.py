@@ -187,7 +187,7 @@ class Config(NamedTuple):
     linger_timeout: float = 5.0  # reading on behind an early answer, so that the client gets to see it
     shutdown_timeout: float = 5.0  # for requests that run when the proxy is told to stop
 
-    max_idle_upstreams: int = 128  # pooled connections to all upstreams together
+    max_idle_upstreams: int = 1024  # pooled connections to all upstreams together; as many as were used at once
     idle_upstream_timeout: float = 4.0  # below the 5 s of Node and uvicorn, which close without warning
 
 
@@ -425,6 +425,7 @@ class SocketTransport(asyncio.Transport):
         "_is_writing_paused",
         "_loop",
         "_number",
+        "_peername",
         "_protocol",
         "_queue",
         "_receive_bytes",
@@ -432,10 +433,13 @@ class SocketTransport(asyncio.Transport):
         "_unsent",
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: asyncio.BaseProtocol) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: asyncio.BaseProtocol, peername: Any
+    ) -> None:
         super().__init__()
         self._loop = loop
         self._sock = sock
+        self._peername = peername
         self._number = sock.fileno()  # selectors make a text of every socket that they do not know, but not of a number
         self._unsent: Optional[memoryview] = None  # of what was written: what the kernel has not taken yet,
         self._queue: Optional[bytearray] = None  # and what was written behind that
@@ -450,12 +454,14 @@ class SocketTransport(asyncio.Transport):
         self.resume_reading()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """The "socket", and its "peername" and "sockname" while it has them."""
+        """The "socket", its "peername", and while it is open its "sockname"."""
         if name == "socket":
             return self._sock
+        if name == "peername":
+            return self._peername
         try:
-            return {"peername": self._sock.getpeername, "sockname": self._sock.getsockname}[name]()
-        except (KeyError, OSError):
+            return self._sock.getsockname() if name == "sockname" else default
+        except OSError:
             return default
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
@@ -618,7 +624,7 @@ class Listener:
     def _accept(self) -> None:
         for _ in range(_BACKLOG):
             try:
-                sock, _address = self._sock.accept()
+                sock, peername = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:  # no descriptors or no memory; they may come back
@@ -627,7 +633,7 @@ class Listener:
                 self._loop.call_exception_handler({"message": "no connection can be accepted", "exception": error})
                 return
             try:
-                SocketTransport(self._loop, sock, self._protocol())
+                SocketTransport(self._loop, sock, self._protocol(), peername)
             except OSError:  # gone already
                 sock.close()
 
@@ -2250,7 +2256,7 @@ class Upstreams:
         try:
             sock.setblocking(False)
             await self.watch.loop.sock_connect(sock, address)
-            SocketTransport(self.watch.loop, sock, stream)
+            SocketTransport(self.watch.loop, sock, stream, sock.getpeername())
         except BaseException:
             sock.close()
             raise
