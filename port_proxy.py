@@ -267,9 +267,14 @@ def field_values(fields: Fields, name: str) -> List[str]:
     return [value for key, value in fields if key.lower() == name]
 
 
+_NO_TOKENS: FrozenSet[str] = frozenset()
+
+
 def field_tokens(fields: Fields, name: str) -> FrozenSet[str]:
     """The members of the list-valued field called `name`, lower-cased."""
     values = field_values(fields, name)
+    if not values:
+        return _NO_TOKENS
     return frozenset([member.strip(" \t").lower() for value in values for member in value.split(",")])
 
 
@@ -1165,6 +1170,18 @@ class Body:
     before the first is read.  count: bytes of the body itself so far.  finished: the body has been read to its end, and
     the stream stands right behind it.
     """
+
+    __slots__ = (
+        "_part",
+        "_remaining",
+        "_trailer_bytes",
+        "config",
+        "count",
+        "finished",
+        "framing",
+        "in_chunks",
+        "stream",
+    )
 
     def __init__(self, stream: Stream, framing: Framing, config: Config, in_chunks: bool = False) -> None:
         self.stream = stream
@@ -2927,11 +2944,12 @@ def readers_of_heads(
 ) -> Tuple[Callable[[bytes, str, str], Asked], Callable[[bytes, str, str, Route, Visit, bool], Answered]]:
     """`understand` and `translate` for this gate, with a memory where they depend on nothing else."""
     understand_here, translate_here = functools.partial(understand, gate), functools.partial(translate, gate)
-    return (
-        (remembering(understand_here), remembering(translate_here))
-        if gate.is_plain
-        else (understand_here, translate_here)
-    )
+    if not gate.is_plain:
+        return understand_here, translate_here
+    return remembering(understand_here), remembering(translate_here)
+
+
+_Begun = Tuple["Exchange", Stream]  # with the connection on which the request has been sent
 
 
 class Exchange:
@@ -2941,6 +2959,26 @@ class Exchange:
     client's connection stands right behind the request and its answer, and may carry the next.  place, status,
     sent (bytes of the answer's body) and error are for the log.
     """
+
+    __slots__ = (
+        "_client_failure",
+        "_patience",
+        "_sending",
+        "_silence",
+        "answered",
+        "around",
+        "asked",
+        "body",
+        "client",
+        "config",
+        "error",
+        "keep_alive",
+        "place",
+        "sent",
+        "started",
+        "status",
+        "tunnel",
+    )
 
     def __init__(self, client: Stream, asked: Asked, around: Surroundings) -> None:
         self.client = client
@@ -3124,8 +3162,8 @@ class Exchange:
             raise self._client_failure or _upstream_failure(error, route, upstream, self.config)
         finally:
             self.client.on_end = None
-            if self._is_sending():
-                await self._stop_sending()
+            if self._sending is not None:
+                await self._stop_sending(self._sending)
             if reusable and self.body.finished:
                 self.around.upstreams.give(route, upstream)
             elif self.tunnel is None:
@@ -3170,10 +3208,12 @@ class Exchange:
             self._client_failure = error if isinstance(error, ProxyError) else ClientGone()
             upstream.abort()
 
-    async def _stop_sending(self) -> None:
-        assert self._sending is not None
-        self._sending.cancel()
-        await asyncio.wait([self._sending])
+    async def _stop_sending(self, sending: PromptTask) -> None:
+        if not sending.done():
+            sending.cancel()
+            await asyncio.wait([sending])
+        if not sending.cancelled() and sending.exception():
+            logger.error("internal error: %r", sending.exception())
 
     def _is_sending(self) -> bool:
         return self._sending is not None and not self._sending.done()
@@ -3533,9 +3573,7 @@ class PortProxy:
         elif not self._serve_promptly(client, around):
             self._start_task(client, around)
 
-    def _start_task(
-        self, client: Stream, around: Surroundings, begun: "Optional[Tuple[Exchange, Stream]]" = None
-    ) -> None:
+    def _start_task(self, client: Stream, around: Surroundings, begun: Optional[_Begun] = None) -> None:
         task = PromptTask(self._serve(client, around, begun), around.watch.loop)
         if not task.done():
             self._tasks[client] = task
@@ -3545,7 +3583,8 @@ class PortProxy:
         takes it, and its answer comes whole.  What turns out otherwise, sooner or later, is left to a task; False, with
         nothing done, if that is so from the beginning."""
         raw = client.buffer
-        if raw.find(b"\r\n\r\n") != len(raw) - 4 or len(raw) > min(_SHORT_BYTES, self.config.max_head_bytes):
+        end = raw.find(b"\r\n\r\n") + 4
+        if not 4 <= end == len(raw) <= min(_SHORT_BYTES, self.config.max_head_bytes):
             return False
         if client.queued() or around.stopping.is_set():
             return False
@@ -3594,9 +3633,7 @@ class PortProxy:
         min(idle, key=lambda client: client.read_deadline).abort()
         return True
 
-    async def _serve(
-        self, client: Stream, around: Surroundings, begun: Optional[Tuple[Exchange, Stream]] = None
-    ) -> None:
+    async def _serve(self, client: Stream, around: Surroundings, begun: Optional[_Begun] = None) -> None:
         """The requests of one client's connection that come one right behind the other."""
         try:
             while (begun or not around.stopping.is_set()) and await self._serve_request(client, around, begun=begun):
@@ -3622,7 +3659,7 @@ class PortProxy:
         client: Stream,
         around: Surroundings,
         raw: bytes = b"",
-        begun: Optional[Tuple[Exchange, Stream]] = None,
+        begun: Optional[_Begun] = None,
     ) -> bool:
         """Answer the next request; whether another may follow.
 

@@ -3199,6 +3199,192 @@ class TestStreams:
         assert background.do(passing()) == [("NoneType", False), ("NoneType", False), ("Stalled", False), ("Stalled", True)]
 
 
+    def test_a_peer_that_is_too_fast_is_stopped_until_its_bytes_are_used(self, background):
+        """Also where nobody waits for more: a connection that idles must hear what comes next."""
+
+        async def feed():
+            watch = port_proxy.Watch(background.loop, 60)
+            transport = Loopless(background.loop, 1)
+            stream = connected(port_proxy.Stream(watch), transport)
+            seen = []
+            for _ in range(3):
+                transport.feed(bytes(30000))
+                seen.append(transport.reading)
+            for limit in (10000, 50000):
+                await stream.take(limit)
+                seen.append(transport.reading)
+            stream.abort()
+            await watch.close(1)
+            return seen
+
+        assert background.do(feed()) == [True, True, False, False, True]
+
+    def test_a_transport_keeps_asyncios_contract(self, background):
+        """What is queued arrives in order, its pace is told, an end is told once, and what is written last still goes out."""
+
+        class Told(asyncio.Protocol):
+            def __init__(self):
+                self.calls, self.data = [], b""
+
+            def connection_made(self, transport):
+                self.calls.append("made")
+
+            def data_received(self, data):
+                self.data += data
+
+            def eof_received(self):
+                self.calls.append("ended")
+                return True
+
+            def pause_writing(self):
+                self.calls.append("pause")
+
+            def resume_writing(self):
+                self.calls.append("resume")
+
+            def connection_lost(self, exc):
+                self.calls.append("lost")
+
+        async def turns(condition):
+            for _ in range(100000):
+                if condition():
+                    break
+                await asyncio.sleep(0)
+
+        async def talk():
+            here, there = socket.socketpair()
+            told = Told()
+            transport = port_proxy.SocketTransport(background.loop, here, told, "")
+            there.setblocking(False)
+            got, data = [], bytes(range(256)) * 8000
+            for at in range(0, len(data), 100000):
+                transport.write(data[at : at + 100000])
+            assert told.calls == ["made", "pause"]
+
+            def read():
+                with contextlib.suppress(BlockingIOError):
+                    got.append(there.recv(1 << 20))
+                return sum(map(len, got)) == len(data)
+
+            await turns(read)
+            await turns(lambda: "resume" in told.calls)
+            there.send(b"bye")
+            there.shutdown(socket.SHUT_WR)
+            await turns(lambda: "ended" in told.calls)
+            for _ in range(20):
+                transport.resume_reading()
+                await asyncio.sleep(0)
+            transport.write(b"last words")
+            transport.close()
+            await turns(lambda: "lost" in told.calls)
+            last = there.recv(100), there.recv(100)
+            there.close()
+            return told.calls, told.data, b"".join(got) == data, last, here.fileno()
+
+        assert background.do(talk()) == (["made", "pause", "resume", "ended", "lost"], b"bye", True, (b"last words", b""), -1)
+
+    def test_the_end_of_writing_comes_behind_what_is_queued(self, background):
+        async def talk():
+            here, there = socket.socketpair()
+            transport = port_proxy.SocketTransport(background.loop, here, asyncio.Protocol(), "")
+            transport.write(bytes(1 << 22))
+            transport.write_eof()
+            got, end = 0, None
+            there.setblocking(False)
+            while end is None:
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    data = there.recv(1 << 20)
+                    got += len(data)
+                    end = end if data else got
+            transport.abort()
+            await asyncio.sleep(0)
+            there.close()
+            return got, end
+
+        assert background.do(talk()) == (1 << 22, 1 << 22)
+
+
+class TestPromptTask:
+    """A task in all but the moment in which it goes on."""
+
+    @pytest.fixture
+    def log(self):
+        return []
+
+    async def _work(self, log, *awaited):
+        try:
+            for one in awaited:
+                log.append(await one)
+            log.append("done")
+        except asyncio.CancelledError:
+            log.append("cancelled")
+            raise
+        finally:
+            await asyncio.sleep(0)
+            log.append("cleaned up")
+
+    def test_goes_on_at_once(self, background, log):
+        async def passing():
+            signal = port_proxy.Signal(loop=background.loop)
+            task = port_proxy.PromptTask(self._work(log, signal), background.loop)
+            log.append("begun")
+            signal.give()
+            log.append("given")
+            await task
+
+        background.do(passing())
+        assert log == ["begun", None, "done", "given", "cleaned up"]
+
+    def test_goes_on_behind_what_asyncio_has(self, background, log):
+        async def passing():
+            future = background.loop.create_future()
+            task = port_proxy.PromptTask(self._work(log, asyncio.sleep(0, 1), future, asyncio.ensure_future(asyncio.sleep(0, 3))), background.loop)
+            background.loop.call_soon(future.set_result, 2)
+            await asyncio.wait([task])
+            return task.result()
+
+        assert background.do(passing()) is None
+        assert log == [1, 2, 3, "done", "cleaned up"]
+
+    @pytest.mark.parametrize("awaits", ["a signal", "a future", "a future that is done", "nothing"])
+    def test_is_cancelled_where_it_waits(self, background, log, awaits):
+        async def passing():
+            awaited = port_proxy.Signal(loop=background.loop) if awaits == "a signal" else background.loop.create_future()
+            if awaits == "nothing":
+                awaited = asyncio.sleep(0)
+            never = background.loop.create_future()
+            task = port_proxy.PromptTask(self._work(log, awaited, never), background.loop)
+            if awaits == "a future that is done":
+                awaited.set_result(None)
+            assert task.cancel()
+            await asyncio.wait([task], timeout=WAIT)
+            return task.cancelled(), task.cancel()
+
+        assert background.do(passing()) == (True, False)
+        assert log == ["cancelled", "cleaned up"]
+
+    def test_what_it_raises_is_its_exception(self, background, log):
+        async def passing():
+            future = background.loop.create_future()
+            task = port_proxy.PromptTask(self._work(log, future), background.loop)
+            future.set_exception(OSError("gone"))
+            await asyncio.wait([task])
+            return type(task.exception())
+
+        assert background.do(passing()) is OSError
+        assert log == ["cleaned up"]
+
+    def test_a_limit_can_be_set_within(self, background, log):
+        """asyncio.wait_for, and what else asks for the current task, needs one made for it."""
+
+        async def passing():
+            await asyncio.wait([port_proxy.PromptTask(self._work(log, port_proxy.limited(asyncio.sleep(0, 1), WAIT)), background.loop)])
+
+        background.do(passing())
+        assert log == [1, "done", "cleaned up"]
+
+
 class TestTunnel:
     def test_handshake_is_end_to_end(self, proxy, upstream):
         app = upstream(lambda wire, app: (app.messages.append(wire.message()), wire.send(SWITCHING), wire.rest()))
@@ -3543,6 +3729,218 @@ class TestConnections:
             wire.send(request("POST", "/proxy/%d/" % app.port, "Content-Length: 1", body=b"a") + b"\r\n")
             assert wire.message()[2] == b"ok"
             assert wire.rest() == b""  # the end of an idle connection, without a 408
+
+
+class TestPlainRequests:
+    """Those that are served without a task, as long as nothing comes between."""
+
+    def _is_prompt(self, proxy):
+        return any(proxy.proxy._clients.values()) and not proxy.proxy._tasks
+
+    def _begin(self, proxy, upstream, wire, serve):
+        """A request that is served promptly, up to where its upstream `serve`s it; the upstream."""
+        seen = threading.Event()
+
+        def both(there, app):
+            there.message()
+            there.send(OK)
+            if there.more():
+                there.message()
+                seen.wait(WAIT)
+                serve(there, app)
+
+        app = upstream(both)
+        assert proxy.get("/proxy/%d/" % app.port)[2] == b"ok"
+        eventually(lambda: proxy.upstreams._idle_count == 1)
+        wire.send(request("GET", "/proxy/%d/" % app.port))
+        eventually(lambda: self._is_prompt(proxy))
+        seen.set()
+        return app
+
+    def test_a_plain_request_takes_no_task(self, proxy, upstream):
+        with proxy.wire() as wire:
+            app = self._begin(proxy, upstream, wire, lambda there, app: (app.let_go.wait(WAIT), there.send(OK), there.more()))
+            app.let_go.set()
+            assert wire.message()[2] == b"ok"
+            eventually(lambda: not self._is_prompt(proxy))
+            wire.send(request("GET", "/proxy/"))
+            assert status_of(wire.message()) == 200
+        assert app.connections == 1
+
+    @pytest.mark.parametrize("answer, rest", [
+        (OK[:9], OK[9:]), (OK[:-1], OK[-1:]), (OK[:-2], OK[-2:]), (b"HTTP/1.1 103 Early Hints\r\n\r\n", OK), (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n", b"0\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: " + 4000 * b"x" + b"\r\n\r\nok", b""),
+    ])  # fmt: skip
+    def test_an_answer_in_pieces_is_left_to_a_task(self, proxy, upstream, answer, rest):
+        def serve(there, app):
+            there.send(answer)
+            app.let_go.wait(WAIT)
+            there.send(rest)
+            there.more()
+
+        with proxy.wire() as wire:
+            app = self._begin(proxy, upstream, wire, serve)
+            eventually(lambda: not self._is_prompt(proxy))
+            app.let_go.set()
+            message = wire.message(no_body=b"103" in answer)
+            if b"103" in answer:
+                assert status_of(message) == 103
+                message = wire.message()
+            assert (status_of(message), message[2]) == (200, b"ok")
+
+    @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok"])
+    def test_an_upstream_that_takes_no_other_is_not_asked_again(self, proxy, upstream, answer):
+        with proxy.wire() as wire:
+            app = self._begin(proxy, upstream, wire, lambda there, app: (there.send(answer), there.rest()))
+            assert wire.message()[2] == b"ok"
+            wire.send(request("GET", "/proxy/%d/" % app.port))
+            assert wire.message()[2] == b"ok"
+        assert app.connections == 2
+
+    def test_more_than_the_answer_is_nobodys(self, proxy, upstream):
+        """What comes behind it ends the upstream's connection, and reaches no client."""
+        with proxy.wire() as wire:
+            app = self._begin(proxy, upstream, wire, lambda there, app: (there.send(OK + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"), there.rest()))
+            assert wire.message()[2] == b"ok"
+            wire.send(request("GET", "/proxy/%d/" % app.port))
+            assert wire.message()[2] == b"ok"
+        assert app.connections == 2
+
+    def test_an_answer_that_is_no_http(self, proxy, upstream):
+        with proxy.wire() as wire:
+            self._begin(proxy, upstream, wire, lambda there, app: there.send(b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok"))
+            message = wire.message()
+            assert status_of(message) == 502
+            assert b"not valid HTTP" in message[2]
+
+    def test_an_upstream_that_leaves_instead_of_answering_is_asked_anew(self, proxy, upstream):
+        with proxy.wire() as wire:
+            app = self._begin(proxy, upstream, wire, lambda there, app: app.let_go.wait(WAIT))
+            app.let_go.set()
+            assert wire.message()[2] == b"ok"
+        assert app.connections == 2
+
+    def test_an_upstream_that_does_not_answer(self, start, upstream):
+        proxy = start(response_timeout=0.3)
+        with proxy.wire() as wire:
+            self._begin(proxy, upstream, wire, lambda there, app: there.rest())
+            assert status_of(wire.message()) == 504
+
+    @pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
+    def test_a_client_that_leaves_ends_it(self, proxy, upstream, leave):
+        ended = threading.Event()
+
+        def serve(there, app):
+            with contextlib.suppress(OSError):
+                there.rest()
+            ended.set()
+
+        with proxy.wire() as wire:
+            self._begin(proxy, upstream, wire, serve)
+            leave(wire)
+            assert ended.wait(WAIT)
+        eventually(lambda: not proxy.proxy._clients and not proxy.proxy._tasks)
+
+    def test_it_is_waited_for_when_the_proxy_stops(self, proxy, upstream):
+        with proxy.wire() as wire:
+            app = self._begin(proxy, upstream, wire, lambda there, app: (app.let_go.wait(WAIT), there.send(OK), there.rest()))
+            closing = asyncio.run_coroutine_threadsafe(proxy.proxy.close(), proxy.background.loop)
+            eventually(lambda: proxy.proxy._tasks)
+            app.let_go.set()
+            message = wire.message()
+            assert (message[2], fields_of(message)["connection"]) == (b"ok", "close")
+            closing.result(WAIT)
+
+    def test_requests_that_come_while_one_is_served(self, proxy, upstream):
+        """What they get comes in their order."""
+        app = upstream(answering(*[b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d" % number for number in range(8)]))
+        assert proxy.get("/proxy/%d/" % app.port)[2] == b"0"
+        with proxy.wire() as wire:
+            with proxy.held():
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+            wire.send(request("GET", "/proxy/%d/" % app.port) * 6)
+            assert b"".join(wire.message()[2] for _ in range(7)) == b"1234567"
+
+    def test_a_client_that_takes_no_answers_is_given_no_more(self, start, upstream):
+        """Though each of its requests would be served promptly."""
+        body = bytes(60000)
+        app = upstream(answering(*[b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body] * 2000))
+        proxy = start()
+        proxy.get("/proxy/%d/" % app.port)
+        with proxy.wire() as wire:
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            with contextlib.suppress(OSError):
+                wire.sock.settimeout(0.5)
+                for _ in range(2000):
+                    wire.sock.sendall(request("GET", "/proxy/%d/" % app.port))
+            steady(lambda: len(app.messages))
+            assert max(stream.transport.get_write_buffer_size() for stream in list(proxy.streams)) < 1 << 20
+
+    @pytest.mark.parametrize("mistaken", ["understand", "translate"])
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_mistakes_of_ours(self, proxy, upstream, monkeypatch, mistaken, is_first):
+        """Whether the request takes a task or none: as long as no answer has begun, it is a 500."""
+
+        def explode(*_):
+            raise RuntimeError("secret")
+
+        app = upstream(answering(OK, OK))
+        if not is_first:
+            assert proxy.get("/proxy/%d/" % app.port)[2] == b"ok"
+        monkeypatch.setattr(proxy.proxy, "_around", proxy.proxy._around._replace(**{mistaken: explode}))
+        proxy.background.do(self._listen_anew(proxy))
+        assert status_of(proxy.get("/proxy/%d/" % app.port)) == 500
+        eventually(lambda: not proxy.proxy._clients and not proxy.proxy._tasks)
+
+    async def _listen_anew(self, proxy):
+        for server in proxy.proxy._servers:
+            server.close()
+        proxy.proxy._servers[:] = [await proxy.proxy._listen(sock, None, proxy.proxy._around) for sock in proxy.proxy._sockets]
+
+
+class TestRemembering:
+    """What short heads came to is remembered; that must not show but in time."""
+
+    def test_what_is_remembered(self):
+        calls = []
+        remember = port_proxy.remembering(lambda raw, *others: calls.append((raw, others)) or len(calls))
+        assert [remember(b"a", 1), remember(b"a", 1), remember(b"a", 2), remember(b"b", 1), remember(b"a", 1)] == [1, 1, 2, 3, 1]
+        assert [remember(bytes(3000)), remember(bytes(3000))] == [4, 5]
+        for number in range(1000):
+            remember(b"%d" % number)
+        assert remember(b"a", 1) == 1006
+
+    def test_a_refusal_is_a_refusal_again(self, proxy):
+        for _ in range(3):
+            assert status_of(proxy.get("/proxy/nope/")) == 404
+            assert status_of(proxy.ask(b"GET / HTTP/1.1\r\n\r\n")) == 400
+
+    def test_the_same_head_from_another_place(self, start, upstream):
+        """What it came to for one client is not what it comes to for another."""
+        app = upstream(answering(OK, OK, OK, OK))
+        proxy = start()
+        for client in ("127.0.0.1", "127.0.0.2", "127.0.0.1"):
+            with Wire(socket.create_connection(("127.0.0.1", proxy.port), WAIT, (client, 0))) as wire:
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+                wire.message()
+            assert fields_of(app.messages[-1])["x-forwarded-for"] == client
+
+    def test_the_same_answer_to_another_request(self, proxy, upstream):
+        """To HEAD it has no body, and to HTTP/1.0 it ends with the connection."""
+        app = upstream(answering(*[b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"] * 3))
+        for _ in range(3):
+            assert proxy.get("/proxy/%d/" % app.port)[2] == b"ok"
+            message = proxy.ask(request("HEAD", "/proxy/%d/" % app.port), no_body=True)
+            assert (fields_of(message)["content-length"], message[2]) == ("2", b"")
+
+    def test_a_session_that_is_not_known_any_more(self, start, upstream):
+        """The gate is asked every time, whatever is remembered of the request."""
+        app = upstream(answering(OK, OK))
+        proxy = start(token="secret")
+        lines = ("Authorization: token secret",)
+        assert status_of(proxy.get("/proxy/%d/" % app.port, *lines)) == 200
+        proxy.proxy._around.gate.token = "another"
+        assert status_of(proxy.get("/proxy/%d/" % app.port, *lines)) == 401
 
 
 class TestDeadlines:
@@ -4275,7 +4673,7 @@ class Fuzzing:
         for _, _, transport, _ in clients:
             transport.feed(b"")
         for _ in range(300):
-            if not self.proxy._tasks:
+            if not self.is_busy():
                 break
             await asyncio.sleep(0)
             for transport in self.upstreams:  # an upstream whose client is content to wait leaves at last
@@ -4288,9 +4686,12 @@ class Fuzzing:
         assert not self.around.watch.streams
         assert not self.around.upstreams._idle_count
 
+    def is_busy(self):
+        return self.proxy._tasks or self.proxy._tunnels or any(self.proxy._clients.values())
+
     def check(self, clients):
         self.counts["cases"] += 1
-        assert not self.proxy._tasks, "a hang"
+        assert not self.is_busy(), "a hang"
         assert not self.internal, self.internal
         allowed = {}
         for name, raw, transport, _ in clients:
@@ -5764,6 +6165,23 @@ class TestJupyter:
 
 
 class TestBenchmark:
+    @pytest.mark.parametrize("kind, bound", [("kept-alive", 4), ("WebSocket", 6)])
+    def test_what_idles_takes_little(self, upstream, tmp_path, kind, bound):
+        """A third of the bound, in KiB, is what it is; twice the bound is what a task and asyncio's streams for each take."""
+
+        def serve(wire, app):
+            with contextlib.suppress(AssertionError, OSError):
+                while "upgrade" not in fields_of(wire.message(no_body=True)):
+                    wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                wire.send(SWITCHING)
+                wire.rest()
+
+        system = BenchSystem("port_proxy", upstream(serve).port, str(tmp_path))
+        try:
+            assert bench_idle(system, 250, bench_kept_alive if kind == "kept-alive" else lambda system: bench_open(system, 1)) < bound
+        finally:
+            system.close()
+
     def test_it_runs_where_there_is_no_pytest(self):
         if not hasattr(os, "fork"):
             pytest.skip("the benchmark's upstream waits for its standard input, as Windows cannot")
