@@ -15,6 +15,7 @@ the upstream is written anew from what was understood (rewriting) and sent on a 
 (upstream).  The body follows while the answer is already awaited; the answer's head is parsed as strictly, written anew
 and relayed piece by piece (exchange).  After a 101 the two connections are spliced (exchange).  The server (server)
 accepts, repeats this for every request of a connection, and is the one place that turns errors into answers (pages).
+What needs no waiting takes a short cut through the same steps: `Exchange.begin` and `finish`.
 
 Sections, each using only names above it: errors, configuration, heads, streams, framing, routes, rewriting, access,
 upstream, pages, jupyterhub, exchange, server, jupyter, command line.
@@ -401,7 +402,7 @@ def _serialise(start_line: str, fields: Fields) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _RECEIVE_BYTES = 65536
-_HOT_RECEIVE_BYTES = 1 << 20  # where a receive was filled: for a large body it is the number of receives that counts
+_HOT_RECEIVE_BYTES = 1 << 19  # where a receive was filled: for a large body it is the number of receives that counts
 _MOST_QUEUED_BYTES = 65536  # that a peer has not taken yet, or that nobody has used: then the other side is stopped
 _BACKLOG = 1024  # connections that nobody has accepted yet
 _UNIX = getattr(socket, "AF_UNIX", None)
@@ -668,8 +669,8 @@ class Signal(asyncio.Future):  # type: ignore[type-arg]
 class PromptTask(asyncio.Future):  # type: ignore[type-arg]
     """Runs a coroutine as asyncio.Task does, but at once: from its beginning, and on when a `Signal` is given.
 
-    A small request waits twice, and each round of the loop that it need not wait for is a tenth of its cost.  To
-    asyncio this is no task: what asks for the current one, as `asyncio.wait_for` does, needs one made for it.
+    This spares a request two rounds of the loop, and every event and every piece of a body one.  To asyncio it is no
+    task: what asks for the current one, as `asyncio.wait_for` does, needs one made for it (`limited`).
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
@@ -801,9 +802,8 @@ class Stream(asyncio.Protocol):
             self._arrival.give()
         elif self.on_data:
             self.on_data()
-        if len(self.buffer) > _MOST_QUEUED_BYTES and self._arrival is None and not self._is_stopped:
-            self._is_stopped = True
-            self.pause_reading()
+        if len(self.buffer) > _MOST_QUEUED_BYTES and self._arrival is None:
+            self._stop()
 
     def eof_received(self) -> bool:
         self.end()
@@ -894,6 +894,11 @@ class Stream(asyncio.Protocol):
         if self._is_stopped and len(self.buffer) <= _MOST_QUEUED_BYTES:
             self._let_go_on()
 
+    def _stop(self) -> None:
+        if not self._is_stopped:
+            self._is_stopped = True
+            self.pause_reading()
+
     def _let_go_on(self) -> None:
         if self._is_stopped:
             self._is_stopped = False
@@ -904,18 +909,23 @@ class Stream(asyncio.Protocol):
         if not self.transport.is_closing():
             self.transport.write(data)
 
-    async def flush(self, timeout: float) -> None:
+    async def flush(self, timeout: float, source: Optional["Stream"] = None) -> None:
         """Wait until the peer has taken enough of what was written; OSError if it is gone or lets `timeout` s pass.
 
-        What is still queued then has as much time again, counted from here.
+        What is still queued then has as much time again, counted from here.  source: where it comes from, which is
+        stopped meanwhile.
         """
         self.write_deadline = self.now() + timeout
         if self._is_writing_paused:
+            if source is not None:
+                source._stop()
             self._room = Signal(loop=self.watch.loop)
             try:
                 await self._room
             finally:
                 self._room = None
+                if source is not None:
+                    source._let_go_on()
         if self.transport.is_closing():
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
@@ -3197,7 +3207,7 @@ class Exchange:
                 upstream.watch.stirred = True
                 upstream.write(data)
                 try:
-                    await upstream.flush(self.config.stall_timeout)
+                    await upstream.flush(self.config.stall_timeout, self.client)
                 except OSError:
                     return  # it takes no more; what it has to say is still heard
             if not self.answered:
@@ -3248,12 +3258,12 @@ class Exchange:
         body = Body(upstream, answered.came_as, self.config, answered.sent_as.kind == CHUNKED)
         data = body.at_hand()
         self._begin_answer(answered.head.status)
-        await self._to_client(answered.for_client + data)
+        await self._to_client(answered.for_client + data, upstream)
         self.sent = body.count
         while not body.finished:
             data = await body.read(self._silence)
             upstream.watch.stirred = True
-            await self._to_client(data)
+            await self._to_client(data, upstream)
             self.sent = body.count
         return answered.is_reusable
 
@@ -3262,10 +3272,10 @@ class Exchange:
         self.answered = True
         self.status = status
 
-    async def _to_client(self, data: bytes) -> None:
+    async def _to_client(self, data: bytes, upstream: Optional[Stream] = None) -> None:
         self.client.write(data)
         try:
-            await self.client.flush(self._patience)
+            await self.client.flush(self._patience, upstream)
         except OSError:
             raise ClientGone()
 
@@ -4627,7 +4637,8 @@ def _raise_descriptor_limit(config: Config) -> Config:
     most = max(8, (soft - 32) // 2)  # a client's connection goes with one to an upstream
     if soft == resource.RLIM_INFINITY or config.max_connections <= most:
         return config
-    return config._replace(max_connections=most, max_tunnels=min(config.max_tunnels, most * 3 // 4))
+    tunnels, idle = min(config.max_tunnels, most * 3 // 4), min(config.max_idle_upstreams, most // 4)
+    return config._replace(max_connections=most, max_tunnels=tunnels, max_idle_upstreams=idle)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
