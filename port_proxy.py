@@ -1176,9 +1176,10 @@ def framing_fields(framing: Framing) -> Fields:
 class Body:
     """The body of one message, read off a stream piece by piece, as the pieces come.
 
-    in_chunks: whether the pieces are given in the chunked coding, the last chunk included, rather than bare; set
-    before the first is read.  count: bytes of the body itself so far.  finished: the body has been read to its end, and
-    the stream stands right behind it.
+    in_chunks: whether the pieces are given in the chunked coding, the last chunk included, rather than bare; set before
+    the first is read.  Chunks are given as they came, without extensions and trailers, their sizes in canonical form.
+    count: bytes of the body itself so far.  finished: the body has been read to its end, and the stream stands right
+    behind it.
     """
 
     __slots__ = (
@@ -1219,7 +1220,7 @@ class Body:
                 if self.framing.kind != UNTIL_CLOSE:
                     raise Truncated()
                 self.finished = True
-                return self._given([])
+                return b"0\r\n\r\n" if self.in_chunks else b""
         return b""
 
     def at_hand(self) -> bytes:
@@ -1227,34 +1228,29 @@ class Body:
         if self.finished or not self.stream.buffer:
             return b""
         if self.framing.kind == CHUNKED:
-            return self._given(self._decode_chunks())
-        if self.framing.kind == UNTIL_CLOSE:
-            return self._given([self.stream.cut(len(self.stream.buffer))])
-        data = self.stream.cut(self._remaining)
-        self._remaining -= len(data)
-        self.finished = self._remaining == 0
-        return self._given([data])
+            return self._take_chunks()
+        if self.framing.kind == LENGTH:
+            data = self.stream.cut(self._remaining)
+            self._remaining -= len(data)
+            self.finished = self._remaining == 0
+        else:
+            data = self.stream.cut(len(self.stream.buffer))
+        self.count += len(data)
+        return b"%x\r\n%s\r\n" % (len(data), data) if self.in_chunks else data
 
-    def _given(self, pieces: "Sequence[Union[bytes, memoryview]]") -> bytes:
-        """The pieces in one, in the chunked coding if that is wanted."""
-        size = sum(map(len, pieces))
-        self.count += size
-        if not self.in_chunks:
-            return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
-        end = b"0\r\n\r\n" if self.finished else b""
-        return b"".join([b"%x\r\n" % size, *pieces, b"\r\n", end]) if size else end
-
-    def _decode_chunks(self) -> List[memoryview]:
+    def _take_chunks(self) -> bytes:
         """Take all whole parts of chunks, and the data of the last, from the buffer (RFC 9112 section 7.1)."""
-        pieces = []
         buffer = self.stream.buffer
-        view, at = memoryview(buffer), 0
+        given: List[Union[bytes, memoryview]] = []
+        view, at, start = memoryview(buffer), 0, 0  # buffer[start:at] can be given as it came
         while at < len(buffer) and not self.finished:
             if self._part == "data":
-                piece = view[at : at + self._remaining]
-                pieces.append(piece)
-                at += len(piece)
-                self._remaining -= len(piece)
+                count = min(self._remaining, len(buffer) - at)
+                if not self.in_chunks:
+                    given.append(view[at : at + count])
+                at += count
+                self.count += count
+                self._remaining -= count
                 if not self._remaining:
                     self._part = "data end"
             elif self._part == "data end":
@@ -1269,13 +1265,18 @@ class Body:
                 line = self._find_line(buffer, at)
                 if line is None:
                     break
-                at += len(line) + 2
-                if self._part == "size":
-                    self._chunk_begins(line)
-                else:
-                    self._trailer_comes(line)
+                behind = at + len(line) + 2
+                canonical = self._chunk_begins(line) if self._part == "size" else self._trailer_comes(line)
+                if self.in_chunks and buffer[at:behind] != canonical:
+                    given += (view[start:at], canonical)
+                    start = behind
+                at = behind
+        if self.in_chunks and not given:
+            return self.stream.cut(at)
+        if self.in_chunks:
+            given.append(view[start:at])
         self.stream.drop(at)
-        return pieces
+        return b"".join(given)
 
     def _find_line(self, buffer: bytes, at: int) -> Optional[str]:
         """The line that begins there, without its CRLF; None if it has not come whole."""
@@ -1292,20 +1293,26 @@ class Body:
             raise ProxyError(400, "A line of a chunked body ends without CR.")
         return buffer[at : end - 1].decode("latin-1")
 
-    def _chunk_begins(self, line: str) -> None:
+    def _chunk_begins(self, line: str) -> bytes:
+        """The line as it is sent on."""
         match = _CHUNK_LINE.fullmatch(line)
         if not match:
             raise ProxyError(400, "A chunk does not begin with its size in hexadecimal digits.")
         self._remaining = int(match.group(1), 16)
+        if self._remaining >= 1 << 60:  # parsers differ in what they make of it; nobody has so much to send
+            raise ProxyError(400, "A chunk is longer than any can be.")
         self._part = "data" if self._remaining else "trailers"
+        return b"%x\r\n" % self._remaining
 
-    def _trailer_comes(self, line: str) -> None:
+    def _trailer_comes(self, line: str) -> bytes:
+        """The line as it is sent on: nothing, but for the empty one at the end."""
         self._trailer_bytes += len(line) + 2
         if self._trailer_bytes > self.config.max_trailer_bytes:
             raise ProxyError(400, "The trailers are longer than %d bytes." % self.config.max_trailer_bytes)
         if line and not _FIELD.fullmatch(line + "\r\n"):
             raise ProxyError(400, "A trailer is not a valid field line.")
         self.finished = not line
+        return b"" if line else b"\r\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

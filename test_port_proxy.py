@@ -698,7 +698,7 @@ BAD_CHUNKED_BODIES = [
     b"\r\n", b"g\r\n", b"-1\r\na", b"+1\r\na", b"0x1\r\na", b" 1\r\na", b"1 \r\na\r\n", b"1_0\r\n", b"\xb2\r\n", b"00000000000000001\r\na",
     b"1\na\r\n", b"1\ra\r\n", b"1;\r\na", b"1;a=\r\nb", b"1;a=\"\r\nb", b"1;a\x00\r\nb", b"1;a\rb\r\n", b"1\r\nab\r\n", b"1\r\na\n0\r\n\r\n", b"1\r\na\r0",
     b"1\r\na0\r\n\r\n", b"0\r\nX\r\n\r\n", b"0\r\n X: y\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\nX: \x00\r\n\r\n", b"0\r\nX: y\n\r\n", b"0\n\n",
-    b"1;" + b"a" * 5000, b"1;" + b"a" * 5000 + b"\r\na\r\n", b"0\r\n" + b"X: y\r\n" * 5000, b"0\r\nX: " + b"y" * 20000, b"zz", b"12345678901234567",
+    b"1;" + b"a" * 5000, b"1;" + b"a" * 5000 + b"\r\na\r\n", b"0\r\n" + b"X: y\r\n" * 5000, b"0\r\nX: " + b"y" * 20000, b"zz", b"12345678901234567", b"1000000000000000\r\n", b"ffffffffffffffff\r\n", b"8000000000000001\r\na\r\n",
 ]  # fmt: skip
 
 
@@ -758,16 +758,33 @@ class TestFraming:
         assert decode(Framing(LENGTH, 0), [b"abc"]) == (b"", b"abc")
         assert decode(NO_BODY, [b"abc"]) == (b"", b"abc")
 
-    def test_chunked_anew(self):
-        """What is sent on in chunks is the same body, ends as it ended, and nothing but what was understood."""
+    def test_chunked_as_it_is_sent_on(self):
+        """The same body in the same chunks, and nothing but what was understood; as soon as it has come."""
         for raw, data in CHUNKED_BODIES:
             for pieces, behind in feedings(raw):
                 anew, left = decode(Framing(CHUNKED), pieces, in_chunks=True)
                 assert left == behind
                 assert decode(Framing(CHUNKED), [anew]) == (data, b"")
-                assert b";" not in anew.replace(data, b"")
-                assert anew.endswith(b"0\r\n\r\n")
-        assert decode(Framing(CHUNKED), [b'3;a=b\r\nabc\r\n01\r\nd\r\n0\r\nX: y\r\n\r\n'], in_chunks=True) == (b"4\r\nabcd\r\n0\r\n\r\n", b"")
+                assert re.fullmatch(rb"(?:(?:[1-9a-f][0-9a-f]*)\r\n(?s:.)*\r\n)?0\r\n\r\n", anew)
+                assert not {b";", b"X", b"Z"} & {anew[at : at + 1] for at in range(len(anew))}
+
+    @pytest.mark.parametrize("raw, sent", [
+        (b"3;a=b\r\nabc\r\n01\r\nd\r\n0\r\nX: y\r\n\r\n", b"3\r\nabc\r\n1\r\nd\r\n0\r\n\r\n"), (b"A\r\n0123456789\r\n00;x\r\n\r\n", b"a\r\n0123456789\r\n0\r\n\r\n"),
+        (b"2\r\nab\r\n2\r\ncd\r\n0\r\n\r\n", b"2\r\nab\r\n2\r\ncd\r\n0\r\n\r\n"), (b"0\r\nX: y\r\nZ: w\r\n\r\n", b"0\r\n\r\n"),
+    ])  # fmt: skip
+    def test_chunks_in_canonical_form(self, raw, sent):
+        for pieces, behind in feedings(raw):
+            assert decode(Framing(CHUNKED), pieces, in_chunks=True) == (sent, behind)
+
+    def test_a_part_of_a_chunk_is_not_held_back(self):
+        stream = port_proxy.Stream(None)
+        body = Body(stream, Framing(CHUNKED), DEFAULT, in_chunks=True)
+        given = []
+        for piece in (b"5", b"\r\n", b"ab", b"cde\r", b"\n0", b"\r\n\r", b"\nGET"):
+            stream.data_received(piece)
+            given.append(body.at_hand())
+        assert given == [b"", b"5\r\n", b"ab", b"cde", b"\r\n", b"0\r\n", b"\r\n"]
+        assert (body.count, body.finished, stream.buffer) == (5, True, b"GET")
 
     def test_chunked_pieces_of_any_size(self):
         chance = random.Random(9)
@@ -2725,9 +2742,9 @@ class TestResponses:
         app = upstream(serve)
         with proxy.wire() as wire:
             wire.send(request("GET", "/proxy/%d/" % app.port))
-            wire.until(b"t\r\n")
+            assert wire.until(b"3\r\nt").endswith(b"3\r\none\r\n3\r\nt")
             app.happened.set()
-            assert wire.until(b"0\r\n\r\n").endswith(b"2\r\nwo\r\n0\r\n\r\n")
+            assert wire.until(b"0\r\n\r\n") == b"wo\r\n0\r\n\r\n"
 
 
 class TestRequests:
