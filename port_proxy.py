@@ -742,6 +742,7 @@ class Stream(asyncio.Protocol):
     __slots__ = (
         "_accepted",
         "_arrival",
+        "_heir",
         "_is_stopped",
         "_is_writing_paused",
         "_room",
@@ -776,6 +777,7 @@ class Stream(asyncio.Protocol):
         self.end_is_delimiter = False
         self.was_heard = False
         self._accepted = accepted
+        self._heir: Optional[asyncio.Protocol] = None
         self._arrival: Optional[Signal] = None  # of bytes or the end, where somebody waits for them
         self._room: Optional[Signal] = None  # for more to be written, likewise
         self._is_stopped = False
@@ -821,6 +823,9 @@ class Stream(asyncio.Protocol):
                 self.on_end()
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
+        if self._heir is not None:  # some transports tell of it whom they knew when they learnt of it
+            self._heir.connection_lost(exc)  # type: ignore[arg-type]
+            return
         self.watch.forget(self)
         if isinstance(exc, OSError):
             self._save_unread()
@@ -933,7 +938,7 @@ class Stream(asyncio.Protocol):
         """How many bytes wait for the peer to take them."""
         try:
             return self.transport.get_write_buffer_size()
-        except AttributeError:  # 3.6, over TLS, between the connection's loss and our being told
+        except AttributeError:  # before 3.11, over TLS, between the connection's loss and our being told
             return 0
 
     def is_quiet(self) -> bool:
@@ -958,9 +963,12 @@ class Stream(asyncio.Protocol):
             self.abort()
 
     def _is_unwatched(self) -> bool:
-        """Whether the loop does not look at the connection, which is open."""
+        """Whether the loop does not look at the connection, which is open both ways."""
         is_reading = getattr(self.transport, "is_reading", None)  # not in 3.6
-        return is_reading is not None and not self.transport.is_closing() and not is_reading()
+        try:
+            return is_reading is not None and not self.ended and not self.transport.is_closing() and not is_reading()
+        except RuntimeError:  # before 3.11, over TLS, between the connection's loss and our being told
+            return False
 
     def end_writing(self) -> None:
         """Send what is queued, then tell the peer that no more will come, as far as the transport can."""
@@ -997,19 +1005,20 @@ class Stream(asyncio.Protocol):
         """Stop receiving; the kernel then stops the peer."""
         try:
             self.transport.pause_reading()
-        except RuntimeError:  # before 3.7 these two refuse to do nothing
+        except (RuntimeError, AttributeError):  # before 3.7 these two refuse to do nothing; and as in `queued`
             pass
 
     def resume_reading(self) -> None:
         """Receive again."""
         try:
             self.transport.resume_reading()
-        except RuntimeError:
+        except (RuntimeError, AttributeError):
             pass
 
     def hand_over(self, protocol: asyncio.Protocol) -> bytes:
         """Let `protocol` have all that comes from now on; the bytes that had come before are returned."""
         self.transport.set_protocol(protocol)
+        self._heir = protocol
         self.write_deadline = FOREVER  # that of a message; what comes now has none
         earlier, self.buffer = self.buffer, b""
         self._is_stopped = False
@@ -1044,13 +1053,16 @@ class Watch:
         self._timer = loop.call_later(interval, self._tick)
 
     def _tick(self) -> None:
+        self._timer = self.loop.call_later(self.interval, self._tick)
         now = time.monotonic()
         for stream in list(self.streams):
-            stream.expire(now)
+            try:
+                stream.expire(now)
+            except Exception as error:  # of one connection, which must not keep the others from their deadlines
+                logger.error("internal error: %r", error)
         if self.stirred and self.on_activity:
             self.on_activity()
         self.stirred = False
-        self._timer = self.loop.call_later(self.interval, self._tick)
 
     def forget(self, stream: Stream) -> None:
         """Take out a connection that is no more."""
@@ -2966,15 +2978,15 @@ def readers_of_heads(
     return remembering(understand_here), remembering(translate_here)
 
 
-_Begun = Tuple["Exchange", Stream]  # with the connection on which the request has been sent
+_Begun = Tuple["Exchange", Optional[Stream]]  # with the connection on which the request has been sent
 
 
 class Exchange:
     """One request of a client, from its head to the last byte of its answer.
 
     answered: a final head has gone out, and all that is left on a failure is to cut the answer short.  keep_alive: the
-    client's connection stands right behind the request and its answer, and may carry the next.  place, status,
-    sent (bytes of the answer's body) and error are for the log.
+    client's connection stands right behind the request and its answer, and may carry the next.  refusal: why `begin`
+    did not let it in.  place, status, sent (bytes of the answer's body) and error are for the log.
     """
 
     __slots__ = (
@@ -2991,6 +3003,7 @@ class Exchange:
         "error",
         "keep_alive",
         "place",
+        "refusal",
         "sent",
         "started",
         "status",
@@ -3010,6 +3023,7 @@ class Exchange:
         self.status = 0
         self.sent = 0
         self.error: Optional[ProxyError] = None
+        self.refusal: Optional[Exception] = None
         self.tunnel: Optional[Tunnel] = None
         self._patience = self.config.stall_timeout  # for the client to take what it is sent
         self._silence = FOREVER  # how long an upstream may be silent in the middle of its answer
@@ -3038,7 +3052,7 @@ class Exchange:
     def begin(self) -> Optional[Stream]:
         """Send a plain request on a pooled connection, which is returned, without waiting for anything.
 
-        None, with nothing done, where that cannot be: that is left to `run`.
+        None where that cannot be, which is left to `run`; or where the request is refused, which is left to `go_on`.
         """
         asked, route, upstreams = self.asked, self.asked.route, self.around.upstreams
         if not asked.is_plain or route is None or not upstreams.has_idle(route):
@@ -3046,7 +3060,8 @@ class Exchange:
         try:
             self.around.gate.check(asked.head, asked.visit)
             check_route(route, self.config)
-        except Exception:  # `run` meets it again, where errors become answers
+        except Exception as error:  # raised where errors become answers
+            self.refusal = error
             return None
         upstream = upstreams.take(route, self._is_replayable())
         if upstream is not None:
@@ -3085,8 +3100,10 @@ class Exchange:
             upstream.abort()
         return True
 
-    async def go_on(self, upstream: Stream) -> None:
-        """As `run`, for a request that `begin` has sent."""
+    async def go_on(self, upstream: Optional[Stream]) -> None:
+        """As `run`, for a request that `begin` has sent, or refused."""
+        if self.refusal is not None:
+            raise self.refusal
         assert self.asked.route is not None
         await self._forward(self.asked.route, upstream, self.asked.for_upstream, is_sent=True)
 
@@ -3421,6 +3438,7 @@ class PortProxy:
         self._around: Optional[Surroundings] = None
         self._clients: Dict[Stream, Optional[Exchange]] = {}  # with the request that each one is at
         self._tasks: Dict[Stream, PromptTask] = {}  # of the clients that do not idle
+        self._prompt: Dict[Stream, Callable[[], None]] = {}  # clients served without one, and how to go on with each
         self._tunnels: Set[Tunnel] = set()
         self._sockets: List[socket.socket] = []
         self._were_given = False
@@ -3523,8 +3541,8 @@ class PortProxy:
         for client, exchange in list(self._clients.items()):
             if exchange is None:
                 client.close()
-            elif client not in self._tasks and client.on_end:
-                client.on_end()  # it is served promptly; now a task is to wait for
+        for go_on in list(self._prompt.values()):
+            go_on()  # which makes a task that can be waited for
         for tunnel in list(self._tunnels):
             tunnel.close()
         until = time.monotonic() + self.config.shutdown_timeout
@@ -3610,17 +3628,21 @@ class PortProxy:
         except Exception:  # the task meets it again, where errors become answers
             return False
         upstream = exchange.begin()
-        if upstream is None:
+        if upstream is None and exchange.refusal is None:
             return False
         client.drop(len(raw))
         self._clients[client] = exchange
+        if upstream is None:
+            self._start_task(client, around, (exchange, None))
+            return True
         upstream.read_deadline = client.now() + self.config.response_timeout
-        go_on = functools.partial(self._go_on, client, around, exchange, upstream)
+        go_on = self._prompt[client] = functools.partial(self._go_on, client, around, exchange, upstream)
         upstream.on_data = upstream.on_end = client.on_end = go_on
         return True
 
     def _go_on(self, client: Stream, around: Surroundings, exchange: Exchange, upstream: Stream) -> None:
         """Go on with a request that is served promptly when something comes from its upstream, or the client ends."""
+        del self._prompt[client]
         upstream.on_data = upstream.on_end = client.on_end = None
         upstream.read_deadline = FOREVER
         if client.ended:
@@ -3652,23 +3674,25 @@ class PortProxy:
 
     async def _serve(self, client: Stream, around: Surroundings, begun: Optional[_Begun] = None) -> None:
         """The requests of one client's connection that come one right behind the other."""
+        is_kept = False  # the connection, in our care
         try:
             while (begun or not around.stopping.is_set()) and await self._serve_request(client, around, begun=begun):
                 begun = None
-                if client.is_quiet():
+                if client.is_quiet() and not around.stopping.is_set():
                     self._let_idle(client, around)
+                    is_kept = True
                     return
                 await asyncio.sleep(0)  # a client that sends many at once leaves the others their turns
             if client in self._clients:
                 client.close()
         except (ClientGone, Truncated, Stalled, OSError):
             client.abort()
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, above all
             client.abort()
             raise
         finally:
             self._tasks.pop(client, None)
-            if client.transport.is_closing():
+            if not is_kept:
                 self._clients.pop(client, None)
 
     async def _serve_request(

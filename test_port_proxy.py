@@ -3184,12 +3184,19 @@ class TestStreams:
     def test_a_tunnel_outlives_the_deadline_of_its_handshake(self, background):
         """Bytes that happen to be queued an hour after the 101 are no reason to end a WebSocket."""
 
+        stream = None
+
+        class Heir(asyncio.Protocol):
+            def connection_lost(self, exc):
+                stream.watch.forget(stream)
+
         async def passing():
+            nonlocal stream
             watch = port_proxy.Watch(background.loop, 60)
             transport = Loopless(background.loop, 1)
             stream = connected(port_proxy.Stream(watch), transport)
             await stream.flush(3600)
-            stream.hand_over(stream)
+            stream.hand_over(Heir())
             transport.queued = 5
             stream.expire(stream.now() + 4000)
             outcome = transport.aborted
@@ -3320,6 +3327,64 @@ class TestStreams:
             return got, end
 
         assert background.do(talk()) == (1 << 22, 1 << 22)
+
+
+    def test_a_failure_of_one_connection_does_not_stop_the_clock(self, background, caplog):
+        async def passing():
+            watch = port_proxy.Watch(background.loop, 0.01)
+            broken, other = (connected(port_proxy.Stream(watch), Loopless(background.loop, 1)) for _ in range(2))
+            ended = background.loop.create_future()
+
+            def explode():
+                raise RuntimeError("a mistake of ours")
+
+            broken.read_deadline, broken.on_end = 0.0, explode
+            await asyncio.sleep(0.05)
+            other.read_deadline, other.on_end = 0.0, lambda: ended.set_result(type(other.failure))
+            outcome = await asyncio.wait_for(ended, WAIT)
+            await watch.close(0)
+            return outcome
+
+        assert background.do(passing()) is port_proxy.Stalled
+        assert any("internal error" in record.getMessage() for record in caplog.records)
+
+    def test_what_a_transport_over_tls_refuses_to_tell(self, background):
+        """Between the connection's loss and our being told of it, asyncio's fails, or has nothing to say."""
+
+        class Lost:
+            def fail(self):
+                raise RuntimeError("SSL transport has not been initialized yet")
+
+            def is_closing(self):
+                return False
+
+            is_reading = pause_reading = fail
+
+            def resume_reading(self):
+                return None.resume_reading()
+
+        stream = port_proxy.Stream(None)
+        stream.transport = Lost()
+        stream.pause_reading()
+        stream.resume_reading()
+        assert not stream._is_unwatched()
+
+    def test_who_is_told_of_a_loss(self, background):
+        """A transport that learnt of it before a tunnel was made may tell the stream."""
+
+        async def passing():
+            watch = port_proxy.Watch(background.loop, 60)
+            client, upstream = (connected(port_proxy.Stream(watch), Loopless(background.loop, 1)) for _ in range(2))
+            tunnels = set()
+            port_proxy.Tunnel(client, upstream, 60, tunnels)
+            client.connection_lost(ConnectionResetError())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            left = set(watch.streams)
+            await watch.close(0)
+            return tunnels, left
+
+        assert background.do(passing()) == (set(), set())
 
 
 class TestPromptTask:
@@ -3752,7 +3817,7 @@ class TestPlainRequests:
     """Those that are served without a task, as long as nothing comes between."""
 
     def _is_prompt(self, proxy):
-        return any(proxy.proxy._clients.values()) and not proxy.proxy._tasks
+        return bool(proxy.proxy._prompt) and not proxy.proxy._tasks
 
     def _begin(self, proxy, upstream, wire, serve):
         """A request that is served promptly, up to where its upstream `serve`s it; the upstream."""
@@ -3867,6 +3932,16 @@ class TestPlainRequests:
             message = wire.message()
             assert (message[2], fields_of(message)["connection"]) == (b"ok", "close")
             closing.result(WAIT)
+
+    def test_a_refusal_is_asked_for_once(self, start, upstream):
+        """A page visit with the token makes one session, not two."""
+        app = upstream(answering(OK, OK))
+        proxy = start(token="secret")
+        assert proxy.get("/proxy/%d/" % app.port, "Authorization: token secret")[2] == b"ok"
+        eventually(lambda: proxy.upstreams._idle_count == 1)
+        message = proxy.get("/proxy/%d/?token=secret" % app.port, "Accept: text/html")
+        assert (status_of(message), len(proxy.proxy._around.gate._sessions)) == (302, 1)
+        assert status_of(proxy.get("/proxy/%d/" % app.port)) == 401
 
     def test_requests_that_come_while_one_is_served(self, proxy, upstream):
         """What they get comes in their order."""
@@ -4277,6 +4352,20 @@ class TestTls:
             checked_config(Config(upstream_tls=upstream_tls))
 
 
+    @pytest.mark.parametrize("sent", [b"GET /proxy/", b"no HTTP\r\n\r\n", request("POST", "/proxy/%d/", "Content-Length: 9", body=b"abc"), request("GET", "/proxy/%d/")])
+    @pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
+    def test_clients_that_leave_are_forgotten(self, start, upstream, certificate, sent, leave):
+        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), app.happened.set(), app.let_go.wait(WAIT)))
+        proxy = start(certfile=str(certificate / "both.pem"))
+        context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+        wire = Wire(context.wrap_socket(socket.create_connection(("127.0.0.1", proxy.port), WAIT), server_hostname="localhost"))
+        wire.send(sent % app.port if b"%" in sent else sent)
+        if b"%" in sent:
+            assert app.happened.wait(WAIT)
+        leave(wire)
+        eventually(lambda: not proxy.proxy._clients and not proxy.proxy._tasks)
+
+
 class TestUnixSockets:
     @pytest.fixture
     def folder(self):
@@ -4417,6 +4506,21 @@ class TestClose:
             assert (message[2], fields_of(message)["connection"]) == (b"ok", "close")
             closing.join(WAIT)
             assert not closing.is_alive()
+
+    def test_what_finishes_then_does_not_idle(self, start, upstream, monkeypatch):
+        """Though its head, which has gone out, said nothing of an end."""
+        app = upstream(lambda wire, app: (wire.message(), wire.send(OK[:-1]), app.let_go.wait(WAIT), wire.send(OK[-1:]), wire.rest()))
+        proxy, idled = start(), []
+        with proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port))
+            wire.until(b"\r\n\r\n")
+            monkeypatch.setattr(proxy.proxy, "_let_idle", lambda *_: idled.append(1))
+            closing = asyncio.run_coroutine_threadsafe(proxy.proxy.close(), proxy.background.loop)
+            eventually(lambda: proxy.proxy._around is None)
+            app.let_go.set()
+            assert wire.rest() == OK[-2:]
+            closing.result(WAIT)
+        assert not idled
 
     def test_what_does_not_finish_in_time_is_cut(self, start, upstream):
         app = upstream(lambda wire, app: (wire.message(), wire.send(b"HTTP/1.1 200 OK\r\n\r\nabc"), wire.rest()))
@@ -4736,10 +4840,10 @@ class Fuzzing:
             self.counts["refusals" if status >= 400 else "answers"] += 1
             if status == 101:
                 return
-            length = re.search(rb"content-length: ([0-9]+)\r\n", fields)
+            length = re.search(rb"(?:^|\n)content-length: ([0-9]+)\r\n", fields)
             if status < 200 or status in (204, 304) or sent.startswith(b"HTTP/1.1 ") or not sent:  # HEAD among them
                 continue
-            if b"transfer-encoding: chunked\r\n" in fields:
+            if re.search(rb"(?:^|\n)transfer-encoding: chunked\r\n", fields):
                 size = 1
                 while size:
                     line = re.match(rb"([0-9a-f]+)\r\n", sent)
