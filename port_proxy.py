@@ -8,6 +8,7 @@ this machine.  The standard library is all it needs, from CPython 3.6 on.
     <base>/absolute/<port>/path?q           the full <base>/absolute/<port>/path?q at localhost:<port>
     <base>/<host>:<port>/path?q             as the first, on a host of the allowlist
     <base>/absolute/<host>:<port>/path?q    as the second, on a host of the allowlist
+    http://<port>.localhost:8888/path?q     /path?q at localhost:<port>, which has this origin for itself
 
 The story of one request.  A client's bytes become a `RequestHead` (heads) or a refusal (errors); how its body is framed
 is settled once, strictly (framing).  The target names a `Route` (routes), which must be allowed (access).  The head for
@@ -146,6 +147,7 @@ class Config(NamedTuple):
     # that is given the host as written, lower-cased and without brackets, and decides alone.
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # pass the client's Host to the upstream instead of the target's
+    domains: Sequence[str] = ("localhost",)  # where the host is <port>.<domain>, it names the port; not under a Hub
 
     # Who may come in.  token: None asks for none where only this machine's users can connect, and makes a random one
     # elsewhere; "any" makes one everywhere; "" never asks for one.
@@ -921,7 +923,9 @@ _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end t
 _ROUTE = re.compile(r"(/absolute)?/([^/]*)(/.*)?")
 _TARGET = re.compile(r"(?:(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252})|\[([0-9A-Fa-f:.]{2,45})\]):)?([1-9][0-9]{0,4})")
 _NAME_PATTERN = re.compile(r"[a-z0-9_.*?\-]+")  # of the allowlist; the next is for IPv6
+_DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?)*")
 _ADDRESS_PATTERN = re.compile(r"[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
+_PORT_NAME = re.compile(r"[1-9][0-9]{0,4}")
 _UP = re.compile(r"(?:\.|%2e){2}", re.IGNORECASE)
 _HERE = re.compile(r"(?:\.|%2e)", re.IGNORECASE)
 
@@ -930,8 +934,9 @@ class Route(NamedTuple):
     """Where a request goes.
 
     host: as written, lower-cased, without brackets; "localhost" where none was written.  prefix: what the client wrote
-    in front of the app's own path.  absolute: the upstream is sent the prefix too.  path: what follows the prefix, raw,
-    "" where the slash behind the port is missing.  query: raw, with its "?", or "".  scheme: what the upstream speaks.
+    in front of the app's own path, "" where its host names the port.  absolute: the upstream is sent the prefix too.
+    path: what follows the prefix, raw, "" where the slash behind the port is missing.  query: raw, with its "?", or "".
+    scheme: what the upstream speaks.
     """
 
     host: str
@@ -991,6 +996,23 @@ def find_route(base: str, target: str) -> Optional[Route]:
     return Route(host, int(port), prefix, bool(match.group(1)), rest_of_path, mark + query)
 
 
+def host_of(authority: str) -> str:
+    """The host in an authority, lower-cased and without its port."""
+    return re.sub(r":[0-9]*\Z", "", authority).lower()
+
+
+def port_in_host(authority: str, domains: Sequence[str]) -> int:
+    """The port that a host such as 8080.localhost names, 0 if it names none."""
+    port, _, domain = host_of(authority).partition(".")
+    return int(port) if domain in domains and _PORT_NAME.fullmatch(port) and int(port) <= 65535 else 0
+
+
+def route_of_host(port: int, target: str) -> Route:
+    """The route to a port that the host names: the target (origin form) is the app's own, to the last byte."""
+    path, mark, query = target.partition("?")
+    return Route("localhost", port, "", False, path, mark + query)
+
+
 def speaks_tls(route: Route, upstream_tls: Sequence[str]) -> bool:
     """Whether the upstream of `route` is among "PORT" (of this machine) and "HOST:PORT"."""
     return route.authority in upstream_tls or (route.host in LOOPBACK_NAMES and str(route.port) in upstream_tls)
@@ -1021,6 +1043,14 @@ def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
             raise ValueError("an allowed host is a name, an address or a glob such as *.example.org, not %r" % given)
         normal.append(pattern)
     return tuple(normal)
+
+
+def normal_domain(domain: str) -> str:
+    """A domain, lower-cased; ValueError if it is none."""
+    normal = domain.lower()
+    if not _DOMAIN.fullmatch(normal):
+        raise ValueError("a domain is a name such as apps.example.org, not %r" % domain)
+    return normal
 
 
 def is_home(base: str, target: str) -> bool:
@@ -1088,16 +1118,20 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 class Visit(NamedTuple):
     """How the client sees us: its address, "" if it has none; the scheme, authority (host:port) and port of the origin
-    that it talks to, "" where it did not say; and the X-Forwarded-For that an upstream is to get."""
+    that it talks to, "" where it did not say; the X-Forwarded-For that an upstream is to get; and the port of the app
+    whose host that is, 0 where it is our own."""
 
     address: str
     scheme: str
     authority: str
     port: str = ""
     forwarded_for: str = ""
+    app_port: int = 0
 
 
-def visit_of(head: RequestHead, address: str, scheme: str, trusted_proxies: Sequence[str]) -> Visit:
+def visit_of(
+    head: RequestHead, address: str, scheme: str, trusted_proxies: Sequence[str], domains: Sequence[str] = ()
+) -> Visit:
     """The visit that a request makes: as its connection tells, or as its X-Forwarded fields do where these come from a
     trusted proxy; of a list of addresses, the last that is no trusted proxy itself."""
     authority, way, port = head.authority, [address] if address else [], ""
@@ -1118,7 +1152,19 @@ def visit_of(head: RequestHead, address: str, scheme: str, trusted_proxies: Sequ
     if authority and not port:
         match = _PORT.search(authority)
         port = match.group(1) if match else _DEFAULT_PORTS[scheme][1:]
-    return Visit(address, scheme, authority, port, ", ".join(way))
+    return Visit(address, scheme, authority, port, ", ".join(way), port_in_host(authority, domains))
+
+
+def host_form(port: int, visit: Visit, domains: Sequence[str]) -> str:
+    """The URL of the host that a port has for itself, as this client can reach it; "" if there is none."""
+    host = host_of(visit.authority)
+    domain = host.partition(".")[2] if visit.app_port else host
+    if domain not in domains:
+        named = "localhost" if host.startswith("127.") or host == "[::1]" else ""
+        domain = named if named in domains else next((one for one in domains if one != "localhost"), "")
+    if not domain or not host:
+        return ""
+    return "%s://%d.%s%s/" % (visit.scheme, port, domain, visit.authority[len(host) :])
 
 
 def _outermost(fields: Fields, name: str) -> str:
@@ -1168,7 +1214,7 @@ def request_for_upstream(
             value = _translate_referer(value, route, visit)
         fields.append((name, value))
     fields.extend(_forwarded_fields(visit, translated))
-    if not route.absolute:
+    if route.prefix and not route.absolute:
         fields.extend((name, route.prefix) for name in _FORWARDED_PREFIX)
     fields.extend(framing_fields(framing))
     if is_upgrade:
@@ -1269,7 +1315,7 @@ def _translate_cookie(value: str, route: Route, homes: FrozenSet[str]) -> str:
     for part in parts[1:]:
         name, equals, attribute = part.partition("=")
         key, attribute = name.strip(" \t").lower(), attribute.strip(" \t")
-        if key == "domain" and any(attribute.lower().lstrip(".") == home.rpartition(":")[0] for home in homes):
+        if key == "domain" and any(attribute.lower().lstrip(".") == host_of(home) for home in homes):
             continue
         if key == "path":
             part = name + equals + _with_prefix(attribute, route)
@@ -1297,21 +1343,27 @@ def _without(suffix: str, text: str) -> str:
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
+_NO_REFERRER = ("Referrer-Policy", "no-referrer")
 _CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers know no way to ask for one, and show the page
 _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')  # no "//host", and no backslash, which browsers take for a slash
 ANY_TOKEN = "any"  # as Config.token: one made at random
 COOKIE_PREFIX = "port_proxy_"  # of our cookies' names; the port follows, for browsers do not tell ports apart
+ENTRANCE = "/.well-known/port-proxy"  # of an app's host, where the path is otherwise the app's (RFC 8615)
 _MAX_SESSIONS = 1000
+_MAX_TICKETS = 1000
+_TICKET_SECONDS = 30.0  # from the ports page to an app's host
 _MAX_SOURCES = 1000  # addresses whose wrong tokens are remembered
 _TRIES = 10.0  # wrong tokens that an address has before it must wait, and that come back at one a second
 
 
 class SignInNeeded(ProxyError):
-    """A page visit without a valid token: answered with the sign-in page, which leads on to `target`."""
+    """A page visit without a valid token: answered with the sign-in page, which sends the token to the path `action`
+    and leads on to `target`."""
 
-    def __init__(self, detail: str, target: str) -> None:
+    def __init__(self, detail: str, target: str, action: str) -> None:
         super().__init__(401, detail, _CHALLENGE)
         self.target = target
+        self.action = action
 
 
 def is_websocket(head: RequestHead) -> bool:
@@ -1345,6 +1397,11 @@ def is_preflight(head: RequestHead) -> bool:
 def _is_cross_site(head: RequestHead) -> bool:
     """Whether the browser says that a page of another site is behind this."""
     return "cross-site" in field_values(head.fields, "sec-fetch-site")
+
+
+def _is_of_neighbour(head: RequestHead, visit: Visit) -> bool:
+    """Whether the browser says that a page of another host of the same domain asks for what an app's own host has."""
+    return bool(visit.app_port) and "same-site" in field_values(head.fields, "sec-fetch-site")
 
 
 def _is_same_origin(head: RequestHead) -> bool:
@@ -1438,7 +1495,7 @@ class Gate:
         if foreign and (head.method not in _SAFE or is_websocket(head)):
             logger.info("refused: the Origin %r is not %s", foreign[0], visit.authority or "known")
             raise ProxyError(403, "A page of another site may not do this here. " + advice)
-        if _is_cross_site(head) and not is_page_visit(head):
+        if (_is_cross_site(head) or _is_of_neighbour(head, visit)) and not is_page_visit(head):
             logger.info("refused: a page of another site (Sec-Fetch-Site) asks for more than a page visit")
             raise ProxyError(403, "A page of another site may not use what is here. " + advice)
 
@@ -1467,6 +1524,9 @@ class TokenGate(Gate):
     id.  Without: whoever can connect, as long as the Host is one that only this machine's own names lead to, so that a
     page of another site cannot come in by making its name point here.  Where a browser comes in on its own, by cookie
     or because all is open, pages of other sites cannot use it (`check_origin`).
+
+    Every host has a cookie of its own, for browsers send none from one to the other: who is signed in at ours gets to
+    an app's with a ticket, which is good once and there alone.
     """
 
     def __init__(self, config: Config, is_private: bool, port: int) -> None:
@@ -1477,16 +1537,26 @@ class TokenGate(Gate):
         if token is None:
             token = "" if is_private else ANY_TOKEN
         self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
-        self._sessions: Dict[str, None] = {}  # the ids handed out, the oldest first
+        self._sessions: Dict[str, str] = {}  # the ids handed out, the oldest first, each with the host that it is for
+        self._tickets: Dict[str, Tuple[int, float]] = {}  # each with the app's port, and the moment when it is too late
         # By address and place: the tries left, when that was so, and hashes of the last wrong tokens.
         self._wrong: Dict[Tuple[str, str], Tuple[float, float, FrozenSet[int]]] = {}
 
     async def answer(
         self, head: RequestHead, visit: Visit, read_body: Callable[[], Awaitable[bytes]]
     ) -> Optional[Response]:
-        if self.token and head.method == "POST" and is_home(self.config.base, head.target):
+        path, _, query = head.target.partition("?")
+        if path != ENTRANCE if visit.app_port else not is_home(self.config.base, path):
+            return None
+        if self.token and head.method == "POST":
             self.check_origin(head, visit)
             self._sign_in(await read_body(), visit)
+        asked = dict(parse_qsl(query)) if head.method == "GET" else {}
+        if self.token and visit.app_port:
+            raise self._enter(asked.get("ticket", ""), visit)
+        if not visit.app_port and _PORT_NAME.fullmatch(asked.get("open", "")):
+            await self.admit(head, visit, None)
+            raise self._lead_to_host(int(asked["open"]), visit)
         return None
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
@@ -1511,19 +1581,45 @@ class TokenGate(Gate):
         """Take what the sign-in page sent; raises the redirect to where the person was going, or the page again."""
         sent = dict(parse_qsl(form.decode("latin-1")))
         target = sent.get("next", "")
-        if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
-            target = self.config.base + "/"
+        if not _LOCAL_TARGET.fullmatch(target) or not (visit.app_port or is_below(self.config.base, target)):
+            target = "/" if visit.app_port else self.config.base + "/"
         if not self._try("form", [sent.get("token", "").strip()], visit):
-            raise SignInNeeded("That is not the token.", target)
+            raise self._sign_in_needed("That is not the token.", target, visit)
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(visit)))
 
+    def _sign_in_needed(self, detail: str, target: str, visit: Visit) -> SignInNeeded:
+        return SignInNeeded(detail, target, ENTRANCE if visit.app_port else self.config.base + "/")
+
+    def _lead_to_host(self, port: int, visit: Visit) -> ProxyError:
+        """The redirect to the host that a port has for itself, with a ticket where one must be signed in there."""
+        url = host_form(port, visit, self.config.domains)
+        if not url or port > 65535:
+            advice = " Start the proxy with --domain, and a name whose subdomains lead here."
+            raise ProxyError(404, "By this name of the proxy no host of an app's own can be reached." + advice)
+        if self.token:
+            ticket = secrets.token_urlsafe(32)
+            self._tickets[ticket] = port, time.monotonic() + _TICKET_SECONDS
+            while len(self._tickets) > _MAX_TICKETS:
+                del self._tickets[next(iter(self._tickets))]
+            url += ENTRANCE[1:] + "?ticket=" + ticket
+        return ProxyError(303, "It is over there.", (("Location", url), _NO_REFERRER))
+
+    def _enter(self, ticket: str, visit: Visit) -> ProxyError:
+        """The redirect into an app's host, for who comes with a ticket for it."""
+        port, until = self._tickets.pop(ticket, (0, 0.0))
+        if port != visit.app_port or time.monotonic() > until:
+            detail = "This way in is over: it was used, or took too long." if ticket else ""
+            return self._sign_in_needed(detail, "/", visit)
+        return ProxyError(303, "Signed in.", (("Location", "/"), _NO_REFERRER, self._new_cookie(visit)))
+
     def _check_host(self, authority: str) -> None:
-        host = re.sub(r":[0-9]*\Z", "", authority).lower()
+        host = host_of(authority)
         try:
             address = ipaddress.ip_address(host.strip("[]"))
             known = address.is_loopback or not self.is_private  # an address is no name that could be made to point here
         except ValueError:
             known = host in ("", "localhost") or host.endswith(".localhost")
+            known = known or any(host == domain or host.endswith("." + domain) for domain in self.config.domains)
             known = known or (not self.is_private and host == socket.gethostname().lower())
         if not known and not any(fnmatch.fnmatchcase(host, name) for name in self.config.allow_hostnames):
             name = "The name %s, by which this request came, is not known to lead here." % host
@@ -1532,7 +1628,8 @@ class TokenGate(Gate):
     def _check_credentials(self, head: RequestHead, visit: Visit) -> bool:
         """Whether it is the cookie, which a browser sends on its own, that lets the request in."""
         # Looked up by hash: how long that takes tells nothing about 256 random bits.
-        signed_in = any(value in self._sessions for value in _cookie_values(head.fields, self.cookie_name))
+        host = host_of(visit.authority)
+        signed_in = any(self._sessions.get(one) == host for one in _cookie_values(head.fields, self.cookie_name))
         shown = False
         if not signed_in:
             in_fields = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
@@ -1548,7 +1645,7 @@ class TokenGate(Gate):
         if is_websocket(head):
             raise ProxyError(403, "A WebSocket needs a signed-in browser, or the proxy's token.")
         if is_page_visit(head):
-            raise SignInNeeded("", head.target)
+            raise self._sign_in_needed("", head.target, visit)
         raise ProxyError(401, "The proxy's token is needed, as 'Authorization: token TOKEN'.", _CHALLENGE)
 
     def _try(self, where: str, tokens: Sequence[str], visit: Visit) -> bool:
@@ -1576,11 +1673,11 @@ class TokenGate(Gate):
 
     def _new_cookie(self, visit: Visit) -> Tuple[str, str]:
         session = secrets.token_urlsafe(32)
-        self._sessions[session] = None
+        self._sessions[session] = host_of(visit.authority)
         while len(self._sessions) > _MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         secure = "; Secure" if visit.scheme == "https" else ""
-        path = self.config.base or "/"
+        path = "/" if visit.app_port else self.config.base or "/"
         return "Set-Cookie", "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s" % (self.cookie_name, session, path, secure)
 
 
@@ -1966,15 +2063,15 @@ def forms_response(base: str, as_html: bool) -> Response:
     return _page(200, title, body)
 
 
-def sign_in_response(error: SignInNeeded, base: str) -> Response:
+def sign_in_response(error: SignInNeeded) -> Response:
     """The page that asks for the token, and sends the person on to where they were going."""
     body = (
         "<h1>Sign in</h1><p>%s</p><p>This proxy wants to know that you are its owner. Its token is in the address that"
-        ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s/">'
+        ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s">'
         '<input type="hidden" name="next" value="%s"><label>Token <input type="password" name="token" required'
         ' autofocus autocomplete="current-password"></label> <button>Sign in</button></form>'
     )
-    parts = tuple(html.escape(part) for part in (error.detail, base, error.target))
+    parts = tuple(html.escape(part) for part in (error.detail, error.action, error.target))
     return _page(error.status, "Sign in", body % parts, error.fields + (("Cache-Control", "no-store"),))
 
 
@@ -2429,7 +2526,7 @@ class Exchange:
         self.config = around.config
         self.framing = request_framing(head)
         self.body = Body(client, self.framing, self.config)
-        self.visit = visit_of(head, client.address, client.scheme, self.config.trusted_proxies)
+        self.visit = visit_of(head, client.address, client.scheme, self.config.trusted_proxies, self.config.domains)
         self.keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
         self.answered = False
         self.place = "-"
@@ -2445,12 +2542,12 @@ class Exchange:
 
     async def run(self) -> None:
         """Serve the request; ProxyError if it is to be answered by us, ClientGone if there is nobody to answer."""
-        base, gate, asked = self.config.base, self.around.gate, self.head
+        gate, asked = self.around.gate, self.head
         response = await gate.answer(asked, self.visit, self._small_body)
         if response is not None:
             await self.answer(response)
             return
-        route = find_route(base, asked.target) if asked.target != "*" else None
+        route = self._find_route()
         await gate.admit(asked, self.visit, route)
         self.around.watch.stirred = True
         head = self.head = gate.for_upstream(asked, route)
@@ -2459,15 +2556,22 @@ class Exchange:
         elif head.target == "*":
             await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
         elif head.method in ("GET", "HEAD"):
-            await self.answer(forms_response(base, wants_html(head)))
+            await self.answer(forms_response(self.config.base, wants_html(head)))
         else:
             raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
+
+    def _find_route(self) -> Optional[Route]:
+        if self.head.target == "*":
+            return None
+        if self.visit.app_port:
+            return route_of_host(self.visit.app_port, self.head.target)
+        return find_route(self.config.base, self.head.target)
 
     async def answer_error(self, error: ProxyError) -> None:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
         error = self.error = self.around.gate.explain(error)
         if isinstance(error, SignInNeeded):
-            await self.answer(sign_in_response(error, self.config.base))
+            await self.answer(sign_in_response(error))
         else:
             await self.answer(error_response(error, wants_html(self.head)))
 
@@ -3146,7 +3250,7 @@ def checked_config(config: Config) -> Config:
     """`config` in normal form; ValueError, in words for a person, for what makes no sense."""
     if not 0 <= config.port <= 65535:
         raise ValueError("the port must be a number from 0 to 65535, not %d" % config.port)
-    for name in ("host_allowlist", "allow_hostnames", "allow_origins", "trusted_proxies", "upstream_tls"):
+    for name in ("host_allowlist", "domains", "allow_hostnames", "allow_origins", "trusted_proxies", "upstream_tls"):
         if isinstance(getattr(config, name), str):
             raise ValueError("%s is a sequence of strings, not a string" % name)
     for name, default in zip(Config._fields, Config()):
@@ -3170,6 +3274,7 @@ def checked_config(config: Config) -> Config:
         host_allowlist=config.host_allowlist
         if callable(config.host_allowlist)
         else normal_allowlist(config.host_allowlist),
+        domains=() if config.hub else tuple(map(normal_domain, config.domains)),
         allow_hostnames=normal_allowlist(config.allow_hostnames),
         allow_origins=tuple(origin if origin == "*" else normal_origin(origin) for origin in config.allow_origins),
         trusted_proxies=tuple(config.trusted_proxies),
@@ -3428,7 +3533,8 @@ def _load_jupyter_server_extension(server: Any) -> None:
     base = server.base_url.rstrip("/") + "/proxy"
     trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
     try:
-        proxy = PortProxy(Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {})))
+        config = Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {}))
+        proxy = PortProxy(config._replace(domains=()))  # the origin is Jupyter's, and it is asked who comes in to that
     except (TypeError, ValueError) as error:
         server.log.error("port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s", base, error)
         return
@@ -3595,6 +3701,11 @@ def _parser() -> argparse.ArgumentParser:
         " '*.example.org'; repeatable, or several with commas between",
     )  # fmt: skip
     add(
+        "--domain", action="append", default=[], metavar="NAME",
+        help="name such as apps.example.org whose subdomains lead here: 8080.apps.example.org is port 8080, as"
+        " 8080.localhost always is; repeatable, or several with commas between",
+    )  # fmt: skip
+    add(
         "--preserve-host",
         action="store_true",
         help="pass the browser's Host on instead of the app's own localhost:PORT",
@@ -3658,6 +3769,7 @@ def _config(arguments: argparse.Namespace) -> Config:
     """The configuration that the arguments and the environment make; ValueError or OSError for what they get wrong."""
     lists = {
         "host_allowlist": arguments.host_allowlist,
+        "domains": list(Config().domains) + arguments.domain,
         "allow_hostnames": arguments.allow_hostname,
         "allow_origins": arguments.allow_origin,
         "trusted_proxies": arguments.trusted_proxy,

@@ -60,6 +60,7 @@ from port_proxy import (
     field_values,
     find_route,
     framed,
+    host_form,
     is_allowed,
     is_own_origin,
     is_websocket,
@@ -67,6 +68,7 @@ from port_proxy import (
     normal_base,
     parse_request,
     parse_response,
+    port_in_host,
     request_for_upstream,
     request_framing,
     response_for_client,
@@ -914,6 +916,19 @@ class TestRoutes:
         assert not is_allowed("localhost", lambda host: host == "a")
 
 
+    @pytest.mark.parametrize(
+        "authority, port",
+        [
+            ("8080.localhost:8888", 8080), ("8080.LOCALHOST", 8080), ("1.localhost:1", 1), ("65535.localhost", 65535), ("8080.apps.example.org", 8080), ("65536.localhost", 0),
+            ("08080.localhost", 0), ("0.localhost", 0), ("+80.localhost", 0), ("8080.localhost.", 0), ("8080.localhost.evil.example", 0), ("a.8080.localhost", 0), ("8080.a.localhost", 0),
+            ("localhost:8888", 0), ("8080", 0), ("8080.example.org", 0), ("8080..localhost", 0), ("127.0.0.1:8888", 0), ("[::1]:8888", 0), ("", 0), ("app--8080.localhost", 0), ("8080.0.0.1", 0),
+        ],
+    )  # fmt: skip
+    def test_port_in_host(self, authority, port):
+        assert port_in_host(authority, ("localhost", "apps.example.org")) == port
+        assert port_in_host(authority, ()) == 0
+
+
 class TestRoutesOnTheWire:
     @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
     def test_no_route_connects_nothing(self, proxy, upstream, method):
@@ -1154,6 +1169,25 @@ class TestRewriting:
         assert sent_to_client(("Content-Length", "5"), ("Content-Length", "5"), status=status) == ((("Content-Length", "5"),) if kept else ())
 
 
+    @pytest.mark.parametrize(
+        "visit, domains, url",
+        [
+            (("http", "localhost:8888"), ("localhost",), "http://80.localhost:8888/"), (("http", "LocalHost:8888"), ("localhost",), "http://80.localhost:8888/"),
+            (("http", "127.0.0.1:8888"), ("localhost",), "http://80.localhost:8888/"), (("http", "[::1]:8888"), ("localhost", "b.c"), "http://80.localhost:8888/"),
+            (("https", "localhost"), ("localhost",), "https://80.localhost/"), (("http", "localhost:1"), (), ""), (("http", "127.0.0.1:1"), (), ""), (("http", "a.example:1"), ("localhost",), ""),
+            (("https", "b.c"), ("localhost", "b.c"), "https://80.b.c/"), (("http", "a.example:8888"), ("localhost", "b.c"), "http://80.b.c:8888/"), (("http", ""), ("localhost",), ""),
+            (("http", "99.localhost:8888", "8888", "", 99), ("localhost",), "http://80.localhost:8888/"),
+        ],
+    )  # fmt: skip
+    def test_the_host_of_a_port(self, visit, domains, url):
+        assert host_form(80, Visit("192.0.2.1", *visit), domains) == url
+
+    def test_a_domain_of_a_home_without_a_port_is_dropped(self):
+        route = STRIPPED._replace(prefix="")
+        visit = VISIT._replace(authority="8080.apps.example.org")
+        assert sent_to_client(("Set-Cookie", "a=b; Domain=8080.apps.example.org; Path=/x"), route=route, visit=visit) == (("Set-Cookie", "a=b; Path=/x"),)
+
+
 class TestRewritingOnTheWire:
     def test_raw_path_and_query_arrive_as_sent(self, proxy, upstream):
         app = upstream(answering(OK))
@@ -1229,7 +1263,7 @@ class TestHostCheck:
     @pytest.mark.parametrize(
         "host, known",
         [
-            ("localhost", True), ("localhost:8888", True), ("LOCALHOST:1", True), ("8080.localhost:8888", True), ("127.0.0.1:8888", True), ("127.9.9.9", True), ("[::1]:8888", True),
+            ("localhost", True), ("localhost:8888", True), ("LOCALHOST:1", True), ("a.localhost:8888", True), ("127.0.0.1:8888", True), ("127.9.9.9", True), ("[::1]:8888", True),
             ("mine.example.org", True), ("a.b.example.net:80", True), ("evil.example", False), ("evil.example:8888", False), ("localhost.evil.example", False), ("xlocalhost", False),
             ("localhost.", False), ("192.0.2.1", False), ("0.0.0.0", False), ("[::]:8888", False), ("[2001:db8::1]", False), ("127.0.0.1.evil.example", False), ("mine.example.org.", False),
         ],
@@ -1479,6 +1513,170 @@ class TestToken:
         said = repr(answers) + caplog.text
         assert TOKEN not in said
         assert cookie.split("=", 1)[1] not in said
+
+
+def at(host, method, target, *lines, body=b""):
+    return request(method, target, *lines, body=body).replace(b"Host: here:8888", b"Host: " + host.encode())
+
+
+class TestHostForm:
+    """http://8080.localhost:8888/ is port 8080, the path untouched, with an origin of its own."""
+
+    def test_an_app_is_at_home(self, start, upstream):
+        app = upstream(answering(OK, b"HTTP/1.1 302 Found\r\nLocation: http://localhost:1/x\r\nSet-Cookie: a=b; Path=/\r\nContent-Length: 0\r\n\r\n"))
+        proxy = start(allow_hostnames=())
+        host = "%d.localhost:8888" % app.port
+        for target in ("/a/%2F//..%2f/../../b?q=%20", "/proxy/", "/proxy/1/", "/proxy", "/absolute/80/", "/..", "/.well-known/port-proxy?ticket=x"):
+            answer = proxy.ask(at(host, "GET", target, "Origin: http://" + host, "Referer: http://%s/p?q" % host))
+            assert app.messages[-1][0] == "GET %s HTTP/1.1" % target
+            fields = fields_of(app.messages[-1])
+            assert (fields["host"], fields["origin"], fields["referer"]) == ("localhost:%d" % app.port, "http://localhost:%d" % app.port, "http://localhost:%d/p?q" % app.port)
+            assert not {name for name in fields if "prefix" in name or "context" in name}
+        assert fields_of(answer)["set-cookie"] == "a=b; Path=/"
+        assert status_of(proxy.ask(at(host, "GET", "http://%s/x" % host))) == 302
+        assert status_of(proxy.ask(at("localhost", "GET", "http://%s/x" % host))) == 302  # the target's authority counts
+        assert status_of(proxy.ask(at(host, "POST", "/proxy/", "Content-Length: 0"))) == 302
+
+    def test_websocket(self, start, upstream):
+        app = upstream(lambda wire, app: (app.messages.append(wire.message()), wire.send(SWITCHING), wire.rest()))
+        proxy = start(allow_hostnames=())
+        host = "%d.localhost:8888" % app.port
+        assert status_of(proxy.ask(at(host, "GET", "/ws?a", "Origin: http://" + host, *HANDSHAKE), no_body=True)) == 101
+        for foreign in ("http://localhost:8888", "http://%d.localhost:8888" % (app.port - 1), "null"):
+            assert status_of(proxy.ask(at(host, "GET", "/ws", "Origin: " + foreign, *HANDSHAKE))) == 403
+        assert [message[0] for message in app.messages] == ["GET /ws?a HTTP/1.1"]
+
+    @pytest.mark.parametrize(
+        "options, host, arrives",
+        [
+            ({}, "%d.localhost", "/proxy/%d/x"), ({"domains": ["apps.example.org"]}, "%d.apps.example.org", "/proxy/%d/x"), ({"domains": ["Apps.Example.org"]}, "%d.APPS.example.org:1", "/proxy/%d/x"),
+            ({"domains": []}, "%d.localhost", "/x"), ({"domains": ["apps.example.org"]}, "other.%d.apps.example.org", "/x"), ({"domains": ["apps.example.org"]}, "apps.example.org", "/x"),
+            ({}, "%d.apps.example.org", None), ({"domains": ["apps.example.org"]}, "%d.evil.example", None), ({}, "%d.localhost.evil.example", None),
+            ({"domains": ["apps.example.org"]}, "%d.apps.example.org.evil.example", None), ({"domains": ["apps.example.org"]}, "%dapps.example.org", None), ({}, "%d.localhost.", None),
+        ],
+    )  # fmt: skip
+    def test_names(self, start, upstream, options, host, arrives):
+        app = upstream(answering(OK))
+        proxy = start(allow_hostnames=(), **options)
+        host = host % app.port if "%" in host else host
+        assert status_of(proxy.ask(at(host, "GET", "/proxy/%d/x" % app.port))) == (200 if arrives else 403)
+        assert [message[0].split(" ")[1] for message in app.messages] == ([arrives % app.port if "%" in arrives else arrives] if arrives else [])
+
+    def test_a_neighbour_is_a_stranger(self, start, upstream):
+        """What a page of another app's host asks for is refused, also where the browser calls it the same site."""
+        app = upstream(answering(OK))
+        proxy = start(allow_hostnames=(), domains=["apps.example.org"])
+        host = "%d.apps.example.org" % app.port
+        for site, mode, status in (("same-site", "no-cors", 403), ("same-site", "cors", 403), ("cross-site", "cors", 403), ("same-origin", "cors", 200), ("same-site", "navigate", 200)):
+            assert status_of(proxy.ask(at(host, "GET", "/", "Sec-Fetch-Site: " + site, "Sec-Fetch-Mode: " + mode, "Accept: text/html"))) == status
+        assert status_of(proxy.ask(at(host, "POST", "/", "Origin: http://1.apps.example.org", "Content-Length: 0"))) == 403
+
+    def test_the_name_that_a_trusted_proxy_passes_on_counts(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start(trusted_proxies=["127.0.0.1"], domains=["apps.example.org"], allow_hostnames=["inner"])
+        forwarded = ("X-Forwarded-Host: %d.apps.example.org" % app.port, "X-Forwarded-Proto: https", "Origin: https://%d.apps.example.org" % app.port)
+        assert status_of(proxy.ask(at("inner", "POST", "/x", "Content-Length: 0", *forwarded))) == 200
+        assert fields_of(app.messages[0])["origin"] == "http://localhost:%d" % app.port
+
+    def test_the_proxy_itself_is_no_app(self, start):
+        proxy = start()
+        assert status_of(proxy.ask(at("%d.localhost" % proxy.port, "GET", "/"))) == 508
+
+    @pytest.mark.parametrize("domain", ["", "a b", "*.example.org", "http://a", "a:80", "-a", "a..b", "a/", "a."])
+    def test_what_is_no_domain(self, domain):
+        with pytest.raises(ValueError, match="a domain is a name"):
+            checked_config(Config(domains=[domain]))
+
+    def test_not_under_a_hub(self):
+        arguments = port_proxy._parser().parse_args(["--domain", "apps.example.org"])
+        environment = dict(HUB_ENVIRONMENT, JUPYTERHUB_SERVICE_URL="http://127.0.0.1:1/")
+        assert checked_config(port_proxy._config_under_hub(Config(domains=["a.b"]), arguments, environment)).domains == ()
+
+
+class TestSignInAtAHost:
+    @pytest.fixture
+    def app(self, upstream):
+        return upstream(answering(OK))
+
+    def test_nothing_is_reached_without(self, start, app):
+        proxy = start(token=TOKEN)
+        host = "%d.localhost:8888" % app.port
+        for method, lines, status in (("GET", (), 401), ("GET", SAFE_LINES, 401), ("POST", ("Content-Length: 0",), 401), ("GET", HANDSHAKE, 403), ("GET", ("Cookie: port_proxy_%d=x" % proxy.port,), 401)):
+            for target in ("/", "/proxy/", port_proxy.ENTRANCE, port_proxy.ENTRANCE + "?ticket=guess"):
+                if target != port_proxy.ENTRANCE or method != "POST":
+                    assert status_of(proxy.ask(at(host, method, target, *lines))) in (status, 401)
+        assert app.connections == 0
+
+    def test_by_the_form(self, start, app):
+        proxy = start(token=TOKEN)
+        host = "%d.localhost:8888" % app.port
+        page = proxy.ask(at(host, "GET", "/a?b", *SAFE_LINES))
+        assert b'action="/.well-known/port-proxy"' in page[2]
+        assert b'value="/a?b"' in page[2]
+        form = b"token=%s&next=/a?b" % TOKEN.encode()
+        answer = proxy.ask(at(host, "POST", port_proxy.ENTRANCE, "Content-Length: %d" % len(form), "Origin: http://" + host, body=form))
+        assert (status_of(answer), fields_of(answer)["location"]) == (303, "/a?b")
+        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/; HttpOnly; SameSite=Lax" % proxy.port, fields_of(answer)["set-cookie"])
+        assert status_of(proxy.ask(at(host, "GET", "/a?b", cookie_of(answer)))) == 200
+        assert "cookie" not in fields_of(app.messages[-1])
+        for elsewhere in ("localhost:8888", "1.localhost:8888", "%d.localhost.:8888" % app.port):  # a cookie per host
+            assert status_of(proxy.ask(at(elsewhere, "GET", "/proxy/%d/" % app.port, cookie_of(answer)))) in (401, 403)
+        for place in (b"//evil/", b"https://evil/", b"/\\evil", b""):
+            form = b"token=%s&next=%s" % (TOKEN.encode(), place)
+            assert fields_of(proxy.ask(at(host, "POST", port_proxy.ENTRANCE, "Content-Length: %d" % len(form), body=form)))["location"] == "/"
+        foreign = at(host, "POST", port_proxy.ENTRANCE, "Content-Length: 9", "Origin: http://1.localhost:8888", body=b"token=abc")
+        assert status_of(proxy.ask(foreign)) == 403
+
+    def test_by_the_address(self, start, app):
+        proxy = start(token=TOKEN)
+        host = "%d.localhost:8888" % app.port
+        answer = proxy.ask(at(host, "GET", "/a?token=%s&b" % TOKEN, *SAFE_LINES))
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, "/a?b")
+        assert "; Path=/;" in fields_of(answer)["set-cookie"]
+        assert app.connections == 0
+
+    def test_who_is_signed_in_is_led_there(self, start, app, caplog):
+        """With a ticket that is good once, for this host alone; the address to which it leads holds nothing of it."""
+        caplog.set_level(logging.DEBUG)
+        proxy = start(token=TOKEN)
+        cookie = cookie_of(proxy.ask(at("127.0.0.1:8888", "GET", "/proxy/?token=" + TOKEN, *SAFE_LINES)))
+        host = "%d.localhost:8888" % app.port
+
+        def ticket():
+            led = proxy.ask(at("127.0.0.1:8888", "GET", "/proxy/?open=%d" % app.port, cookie, *SAFE_LINES))
+            assert (status_of(led), fields_of(led)["referrer-policy"]) == (303, "no-referrer")
+            return re.fullmatch(r"http://%s(/\.well-known/port-proxy\?ticket=[A-Za-z0-9_-]{43})" % re.escape(host), fields_of(led)["location"]).group(1)
+
+        target = ticket()
+        entered = proxy.ask(at(host, "GET", target, *SAFE_LINES))
+        assert (status_of(entered), fields_of(entered)["location"]) == (303, "/")
+        assert status_of(proxy.ask(at(host, "GET", "/", cookie_of(entered)))) == 200
+        assert status_of(proxy.ask(at(host, "GET", target, *SAFE_LINES))) == 401
+        target = ticket()
+        assert status_of(proxy.ask(at("1.localhost:8888", "GET", target, *SAFE_LINES))) == 401
+        assert status_of(proxy.ask(at(host, "GET", target, *SAFE_LINES))) == 401
+        assert [message[0] for message in app.messages] == ["GET / HTTP/1.1"]
+        assert "ticket=" not in caplog.text
+        for lines in ((), SAFE_LINES, HANDSHAKE):
+            assert status_of(proxy.ask(at("127.0.0.1:8888", "GET", "/proxy/?open=%d" % app.port, *lines))) in (401, 403)
+
+    def test_a_ticket_runs_out_and_there_are_not_too_many(self, start, app):
+        proxy = start(token=TOKEN)
+        gate = proxy.proxy._around.gate
+        visit = Visit("192.0.2.1", "http", "%d.localhost:8888" % app.port, app_port=app.port)
+        for _ in range(1500):
+            ticket = gate._lead_to_host(app.port, visit).fields[0][1].rpartition("=")[2]
+        assert len(gate._tickets) == 1000
+        gate._tickets[ticket] = app.port, time.monotonic() - 1
+        assert gate._enter(ticket, visit).status == 401
+
+    def test_without_a_token_the_way_is_plain(self, start, app):
+        proxy = start(allow_hostnames=["a.example"])
+        led = proxy.ask(at("localhost:8888", "GET", "/proxy/?open=%d" % app.port))
+        assert (status_of(led), fields_of(led)["location"]) == (303, "http://%d.localhost:8888/" % app.port)
+        nowhere = proxy.ask(at("a.example", "GET", "/proxy/?open=1"))
+        assert (status_of(nowhere), b"--domain" in nowhere[2]) == (404, True)
+        assert status_of(proxy.ask(at("localhost", "GET", "/proxy/?open=99999"))) == 404
 
 
 ORIGINS = [  # method, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, whether it may come in where a browser does so on its own
