@@ -11,14 +11,15 @@ this machine.  The standard library is all it needs, from CPython 3.6 on.
     http://<port>.localhost:8888/path?q     /path?q at localhost:<port>, which has this origin for itself
 
 The story of one request.  A client's bytes become a `RequestHead` (heads) or a refusal (errors); how its body is framed
-is settled once, strictly (framing).  The target names a `Route` (routes), which must be allowed (access).  The head for
+is settled once, strictly (framing).  The target names a `Route` (routes), or leaves open which app it means and is sent
+there (strays); it must be allowed (access).  The head for
 the upstream is written anew from what was understood (rewriting) and sent on a connection to it, fresh or pooled
 (upstream).  The body follows while the answer is already awaited; the answer's head is parsed as strictly, written anew
 and relayed piece by piece (exchange).  After a 101 the two connections are spliced (exchange).  The server (server)
 accepts, repeats this for every request of a connection, and is the one place that turns errors into answers (pages).
 
 Sections, each using only names above it: errors, configuration, heads, streams, framing, routes, rewriting, access,
-upstream, pages, jupyterhub, exchange, server, jupyter, command line.
+strays, upstream, pages, jupyterhub, exchange, server, jupyter, command line.
 
 Embedding:
 
@@ -148,6 +149,9 @@ class Config(NamedTuple):
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # pass the client's Host to the upstream instead of the target's
     domains: Sequence[str] = ("localhost",)  # where the host is <port>.<domain>, it names the port; not under a Hub
+    # Whether every path of our origin is ours, so that what leaves an app's prefix (/static/app.js) can be led back to
+    # it, and our cookies may be sent to all paths.  None: where base is the default or the root, and no proxy in front.
+    whole_origin: Optional[bool] = None
 
     # Who may come in.  token: None asks for none where only this machine's users can connect, and makes a random one
     # elsewhere; "any" makes one everywhere; "" never asks for one.
@@ -936,7 +940,7 @@ class Route(NamedTuple):
     host: as written, lower-cased, without brackets; "localhost" where none was written.  prefix: what the client wrote
     in front of the app's own path, "" where its host names the port.  absolute: the upstream is sent the prefix too.
     path: what follows the prefix, raw, "" where the slash behind the port is missing.  query: raw, with its "?", or "".
-    scheme: what the upstream speaks.
+    scheme: what the upstream speaks.  strayed: the client left the prefix out.
     """
 
     host: str
@@ -946,6 +950,7 @@ class Route(NamedTuple):
     path: str
     query: str
     scheme: str = "http"
+    strayed: bool = False
 
     @property
     def authority(self) -> str:
@@ -1311,15 +1316,18 @@ def _translate_cookie(value: str, route: Route, homes: FrozenSet[str]) -> str:
     if value.lower().startswith("__host-"):
         return value
     parts = value.split(";")
-    kept = parts[:1]
+    kept, with_path = parts[:1], False
     for part in parts[1:]:
         name, equals, attribute = part.partition("=")
         key, attribute = name.strip(" \t").lower(), attribute.strip(" \t")
         if key == "domain" and any(attribute.lower().lstrip(".") == host_of(home) for home in homes):
             continue
         if key == "path":
+            with_path = True
             part = name + equals + _with_prefix(attribute, route)
         kept.append(part)
+    if route.strayed and not with_path:  # what a browser makes of none is the folder that was asked for
+        kept.append(" Path=%s/" % route.prefix)
     return ";".join(kept)
 
 
@@ -1427,6 +1435,7 @@ class Gate:
     """
 
     token = ""  # what clients must show, where that is one and the same for all
+    app_cookie = ""  # the name of the cookie that says which app a browser opened last; "" where none is to
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1454,8 +1463,9 @@ class Gate:
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         """Whether a cookie is ours, or that of another proxy like this one under the same host name: browsers do not
-        tell ports apart.  One that itself is the app behind `route` has a cookie of its own."""
-        return name.startswith(COOKIE_PREFIX) and (route is None or name != COOKIE_PREFIX + str(route.port))
+        tell ports apart.  One that itself is the app behind `route` has cookies of its own."""
+        of_the_app = COOKIE_PREFIX + str(route.port if route else "")
+        return name.startswith(COOKIE_PREFIX) and name != of_the_app and not name.startswith(of_the_app + "_app")
 
     def for_upstream(self, head: RequestHead, route: Optional[Route]) -> RequestHead:
         """The request without our cookies and tokens, cut out of it; every other byte as it was."""
@@ -1487,6 +1497,8 @@ class Gate:
         origins = field_values(head.fields, "origin")
         if len(origins) > 1:
             raise ProxyError(400, "A request has at most one Origin field.")
+        if origins == ["null"] and _is_same_origin(head):  # a form of a page that has no referrer sent
+            origins = []
         foreign = [origin for origin in origins if not is_own_origin(origin, visit.authority)]
         allowed = self.config.allow_origins
         if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
@@ -1533,6 +1545,7 @@ class TokenGate(Gate):
         super().__init__(config)
         self.is_private = is_private
         self.cookie_name = COOKIE_PREFIX + (str(port) if port else "unix")
+        self.app_cookie = self.cookie_name + "_app" if config.whole_origin else ""
         token = config.token if config.authorize is None else ""
         if token is None:
             token = "" if is_private else ANY_TOKEN
@@ -1566,7 +1579,7 @@ class TokenGate(Gate):
         elif not self.token:
             for authority in {head.authority, visit.authority}:  # a page cannot choose the one, though it may the other
                 self._check_host(authority)
-        elif preflight or not self._check_credentials(head, visit):
+        elif preflight or not self._check_credentials(head, visit, route):
             return  # a token in the request itself: whoever sent it meant it
         if not preflight:
             self.check_origin(head, visit)
@@ -1575,7 +1588,8 @@ class TokenGate(Gate):
         return bool(self.token) and hmac.compare_digest(token.encode("utf-8"), self.token.encode("utf-8"))
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
-        return name == self.cookie_name or super().owns_cookie(name, route)
+        ours = name == self.cookie_name or name.startswith(self.cookie_name + "_app")
+        return ours or super().owns_cookie(name, route)
 
     def _sign_in(self, form: bytes, visit: Visit) -> None:
         """Take what the sign-in page sent; raises the redirect to where the person was going, or the page again."""
@@ -1625,7 +1639,7 @@ class TokenGate(Gate):
             name = "The name %s, by which this request came, is not known to lead here." % host
             raise ProxyError(403, name + " Start the proxy with --allow-hostname %s if it does." % host)
 
-    def _check_credentials(self, head: RequestHead, visit: Visit) -> bool:
+    def _check_credentials(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> bool:
         """Whether it is the cookie, which a browser sends on its own, that lets the request in."""
         # Looked up by hash: how long that takes tells nothing about 256 random bits.
         host = host_of(visit.authority)
@@ -1645,7 +1659,8 @@ class TokenGate(Gate):
         if is_websocket(head):
             raise ProxyError(403, "A WebSocket needs a signed-in browser, or the proxy's token.")
         if is_page_visit(head):
-            raise self._sign_in_needed("", head.target, visit)
+            prefix = route.prefix if route and route.strayed else ""
+            raise self._sign_in_needed("", prefix + head.target, visit)
         raise ProxyError(401, "The proxy's token is needed, as 'Authorization: token TOKEN'.", _CHALLENGE)
 
     def _try(self, where: str, tokens: Sequence[str], visit: Visit) -> bool:
@@ -1677,7 +1692,7 @@ class TokenGate(Gate):
         while len(self._sessions) > _MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         secure = "; Secure" if visit.scheme == "https" else ""
-        path = "/" if visit.app_port else self.config.base or "/"
+        path = "/" if visit.app_port or self.config.whole_origin else self.config.base or "/"
         return "Set-Cookie", "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s" % (self.cookie_name, session, path, secure)
 
 
@@ -1714,6 +1729,145 @@ def _query_tokens(target: str) -> List[str]:
 def _tokens_in(authorization: str) -> List[str]:
     match = _TOKEN_FIELD.fullmatch(authorization)
     return [match.group(1)] if match else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strays: requests that left the prefix, as links that begin with a slash do, and the app that they mean
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_stray(head: RequestHead, visit: Visit, base: str, cookie: str) -> Optional[Route]:
+    """The route that a request without a prefix means, None where nothing tells: the app of the page that asks
+    (Referer), or else the one that this browser opened last (`cookie`).  ProxyError 400 as `find_route`.
+
+    Only ever for what our own origin asks for: there a page of another could not even have read an answer.
+    """
+    if not _comes_from_us(head, visit):
+        return None
+    for app in _app_of_referer(head, visit, base) or _cookie_values(head.fields, cookie):
+        if _is_app(base, app):
+            route = find_route(base, "%s/%s%s" % (base, app, head.target))
+            return route and route._replace(strayed=True)
+    return None
+
+
+def not_found(error: ProxyError, head: RequestHead, visit: Visit, config: Config) -> ProxyError:
+    """The answer to what no app is found for: our page, for who asks for the origin itself, or else what would help."""
+    if head.target == "/" and config.whole_origin and is_page_visit(head):
+        return ProxyError(302, "It is over there.", (("Location", config.base + "/"),))
+    url = host_form(8080, visit, config.domains)
+    advice = " Where links begin with a slash, call the app by a host of its own, such as %s." % url
+    return ProxyError(error.status, error.detail + (advice if url and error.status == 404 else ""), error.fields)
+
+
+def cannot_be_redirected(head: RequestHead) -> bool:
+    """Whether what asks takes no redirect for an answer: WebSockets, and a service worker's script."""
+    return is_websocket(head) or "serviceworker" in field_values(head.fields, "sec-fetch-dest")
+
+
+def led_back(route: Route) -> Response:
+    """The redirect of a stray to where it belongs, so that cookies and the next Referer come out right."""
+    location = route.prefix + route.path + route.query
+    return Response(307, (("Location", location), ("Cache-Control", "no-store"), ("Content-Length", "0")), b"")
+
+
+def remember_app(response: ResponseHead, asked: RequestHead, route: Route, visit: Visit, cookie: str) -> ResponseHead:
+    """The response, with what lets this browser's strays find the app: a cookie that names it once it is opened, and
+    copies of its own cookies that are sent to all paths.
+
+    asked: the request as it came.
+    """
+    known = _cookie_values(asked.fields, cookie)
+    opened = is_page_visit(asked) and field_values(asked.fields, "sec-fetch-dest") in ([], ["document"])
+    if not route.prefix or not (known or opened):
+        return response
+    secure = "; Secure" if visit.scheme == "https" else ""
+    added = [("Set-Cookie", one) for one in _copies(response, route, cookie)]
+    if opened and response.status < 400 and known != [_app_name(route)]:
+        value = "%s=%s; Path=/; HttpOnly; SameSite=Lax%s" % (cookie, _app_name(route), secure)
+        added.append(("Set-Cookie", value))
+    return response._replace(fields=response.fields + tuple(added))
+
+
+def with_own_cookies(head: RequestHead, route: Route, cookie: str) -> RequestHead:
+    """A stray that is served where it was asked for, with the app's cookies that its browser keeps for the prefix."""
+    start = _copy_name(route, cookie)
+    pairs = [pair.strip(" \t") for value in field_values(head.fields, "cookie") for pair in value.split(";")]
+    names = frozenset(map(_cookie_name, pairs))
+    restored = [pair[len(start) :] for pair in pairs if pair.startswith(start)]
+    own = [pair for pair in restored if _cookie_name(pair) not in names]
+    others = tuple(field for field in head.fields if field[0].lower() != "cookie")
+    return head._replace(fields=others + (("Cookie", "; ".join(pairs + own)),)) if own else head
+
+
+def _comes_from_us(head: RequestHead, visit: Visit) -> bool:
+    """Whether the browser says that a page of our own origin asks, or that a person does in the address bar."""
+    sites, origins, referers = (field_values(head.fields, name) for name in ("sec-fetch-site", "origin", "referer"))
+    typed = is_page_visit(head) and head.target != "/"  # that is asked of us
+    if any(not is_own_origin(origin, visit.authority) for origin in origins) and sites != ["same-origin"]:
+        return False
+    if sites:
+        return sites == ["same-origin"] or (sites == ["none"] and typed)
+    if referers:
+        return all(_path_here(referer, visit) for referer in referers)
+    return bool(origins) or typed
+
+
+def _path_here(url: str, visit: Visit) -> str:
+    """The path of a URL of our own origin; "" for any other."""
+    match = _HTTP_URL.fullmatch(url)
+    if not match or not is_own_origin("%s://%s" % match.group(1, 2), visit.authority):
+        return ""
+    return re.split("[?#]", match.group(3))[0] or "/"
+
+
+def _app_of_referer(head: RequestHead, visit: Visit, base: str) -> List[str]:
+    """The app that the page which asks belongs to, [] where it belongs to none, "" in it where it is our own page."""
+    for referer in field_values(head.fields, "referer"):
+        path = _path_here(referer, visit)
+        if base and path and is_home(base, path):
+            return [""]
+        try:
+            route = find_route(base, path) if path else None
+        except ProxyError:
+            continue
+        if route is not None:
+            return [_app_name(route)]
+    return []
+
+
+def _is_app(base: str, app: str) -> bool:
+    """Whether a name that a browser sent is that of an app, and nothing else."""
+    try:
+        route = find_route(base, "%s/%s/" % (base, app))
+    except ProxyError:
+        return False
+    return route is not None and _app_name(route) == app
+
+
+def _app_name(route: Route) -> str:
+    """An app as our cookie names it: what stands behind the base in its prefix."""
+    parts = route.prefix.split("/")
+    return "/".join(parts[-2:] if route.absolute else parts[-1:])
+
+
+def _copy_name(route: Route, cookie: str) -> str:
+    """How the names of the copies of an app's cookies begin."""
+    return "%s_%s_" % (cookie, hashlib.sha256(_app_name(route).encode()).hexdigest()[:8])
+
+
+def _copies(response: ResponseHead, route: Route, cookie: str) -> List[str]:
+    """The cookies that a response sets for less than all paths, under names of ours for all of them."""
+    copies = []
+    for value in field_values(response.fields, "set-cookie"):
+        attributes = value.split(";")[1:]
+        keys = [part.partition("=")[0].strip(" \t").lower() for part in attributes]
+        paths = [part.partition("=")[2].strip(" \t") for part, key in zip(attributes, keys) if key == "path"]
+        pair = value.split(";")[0].strip(" \t")
+        if pair.partition("=")[0] and paths[-1:] != ["/"]:
+            kept = [part for part, key in zip(attributes, keys) if key not in ("path", "domain", "httponly")]
+            copies.append(";".join([_copy_name(route, cookie) + pair] + kept + [" Path=/", " HttpOnly"]))
+    return copies
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2524,6 +2678,7 @@ class Exchange:
         self.head = head
         self.around = around
         self.config = around.config
+        self.asked = head  # as it came, with what is ours
         self.framing = request_framing(head)
         self.body = Body(client, self.framing, self.config)
         self.visit = visit_of(head, client.address, client.scheme, self.config.trusted_proxies, self.config.domains)
@@ -2542,7 +2697,7 @@ class Exchange:
 
     async def run(self) -> None:
         """Serve the request; ProxyError if it is to be answered by us, ClientGone if there is nobody to answer."""
-        gate, asked = self.around.gate, self.head
+        gate, asked = self.around.gate, self.asked
         response = await gate.answer(asked, self.visit, self._small_body)
         if response is not None:
             await self.answer(response)
@@ -2550,9 +2705,11 @@ class Exchange:
         route = self._find_route()
         await gate.admit(asked, self.visit, route)
         self.around.watch.stirred = True
+        if route is not None and route.strayed:
+            asked = with_own_cookies(asked, route, gate.app_cookie)
         head = self.head = gate.for_upstream(asked, route)
         if route is not None:
-            await self._serve(route._replace(query=head.target[len(route.prefix + route.path) :]))
+            await self._serve(route._replace(query="".join(head.target.partition("?")[1:])))
         elif head.target == "*":
             await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
         elif head.method in ("GET", "HEAD"):
@@ -2565,7 +2722,15 @@ class Exchange:
             return None
         if self.visit.app_port:
             return route_of_host(self.visit.app_port, self.head.target)
-        return find_route(self.config.base, self.head.target)
+        base, cookie = self.config.base, self.around.gate.app_cookie
+        try:
+            return find_route(base, self.head.target)
+        except ProxyError as error:
+            is_ours = not cookie or error.status != 404 or is_below(base or "/absolute", self.head.target)
+            stray = None if is_ours else find_stray(self.head, self.visit, base, cookie)
+            if stray is None:
+                raise not_found(error, self.head, self.visit, self.config)
+            return stray
 
     async def answer_error(self, error: ProxyError) -> None:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
@@ -2612,7 +2777,9 @@ class Exchange:
         is_upgrade = is_websocket(head)
         if is_upgrade and len(self.around.tunnels) >= self.config.max_tunnels:
             raise ProxyError(503, "There are too many open WebSockets.", (("Retry-After", "10"),))
-        if not route.path and not route.absolute and not is_upgrade and head.method in ("GET", "HEAD"):
+        if route.strayed and not cannot_be_redirected(head):
+            await self.answer(led_back(route))
+        elif not route.path and not route.absolute and not is_upgrade and head.method in ("GET", "HEAD"):
             await self.answer(redirect_response(route.prefix + "/" + route.query))
         else:
             request = request_for_upstream(head, route, self.framing, self.visit, self.config.preserve_host, is_upgrade)
@@ -2778,7 +2945,11 @@ class Exchange:
             self.sent = self.tunnel.received_from(upstream)
 
     def _for_client(self, response: ResponseHead, route: Route, framing: Framing) -> ResponseHead:
-        return self.around.gate.for_client(response_for_client(response, route, framing, self.visit), route)
+        gate = self.around.gate
+        response = gate.for_client(response_for_client(response, route, framing, self.visit), route)
+        if not gate.app_cookie or response.status < 200:
+            return response
+        return remember_app(response, self.asked, route, self.visit, gate.app_cookie)
 
 
 def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: Config) -> ProxyError:
@@ -3269,8 +3440,11 @@ def checked_config(config: Config) -> Config:
             find_route("", "/%s/" % upstream)
         except ProxyError:
             raise ValueError("an upstream that speaks TLS is PORT or HOST:PORT, not %r" % upstream)
+    base = normal_base(config.base)
+    plain = base in ("", Config().base) and not config.trusted_proxies
     return config._replace(
-        base=normal_base(config.base),
+        base=base,
+        whole_origin=not config.hub and (plain if config.whole_origin is None else config.whole_origin),
         host_allowlist=config.host_allowlist
         if callable(config.host_allowlist)
         else normal_allowlist(config.host_allowlist),
@@ -3534,7 +3708,7 @@ def _load_jupyter_server_extension(server: Any) -> None:
     trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
     try:
         config = Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {}))
-        proxy = PortProxy(config._replace(domains=()))  # the origin is Jupyter's, and it is asked who comes in to that
+        proxy = PortProxy(config._replace(domains=(), whole_origin=False))  # the origin is Jupyter's
     except (TypeError, ValueError) as error:
         server.log.error("port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s", base, error)
         return
@@ -3706,6 +3880,11 @@ def _parser() -> argparse.ArgumentParser:
         " 8080.localhost always is; repeatable, or several with commas between",
     )  # fmt: skip
     add(
+        "--whole-origin", choices=("yes", "no"),
+        help="whether all paths here are the proxy's, so that links of apps that leave out the prefix are led back to"
+        " them (default: yes, unless --base has another path than /proxy or /, or --trusted-proxy is given)",
+    )  # fmt: skip
+    add(
         "--preserve-host",
         action="store_true",
         help="pass the browser's Host on instead of the app's own localhost:PORT",
@@ -3780,6 +3959,8 @@ def _config(arguments: argparse.Namespace) -> Config:
     }
     plain = [name for name in Config._fields if name not in options and name not in ("token", "authorize", "hub")]
     options.update((name, getattr(arguments, name)) for name in plain if getattr(arguments, name) is not None)
+    if arguments.whole_origin:
+        options["whole_origin"] = arguments.whole_origin == "yes"
     config = Config(token=_token(arguments), **options)
     # In a terminal inside a Hub's server the environment is the same; a proxy there is told where to listen.
     if arguments.port is None and arguments.bind is None and "JUPYTERHUB_SERVICE_URL" in os.environ:

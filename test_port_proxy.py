@@ -1334,7 +1334,7 @@ class TestToken:
         answer = proxy.get(target, *SAFE_LINES)
         assert (status_of(answer), fields_of(answer)["location"]) == (302, "/proxy/%d/a?x=%%2F&token=its-own&y" % app.port)
         cookie = fields_of(answer)["set-cookie"]
-        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/proxy; HttpOnly; SameSite=Lax" % proxy.port, cookie)
+        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/; HttpOnly; SameSite=Lax" % proxy.port, cookie)
         assert TOKEN not in cookie
         assert status_of(proxy.get("/proxy/%d/b" % app.port, cookie_of(answer))) == 200
         assert [message[0] for message in app.messages] == ["GET /b HTTP/1.1"]
@@ -1413,6 +1413,13 @@ class TestToken:
         app = upstream(answering(b"HTTP/1.1 200 OK\r\n" + spellings + b"Set-Cookie: a=b\r\nContent-Length: 0\r\n\r\n"))
         answer = proxy.get("/proxy/%d/" % app.port, "Authorization: token " + TOKEN)
         assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
+
+    @pytest.mark.parametrize("options", [{"whole_origin": False}, {"base": "/user/ana/proxy"}, {"trusted_proxies": ["192.0.2.1"]}])
+    def test_the_cookie_stays_below_the_base_where_others_share_the_origin(self, start, options):
+        proxy = start(token=TOKEN, **options)
+        base = options.get("base", "/proxy")
+        answer = proxy.get("%s/?token=%s" % (base, TOKEN), *SAFE_LINES)
+        assert "; Path=%s; HttpOnly" % base in fields_of(answer)["set-cookie"]
 
     def test_wrong_tokens_are_slowed_down(self, proxy, app):
         """Then even the right one is not looked at for a moment; who is signed in notices nothing."""
@@ -1793,6 +1800,203 @@ class TestTrustedProxies:
         assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, cookie_of(answer), "Origin: https://pub.example", *lines))) == 200
         assert fields_of(app.messages[-1])["origin"] == "http://localhost:%d" % app.port
         assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, cookie_of(answer), "Origin: http://here:8888", *lines))) == 403
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strays
+# ---------------------------------------------------------------------------------------------------------------------
+
+US = "http://here:8888"
+STRAYS = [  # fields, whether a navigation, the prefix that is meant
+    ([("Referer", US + "/proxy/80/a/b?c")], False, "/proxy/80"), ([("Referer", US + "/proxy/absolute/80/a")], False, "/proxy/absolute/80"), ([("Referer", US + "/proxy/80")], True, "/proxy/80"),
+    ([("Referer", US + "/proxy/db:80/#x")], False, "/proxy/db:80"), ([("Referer", US + "/proxy/80/"), ("Cookie", "last=90")], False, "/proxy/80"), ([("Referer", US + "/")], False, None),
+    ([("Referer", US + "/"), ("Cookie", "last=90")], False, "/proxy/90"), ([("Referer", US + "/worker.js"), ("Cookie", "a=b; last=absolute/90")], False, "/proxy/absolute/90"),
+    ([("Referer", US + "/proxy/"), ("Cookie", "last=90")], False, None), ([("Referer", US + "/proxy?a"), ("Cookie", "last=90")], True, None),  # from our own page
+    ([("Referer", "http://evil/proxy/80/"), ("Cookie", "last=90")], False, None), ([("Referer", "http://evil/"), ("Cookie", "last=90")], True, None),
+    ([("Referer", US + "/proxy/80/"), ("Sec-Fetch-Site", "cross-site")], True, None), ([("Referer", US + "/proxy/80/"), ("Sec-Fetch-Site", "same-site")], False, None),
+    ([("Referer", US + "/proxy/80/"), ("Origin", "http://evil")], False, None), ([("Referer", US + "/proxy/80/"), ("Origin", "null")], False, None),
+    ([("Referer", US + "/proxy/80/"), ("Origin", US), ("Sec-Fetch-Site", "same-origin")], False, "/proxy/80"), ([("Sec-Fetch-Site", "same-origin"), ("Cookie", "last=90")], False, "/proxy/90"),
+    ([("Sec-Fetch-Site", "same-origin"), ("Origin", "null"), ("Cookie", "last=90")], False, "/proxy/90"), ([("Sec-Fetch-Site", "none"), ("Cookie", "last=90")], False, None),
+    ([("Sec-Fetch-Site", "none"), ("Cookie", "last=90")], True, "/proxy/90"), ([("Cookie", "last=90")], True, "/proxy/90"), ([("Cookie", "last=90")], False, None),
+    ([("Origin", US), ("Cookie", "last=90")], False, "/proxy/90"), ([("Sec-Fetch-Site", "same-origin")], False, None), ([], True, None), ([], False, None),
+    ([("Sec-Fetch-Site", "same-origin"), ("Sec-Fetch-Site", "same-origin"), ("Cookie", "last=90")], False, None),
+    ([("Origin", US), ("Cookie", "last=evil; last=[::1]:90; last=80")], False, "/proxy/[::1]:90"), ([("Origin", US), ("Cookie", "last=80/a")], False, None), ([("Origin", US), ("Cookie", "last=80/..")], False, None),
+    ([("Origin", US), ("Cookie", "last=80?a")], False, None), ([("Origin", US), ("Cookie", "last=/80")], False, None), ([("Origin", US), ("Cookie", "last=; xlast=80")], False, None),
+    ([("Origin", US), ("Cookie", "last=//evil:80")], False, None), ([("Origin", US), ("Cookie", "last=080")], False, None),
+]  # fmt: skip
+
+
+class TestStrays:
+    """Requests that left the prefix, as links that begin with a slash do."""
+
+    @pytest.mark.parametrize("fields, navigation, prefix", STRAYS, ids=case_id)
+    def test_which_app_is_meant(self, fields, navigation, prefix):
+        head = RequestHead("GET", "/a/%2F?b", "here:8888", "1.1", tuple(fields) + ((("Accept", "text/html"),) if navigation else ()))
+        route = port_proxy.find_stray(head, Visit("192.0.2.1", "http", "here:8888"), "/proxy", "last")
+        assert (route and (route.prefix, route.path, route.query, route.strayed)) == (prefix and (prefix, "/a/%2F", "?b", True))
+
+    def test_dot_segments_that_leave(self):
+        head = RequestHead("GET", "/../8081/", "here:8888", "1.1", (("Referer", US + "/proxy/80/"),))
+        assert status_of_error(port_proxy.find_stray, head, Visit("", "http", "here:8888"), "/proxy", "last") == 400
+
+    def test_at_the_root(self):
+        for referer, prefix in ((US + "/80/a", "/80"), (US + "/absolute/80/", "/absolute/80"), (US + "/", None)):
+            head = RequestHead("GET", "/static/a", "here:8888", "1.1", (("Referer", referer),))
+            route = port_proxy.find_stray(head, Visit("", "http", "here:8888"), "", "last")
+            assert (route and route.prefix) == prefix
+
+    @pytest.mark.parametrize("base", ["/proxy", "/"])
+    def test_led_back(self, start, upstream, base):
+        """A 307, which keeps method and body; only its target reaches the app."""
+        app = upstream(answering(OK))
+        proxy = start(base=base)
+        for form in ("%s/%d", "%s/absolute/%d"):
+            prefix = form % (base.rstrip("/"), app.port)
+            for method, lines in (("GET", ()), ("POST", ("Content-Length: 2", "Origin: " + US)), ("DELETE", ()), ("FROB", ())):
+                answer = proxy.ask(request(method, "/static/a%2F?b=/c", "Referer: %s%s/x" % (US, prefix), *lines, body=b"ab" if lines else b""))
+                assert (status_of(answer), fields_of(answer)["location"], fields_of(answer)["cache-control"]) == (307, prefix + "/static/a%2F?b=/c", "no-store")
+        assert app.connections == 0
+
+    def test_never_what_is_ours(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start()
+        for target in ("/proxy/x", "/proxy/99999/", "/proxy//", "/%70roxy/x", "/proxy/absolute/", "/proxy/08/"):
+            assert status_of(proxy.get(target, "Referer: %s/proxy/%d/" % (US, app.port), "Sec-Fetch-Site: same-origin")) == 404
+        assert status_of(start(base="/").get("/absolute/x", "Referer: %s/%d/" % (US, app.port))) == 404
+
+    @pytest.mark.parametrize("options", [{"whole_origin": False}, {"base": "/a/b"}, {"trusted_proxies": ["192.0.2.1"]}])
+    def test_not_where_others_share_the_origin(self, start, upstream, options):
+        app = upstream(answering(OK, b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\n\r\n"))
+        proxy = start(**options)
+        prefix = "%s/%d" % (options.get("base", "/proxy"), app.port)
+        assert status_of(proxy.get("/static/a", "Referer: %s%s/" % (US, prefix))) == 404
+        for _ in range(2):
+            answer = proxy.get(prefix + "/", *SAFE_LINES)
+        assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
+        assert status_of(start(base="/a/b", whole_origin=True).get("/static/a", "Referer: %s/a/b/%d/" % (US, app.port))) == 307
+
+    def test_the_app_that_was_opened_last(self, start, upstream):
+        """Two apps are open: a cookie says which one came last, for whatever has no Referer."""
+        apps = [upstream(lambda wire, app: serve_sockets(wire, app)) for _ in range(2)]
+        proxy = start()
+        name = "port_proxy_%d_app" % proxy.port
+        cookie = ""
+        for app in apps:
+            answer = proxy.get("/proxy/%d/" % app.port, *SAFE_LINES, *((cookie,) if cookie else ()))
+            assert fields_of(answer)["set-cookie"] == "%s=%d; Path=/; HttpOnly; SameSite=Lax" % (name, app.port)
+            cookie = cookie_of(answer)
+            assert "set-cookie" not in fields_of(proxy.get("/proxy/%d/" % app.port, *SAFE_LINES, cookie))
+        for lines in (("Sec-Fetch-Mode: cors", "Accept: */*"), ("Sec-Fetch-Dest: iframe",) + SAFE_LINES, ("Accept: text/html", "Sec-Fetch-Mode: no-cors")):
+            assert "set-cookie" not in fields_of(proxy.get("/proxy/%d/" % apps[0].port, cookie, *lines))  # nothing was opened
+        assert fields_of(proxy.get("/x", cookie, "Sec-Fetch-Site: same-origin"))["location"] == "/proxy/%d/x" % apps[1].port
+        assert fields_of(proxy.get("/x", cookie, "Referer: %s/proxy/%d/" % (US, apps[0].port)))["location"] == "/proxy/%d/x" % apps[0].port
+        assert status_of(proxy.get("/socket.io/?a", cookie, "Origin: " + US, *HANDSHAKE, no_body=True)) == 101
+        assert apps[1].messages[-1][0] == "GET /socket.io/?a HTTP/1.1"
+        assert fields_of(apps[1].messages[-1])["x-forwarded-prefix"] == "/proxy/%d" % apps[1].port
+        assert status_of(proxy.get("/socket.io/", cookie, "Origin: http://evil", *HANDSHAKE)) == 404
+        assert status_of(proxy.get("/sw.js", cookie, "Sec-Fetch-Site: same-origin", "Sec-Fetch-Dest: serviceworker")) == 200
+        assert apps[1].messages[-1][0] == "GET /sw.js HTTP/1.1"
+        assert name not in repr(apps[0].messages + apps[1].messages)
+
+    def test_an_apps_own_cookies_reach_it_where_it_is_served_in_place(self, start, upstream):
+        """Those with a Path below the prefix, of which we keep copies for all paths; each app gets its own alone."""
+        cookies = ("a=1; Path=/; Secure; Max-Age=9", "b=2", "c=3; Path=/x; HttpOnly; Domain=localhost", "__Host-d=4; Path=/; Secure", "=5")
+        head = "HTTP/1.1 200 OK\r\n%sContent-Length: 0\r\n\r\n" % "".join("Set-Cookie: %s\r\n" % one for one in cookies)
+        app = upstream(lambda wire, app: serve_sockets(wire, app, head.encode()))
+        other = upstream(lambda wire, app: serve_sockets(wire, app, head.encode()))
+        proxy = start()
+        jar = {}
+        for one in (other, app):
+            answer = proxy.get("/proxy/%d/" % one.port, *SAFE_LINES)
+            jar.update(value.split(";")[0].split("=", 1) for name, value in answer[1] if name == "Set-Cookie" and value.startswith("port_proxy_"))
+        ours = [value for name, value in answer[1] if name == "Set-Cookie" and value.startswith("port_proxy_")]
+        start_of_name = "port_proxy_%d_app_%s_" % (proxy.port, hashlib.sha256(b"%d" % app.port).hexdigest()[:8])
+        assert ours == [
+            start_of_name + "a=1; Secure; Max-Age=9; Path=/; HttpOnly", start_of_name + "b=2; Path=/; HttpOnly", start_of_name + "c=3; Path=/; HttpOnly",
+            "port_proxy_%d_app=%d; Path=/; HttpOnly; SameSite=Lax" % (proxy.port, app.port),
+        ]  # fmt: skip
+        assert "a=1; Path=/proxy/%d/; Secure; Max-Age=9" % app.port in [value for _, value in answer[1]]
+        line = "Cookie: b=newer; " + "; ".join("%s=%s" % pair for pair in sorted(jar.items()))
+        assert status_of(proxy.get("/ws", line, "Origin: " + US, *HANDSHAKE, no_body=True)) == 101
+        assert fields_of(app.messages[-1])["cookie"] == "b=newer; a=1; c=3"
+        assert status_of(proxy.get("/proxy/%d/" % app.port, line)) == 200
+        assert fields_of(app.messages[-1])["cookie"] == "b=newer"
+        assert [value for name, value in proxy.get("/proxy/%d/" % app.port)[1] if value.startswith("port_proxy_")] == []  # to no program
+
+    def test_nothing_of_ours_can_be_smuggled_in_as_a_copy(self, start, upstream):
+        app = upstream(lambda wire, app: serve_sockets(wire, app))
+        proxy = start(token=TOKEN)
+        cookie = cookie_of(proxy.get("/proxy/?token=" + TOKEN, *SAFE_LINES))
+        session = cookie[len("Cookie: ") :]
+        start_of_name = "port_proxy_%d_app_%s_" % (proxy.port, hashlib.sha256(b"%d" % app.port).hexdigest()[:8])
+        line = "%s; port_proxy_%d_app=%d; %s%s; %sx=y" % (cookie, proxy.port, app.port, start_of_name, session, start_of_name)
+        assert status_of(proxy.get("/ws", line, "Origin: " + US, *HANDSHAKE, no_body=True)) == 101
+        assert fields_of(app.messages[-1])["cookie"] == "x=y"
+
+    def test_cookies_without_a_path_that_are_set_in_place(self):
+        route = STRIPPED._replace(strayed=True)
+        for value, translated in (("a=b", "a=b; Path=%s/"), ("a=b; Path=/", "a=b; Path=%s/"), ("a=b; Max-Age=1", "a=b; Max-Age=1; Path=%s/")):
+            assert sent_to_client(("Set-Cookie", value), route=route) == (("Set-Cookie", translated % STRIPPED.prefix),)
+
+    def test_behind_the_same_gate(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start(token=TOKEN)
+        lines = ("Referer: %s/proxy/%d/" % (US, app.port), "Cookie: port_proxy_%d_app=%d" % (proxy.port, app.port))
+        assert status_of(proxy.get("/x", *lines)) == 401
+        assert status_of(proxy.get("/x", "Origin: " + US, *(HANDSHAKE + lines))) == 403
+        page = proxy.get("/x?y", *(SAFE_LINES + lines))
+        assert (status_of(page), b'value="/proxy/%d/x?y"' % app.port in page[2]) == (401, True)
+        answer = proxy.get("/x?token=%s&y" % TOKEN, *lines)
+        assert (status_of(answer), fields_of(answer)["location"]) == (307, "/proxy/%d/x?y" % app.port)
+        asked = []
+
+        async def authorize(head, visit, route):
+            asked.append(route)
+            raise ProxyError(403, "No.")
+
+        assert status_of(start(authorize=authorize).get("/x", *lines)) == 403
+        assert (asked[0].port, asked[0].path, asked[0].strayed) == (app.port, "/x", True)
+        assert app.connections == 0
+
+    def test_what_helps_where_nothing_tells(self, start):
+        answer = start().ask(at("localhost:8888", "GET", "/packages/a.whl"))
+        assert (status_of(answer), b"http://8080.localhost:8888/" in answer[2]) == (404, True)
+        assert b"host of its own" not in start(domains=()).get("/packages/a.whl")[2]
+
+    def test_the_bare_origin_is_our_page(self, start):
+        proxy = start()
+        for lines in (SAFE_LINES, SAFE_LINES + ("Cookie: port_proxy_%d_app=80" % proxy.port, "Sec-Fetch-Site: none")):
+            answer = proxy.get("/", *lines)
+            assert (status_of(answer), fields_of(answer)["location"]) == (302, "/proxy/")
+        assert fields_of(proxy.get("/", "Referer: %s/proxy/80/x" % US, *SAFE_LINES))["location"] == "/proxy/80/"
+        assert status_of(start(whole_origin=False).get("/", *SAFE_LINES)) == 404
+
+    def test_a_form_of_a_page_that_sends_no_referrer(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start()
+        for site, status in (("same-origin", 200), ("cross-site", 403), ("none", 403)):
+            assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, "Origin: null", "Sec-Fetch-Site: " + site, "Content-Length: 0"))) == status
+
+    def test_another_proxy_as_the_app(self, start, upstream):
+        """It keeps its cookies, and we ours, also where one port's number begins as the other's."""
+        inner = start(token=TOKEN)
+        gate = start().proxy._around.gate
+        gate.cookie_name, gate.app_cookie = "port_proxy_80", "port_proxy_80_app"
+        route = STRIPPED._replace(port=inner.port)
+        for name, ours in (("port_proxy_80", True), ("port_proxy_80_app", True), ("port_proxy_80_app_x_a", True), ("port_proxy_%d" % inner.port, False), ("port_proxy_%d_app" % inner.port, False), ("port_proxy_9_app", True)):
+            assert gate.owns_cookie(name, route) is ours
+        assert not gate.owns_cookie("port_proxy_8080", STRIPPED._replace(port=8080))
+
+
+def serve_sockets(wire, app, answer=OK):
+    """Open WebSockets, and answer all else."""
+    while wire.buffer or wire.more():
+        app.messages.append(wire.message())
+        opens = "sec-websocket-key" in fields_of(app.messages[-1])
+        wire.send(SWITCHING if opens else answer)
+        if opens:
+            wire.rest()
+            return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
