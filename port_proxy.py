@@ -19,7 +19,7 @@ and relayed piece by piece (exchange).  After a 101 the two connections are spli
 accepts, repeats this for every request of a connection, and is the one place that turns errors into answers (pages).
 
 Sections, each using only names above it: errors, configuration, heads, streams, framing, routes, rewriting, access,
-strays, upstream, pages, jupyterhub, exchange, server, jupyter, command line.
+strays, ports, upstream, probe, pages, jupyterhub, exchange, server, jupyter, command line.
 
 Embedding:
 
@@ -32,6 +32,7 @@ Embedding:
 import argparse
 import asyncio
 import base64
+import contextlib
 import errno
 import fnmatch
 import hashlib
@@ -51,6 +52,7 @@ import stat
 import struct
 import sys
 import time
+import zlib
 from http import HTTPStatus
 from typing import (
     Any,
@@ -1871,12 +1873,149 @@ def _copies(response: ResponseHead, route: Route, cookie: str) -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ports: who listens where on this machine, as Linux tells in /proc; elsewhere nobody is found
+# ---------------------------------------------------------------------------------------------------------------------
+
+_LISTEN = "0A"  # the state of a listening socket in /proc/net/tcp
+_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
+_FIRST_COMMON_PORT = 1024  # below are the system's own services
+_INTERPRETER = re.compile(r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*\Z")
+
+
+class TcpSocket(NamedTuple):
+    """A row of the kernel's table; the address as that spells it, the peer with its port."""
+
+    address: str
+    port: int
+    peer: str
+    state: str
+    user: int
+    inode: str
+
+
+class Listener(NamedTuple):
+    """A program of this user's that listens on a port.
+
+    addresses: where it does, as text; inode: names the socket for as long as it lives; started: when the program was,
+    in seconds since the epoch, 0.0 where that is not told.
+    """
+
+    port: int
+    addresses: Tuple[str, ...]
+    inode: str
+    pid: int = 0
+    program: str = ""
+    started: float = 0.0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether localhost leads to it."""
+        return any(address in ("0.0.0.0", "::", "127.0.0.1", "::1") for address in self.addresses)
+
+
+def tcp_sockets(tables: Sequence[str] = _TABLES, port: Optional[int] = None) -> List[TcpSocket]:
+    """The sockets at a local port, or all that listen where none is given; IPv4 in front of IPv6."""
+    wanted = "[0-9A-F]{4}" if port is None else "%04X" % port
+    state = _LISTEN if port is None else ".."
+    row = r"^ *[0-9]+: ([0-9A-F]+):(%s) ([0-9A-F]+:[0-9A-F]{4}) (%s) \S+ \S+ \S+ +([0-9]+) +[0-9]+ ([0-9]+) "
+    found: List[TcpSocket] = []
+    for name in tables:
+        try:
+            with open(name, encoding="ascii") as table:
+                rows = re.findall(row % (wanted, state), table.read(), re.M)
+        except (OSError, ValueError):
+            continue
+        found += [TcpSocket(a, int(p, 16), peer, s, int(user), inode) for a, p, peer, s, user, inode in rows]
+    return found
+
+
+def listeners() -> List[Listener]:
+    """What programs of this user listen on, by port; the system's own services are left out."""
+    mine = getattr(os, "geteuid", int)()
+    by_port: Dict[int, List[TcpSocket]] = {}
+    for one in tcp_sockets():
+        if one.user == mine and one.port >= _FIRST_COMMON_PORT:
+            by_port.setdefault(one.port, []).append(one)
+    holders = _holders({one.inode for sockets in by_port.values() for one in sockets})
+    found = []
+    for port, sockets in sorted(by_port.items()):
+        pid = next((holders[one.inode] for one in sockets if one.inode in holders), 0)
+        if not pid:  # of another container on the same network, say
+            continue
+        addresses = tuple(dict.fromkeys(_plain_text(one.address) for one in sockets))
+        found.append(Listener(port, addresses, sockets[0].inode, pid, _program(pid), _started(pid)))
+    return found
+
+
+def listens_elsewhere(port: int) -> Tuple[str, ...]:
+    """The addresses at which this port is listened on, by whomever, where localhost leads to none of them."""
+    addresses = tuple(_plain_text(one.address) for one in tcp_sockets(port=port) if one.state == _LISTEN)
+    return () if Listener(port, addresses, "").is_local else addresses
+
+
+def _plain_text(address: str) -> str:
+    """An address, from what /proc/net/tcp makes of it: 32-bit words in the machine's byte order."""
+    words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
+    return plain_address(str(ipaddress.ip_address(struct.pack("=%dI" % len(words), *words))))
+
+
+def _holders(inodes: Set[str]) -> Dict[str, int]:
+    """The first process that holds each of these sockets, as far as we may look."""
+    found: Dict[str, int] = {}
+    for pid in sorted(int(name) for name in _names("/proc") if name.isdigit()) if inodes else ():
+        for descriptor in _names("/proc/%d/fd" % pid):
+            try:
+                target = os.readlink("/proc/%d/fd/%s" % (pid, descriptor))
+            except OSError:  # it is gone
+                continue
+            if target.startswith("socket:[") and target[8:-1] in inodes:
+                found.setdefault(target[8:-1], pid)
+    return found
+
+
+def _names(folder: str) -> List[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _program(pid: int) -> str:
+    """What a person would call a process; its further arguments, which may hold secrets, are left out."""
+    try:
+        with open("/proc/%d/cmdline" % pid, encoding="utf-8", errors="replace") as file:
+            words = file.read().split("\0")[:-1]
+    except OSError:
+        return ""
+    name = os.path.basename(words[0]) if words else ""
+    if _INTERPRETER.match(name):
+        for at, word in enumerate(words[1:]):
+            if words[at] == "-m":
+                return word
+            if word == "-c":
+                break
+            if not word.startswith("-") and words[at] not in ("-X", "-W"):
+                return os.path.basename(word)
+    return name.split(" ")[0].rstrip(":")  # some write all of their arguments, or what they do, into the first
+
+
+def _started(pid: int) -> float:
+    try:
+        with open("/proc/%d/stat" % pid, encoding="utf-8", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime", encoding="ascii") as file:
+            uptime = float(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Upstream: opening connections, and keeping idle ones for the next request
 # ---------------------------------------------------------------------------------------------------------------------
 
 Address = Tuple[str, int]
 
-_LISTEN = "0A"  # the state of a listening socket in /proc/net/tcp
 _FIRST_ORDINARY_USER = 1000  # below are root and the system's own services
 
 
@@ -1940,24 +2079,15 @@ _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
 
 def _owner(here: Address, there: Address) -> Optional[int]:
     """The user id of the socket that `here` is connected to, or of the one that listens for it, by the table."""
-    rows = re.compile(
-        r"^ *[0-9]+: ([0-9A-F]+):%04X ([0-9A-F]+:[0-9A-F]{4}) (..) \S+ \S+ \S+ +([0-9]+) " % there[1], re.M
-    )
     is_mapped = "." in there[0]  # a socket of IPv6 may serve IPv4 too, and not the other way round
-    tables = ("/proc/net/tcp", "/proc/net/tcp6") if is_mapped else ("/proc/net/tcp6",)
     exact = {_hexadecimal(there[0]), _hexadecimal("::ffff:" + there[0]) if is_mapped else ""}
     listening: List[Tuple[bool, int]] = []  # the ones for that very address precede those for all addresses
-    for name in tables:
-        try:
-            with open(name, encoding="ascii") as table:
-                found = rows.findall(table.read())
-        except (OSError, ValueError):
-            continue
-        for address, peer, state, owner in found:
-            if address in exact and peer.endswith(":%04X" % here[1]) and state != _LISTEN and int(owner):
-                return int(owner)  # accepted: this is the socket itself
-            if state == _LISTEN and (address in exact or not address.strip("0")):
-                listening.append((address not in exact, int(owner)))
+    for one in tcp_sockets(_TABLES if is_mapped else _TABLES[1:], there[1]):
+        is_exact = one.address in exact
+        if is_exact and one.peer.endswith(":%04X" % here[1]) and one.state != _LISTEN and one.user:
+            return one.user  # accepted: this is the socket itself
+        if one.state == _LISTEN and (is_exact or not one.address.strip("0")):
+            listening.append((not is_exact, one.user))
     listening.sort(key=lambda found: found[0])  # stable: IPv4 stays in front of IPv6
     return listening[0][1] if listening else None
 
@@ -1967,6 +2097,25 @@ def _hexadecimal(address: str) -> str:
     packed = ipaddress.ip_address(address).packed
     words = struct.unpack("=%dI" % (len(packed) // 4), packed)
     return "".join("%08X" % word for word in words)
+
+
+class NotListening(ProxyError):
+    """Nobody accepts connections where the route leads, yet: a page visit is answered with a page that waits."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__(502, _why_nobody_listens(route), (("Retry-After", "2"), ("Port-Proxy", "waiting")))
+        self.route = route
+
+
+def _why_nobody_listens(route: Route) -> str:
+    elsewhere = listens_elsewhere(route.port) if route.host in LOOPBACK_NAMES else ()
+    if not elsewhere:
+        return "Nothing listens on %s. Is the app running, and is this its port?" % route.place
+    text = (
+        "The app on port {0} listens at {1} alone, not at localhost. Start it with 127.0.0.1 as the address to listen"
+        " on, or the proxy with --host-allowlist {1}, and open {1}:{0} in place of {0}."
+    )
+    return text.format(route.port, elsewhere[0])
 
 
 class Upstreams:
@@ -2052,7 +2201,7 @@ class Upstreams:
                 502, "The host %s could not be found. Check its spelling, or this machine's name service." % route.host
             )
         except ConnectionRefusedError:
-            raise ProxyError(502, "Nothing listens on %s. Is the app running, and is this its port?" % route.place)
+            raise NotListening(route)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise ProxyError(503, "The proxy has no file descriptor left to connect with. Try again shortly.")
@@ -2161,23 +2310,172 @@ def _no_answer_in_time(route: Route, config: Config) -> ProxyError:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Probe: what a port has to say when the proxy itself asks it
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PROBE_SECONDS = 3.0
+_PROBE_BYTES = 262144
+
+
+class Answer(NamedTuple):
+    """What a port answered to a GET of ours: its head, and as much of its body as was wanted."""
+
+    head: ResponseHead
+    body: bytes
+
+
+async def ask(upstreams: Upstreams, route: Route, fields: Fields = ()) -> Answer:
+    """GET the route's target; ProxyError 502 or 504 as for any request, also if the answer is no valid HTTP."""
+    stream = await upstreams.connect(route)
+    config = upstreams.config
+    host = () if field_values(fields, "host") else (("Host", route.authority),)
+    own = host + (("Accept", "text/html, */*;q=0.1"), ("User-Agent", "port_proxy"), ("Connection", "close"))
+    deadline = stream.now() + _PROBE_SECONDS
+    try:
+        stream.write(serialise_request(RequestHead("GET", route.target, "", "1.1", own + fields)))
+        head = parse_response(await read_head(stream, False, deadline, config), config)
+        body, data = Body(stream, response_framing("GET", head), config), b""
+        while not body.finished and len(data) < _PROBE_BYTES and head.status != 101:
+            data += await body.read(deadline - stream.now())
+        return Answer(head, data)
+    except (ProxyError, Truncated, Stalled, OSError) as error:
+        raise ProxyError(504 if isinstance(error, Stalled) else 502, "No valid HTTP came from %s." % route.place)
+    finally:
+        stream.abort()
+
+
+async def speaks_tls_there(upstreams: Upstreams, route: Route) -> bool:
+    """Whether a TLS handshake gets an answer that is TLS."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    hello, said = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(said, hello, server_hostname="localhost").do_handshake()
+    try:
+        stream = await upstreams.connect(route._replace(scheme="http"))
+    except ProxyError:
+        return False
+    try:
+        stream.write(hello.read())
+        answer = await stream.take(5, stream.now() + _PROBE_SECONDS)
+    except (Stalled, OSError):
+        return False
+    finally:
+        stream.abort()
+    return is_tls_record(answer)
+
+
+def is_tls_record(data: Union[bytes, bytearray]) -> bool:
+    """Whether bytes begin as a handshake or an alert of TLS does (RFC 8446 section 5.1)."""
+    return bytes(data[:2]) in (b"\x15\x03", b"\x16\x03")
+
+
+def tls_advice(route: Route) -> str:
+    """What to do where an upstream speaks TLS, and nobody said so."""
+    name = route.port if route.host in LOOPBACK_NAMES else route.authority
+    text = "The app on %s speaks TLS. Start the proxy with --upstream-tls %s" % (route.place, name)
+    return text + (", and --insecure-upstream if its certificate is its own." if name == route.port else ".")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pages: what people see
 # ---------------------------------------------------------------------------------------------------------------------
 
-_STYLE = (
-    ":root{color-scheme:light dark}"
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:3em auto;padding:0 1em}"
-    "h1{font-size:1.4em}code{font-family:ui-monospace,monospace}td,th{text-align:left;padding:.2em 1.5em .2em 0;"
-    "vertical-align:top}p.status{color:GrayText}"
-)
-_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
-    % (base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode())
+_STYLE = """\
+:root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d9e0e7;--ground:#f6f8fa;--card:#fff;--link:#0b5cad}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e3e8ee;--soft:#98a5b3;--line:#303a45;--ground:#13181e;--card:#1b222a;--link:#7db7f5}}
+*{box-sizing:border-box}[hidden]{display:none!important}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);overflow-wrap:anywhere}
+main{max-width:46rem;margin:0 auto;padding:2rem .6rem}
+h1{font-size:1.4rem;line-height:1.3;margin:0 0 .5rem}p{margin:.5rem 0}a{color:var(--link)}
+code{font-family:ui-monospace,monospace}.soft,summary{color:var(--soft)}summary{cursor:pointer}
+:focus-visible{outline:2px solid var(--link);outline-offset:2px}
+form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:end;margin:1rem 0}label{flex:1 1 12rem;color:var(--soft)}
+input,button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--soft);border-radius:.4rem;
+padding:.4rem .7rem}input{display:block;width:100%}
+button{cursor:pointer;background:var(--link);border-color:var(--link);color:var(--card)}
+.ports{list-style:none;padding:0;margin:1rem 0}
+.ports li{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.7rem 1rem;margin:.5rem 0;
+transition:opacity .6s}.ports .gone{opacity:.35}
+.port{font-weight:600;font-size:1.15rem;margin-right:.6rem}
+.ways a{display:inline-block;margin-right:1rem;font-size:.9rem}
+td{padding:.2rem 1.2rem .2rem 0;vertical-align:top}
+@media(prefers-reduced-motion:no-preference){.pulse::after{content:"";display:inline-block;width:.6em;height:.6em;
+margin-left:.5em;border-radius:50%;background:var(--link);animation:pulse 2s infinite}}
+@keyframes pulse{50%{opacity:.2}}
+"""
+_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'sha256-%s'; script-src %s; connect-src 'self'; base-uri 'none';"
+    " form-action 'self'; frame-ancestors 'self'"
 )
 _PAGE = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    "<title>{title}</title><style>{style}</style></head>\n<body>{body}</body></html>\n"
+    '<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style>{head}</head>\n'
+    "<body><main>{body}</main>{script}</body></html>\n"
 )
+# Fetches the list anew; what is new comes in at its place, what is gone fades, what has the keyboard's focus stays.
+_PORTS_SCRIPT = """
+const list = document.querySelector('.ports'), told = document.querySelector('[role=status]')
+const filter = document.querySelector('#filter'), none = document.querySelector('#none')
+function sift() {
+  const wanted = filter.value.trim().toLowerCase()
+  for (const one of list.children) one.hidden = !one.textContent.toLowerCase().includes(wanted)
+  filter.closest('label').hidden = list.children.length < 8 && !wanted
+  none.hidden = list.children.length > 0
+}
+async function look() {
+  try {
+    const answer = document.hidden ? null : await fetch('?list', {cache: 'no-store', redirect: 'error'})
+    if (answer && answer.ok) merge(new DOMParser().parseFromString(await answer.text(), 'text/html').body)
+  } catch (error) { told.textContent = 'The proxy does not answer.' }
+  setTimeout(look, 3000)
+}
+function merge(body) {
+  const before = new Map([...list.children].map(one => [one.id, one]))
+  let at = null
+  for (const one of [...body.querySelectorAll('li')].reverse()) {
+    const old = before.get(one.id)
+    before.delete(one.id)
+    if (old && (old.contains(document.activeElement) || old.innerHTML === one.innerHTML)) {
+      old.className = ''
+      at = old
+      continue
+    }
+    if (!old) told.textContent = 'New: port ' + one.querySelector('.port').textContent
+    old ? old.replaceWith(one) : list.insertBefore(one, at)
+    at = one
+  }
+  for (const one of before.values()) {
+    if (one.className !== 'gone') {
+      told.textContent = 'Gone: port ' + one.querySelector('.port').textContent
+      one.className = 'gone'
+      setTimeout(() => { if (one.className === 'gone') { one.remove(); sift() } }, 6000)
+    }
+  }
+  sift()
+}
+filter.addEventListener('input', sift)
+sift()
+setTimeout(look, 1500)
+"""
+# Asks for the head of this very page, ever more seldom, until somebody else than the proxy answers.
+_WAITING_SCRIPT = """
+let pause = 1000, since = Date.now()
+async function look() {
+  try {
+    const how = {method: 'HEAD', cache: 'no-store', redirect: 'manual'}
+    const answer = document.hidden ? null : await fetch(location.href, how)
+    if (answer && answer.headers.get('Port-Proxy') !== 'waiting') return location.reload()
+  } catch (error) {}
+  if (Date.now() - since > 20000) document.querySelector('#help').hidden = false
+  pause = Math.min(pause * 1.3, 8000)
+  setTimeout(look, pause)
+}
+document.querySelector('#help').hidden = true
+setTimeout(look, pause)
+"""
 _FORMS = (
     ("/8080/", "port 8080 of this machine; the app sees the path behind the port"),
     ("/absolute/8080/", "the same for an app that is told to live under this whole path"),
@@ -2197,24 +2495,159 @@ def error_response(error: ProxyError, as_html: bool) -> Response:
     fields = error.fields + (("Cache-Control", "no-store"),)
     if not as_html:
         return _response(error.status, "text/plain", "%d %s\n%s\n" % (error.status, phrase, error.detail), fields)
-    body = '<h1>{}</h1><p>{}</p><p class="status">{} &middot; port_proxy</p>'
+    body = '<h1>{}</h1><p>{}</p><p class="soft">{} &middot; port_proxy</p>'
     return _page(
         error.status, phrase, body.format(*map(html.escape, (phrase, error.detail, str(error.status)))), fields
     )
 
 
-def forms_response(base: str, as_html: bool) -> Response:
-    """The page at the base, which explains the forms."""
-    if not as_html:
-        lines = "".join("%-40s %s\n" % (base + form, meaning) for form, meaning in _FORMS)
-        return _response(200, "text/plain", "port_proxy: every port of this machine through this one\n\n" + lines)
-    rows = "".join(
-        "<tr><td><code>%s</code></td><td>%s</td></tr>" % (html.escape(base + form), html.escape(meaning))
-        for form, meaning in _FORMS
+class PortsView(NamedTuple):
+    """What the page at the base shows; by port: the title of the page that it served last, as far as one is known, and
+    how its own host is reached, "" where it has none."""
+
+    base: str
+    ports: Sequence[Listener]
+    titles: Mapping[int, str]
+    ways: Mapping[int, str]
+
+
+class Titles:
+    """The titles of pages that went by, by port of this machine: nothing is asked for them."""
+
+    def __init__(self) -> None:
+        self._seen: Dict[int, Tuple[str, float]] = {}  # with the time, in seconds since the epoch
+
+    def note(self, route: Route, head: ResponseHead, data: bytes) -> None:
+        """Remember the title in the beginning of a page, if there is one."""
+        title = title_in(head, data) if route.host == "localhost" and head.status == 200 else ""
+        if title:
+            self._seen[route.port] = title, time.time()
+
+    def of(self, ports: Sequence[Listener]) -> Dict[int, str]:
+        """The titles of those that have not been started anew since."""
+        found = ((one, self._seen.get(one.port, ("", 0.0))) for one in ports)
+        return {one.port: title for one, (title, seen) in found if title and seen >= one.started}
+
+
+def title_in(head: ResponseHead, data: bytes) -> str:
+    """The title of an HTML page, of which `data` is the beginning; "" where none can be read in it."""
+    kind = "".join(field_values(head.fields, "content-type")[:1]).lower()
+    coding = "".join(field_values(head.fields, "content-encoding")).lower()
+    if "html" not in kind or coding not in ("", "gzip", "deflate"):
+        return ""
+    if coding:
+        try:
+            data = zlib.decompressobj(47).decompress(data, _RECEIVE_BYTES)  # either of the two, told by its head
+        except zlib.error:
+            return ""
+    match = _TITLE.search(data[:_RECEIVE_BYTES].decode("utf-8", "replace"))
+    return " ".join(html.unescape(match.group(1)).split())[:100] if match else ""
+
+
+_TITLE = re.compile(r"<title[^>]*>([^<]*)</title", re.IGNORECASE)
+
+
+def wants_json(head: RequestHead) -> bool:
+    """Whether a program asks for data."""
+    return any("application/json" in value.lower() for value in field_values(head.fields, "accept"))
+
+
+def ports_response(view: PortsView, head: RequestHead) -> Response:
+    """The answer at the base: the ports that somebody may want to open, and the forms of an address."""
+    fields = (("Cache-Control", "no-store"), ("Vary", "Accept"))
+    if head.target.endswith("?list"):
+        return _response(200, "text/html", _port_items(view), fields + (("Content-Security-Policy", _policy("")),))
+    if wants_html(head):
+        return _ports_page(view, fields)
+    if wants_json(head):
+        ports = [_port_data(view, one) for one in view.ports]
+        return _response(200, "application/json", json.dumps({"ports": ports}, indent=1) + "\n", fields)
+    lines = ["%-40s %s\n" % (view.base + form, meaning) for form, meaning in _FORMS]
+    lines += ["\n%-40s %s" % ("%s/%d/" % (view.base, one.port), _summary(one)) for one in view.ports]
+    text = "port_proxy: every port of this machine through this one\n\n" + "".join(lines) + "\n"
+    return _response(200, "text/plain", text, fields)
+
+
+def _ports_page(view: PortsView, fields: Fields) -> Response:
+    rows = "".join("<tr><td><code>%s</code><td>%s" % (view.base + form, html.escape(text)) for form, text in _FORMS)
+    body = (
+        '<h1>Ports of this machine</h1><p class="soft" role="status"></p>'
+        '<label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>'
+        '<ul class="ports">{items}</ul>'
+        '<p id="none"{hidden}>No program of yours listens on a port. Once one does, it appears here.</p>'
+        '<form method="get" action="{base}/"><label>Another port <input name="port" inputmode="numeric" required'
+        ' pattern="[1-9][0-9]*" placeholder="8080" autocomplete="off"></label><button>Open</button></form>'
+        "<details><summary>Forms of an address</summary><table>{rows}</table></details>"
     )
-    title = "Every port of this machine, through this one"
-    body = "<h1>%s</h1><p>Put the port of an app into the address:</p><table>%s</table>" % (title, rows)
-    return _page(200, title, body)
+    hidden = " hidden" if view.ports else ""
+    text = body.format(items=_port_items(view), hidden=hidden, base=html.escape(view.base), rows=rows)
+    return _page(200, "Ports of this machine", text, fields, _PORTS_SCRIPT)
+
+
+def _port_items(view: PortsView) -> str:
+    item = (
+        '<li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>'
+        '<div class="ways">{ways}</div></li>\n'
+    )
+    way = '<a href="%s" aria-label="port %d, %s">%s</a> '
+    items = []
+    for one in view.ports:
+        links = _links(view, one)
+        ways = "".join(way % (html.escape(url), one.port, _WAYS[name], _WAYS[name]) for name, url in links.items())
+        best = html.escape(links.get("host") or links["stripped"])
+        title, about = html.escape(view.titles.get(one.port, "")), html.escape(_summary(one))
+        items.append(item.format(port=one.port, best=best, title=title, about=about, ways=ways))
+    return "".join(items)
+
+
+_WAYS = {"host": "own host", "stripped": "prefix stripped", "absolute": "prefix kept"}
+
+
+def _links(view: PortsView, one: Listener) -> Dict[str, str]:
+    """The addresses of a port here, by form; the best comes first."""
+    host = view.ways.get(one.port, "")
+    stripped, absolute = ("%s/%s%d/" % (view.base, form, one.port) for form in ("", "absolute/"))
+    return dict({"host": host} if host else {}, stripped=stripped, absolute=absolute)
+
+
+def _port_data(view: PortsView, one: Listener) -> Dict[str, Any]:
+    """A port as programs get it."""
+    seconds = int(time.time() - one.started) if one.started else None
+    data = {"port": one.port, "addresses": one.addresses, "program": one.program, "pid": one.pid, "seconds": seconds}
+    return dict(data, title=view.titles.get(one.port), links=_links(view, one))
+
+
+def _summary(one: Listener) -> str:
+    """A port in a line for a person: its program, how long that runs, and what keeps it from being reached."""
+    parts = [one.program, _for_how_long(time.time() - one.started) if one.started else ""]
+    if not one.is_local:
+        parts.append("listens at %s alone, not at localhost" % ", ".join(one.addresses))
+    return " \u00b7 ".join(filter(None, parts))
+
+
+def _for_how_long(seconds: float) -> str:
+    for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= unit:
+            count = int(seconds // unit)
+            return "%d %s%s" % (count, name, "" if count == 1 else "s")
+    return "just started"
+
+
+def waiting_response(error: NotListening) -> Response:
+    """The page for a person whose app does not listen yet: it opens the app as soon as that answers."""
+    body = (
+        '<h1 class="pulse">Waiting for port {port}</h1><p>{detail}</p><p>This page opens the app by itself as soon as'
+        ' it answers.</p><div id="help"><p>If nothing comes:</p><ul>'
+        "<li>Does the log of the app show an error, or another port?</li>"
+        "<li>Does it listen on 127.0.0.1 or 0.0.0.0, rather than on another address alone?</li>"
+        "<li>On the machine, <code>python3 port_proxy.py --check {port}</code> looks at the port and says what it"
+        " finds.</li>"
+        '</ul></div><p class="soft">502 &middot; port_proxy</p>'
+    )
+    text = body.format(port=error.route.port, detail=html.escape(error.detail))
+    reload = '<noscript><meta http-equiv="refresh" content="5"></noscript>'
+    fields = error.fields + (("Cache-Control", "no-store"),)
+    return _page(error.status, "Waiting for port %d" % error.route.port, text, fields, _WAITING_SCRIPT, reload)
 
 
 def sign_in_response(error: SignInNeeded) -> Response:
@@ -2247,9 +2680,15 @@ def reason_phrase(status: int) -> str:
         return "Error"
 
 
-def _page(status: int, title: str, body: str, fields: Fields = ()) -> Response:
-    text = _PAGE.format(title=html.escape(title), style=_STYLE, body=body)
-    return _response(status, "text/html", text, fields + (("Content-Security-Policy", _SECURITY_POLICY),))
+def _page(status: int, title: str, body: str, fields: Fields = (), script: str = "", head: str = "") -> Response:
+    element = "<script>%s</script>" % script if script else ""
+    text = _PAGE.format(title=html.escape(title), style=_STYLE, head=head, body=body, script=element)
+    return _response(status, "text/html", text, fields + (("Content-Security-Policy", _policy(script)),))
+
+
+def _policy(script: str) -> str:
+    style, code = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (_STYLE, script))
+    return _POLICY % (style, "'sha256-%s'" % code if script else "'none'")
 
 
 def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> Response:
@@ -2663,6 +3102,7 @@ class Surroundings(NamedTuple):
     upstreams: Upstreams
     tunnels: "Set[Tunnel]"
     stopping: asyncio.Event
+    titles: Titles
 
 
 class Exchange:
@@ -2713,7 +3153,7 @@ class Exchange:
         elif head.target == "*":
             await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
         elif head.method in ("GET", "HEAD"):
-            await self.answer(forms_response(self.config.base, wants_html(head)))
+            await self._show_ports()
         else:
             raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
 
@@ -2732,11 +3172,29 @@ class Exchange:
                 raise not_found(error, self.head, self.visit, self.config)
             return stray
 
+    async def _show_ports(self) -> None:
+        config, visit = self.config, self.visit
+        port = dict(parse_qsl(self.head.target.partition("?")[2])).get("port")
+        if port is not None:  # typed into the page
+            route = find_route(config.base, "%s/%s/" % (config.base, port.strip()))
+            location = route.prefix + "/" if route else config.base + "/"
+            raise ProxyError(303, "It is over there.", (("Location", location),))
+        own = {port for _, port in self.around.upstreams.listening}
+        found = await self.around.watch.loop.run_in_executor(None, listeners)  # it takes a while on a busy machine
+        ports = [one for one in found if one.port not in own]
+        hosts = {one.port: host_form(one.port, visit, config.domains) for one in ports}
+        if self.around.gate.token:  # which signs in there
+            hosts = {number: "%s/?open=%d" % (config.base, number) if url else "" for number, url in hosts.items()}
+        view = PortsView(config.base, ports, self.around.titles.of(ports), hosts)
+        await self.answer(ports_response(view, self.head))
+
     async def answer_error(self, error: ProxyError) -> None:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
         error = self.error = self.around.gate.explain(error)
         if isinstance(error, SignInNeeded):
             await self.answer(sign_in_response(error))
+        elif isinstance(error, NotListening) and is_page_visit(self.head):
+            await self.answer(waiting_response(error))
         else:
             await self.answer(error_response(error, wants_html(self.head)))
 
@@ -2816,6 +3274,8 @@ class Exchange:
         except (ProxyError, Truncated, Stalled, OSError) as error:
             if replayable and not upstream.was_heard and not self._client_failure and not isinstance(error, Stalled):
                 return False
+            if not self._client_failure and await self._meets_tls(error, route, upstream):
+                raise ProxyError(502, tls_advice(route))
             raise self._client_failure or _upstream_failure(error, route, upstream, self.config)
         finally:
             self.client.reader.on_end = None
@@ -2825,6 +3285,14 @@ class Exchange:
             else:
                 upstream.abort()
         return True
+
+    async def _meets_tls(self, error: Exception, route: Route, upstream: Stream) -> bool:
+        """Whether an upstream failed because it speaks TLS: it says so, or says nothing, and a person wants to know."""
+        if route.scheme == "https" or isinstance(error, Stalled):
+            return False
+        if upstream.was_heard or not is_page_visit(self.head):
+            return is_tls_record(upstream.buffer)
+        return await speaks_tls_there(self.around.upstreams, route)
 
     def _notice_leaving(self, upstream: Stream) -> None:
         """Close the upstream's connection as soon as the client ends its own.
@@ -2899,11 +3367,16 @@ class Exchange:
         if not self.body.finished or self._is_sending():  # an early answer; the rest of the body may never be read
             self.keep_alive = False
         head = self._for_client(response, route, self._answer_framing)
+        wants_title = is_page_visit(self.head)
+        if wants_title and data:
+            self.around.titles.note(route, response, data)
         await self._begin_answer(
             head, self._answer_framing, framed(data, self._answer_framing, body.finished), len(data)
         )
         while not body.finished:
             data = await body.read(self._silence)
+            if wants_title and not self.sent:
+                self.around.titles.note(route, response, data)
             upstream.watch.stirred = True
             await self._to_client(framed(data, self._answer_framing, body.finished), len(data))
         return response.version == "1.1" and "close" not in field_tokens(response.fields, "connection")
@@ -3081,7 +3554,7 @@ class PortProxy:
         watch = Watch(loop, _watch_interval(self.config))
         gate = HubGate(self.config, watch) if self.config.hub else TokenGate(self.config, self.is_private, self.port)
         upstreams = Upstreams(self.config, watch, addresses + list(ways_back))
-        around = self._around = Surroundings(self.config, watch, gate, upstreams, set(), asyncio.Event())
+        around = self._around = Surroundings(self.config, watch, gate, upstreams, set(), asyncio.Event(), Titles())
         try:
             for sock in self._sockets:
                 self._servers.append(await self._listen(sock, tls, around))

@@ -8,6 +8,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -2000,6 +2001,73 @@ def serve_sockets(wire, app, answer=OK):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ports
+# ---------------------------------------------------------------------------------------------------------------------
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="this system has no /proc/net/tcp")
+
+
+@needs_proc
+class TestPorts:
+    def mine(self):
+        return {one.port: one for one in port_proxy.listeners() if one.pid == os.getpid()}
+
+    @pytest.mark.parametrize(
+        "family, address, told, is_local",
+        [
+            (socket.AF_INET, "127.0.0.1", "127.0.0.1", True), (socket.AF_INET, "0.0.0.0", "0.0.0.0", True), (socket.AF_INET, "127.0.0.2", "127.0.0.2", False), (socket.AF_INET6, "::1", "::1", True),
+            (socket.AF_INET6, "::", "::", True), (socket.AF_INET6, "::ffff:127.0.0.1", "127.0.0.1", True),
+        ],
+    )  # fmt: skip
+    def test_what_listens(self, family, address, told, is_local):
+        with socket.socket(family) as sock:
+            try:
+                sock.bind((address, 0))
+            except OSError:
+                pytest.skip("this machine has no %s" % address)
+            port = sock.getsockname()[1]
+            assert port not in self.mine()
+            sock.listen(1)
+            found = self.mine()[port]
+            assert (found.addresses, found.is_local) == ((told,), is_local)
+            assert 0 <= time.time() - found.started < 86400
+            assert port_proxy.listens_elsewhere(port) == (() if is_local else (told,))
+        assert port not in self.mine()
+        assert port_proxy.listens_elsewhere(port) == ()
+
+    def test_of_others_and_of_the_system_nothing_is_shown(self, monkeypatch):
+        row = "   0: 0100007F:%04X 00000000:0000 0A 00000000:00000000 00:00000000 00000000 %5d        0 %d 1 0 100 0 0 10 0\n"
+        me = os.geteuid()
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(1)
+            inode = os.stat("/proc/self/fd/%d" % sock.fileno()).st_ino
+            table = "".join(row % values for values in ((8080, me, inode), (8081, me + 1, inode), (631, me, inode), (8082, me, 1)))
+            monkeypatch.setattr("builtins.open", lambda name, *more, _open=open, **how: io.StringIO(table if name == "/proc/net/tcp" else "") if name.startswith("/proc/net/") else _open(name, *more, **how))
+            assert [one.port for one in port_proxy.listeners()] == [8080]
+
+    def test_where_there_is_no_proc(self, monkeypatch):
+        monkeypatch.setattr(port_proxy, "_TABLES", ("/nowhere",))
+        monkeypatch.setattr(port_proxy.tcp_sockets, "__defaults__", (("/nowhere",), None))
+        assert port_proxy.listeners() == []
+
+    @pytest.mark.parametrize(
+        "arguments, name",
+        [
+            (["/usr/bin/python3", "-m", "http.server", "--secret=x"], "http.server"), (["python3.11", "-u", "-X", "dev", "/srv/app.py", "--token", "x"], "app.py"), (["/usr/bin/node", "/a/b/vite.js"], "vite.js"),
+            (["/opt/code-server", "--auth", "x"], "code-server"), (["python3", "-c", "print('secret')"], "python3"), (["python3"], "python3"), (["nginx: master process /usr/sbin/nginx"], "nginx"), ([], ""),
+        ],
+    )  # fmt: skip
+    def test_the_name_of_a_program(self, monkeypatch, arguments, name):
+        text = "".join(word + "\0" for word in arguments)
+        monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(text))
+        assert port_proxy._program(1) == name
+
+    def test_processes_that_are_gone(self):
+        assert (port_proxy._program(2 ** 30), port_proxy._started(2 ** 30), port_proxy._holders({"1"})) == ("", 0.0, {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Upstream
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2352,6 +2420,11 @@ def as_user(user, host):
 NAVIGATION = ("Accept: text/html,application/xhtml+xml,*/*;q=0.8", "Sec-Fetch-Mode: navigate")
 
 
+@pytest.fixture
+def no_ports(monkeypatch):
+    monkeypatch.setattr(port_proxy, "listeners", list)
+
+
 class TestPages:
     @pytest.mark.parametrize(
         "method, fields, html",
@@ -2372,7 +2445,7 @@ class TestPages:
         assert fields["Content-Type"] == "text/html; charset=utf-8"
         assert fields["X-Content-Type-Options"] == "nosniff"
         assert "default-src 'none'" in fields["Content-Security-Policy"]
-        digest = base64.b64encode(hashlib.sha256(re.search(b"<style>(.*)</style>", response.body).group(1)).digest())
+        digest = base64.b64encode(hashlib.sha256(re.search(b"<style>(.*)</style>", response.body, re.S).group(1)).digest())
         assert "'sha256-%s'" % digest.decode() in fields["Content-Security-Policy"]
 
     def test_nothing_of_the_request_is_reflected(self, proxy):
@@ -2381,16 +2454,127 @@ class TestPages:
             for lines in ((), NAVIGATION):
                 assert b"<script" not in proxy.get(target, *lines)[2]
 
-    def test_forms_page(self, proxy):
+    def test_page_without_ports(self, proxy, no_ports):
         for target in ("/proxy", "/proxy/"):
             page = proxy.get(target, *NAVIGATION)
             assert (status_of(page), fields_of(page)["content-type"]) == (200, "text/html; charset=utf-8")
+            assert b"No program of yours listens" in page[2]
             text = proxy.get(target)
             assert fields_of(text)["content-type"] == "text/plain; charset=utf-8"
             for form in (b"/proxy/8080/", b"/proxy/absolute/8080/", b"/proxy/db1.example.org:8080/"):
                 assert form in page[2]
                 assert form in text[2]
         assert status_of(proxy.ask(request("POST", "/proxy/", "Content-Length: 0"))) == 405
+
+    def test_ports(self, start, monkeypatch):
+        """Each with its program, title, age and ways, as a page, as text and as data; what an app says is inert."""
+        now = time.time()
+        proxy = start(host_allowlist=["db"])
+        shown = [
+            port_proxy.Listener(8080, ("127.0.0.1",), "1", 7, "<b>app</b>", now - 7300), port_proxy.Listener(8081, ("192.0.2.7",), "2", 8, "other", 0.0),
+            port_proxy.Listener(proxy.port, ("127.0.0.1",), "3", 9, "self", now),
+        ]  # fmt: skip
+        monkeypatch.setattr(port_proxy, "listeners", lambda: shown)
+        proxy.proxy._around.titles._seen.update({8080: ("<i>t</i>", now), 8081: ("x" * 100, now)})
+        data = json.loads(proxy.ask(at("localhost:8888", "GET", "/proxy/", "Accept: application/json"))[2].decode())
+        first, second = data["ports"]
+        assert first == {
+            "port": 8080, "addresses": ["127.0.0.1"], "program": "<b>app</b>", "pid": 7, "seconds": first["seconds"], "title": "<i>t</i>",
+            "links": {"host": "http://8080.localhost:8888/", "stripped": "/proxy/8080/", "absolute": "/proxy/absolute/8080/"},
+        }  # fmt: skip
+        assert 7300 <= first["seconds"] < 7400
+        assert (second["port"], second["seconds"]) == (8081, None)
+        page = proxy.ask(at("localhost:8888", "GET", "/proxy/", *NAVIGATION))[2].decode()
+        for part in ('<a class="port" href="http://8080.localhost:8888/">8080</a>&lt;i&gt;t&lt;/i&gt;', "&lt;b&gt;app&lt;/b&gt; \u00b7 2 hours", 'href="/proxy/absolute/8080/"', "listens at 192.0.2.7 alone"):
+            assert part in page
+        assert "<b>" not in page
+        assert "<i>" not in page
+        assert page.count("<li id=") == 2
+        fragment = proxy.ask(at("localhost:8888", "GET", "/proxy/?list", "Accept: */*"))[2].decode()
+        assert fragment.strip() in page
+        assert "/proxy/8080/ " in proxy.get("/proxy/")[2].decode()
+        assert json.loads(proxy.ask(at("a.example", "GET", "/proxy/", "Accept: application/json"))[2].decode())["ports"][0]["links"] == {"stripped": "/proxy/8080/", "absolute": "/proxy/absolute/8080/"}
+        signed = start(token=TOKEN)
+        data = json.loads(signed.ask(at("localhost:8888", "GET", "/proxy/", "Accept: application/json", "Authorization: token " + TOKEN))[2].decode())
+        assert data["ports"][0]["links"]["host"] == "/proxy/?open=8080"
+
+    @pytest.mark.parametrize("seconds, text", [(0, "just started"), (61, "1 minute"), (3599, "59 minutes"), (7300, "2 hours"), (90000, "1 day"), (-5, "just started")])
+    def test_for_how_long(self, seconds, text):
+        assert port_proxy._for_how_long(seconds) == text
+
+    @pytest.mark.parametrize(
+        "port, location",
+        [("8080", "/proxy/8080/"), ("+8080+", "/proxy/8080/"), ("db:80", "/proxy/db:80/"), ("absolute/80", "/proxy/absolute/80/"), ("80/x?y", "/proxy/80/"), ("80/x%0D%0Aa:b", None), ("80%0D%0Aa:b", None), ("a", None), ("//evil", None), ("99999", None)],
+    )  # fmt: skip
+    def test_a_port_is_typed(self, proxy, port, location):
+        answer = proxy.get("/proxy/?port=" + port, *NAVIGATION)
+        assert (status_of(answer), fields_of(answer).get("location")) == ((303, location) if location else (404, None))
+
+    @pytest.mark.parametrize(
+        "fields, body, title",
+        [
+            ("Content-Type: text/html", b"<html><TITLE class=a> My\n app &amp; more </TITLE>", "My app & more"), ("Content-Type: text/html; charset=utf-8", "<title>\u00e4</title>".encode(), "\u00e4"),
+            ("Content-Type: text/html\r\nContent-Encoding: gzip", gzip.compress(b"<title>packed</title>" + bytes(range(256)) * 2000), "packed"),
+            ("Content-Type: text/html\r\nContent-Encoding: gzip", b"no gzip", None), ("Content-Type: text/html\r\nContent-Encoding: br", b"<title>a</title>", None), ("Content-Type: text/plain", b"<title>a</title>", None),
+            ("Content-Type: text/html", b"<title>never closed", None), ("Content-Type: text/html", b"<title>" + b"x" * 300 + b"</title>", "x" * 100), ("Content-Type: text/html", b"", None),
+        ],
+    )  # fmt: skip
+    def test_titles_of_what_goes_by(self, proxy, upstream, monkeypatch, fields, body, title):
+        def serve(wire, app):
+            wire.until(b"\r\n\r\n")
+            wire.send(("HTTP/1.1 200 OK\r\n%s\r\nContent-Length: %d\r\n\r\n" % (fields, len(body))).encode())
+            if app.connections % 2:  # the head alone, and all else once it has been passed on
+                app.let_go.wait(WAIT)
+            wire.send(body)
+
+        app = upstream(serve)
+        with proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port, *NAVIGATION))
+            head = wire.until(b"\r\n\r\n")
+            app.let_go.set()
+            assert wire.exactly(len(body)) == body
+        assert head.startswith(b"HTTP/1.1 200")
+        listener = port_proxy.Listener(app.port, ("127.0.0.1",), "1", 7, "app", time.time() - 60)
+        titles = proxy.proxy._around.titles
+        assert titles.of([listener]) == ({app.port: title} if title else {})
+        assert titles.of([listener._replace(started=time.time() + 60)]) == {}  # another program since
+
+    def test_the_waiting_page(self, proxy):
+        """For a person's navigation; all others are told at once."""
+        port = free_port()
+        page = proxy.get("/proxy/%d/" % port, *NAVIGATION)
+        fields = fields_of(page)
+        assert (status_of(page), fields["port-proxy"], fields["retry-after"], fields["cache-control"]) == (502, "waiting", "2", "no-store")
+        assert b"Nothing listens on port %d of this machine" % port in page[2]
+        assert b"--check %d" % port in page[2]
+        script = re.search(b"<script>(.*)</script>", page[2], re.S).group(1)
+        assert "script-src 'sha256-%s'" % base64.b64encode(hashlib.sha256(script).digest()).decode() in fields["content-security-policy"]
+        for method, lines in (("GET", ()), ("POST", NAVIGATION + ("Content-Length: 0",)), ("GET", HANDSHAKE), ("GET", ("Accept: text/html", "Sec-Fetch-Mode: cors"))):
+            answer = proxy.ask(request(method, "/proxy/%d/" % port, *lines))
+            assert (status_of(answer), fields_of(answer)["retry-after"], b"<script" in answer[2]) == (502, "2", False)
+
+    @needs_proc
+    def test_who_listens_on_another_address_alone_is_told(self, proxy, upstream):
+        app = upstream(answering(OK), host="127.0.0.2")
+        for lines in ((), NAVIGATION):
+            said = proxy.get("/proxy/%d/" % app.port, *lines)[2]
+            assert b"listens at 127.0.0.2 alone, not at localhost" in said
+            assert b"--host-allowlist 127.0.0.2" in said
+
+    def test_who_speaks_tls_is_told(self, proxy, upstream):
+        """By what it sends, or, where it only closes, by a handshake of our own that a person's visit is worth."""
+        alert, hello = b"\x15\x03\x01\x00\x02\x02\x46", b"\x16\x03\x03\x00\x7a\x02"
+
+        def serve(wire, app):
+            first = wire.more() and wire.buffer[:1]
+            wire.send(b"" if first != b"\x16" and app.is_curt else hello if first == b"\x16" else alert)
+
+        app = upstream(serve)
+        for app.is_curt, lines, told in ((False, (), True), (False, NAVIGATION, True), (True, NAVIGATION, True), (True, (), False)):
+            answer = proxy.get("/proxy/%d/" % app.port, *lines)
+            assert (status_of(answer), b"--upstream-tls %d" % app.port in answer[2]) == (502, told)
+        other = upstream(lambda wire, app: wire.more())
+        assert b"--upstream-tls" not in proxy.get("/proxy/%d/" % other.port, *NAVIGATION)[2]
 
     def test_head_has_no_body(self, proxy):
         with proxy.wire() as wire:
