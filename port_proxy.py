@@ -19,7 +19,7 @@ and relayed piece by piece (exchange).  After a 101 the two connections are spli
 accepts, repeats this for every request of a connection, and is the one place that turns errors into answers (pages).
 
 Sections, each using only names above it: errors, configuration, heads, streams, framing, routes, rewriting, access,
-strays, ports, upstream, probe, pages, jupyterhub, exchange, server, jupyter, command line.
+strays, ports, upstream, probe, pages, jupyterhub, exchange, server, jupyter, check, command line.
 
 Embedding:
 
@@ -1953,6 +1953,15 @@ def listens_elsewhere(port: int) -> Tuple[str, ...]:
     return () if Listener(port, addresses, "").is_local else addresses
 
 
+def _user_name(user: int) -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(user).pw_name
+    except (ImportError, KeyError):
+        return "number %d" % user
+
+
 def _plain_text(address: str) -> str:
     """An address, from what /proc/net/tcp makes of it: 32-bit words in the machine's byte order."""
     words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
@@ -2256,16 +2265,10 @@ class Upstreams:
 
 
 def _whose_port(port: int, owner: int) -> str:
-    try:
-        import pwd
-
-        name = pwd.getpwuid(owner).pw_name
-    except (ImportError, KeyError):
-        name = "number %d" % owner
     text = (
         "Port %d of this machine belongs to another user, %s. What is opened here could act in your name at your other"
     )
-    return (text + " apps. If you trust it, start the proxy with --any-owner.") % (port, name)
+    return (text + " apps. If you trust it, start the proxy with --any-owner.") % (port, _user_name(owner))
 
 
 def upstream_context(verified: bool) -> ssl.SSLContext:
@@ -3771,12 +3774,27 @@ class PortProxy:
             pass
 
     def _log(self, client: Stream, exchange: Exchange, duration: float) -> None:
-        """One line per request; without the query, which may hold a secret."""
+        """One line per request, at its end, which is that of its tunnel; without the query, which may hold a secret."""
+        if not logger.isEnabledFor(logging.INFO):
+            return
         path, mark, _ = exchange.head.target.partition("?")
-        asked = (exchange.visit.address or "-", exchange.head.method, path + ("?..." if mark else ""))
-        outcome = (exchange.place, exchange.status or "gone", exchange.sent, duration)
-        reason = ": " + exchange.error.detail if exchange.error else ""
-        logger.info("%s %s %s -> %s %s, %d bytes, %.3f s%s", *(asked + outcome + (reason,)))
+        told: Dict[str, Any] = {
+            "client": exchange.visit.address or "-",
+            "method": exchange.head.method,
+            "target": path + ("?..." if mark else ""),
+            "app": exchange.place,
+            "status": exchange.status or "gone",
+            "bytes": exchange.sent,
+            "seconds": round(duration, 3),
+        }
+        line = "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes, %(seconds).3f s"
+        if exchange.tunnel:
+            told["bytes_received"] = exchange.tunnel.received_from(client)
+            line = line.replace(" bytes,", " bytes and back %(bytes_received)d,")
+        if exchange.error:
+            told["error"] = exchange.error.detail
+            line += ": %(error)s"
+        logger.info(line, told, extra={"request": told})
 
 
 _UNIX_PREFIX = "unix:"
@@ -4287,17 +4305,190 @@ def _head_from_tornado(request: Any) -> RequestHead:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Check: one port, looked at as a doctor would
+# ---------------------------------------------------------------------------------------------------------------------
+
+_ROOTED = re.compile(rb"""\b(?:src|href|action)\s*=\s*["']?(/(?!/)[^\s"'<>]*)""", re.IGNORECASE)
+_STRANGER = "port-proxy-check.invalid"  # a name that leads nowhere (RFC 6761)
+
+
+class KnownApp(NamedTuple):
+    """An app that tells itself by its page; socket: where it opens WebSockets; flag: makes it live under a path."""
+
+    name: str
+    sign: str
+    socket: str
+    flag: str
+
+
+# %s stands for /proxy/absolute/PORT, the path that it is to live under.
+_KNOWN_APPS = (
+    KnownApp("Streamlit", "<title>Streamlit</title>", "/_stcore/stream", "--server.baseUrlPath %s"),
+    KnownApp("Jupyter", "jupyter-config-data|<title>Jupyter", "/api/events/subscribe", "--ServerApp.base_url=%s/"),
+    KnownApp("Voila", "voila", "", "--base_url=%s/"),
+    KnownApp("Panel or Bokeh", "bokeh", "", "--prefix %s"),
+    KnownApp("Gradio", "gradio_config", "", 'root_path="%s"'),
+    KnownApp("Dash", "_dash-config", "", 'url_base_pathname="%s/"'),
+    KnownApp("TensorBoard", "tf-tensorboard|<title>TensorBoard", "", "--path_prefix %s"),
+    KnownApp("marimo", "<marimo-", "", "--base-url %s"),
+    KnownApp("Next.js", "/_next/static/", "/_next/webpack-hmr", 'basePath: "%s"'),
+    KnownApp("Vite", "/@vite/client", "/", "--base %s/"),
+)
+
+
+class Report(NamedTuple):
+    """What a port was found to be.  ok: it can be reached through the proxy as that is configured.
+
+    owner, program: who listens, "" where that is not told; speaks: "http", "https", "other" or ""; rooted: the first
+    links of its page that begin with a slash; refuses_host, refuses_origin: names that are not its own, None where
+    that was not seen; socket: where a WebSocket opened; use: the forms of an address, the best first; flag: what would
+    make it fit for the absolute form; problems: what is in the way, and what to do about it.
+    """
+
+    port: int
+    base: str
+    ok: bool = False
+    addresses: Sequence[str] = ()
+    owner: str = ""
+    program: str = ""
+    speaks: str = ""
+    status: int = 0
+    title: str = ""
+    redirect: str = ""
+    rooted: Sequence[str] = ()
+    refuses_host: Optional[bool] = None
+    refuses_origin: Optional[bool] = None
+    socket: str = ""
+    app: str = ""
+    use: Sequence[str] = ()
+    flag: str = ""
+    problems: Sequence[str] = ()
+
+
+async def check_port(port: int, config: Config) -> Report:
+    """Look at a port of this machine; it is asked for its first page, and for a WebSocket."""
+    watch = Watch(asyncio.get_event_loop(), _watch_interval(config))
+    upstreams = Upstreams(config, watch, ())
+    try:
+        return await _checked(_listening_at(port, config.base), upstreams)
+    finally:
+        await watch.close(1.0)
+
+
+def _listening_at(port: int, base: str) -> Report:
+    """What the system tells of a port."""
+    sockets = [one for one in tcp_sockets(port=port) if one.state == _LISTEN]
+    addresses = tuple(dict.fromkeys(_plain_text(one.address) for one in sockets))
+    program = next((one.program for one in listeners() if one.port == port), "")
+    return Report(port, base, False, addresses, _user_name(sockets[0].user) if sockets else "", program)
+
+
+async def _checked(report: Report, upstreams: Upstreams) -> Report:
+    route = route_of_host(report.port, "/")
+    if speaks_tls(route, upstreams.config.upstream_tls):
+        route = route._replace(scheme="https")
+    try:
+        answer = await ask(upstreams, route)
+    except ProxyError as error:
+        if error.status != 502 or isinstance(error, NotListening):
+            return report._replace(problems=(error.detail,))
+        if route.scheme == "http" and await speaks_tls_there(upstreams, route):
+            return report._replace(speaks="https", problems=(tls_advice(route),))
+        return report._replace(speaks="other", problems=("It does not answer HTTP.",))
+    report = report._replace(ok=True, speaks=route.scheme, status=answer.head.status)
+    report, answer = await _followed(report, route, answer, upstreams)
+    page = answer.body.decode("latin-1")
+    app = next((one for one in _KNOWN_APPS if re.search(one.sign, page)), None)
+    rooted = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(answer.body))]
+    host = (("Host", _STRANGER),)
+    stranger = await _status(upstreams, route, host)
+    report = report._replace(
+        title=title_in(answer.head, answer.body),
+        app=app.name if app else "",
+        rooted=rooted[:5],
+        refuses_host=stranger >= 400 > report.status,
+        flag=app.flag % ("%s/absolute/%d" % (upstreams.config.base, report.port)) if app else "",
+        use=_forms_of(report.port, upstreams.config),
+    )
+    return await _with_socket(report, route, app.socket if app else "", upstreams)
+
+
+async def _followed(report: Report, route: Route, answer: Answer, upstreams: Upstreams) -> Tuple[Report, Answer]:
+    """The page that redirects of a port to itself lead to."""
+    for _ in range(3):
+        location = "".join(field_values(answer.head.fields, "location")[:1])
+        path = location[len("%s://%s" % (route.scheme, route.authority)) :] if "://" in location else location
+        if not 300 <= answer.head.status < 400 or not _LOCAL_TARGET.fullmatch(path):
+            break
+        report = report._replace(redirect=path.partition("?")[0])
+        answer = await ask(upstreams, route_of_host(route.port, path)._replace(scheme=route.scheme))
+    return report, answer
+
+
+async def _with_socket(report: Report, route: Route, known: str, upstreams: Upstreams) -> Report:
+    """The report, with whether a WebSocket opens, at the app's own place or at a usual one, and to a foreign page."""
+    handshake = (("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="))
+    fields = handshake + _UPGRADE_FIELDS
+    for path in dict.fromkeys((known or "/ws", "/ws", "/socket.io/?EIO=4&transport=websocket", "/")):
+        place = route_of_host(route.port, path)._replace(scheme=route.scheme)
+        own = (("Origin", "%s://%s" % (route.scheme, route.authority)),)
+        if await _status(upstreams, place, fields + own) == 101:
+            foreign = await _status(upstreams, place, fields + (("Origin", "http://" + _STRANGER),))
+            return report._replace(socket=path.partition("?")[0], refuses_origin=foreign != 101)
+    return report
+
+
+async def _status(upstreams: Upstreams, route: Route, fields: Fields) -> int:
+    """The status of an answer; 0 where none came."""
+    try:
+        return (await ask(upstreams, route, fields)).head.status
+    except ProxyError:
+        return 0
+
+
+def _forms_of(port: int, config: Config) -> List[str]:
+    """The addresses of a port by which this machine's own browser reaches it."""
+    name = "localhost:%d" % config.port
+    scheme = "https" if config.certfile else "http"
+    host = host_form(port, Visit("127.0.0.1", scheme, name), config.domains)
+    return ([host] if host else []) + ["%s://%s%s/%d/" % (scheme, name, config.base, port)]
+
+
+def report_text(report: Report) -> str:
+    """A report as a person reads it."""
+    lines = ["port %d of this machine" % report.port]
+
+    def say(name: str, text: str) -> None:
+        if text:
+            lines.append("  %-10s %s" % (name, text))
+
+    who = " ".join(filter(None, (report.program and "by " + report.program, report.owner and "of " + report.owner)))
+    say("listens", " ".join(filter(None, (", ".join(report.addresses), who))))
+    say("speaks", report.speaks and "%s %s %s" % (report.speaks, report.status or "", report.title))
+    say("app", report.app)
+    say("redirects", report.redirect)
+    some = ", ".join(report.rooted[:3])
+    say("links", some and "begin with a slash (%s): below /%d/ they are led back to it" % (some, report.port))
+    say("Host", "refuses names that are not its own; the proxy sends localhost" if report.refuses_host else "")
+    foreign = "; refuses pages of other origins" if report.refuses_origin else ""
+    opened = "opens at " + report.socket + foreign if report.socket else "none opened at the usual places"
+    say("WebSocket", opened if report.ok else "")
+    lines += ["  problem    " + problem for problem in report.problems]
+    say("use", "  or  ".join(report.use))
+    say("", report.flag and "or start it with %s and use %s/absolute/" % (report.flag, report.base))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-_EXAMPLES = """\
-examples:
-  %(prog)s                                     open http://localhost:8888/proxy/8080/ for port 8080
-  %(prog)s --base /user/ana/proxy --port 9000  behind a server that passes /user/ana on
-  %(prog)s --host-allowlist '*.example.org'    also /proxy/db1.example.org:8080/
-  %(prog)s --bind unix:/run/user/1000/proxy    for you alone, also on a machine that you share
-from another machine:
-  ssh -N -L 8888:localhost:8888 THIS_MACHINE   then open http://localhost:8888/proxy/ there
+_INTRODUCTION = """\
+Makes every port of this machine reachable through one HTTP port.
+
+  python3 port_proxy.py                       then open http://localhost:8888/proxy/
+  ssh -N -L 8888:localhost:8888 THIS_MACHINE  brings it over to where your browser is
+  python3 port_proxy.py --check 8080          says what keeps port 8080 from working
 """
 # Field of Config, unit, and what it bounds; each becomes an option.
 _LIMITS = (
@@ -4321,100 +4512,94 @@ _LIMITS = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
+_SEVERAL = " (repeatable)"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with one line for most options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def _parser(show_limits: bool = True) -> argparse.ArgumentParser:
+    """The options; without the limits where help is to be short."""
     default = Config()
     parser = argparse.ArgumentParser(
         prog="port_proxy.py",
-        description="Makes every port of this machine reachable through one HTTP port.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options]",
+        description=_INTRODUCTION,
+        formatter_class=_Formatter,
+        add_help=False,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--base", default=default.base, metavar="PATH", help="path that everything lives under (default: %(default)s)")
-    add(
-        "--bind",
-        metavar="ADDRESS",
-        help="address to listen on, or unix:PATH (default: %s, this machine alone)" % default.bind,
-    )
-    add(
-        "--port",
-        type=int,
-        metavar="N",
-        help="port to listen on, 0 for any free one (default: %d)" % default.port,
-    )
-    add(
-        "--host-allowlist", action="append", default=[], metavar="HOST",
-        help="host that may be reached besides this machine's loopback names: a name, an address or a glob such as"
-        " '*.example.org'; repeatable, or several with commas between",
-    )  # fmt: skip
-    add(
-        "--domain", action="append", default=[], metavar="NAME",
-        help="name such as apps.example.org whose subdomains lead here: 8080.apps.example.org is port 8080, as"
-        " 8080.localhost always is; repeatable, or several with commas between",
-    )  # fmt: skip
-    add(
-        "--whole-origin", choices=("yes", "no"),
-        help="whether all paths here are the proxy's, so that links of apps that leave out the prefix are led back to"
-        " them (default: yes, unless --base has another path than /proxy or /, or --trusted-proxy is given)",
-    )  # fmt: skip
-    add(
-        "--preserve-host",
-        action="store_true",
-        help="pass the browser's Host on instead of the app's own localhost:PORT",
-    )
+    add("--port", type=int, metavar="N", help="port to listen on, 0 for any free one (default: %d)" % default.port)
+    add("--bind", metavar="ADDRESS", help="address to listen on, or unix:PATH (default: %s)" % default.bind)
+    add("--base", default=default.base, metavar="PATH", help="path that all lives under (default: %(default)s)")
+    add("--host-allowlist", action="append", default=[], metavar="HOST", help="reach this host too" + _SEVERAL)
+    add("--domain", action="append", default=[], metavar="NAME", help="8080.NAME is port 8080, too" + _SEVERAL)
+    add("--whole-origin", choices=("yes", "no"), help="lead links without the prefix back to their app (see README)")
+    add("--preserve-host", action="store_true", help="pass the browser's Host on, not localhost:PORT")
     _add_access_options(parser)
-    volume = parser.add_mutually_exclusive_group()
+    about = parser.add_argument_group("what it tells")
+    about.add_argument("--check", type=_port_number, metavar="PORT", help="look at one port and say how to open it")
+    about.add_argument("--json", action="store_true", help="with --check: as data")
+    volume = about.add_mutually_exclusive_group()
     volume.add_argument("--verbose", action="store_true", help="log a line for every request")
+    volume.add_argument("--log-json", action="store_true", help="the same as JSON")
     volume.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    add("--version", action="version", version="port_proxy " + __version__)
+    about.add_argument("--version", action="version", version="port_proxy " + __version__, help="print it")
+    about.add_argument("--help", "-h", action=_Help, show_limits=False, help="print this")
+    about.add_argument("--help-all", action=_Help, show_limits=True, help="print this, with limits and timeouts")
     limits = parser.add_argument_group("limits and timeouts")
     for name, unit, meaning in _LIMITS:
         value = getattr(default, name)
-        option = "--" + name.replace("_", "-")
-        limits.add_argument(
-            option, type=type(value), default=value, metavar=unit, help=meaning + " (default: %(default)g)"
-        )
+        text = meaning + " (default: %(default)g)" if show_limits else argparse.SUPPRESS
+        limits.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, metavar=unit, help=text)
     return parser
 
 
+class _Help(argparse.Action):
+    """Prints help, short or whole."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, show_limits: bool, help: str) -> None:  # noqa: A002
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+        self.show_limits = show_limits
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(_parser(self.show_limits).format_help(), end="")
+        parser.exit()
+
+
+def _port_number(text: str) -> int:
+    if not _PORT_NAME.fullmatch(text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535, not %r" % text)
+    return int(text)
+
+
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
-    several = "; repeatable, or several with commas between"
     access = parser.add_argument_group("who may come in, and what may be reached")
     token = access.add_mutually_exclusive_group()
-    token.add_argument(
-        "--token",
-        action="store_true",
-        help="ask for a token, made at random unless PORT_PROXY_TOKEN is set, also where only this machine can connect",
-    )
+    token.add_argument("--token", action="store_true", help="ask for a token (PORT_PROXY_TOKEN, or made at random)")
     token.add_argument("--token-file", metavar="FILE", help="ask for the token in this file")
     token.add_argument("--no-token", action="store_true", help="never ask for a token")
     for option, metavar, meaning in (
-        (
-            "--allow-hostname",
-            "NAME",
-            "further name, or glob, by which the proxy may be called where it asks for no token",
-        ),
-        ("--allow-origin", "ORIGIN", "further origin, such as https://a.example.org, whose pages may use what is here"),
-        (
-            "--trusted-proxy",
-            "ADDRESS",
-            "server in front of this one (address, network or 'unix') whose X-Forwarded fields are believed",
-        ),
+        ("--allow-hostname", "NAME", "further name, or glob, by which it may be called"),
+        ("--allow-origin", "ORIGIN", "origin whose pages may use what is here, or *"),
+        ("--trusted-proxy", "ADDRESS", "server in front whose X-Forwarded fields are believed"),
         ("--upstream-tls", "[HOST:]PORT", "upstream that speaks TLS"),
     ):
-        access.add_argument(option, action="append", default=[], metavar=metavar, help=meaning + several)
-    access.add_argument(
-        "--insecure-upstream", action="store_true", help="accept any certificate of this machine's own ports"
-    )
-    access.add_argument("--allow-preflight", action="store_true", help="let CORS preflights reach the apps unasked")
-    access.add_argument(
-        "--any-owner", action="store_true", help="also reach ports on which another user of this machine listens"
-    )
+        access.add_argument(option, action="append", default=[], metavar=metavar, help=meaning + _SEVERAL)
+    for option, meaning in (
+        ("--insecure-upstream", "accept any certificate of this machine's own ports"),
+        ("--allow-preflight", "let CORS preflights reach the apps unasked"),
+        ("--any-owner", "also reach ports of this machine's other users"),
+    ):
+        access.add_argument(option, action="store_true", help=meaning)
     access.add_argument("--certfile", metavar="FILE", help="serve HTTPS with this certificate (PEM)")
     access.add_argument("--keyfile", metavar="FILE", help="its key, if that is in a file of its own")
-    access.add_argument(
-        "--client-ca", metavar="FILE", help="accept only clients with a certificate that one of these (PEM) signed"
-    )
+    access.add_argument("--client-ca", metavar="FILE", help="let in only clients with a certificate of these (PEM)")
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -4559,13 +4744,30 @@ def _banner(proxy: PortProxy) -> str:
         else ", and on " + ", ".join(config.host_allowlist)
     )
     lines = ["port_proxy %s: open %s%s" % (__version__, url, question)]
-    if config.bind.startswith(_UNIX_PREFIX):
+    away = _ssh_destination(os.environ)
+    is_unix = config.bind.startswith(_UNIX_PREFIX)
+    if is_unix:
         path = os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
-        lines = ["port_proxy %s: bring it over with  ssh -N -L 8888:%s %s" % (__version__, path, socket.gethostname())]
+        there = away or socket.gethostname()
+        lines = ["port_proxy %s: bring it over with  ssh -N -L 8888:%s %s" % (__version__, path, there)]
         url = url.replace("localhost", "localhost:8888", 1)
         lines.append("and open %s%s" % (url, question))
-    lines.append("It reaches every port of this machine as %s<port>/%s." % (url, others))
+    parts = urlsplit(url)
+    host = host_form(8080, Visit("", parts.scheme, parts.netloc), config.domains).replace("8080", "<port>", 1)
+    lines.append("It reaches every port of this machine as %s<port>/%s%s." % (url, host and " or " + host, others))
+    if away and not is_unix:
+        local = "localhost" if proxy.is_private or config.bind in ("", "0.0.0.0", "::") else config.bind
+        lines.append("On your own machine, first:  ssh -N -L {0}:{1}:{0} {2}".format(proxy.port, local, away))
     return "\n".join(lines)
+
+
+def _ssh_destination(environment: Mapping[str, str]) -> str:
+    """What ssh is given to come here as this session did, "" where it did not come by that (ssh(1))."""
+    words = environment.get("SSH_CONNECTION", "").split(" ")
+    if len(words) != 4:
+        return ""
+    address, port = words[2:]
+    return "%s%s@%s" % ("" if port == "22" else "-p %s " % port, _user_name(os.geteuid()), address)
 
 
 def _inherited_sockets() -> List[socket.socket]:
@@ -4614,6 +4816,33 @@ async def _run(config: Config, quiet: bool) -> int:
     if hasattr(signal, "pthread_sigmask"):  # on the way out, being told again changes nothing
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     return 0
+
+
+async def _check(port: int, config: Config, as_json: bool) -> int:
+    report = await check_port(port, config)
+    print(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
+    return 0 if report.ok else 1
+
+
+def _log_to_stderr(arguments: argparse.Namespace) -> None:
+    level = logging.WARNING
+    if arguments.verbose or arguments.log_json:
+        level = logging.INFO
+    elif arguments.quiet:
+        level = logging.ERROR
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if arguments.log_json else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class _JsonLines(logging.Formatter):
+    """A log record as a line of JSON; that of a request with what it is made of."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + ".%03dZ" % record.msecs
+        told = {"time": moment, "level": record.levelname.lower()}
+        told.update(getattr(record, "request", None) or {"message": record.getMessage()})
+        return json.dumps(told)
 
 
 def _why_not_listening(error: Exception, config: Config) -> str:
@@ -4673,7 +4902,8 @@ def _raise_descriptor_limit(config: Config) -> Config:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the proxy as the command line says; the exit status: 0 when it was told to stop, 2 for a mistake of usage."""
+    """Run the proxy as the command line says; the exit status is 0 when it was told to stop, or a checked port can be
+    reached; 1 when that cannot; 2 for a mistake of usage."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -4682,13 +4912,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error("cannot read %s: %s" % (error.filename, error.strerror))
     except ValueError as error:
         parser.error(str(error))
-    level = logging.INFO if arguments.verbose else logging.ERROR if arguments.quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s")
+    _log_to_stderr(arguments)
     config = _raise_descriptor_limit(config)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.set_exception_handler(_LoopComplaints())
     try:
+        if arguments.check:
+            return loop.run_until_complete(_check(arguments.check, config, arguments.json))
         return loop.run_until_complete(_run(config, arguments.quiet))
     except KeyboardInterrupt:
         return 0

@@ -4543,6 +4543,20 @@ class TestLog:
         assert re.fullmatch(r"127\.0\.0\.1 GET /proxy/{0}/a\?\.\.\. -> localhost:{0} 200, 2 bytes, [0-9.]+ s".format(app.port), lines()[0])
         assert not any("secret" in record.getMessage() for record in caplog.records)
 
+    def test_one_line_for_a_tunnel_when_it_ends(self, proxy, upstream, caplog):
+        app = upstream(lambda wire, app: (wire.message(), wire.send(SWITCHING + b"abc"), wire.rest()))
+        with caplog.at_level(logging.INFO, "port_proxy"), proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/ws" % app.port, *HANDSHAKE))
+            wire.until(b"abc")
+            assert caplog.records == []
+            wire.send(b"12345")
+            wire.end()
+            wire.rest()
+            eventually(lambda: caplog.records)
+        line = caplog.records[0].getMessage()
+        assert re.fullmatch(r"127\.0\.0\.1 GET /proxy/{0}/ws -> localhost:{0} 101, 3 bytes and back 5, [0-9.]+ s".format(app.port), line)
+        assert caplog.records[0].request["bytes_received"] == 5
+
 
 class TestClose:
     def test_what_runs_may_finish_and_what_idles_is_closed(self, start, upstream):
@@ -5134,6 +5148,93 @@ class TestTornadoTransport:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Check
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def serve_examined(page, fussy=False, redirect=b""):
+    """An app with one page and a WebSocket at /ws; a fussy one refuses names that are not its own."""
+
+    def serve(wire, app):
+        message = wire.message()
+        app.messages.append(message)
+        fields = fields_of(message)
+        own = fields["host"] == "localhost:%d" % app.port and fields.get("origin", "http://localhost:%d" % app.port) == "http://localhost:%d" % app.port
+        target = message[0].split(" ")[1]
+        if fussy and not own:
+            wire.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        elif "upgrade" in fields:
+            wire.send(SWITCHING if target == "/ws" else b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        elif redirect and target == "/":
+            wire.send(b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % redirect.replace(b"PORT", b"%d" % app.port))
+        else:
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page), page)
+
+    return serve
+
+
+class TestCheck:
+    def check(self, background, port, **options):
+        return background.do(port_proxy.check_port(port, checked_config(Config(**options))))
+
+    def test_an_app_in_good_health(self, background, upstream):
+        app = upstream(serve_examined(b"<title>My app</title><a href=there><img src='//elsewhere/a'><a href=https://a/b>"))
+        report = self.check(background, app.port)
+        assert (report.ok, report.speaks, report.status, report.title, report.redirect, report.problems) == (True, "http", 200, "My app", "", ())
+        assert (report.rooted, report.refuses_host, report.refuses_origin, report.socket, report.app, report.flag) == ([], False, False, "/ws", "", "")
+        assert report.use == ["http://%d.localhost:8888/" % app.port, "http://localhost:8888/proxy/%d/" % app.port]
+        if os.path.exists("/proc/net/tcp"):
+            assert report.addresses == ("127.0.0.1",)
+            assert report.program
+
+    @pytest.mark.parametrize("redirect", [b"/lab?x=secret", b"http://localhost:PORT/lab"])
+    def test_what_it_finds(self, background, upstream, redirect):
+        page = b"<script id=_dash-config></script><script src=\"/_dash/a.js\"></script><link href='/b.css'><form action=/c><a href=/b.css>"
+        app = upstream(serve_examined(page, fussy=True, redirect=redirect))
+        report = self.check(background, app.port)
+        assert (report.redirect, report.rooted, report.refuses_host, report.refuses_origin) == ("/lab", ["/_dash/a.js", "/b.css", "/c"], True, True)
+        assert (report.app, report.flag) == ("Dash", 'url_base_pathname="/proxy/absolute/%d/"' % app.port)
+        text = port_proxy.report_text(report)
+        for part in ("redirects  /lab", "/_dash/a.js, /b.css, /c", "refuses names that are not its own", "opens at /ws; refuses pages", 'url_base_pathname="/proxy/absolute/%d/"' % app.port):
+            assert part in text
+
+    @pytest.mark.parametrize("location", [b"https://elsewhere.example/", b"//elsewhere.example/", b"/"])
+    def test_a_redirect_that_leads_nowhere(self, background, upstream, location):
+        app = upstream(serve_examined(b"", redirect=location))
+        report = self.check(background, app.port)
+        assert (report.ok, report.status) == (True, 302)
+
+    def test_what_is_in_the_way(self, background, upstream, certificate):
+        speaking = upstream(lambda wire, app: (wire.send(b"SSH-2.0-x\r\n"), wire.more()))
+        tls = upstream(lambda wire, app: wire.send(b"\x15\x03\x01\x00\x02\x02\x46" if wire.more() else b""))
+        port = free_port()
+        for number, speaks, says in ((port, "", "Nothing listens"), (speaking.port, "other", "does not answer HTTP"), (tls.port, "https", "--upstream-tls %d" % tls.port)):
+            report = self.check(background, number)
+            assert (report.ok, report.speaks, report.use) == (False, speaks, ())
+            assert says in report.problems[0]
+            assert says in port_proxy.report_text(report)
+
+    @needs_proc
+    def test_an_app_on_another_address(self, background, upstream):
+        app = upstream(answering(OK), host="127.0.0.2")
+        report = self.check(background, app.port)
+        assert (report.ok, report.addresses) == (False, ("127.0.0.2",))
+        assert "listens at 127.0.0.2 alone" in report.problems[0]
+
+    def test_the_command(self, upstream):
+        app = upstream(serve_examined(b"<title>My app</title>"))
+        status, output, errors = run_program("--check", str(app.port))
+        assert (status, errors, output.split("\n")[0]) == (0, "", "port %d of this machine" % app.port)
+        status, output, errors = run_program("--check", str(app.port), "--json", "--base", "/x")
+        assert (status, errors) == (0, "")
+        assert json.loads(output)["use"][1] == "http://localhost:8888/x/%d/" % app.port
+        status, output, errors = run_program("--check", str(free_port()), "--json")
+        assert (status, json.loads(output)["ok"], errors) == (1, False, "")
+        status, output, errors = run_program("--check", "x")
+        assert (status, output, "a port is a number from 1 to 65535" in errors) == (2, "", True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -5187,9 +5288,23 @@ class TestCommandLine:
         process.stdout.close()
         assert re.fullmatch(
             r"port_proxy [0-9.]+: open (http://127\.0\.0\.1:[0-9]+/proxy/)\n"
-            r"It reaches every port of this machine as \1<port>/, and on a\.example\.org, \*\.b, c\.\n",
+            r"It reaches every port of this machine as \1<port>/ or http://<port>\.localhost:[0-9]+/, and on a\.example\.org, \*\.b, c\.\n",
             lines,
         )
+
+    @pytest.mark.parametrize(
+        "connection, options, line",
+        [
+            ("198.51.100.7 40000 192.0.2.7 22", {}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 \S+@192\.0\.2\.7"), ("", {}, None), ("x", {}, None),
+            ("2001:db8::1 40000 2001:db8::7 2222", {"token": ""}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 -p 2222 \S+@2001:db8::7"),
+            ("198.51.100.7 40000 192.0.2.7 22", {"bind": "127.0.0.2"}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 \S+@192\.0\.2\.7"),
+            ("198.51.100.7 40000 192.0.2.7 22", {"bind": "0.0.0.0"}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 \S+@192\.0\.2\.7"),
+        ],
+    )  # fmt: skip
+    def test_the_way_over_ssh(self, start, monkeypatch, connection, options, line):
+        monkeypatch.setenv("SSH_CONNECTION", connection)
+        last = port_proxy._banner(start(**options).proxy).split("\n")[-1]
+        assert re.fullmatch(line or "It reaches every port .*", last)
 
     @pytest.mark.parametrize(
         "options, says",
@@ -5214,8 +5329,14 @@ class TestCommandLine:
     def test_help_and_version(self):
         status, output, _ = run_program("--help")
         assert status == 0
-        for name in ("--base", "--bind", "--port", "--host-allowlist", "--preserve-host", "--verbose", "--quiet", "--version", "--head-timeout", "examples:"):
+        for name in ("--base", "--bind", "--port", "--host-allowlist", "--preserve-host", "--verbose", "--quiet", "--version", "--help-all", "ssh -N -L", "--check 8080"):
             assert name in output
+        assert "--head-timeout" not in output
+        lines = output.rstrip("\n").split("\n")
+        assert len(lines) <= 48  # two screens
+        assert max(map(len, lines)) <= 100
+        status, whole, _ = run_program("--help-all")
+        assert (status, "--head-timeout" in whole, whole.startswith(output[:200])) == (0, True, True)
         assert run_program("--version")[:2] == (0, "port_proxy %s\n" % port_proxy.__version__)
 
     @pytest.mark.parametrize("options, tells", [(("--quiet",), False), (("--quiet", "--token"), True), (("--quiet", "--bind", "0.0.0.0"), True)])
@@ -5248,6 +5369,25 @@ class TestCommandLine:
         process.terminate()
         _, errors = process.communicate(timeout=WAIT)
         assert (process.returncode, errors) == (0, b"")
+
+    def test_log_lines_for_machines(self, upstream):
+        app = upstream(answering(OK))
+        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--log-json", "--allow-hostname", "*"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        port = int(re.search(r":(\d+)/", process.stdout.readline().decode()).group(1))
+        with Wire.to(port) as wire:
+            wire.send(request("GET", "/proxy/%d/a?secret" % app.port))
+            assert wire.message()[2] == b"ok"
+        told = json.loads(process.stderr.readline().decode())
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", told.pop("time"))
+        assert 0 <= told.pop("seconds") < WAIT
+        assert told == {
+            "level": "info", "client": "127.0.0.1", "method": "GET", "target": "/proxy/%d/a?..." % app.port, "app": "localhost:%d" % app.port, "status": 200, "bytes": 2,
+        }  # fmt: skip
+        process.terminate()
+        _, errors = process.communicate(timeout=WAIT)
+        assert (process.returncode, errors) == (0, b"")
+        record = logging.LogRecord("port_proxy", logging.WARNING, "", 0, "%s says", ("a",), None)
+        assert json.loads(port_proxy._JsonLines().format(record))["message"] == "a says"
 
     def test_a_stop_with_everything_under_way_is_quiet(self, upstream):
         """Requests, uploads, tunnels and half heads: the exit status is 0 and nothing is said about any of them."""
