@@ -2393,7 +2393,7 @@ _STYLE = """\
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);overflow-wrap:anywhere}
 main{max-width:46rem;margin:0 auto;padding:2rem .6rem}
 h1{font-size:1.4rem;line-height:1.3;margin:0 0 .5rem}p{margin:.5rem 0}a{color:var(--link)}
-code{font-family:ui-monospace,monospace}.soft,summary{color:var(--soft)}summary{cursor:pointer}
+code{font-family:ui-monospace,monospace}.option{white-space:nowrap}.soft,summary{color:var(--soft)}summary{cursor:pointer}
 :focus-visible{outline:2px solid var(--link);outline-offset:2px}
 form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:end;margin:1rem 0}label{flex:1 1 12rem;color:var(--soft)}
 input,button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--soft);border-radius:.4rem;
@@ -2498,10 +2498,16 @@ def error_response(error: ProxyError, as_html: bool) -> Response:
     fields = error.fields + (("Cache-Control", "no-store"),)
     if not as_html:
         return _response(error.status, "text/plain", "%d %s\n%s\n" % (error.status, phrase, error.detail), fields)
-    body = '<h1>{}</h1><p>{}</p><p class="soft">{} &middot; port_proxy</p>'
-    return _page(
-        error.status, phrase, body.format(*map(html.escape, (phrase, error.detail, str(error.status)))), fields
-    )
+    body = '<h1>%s</h1><p>%s</p><p class="soft">%d &middot; port_proxy</p>'
+    return _page(error.status, phrase, body % (html.escape(phrase), _marked(error.detail), error.status), fields)
+
+
+def _marked(detail: str) -> str:
+    """What an error says, with the options in it as what they are."""
+    return _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(detail))
+
+
+_OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
 
 
 class PortsView(NamedTuple):
@@ -2647,7 +2653,7 @@ def waiting_response(error: NotListening) -> Response:
         " finds.</li>"
         '</ul></div><p class="soft">502 &middot; port_proxy</p>'
     )
-    text = body.format(port=error.route.port, detail=html.escape(error.detail))
+    text = body.format(port=error.route.port, detail=_marked(error.detail))
     reload = '<noscript><meta http-equiv="refresh" content="5"></noscript>'
     fields = error.fields + (("Cache-Control", "no-store"),)
     return _page(error.status, "Waiting for port %d" % error.route.port, text, fields, _WAITING_SCRIPT, reload)

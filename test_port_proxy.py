@@ -2420,6 +2420,10 @@ def as_user(user, host):
 NAVIGATION = ("Accept: text/html,application/xhtml+xml,*/*;q=0.8", "Sec-Fetch-Mode: navigate")
 
 
+def without_tags(page):
+    return re.sub(b"<[^>]*>", b"", page)
+
+
 @pytest.fixture
 def no_ports(monkeypatch):
     monkeypatch.setattr(port_proxy, "listeners", list)
@@ -2441,6 +2445,7 @@ class TestPages:
         response = error_response(ProxyError(502, "<script>alert(1)</script>&."), True)
         assert b"<script" not in response.body
         assert b"&lt;script&gt;" in response.body
+        assert b'<code class="option">--any-owner</code>' in error_response(ProxyError(403, "Start it with --any-owner."), True).body
         fields = dict(response.fields)
         assert fields["Content-Type"] == "text/html; charset=utf-8"
         assert fields["X-Content-Type-Options"] == "nosniff"
@@ -2557,7 +2562,7 @@ class TestPages:
     def test_who_listens_on_another_address_alone_is_told(self, proxy, upstream):
         app = upstream(answering(OK), host="127.0.0.2")
         for lines in ((), NAVIGATION):
-            said = proxy.get("/proxy/%d/" % app.port, *lines)[2]
+            said = without_tags(proxy.get("/proxy/%d/" % app.port, *lines)[2])
             assert b"listens at 127.0.0.2 alone, not at localhost" in said
             assert b"--host-allowlist 127.0.0.2" in said
 
@@ -2572,7 +2577,7 @@ class TestPages:
         app = upstream(serve)
         for app.is_curt, lines, told in ((False, (), True), (False, NAVIGATION, True), (True, NAVIGATION, True), (True, (), False)):
             answer = proxy.get("/proxy/%d/" % app.port, *lines)
-            assert (status_of(answer), b"--upstream-tls %d" % app.port in answer[2]) == (502, told)
+            assert (status_of(answer), b"--upstream-tls %d" % app.port in without_tags(answer[2])) == (502, told)
         other = upstream(lambda wire, app: wire.more())
         assert b"--upstream-tls" not in proxy.get("/proxy/%d/" % other.port, *NAVIGATION)[2]
 
@@ -5588,7 +5593,7 @@ class TestRealPrograms:
 
 @contextlib.contextmanager
 def chromium(url, *options):
-    """Headless Chromium at `url`, with a profile of its own; killed in the end."""
+    """Headless Chromium at `url`, with a profile of its own, whose folder this is; killed in the end."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no Chromium is installed")
@@ -5601,7 +5606,7 @@ def chromium(url, *options):
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            yield
+            yield profile
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -5650,6 +5655,313 @@ def serve_browser_app(wire, app):
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(body)), body)
         if path == "/report":
             app.happened.set()
+
+
+class Page:
+    """A page in Chromium, used as a person does, by way of the DevTools protocol; with cookies of its own, or those of
+    `beside`.
+
+    complaints: errors that it logged, other than statuses of answers.
+    """
+
+    def __init__(self, profile, beside=None):
+        told = Path(profile) / "DevToolsActivePort"
+        eventually(lambda: told.exists() and told.read_text().count("\n") == 1)
+        port, path = told.read_text().split("\n")
+        self.wire = Wire.to(int(port))
+        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+        self.wire.send("\r\n".join(("GET %s HTTP/1.1" % path, "Host: localhost", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key, "", "")).encode())
+        assert b" 101 " in self.wire.until(b"\r\n\r\n")
+        self.count, self.session, self.complaints = 0, {}, []
+        self.context = beside.context if beside else self.do("Target.createBrowserContext")["browserContextId"]
+        target = self.do("Target.createTarget", url="about:blank", browserContextId=self.context)["targetId"]
+        self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.do(domain + ".enable")
+
+    def do(self, method, **parameters):
+        self.count += 1
+        send_frame(self.wire, json.dumps(dict(self.session, id=self.count, method=method, params=parameters)))
+        while True:
+            told = json.loads((receive_frame(self.wire) or b"{}").decode())
+            if told.get("id") == self.count:
+                assert "error" not in told, told
+                return told["result"]
+            entry = told.get("params", {}).get("entry", {})
+            if told.get("method") == "Runtime.exceptionThrown" or (entry.get("level") == "error" and entry.get("source") != "network"):
+                self.complaints.append(told["params"])
+
+    def tell(self, expression):
+        result = self.do("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return result["result"].get("value")
+
+    def until(self, expression):
+        """Wait for what a person would see; while another page is loading, nothing can be asked of it."""
+        limit = time.monotonic() + WAIT
+        while not self.tell("try { %s } catch (error) { false }" % expression):
+            assert time.monotonic() < limit, "never %s, but %s" % (expression, self.tell("location.href + ' ' + document.documentElement.innerText"))
+            time.sleep(0.05)
+
+    def open(self, url):
+        self.do("Page.navigate", url=url)
+        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def text(self):
+        return self.tell("document.body.innerText")
+
+    def click(self, selector):
+        self.until("!!document.querySelector(%s)" % json.dumps(selector))
+        at = self.tell("(() => { const one = document.querySelector(%s); one.scrollIntoView({block: 'center'}); const box = one.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] })()" % json.dumps(selector))
+        for kind in ("mousePressed", "mouseReleased"):
+            self.do("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
+
+    def press(self, key, text=""):
+        for kind in ("keyDown", "keyUp"):
+            code = {"Enter": 13, "Tab": 9}[key]
+            self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **({"text": text} if text and kind == "keyDown" else {}))
+
+    def type(self, text):
+        self.do("Input.insertText", text=text)
+
+    def look(self, width=1000, height=700, scheme="light", shot=""):
+        """Change the window; where PORT_PROXY_TEST_SHOTS names a folder, leave a picture there."""
+        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        if shot and os.environ.get("PORT_PROXY_TEST_SHOTS"):
+            picture = base64.b64decode(self.do("Page.captureScreenshot", format="png")["data"])
+            (Path(os.environ["PORT_PROXY_TEST_SHOTS"]) / (shot + ".png")).write_bytes(picture)
+
+    def close(self):
+        self.session = {}
+        self.do("Target.disposeBrowserContext", browserContextId=self.context)
+        self.wire.close()
+
+
+def serve_page(text):
+    """An app whose every path is one page, with this text as its title and content."""
+    body = b"<!DOCTYPE html><title>%s</title><p id=app>%s" % (text, text)
+    return answering(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+
+# What leaves the prefix in every way that a page has; it knows nothing of any prefix.
+ROOTED_PAGE = b"""<!DOCTYPE html><title>NAME</title><link rel=stylesheet href=/style.css><body><form method=post action=/form><button>send</button></form><script>
+const report = {cookie: document.cookie}
+async function look() {
+  report.style = getComputedStyle(document.body).color
+  report.fetch = await (await fetch('/data?x=%2F')).text()
+  report.quiet = await (await fetch('/data?quiet', {referrerPolicy: 'no-referrer'})).text()
+  report.upload = await (await fetch('/upload', {method: 'PUT', body: new Uint8Array(300000)})).text()
+  report.module = (await import('/module.js')).name
+  report.worker = await new Promise(done => { new Worker('/worker.js').onmessage = event => done(event.data) })
+  report.frame = await new Promise(done => { const frame = document.createElement('iframe'); frame.src = '/frame'
+    frame.onload = () => done(frame.contentDocument.body.innerText); document.body.append(frame) })
+  report.service = await navigator.serviceWorker.register('/service.js', {scope: '/NAME/'}).then(() => 'NAME', error => '' + error)
+  report.socket = await new Promise(done => { const socket = new WebSocket('ws://' + location.host + '/socket')
+    socket.onopen = () => socket.send('NAME'); socket.onmessage = event => done(event.data); socket.onclose = () => done('closed') })
+  document.body.dataset.report = JSON.stringify(report)
+}
+look()
+</script>"""
+
+
+def serve_rooted(name):
+    """An app whose links all begin with a slash."""
+
+    def serve(wire, app):
+        with contextlib.suppress(OSError):  # a browser leaves as it likes
+            answer(wire, app)
+
+    def answer(wire, app):
+        while wire.buffer or wire.more():
+            message = wire.message()
+            app.messages.append(message)
+            fields = fields_of(message)
+            path = message[0].split(" ")[1]
+            if "upgrade" in fields:
+                accept = base64.b64encode(hashlib.sha1((fields["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest())
+                wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n" % accept)
+                head = wire.exactly(6)
+                data = wire.exactly(head[1] & 127)
+                wire.send(bytes([0x81, len(data)]) + bytes(octet ^ head[2 + at % 4] for at, octet in enumerate(data)))
+                wire.rest()
+                return
+            script = {"/module.js": b"export const name = 'NAME'", "/worker.js": b"fetch('/data').then(answer => answer.text()).then(text => postMessage(text))", "/service.js": b"// NAME"}
+            kind, body = {"/": (b"text/html", ROOTED_PAGE), "/form": (b"text/html", b"<p id=app>form of NAME: %d" % len(message[2])), "/style.css": (b"text/css", b"body { color: rgb(1, 2, 3) }")}.get(path, (b"text/plain", b"NAME"))
+            if path in script:
+                kind, body = b"text/javascript", script[path]
+            body = (b"%d" % len(message[2]) if path == "/upload" else body).replace(b"NAME", name)
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nSet-Cookie: session=%s; Path=/; HttpOnly\r\nContent-Length: %d\r\n\r\n%s" % (kind, name, len(body), body))
+
+    return serve
+
+
+@pytest.fixture(scope="class")
+def profile():
+    with chromium("about:blank") as profile:
+        yield profile
+
+
+class TestInChromium:
+    """What a person sees and clicks, in real Chromium."""
+
+    @pytest.fixture
+    def page(self, profile):
+        page = Page(profile)
+        yield page
+        page.close()
+        assert page.complaints == []
+
+    @needs_proc
+    def test_ports_page(self, page, upstream):
+        """From the address that the banner names to an app's own host, signed in all the way; then what comes and goes."""
+        apps = [upstream(serve_page(b"app %d" % number)) for number in range(8)]
+        environment = dict(os.environ, PORT_PROXY_TOKEN=TOKEN)
+        with shell_proxy(env=environment) as (_, port):
+            page.open("http://127.0.0.1:%d/proxy/?token=%s" % (port, TOKEN))
+            home = "http://127.0.0.1:%d/proxy/" % port
+            page.until("location.href === %s" % json.dumps(home))
+            for app in apps:
+                assert page.tell("document.querySelector('#p%d .port').innerText" % app.port) == str(app.port)
+            page.click("#p%d .port" % apps[0].port)
+            page.until("document.querySelector('#app').innerText === 'app 0'")
+            assert page.tell("location.href") == "http://%d.localhost:%d/" % (apps[0].port, port)
+            page.open(home)
+            page.click("#p%d a[href*=absolute]" % apps[1].port)
+            page.until("document.querySelector('#app').innerText === 'app 1'")
+            assert page.tell("location.pathname") == "/proxy/absolute/%d/" % apps[1].port
+            page.open(home)
+            page.until("document.querySelector('#p%d').innerText.includes('app 0')" % apps[0].port)  # its title, by now
+            page.click("#filter")
+            page.type("app 0")
+            page.until("[...document.querySelectorAll('.ports li')].filter(one => !one.hidden).length === 1")
+            page.tell("document.querySelector('#filter').value = ''; document.querySelector('#filter').dispatchEvent(new Event('input'))")
+            new = upstream(serve_page(b"new"))
+            page.until("!!document.querySelector('#p%d')" % new.port)
+            assert re.match("(New|Gone): port [0-9]+", page.tell("document.querySelector('[role=status]').innerText"))
+            new.close()
+            page.until("document.querySelector('#p%d').className === 'gone'" % new.port)
+            page.until("!document.querySelector('#p%d')" % new.port)
+            page.click("input[name=port]")
+            page.type(str(apps[2].port))
+            page.press("Enter", "\r")
+            page.until("document.querySelector('#app').innerText === 'app 2'")
+            assert page.tell("location.pathname") == "/proxy/%d/" % apps[2].port
+        seen = repr([app.messages for app in apps])
+        assert TOKEN not in seen
+        assert "ticket" not in seen
+        assert "port_proxy_" not in seen
+
+    @needs_proc
+    def test_ports_page_by_keyboard_and_without_script(self, page, upstream):
+        app = upstream(serve_page(b"the app"))
+        with shell_proxy() as (_, port):
+            page.do("Emulation.setScriptExecutionDisabled", value=True)
+            page.open("http://localhost:%d/proxy/" % port)
+            page.tell("document.querySelector('#p%d .port').focus()" % app.port)
+            page.press("Tab")
+            assert page.tell("document.activeElement.getAttribute('aria-label')") == "port %d, own host" % app.port
+            page.press("Tab")
+            page.press("Enter", "\r")
+            page.until("document.querySelector('#app').innerText === 'the app'")
+            assert page.tell("location.pathname") == "/proxy/%d/" % app.port
+
+    @pytest.mark.parametrize("form", ["http://localhost:%d/proxy/%d/a?b", "http://%(app)d.localhost:%(port)d/a?b"])
+    @pytest.mark.parametrize("script", [True, False])
+    def test_waiting_page(self, page, proxy, upstream, form, script):
+        """It opens the app as soon as that is up, also where scripts are off."""
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))  # taken, and nobody listens
+            port = sock.getsockname()[1]
+            page.do("Emulation.setScriptExecutionDisabled", value=not script)
+            page.open(form % {"app": port, "port": proxy.port} if "(" in form else form % (proxy.port, port))
+            assert "Waiting for port %d" % port in page.text()
+            assert page.tell("document.querySelector('#help').hidden") is script
+            sock.listen(5)
+            body = b"<p id=app>here"
+            answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+            def serve():
+                with contextlib.suppress(OSError):
+                    while True:
+                        wire = Wire(sock.accept()[0])
+                        head = wire.until(b"\r\n\r\n")
+                        wire.send(answer + (b"" if head.startswith(b"HEAD") else body))
+                        wire.close()
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            try:
+                page.until("document.querySelector('#app').innerText === 'here'")
+            finally:
+                sock.shutdown(socket.SHUT_RDWR)
+                thread.join(WAIT)
+
+    @pytest.mark.parametrize("host", [False, True])
+    def test_sign_in_page(self, page, start, upstream, host):
+        app = upstream(serve_page(b"signed in"))
+        proxy = start(token=TOKEN)
+        url = "http://%d.localhost:%d/a?b" % (app.port, proxy.port) if host else "http://localhost:%d/proxy/%d/a?b" % (proxy.port, app.port)
+        page.open(url)
+        page.until("document.activeElement.name === 'token'")
+        page.type("wrong")
+        page.click("button")
+        page.until("document.body.innerText.includes('not the token') && document.activeElement.name === 'token'")
+        page.type(TOKEN)
+        page.press("Enter", "\r")
+        page.until("document.querySelector('#app').innerText === 'signed in'")
+        assert page.tell("location.href") == url
+        assert [message[0] for message in app.messages if "favicon" not in message[0]] == ["GET /a?b HTTP/1.1"]
+
+    @pytest.mark.parametrize("token", [None, TOKEN])
+    def test_two_apps_whose_links_begin_with_a_slash(self, page, profile, start, upstream, token):
+        """Each gets what is its own, with its own cookies, in every way that a page asks for things."""
+        proxy = start(token=token, allow_hostnames=())
+        apps = [upstream(serve_rooted(name)) for name in (b"one", b"two")]
+        for app, name in zip(apps, ("one", "two")):
+            page.open("http://localhost:%d/proxy/%d/%s" % (proxy.port, app.port, "?token=" + token if token else ""))
+            page.until("!!document.body.dataset.report")
+            report = json.loads(page.tell("document.body.dataset.report"))
+            assert report == {
+                "cookie": "", "style": "rgb(1, 2, 3)", "fetch": name, "quiet": name, "upload": "300000", "module": name, "worker": name, "frame": name, "service": name, "socket": name,
+            }  # fmt: skip
+        other = Page(profile, page)
+        other.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[0].port))  # opened last
+        other.until("!!document.body.dataset.report")
+        assert '"socket":"one"' in other.tell("document.body.dataset.report")
+        other.wire.close()
+        page.tell("fetch('/late')")
+        page.tell("history.pushState({}, '', '/deep/link')")
+        eventually(lambda: any("/late" in message[0] for message in apps[1].messages))
+        page.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[1].port))
+        page.click("button")
+        page.until("document.querySelector('#app').innerText === 'form of two: 0'")
+        assert page.tell("location.pathname") == "/proxy/%d/form" % apps[1].port
+        for app, name in zip(apps, ("one", "two")):
+            sent = {fields_of(message).get("cookie") for message in app.messages[1:]}
+            assert sent == {"session=" + name}
+            assert {"GET /socket HTTP/1.1", "GET /service.js HTTP/1.1"} < {message[0] for message in app.messages}
+
+    @pytest.mark.parametrize("width, scheme", [(1000, "light"), (1000, "dark"), (360, "light"), (360, "dark")])
+    def test_how_pages_look(self, page, start, upstream, monkeypatch, width, scheme):
+        """Nothing is cut off or must be scrolled sideways, down to a phone; dark where the person likes it dark."""
+        now = time.time()
+        programs = ((8501, "streamlit", 7300), (8888, "jupyter-lab", 90000), (26950, "http.server", 5), (40000, "a-program-with-a-very-long-name-that-goes-on-and-on-and-on.py", 61))
+        shown = [port_proxy.Listener(port, ("127.0.0.1",), str(port), 7, name, now - age) for port, name, age in programs]
+        monkeypatch.setattr(port_proxy, "listeners", lambda: shown)
+        open_proxy, proxy = start(), start(token=TOKEN)
+        open_proxy.proxy._around.titles._seen[8501] = "Sales by region", now
+        for name, url in (
+            ("ports", "http://localhost:%d/proxy/" % open_proxy.port), ("waiting", "http://localhost:%d/proxy/%d/" % (open_proxy.port, free_port())), ("sign-in", "http://localhost:%d/proxy/" % proxy.port),
+            ("refusal", "http://localhost:%d/proxy/elsewhere.example.org:8080/" % open_proxy.port), ("error", "http://localhost:%d/proxy/no-port" % open_proxy.port),
+        ):  # fmt: skip
+            page.look(width, 700, scheme)
+            page.open(url)
+            page.tell("document.querySelectorAll('details').forEach(one => { one.open = true })")
+            page.look(width, 700, scheme, "%s-%s-%d" % (name, scheme, width))
+            assert page.tell("document.scrollingElement.scrollWidth <= innerWidth"), name
+            assert page.tell("document.querySelector('h1').innerText") and page.tell("document.documentElement.lang") == "en"
+            ink, ground = (page.tell("getComputedStyle(document.body).%s.match(/[0-9]+/g).map(Number).reduce((sum, one) => sum + one)" % what) for what in ("color", "backgroundColor"))
+            assert ink - ground > 300 if scheme == "dark" else ground - ink > 300
 
 
 # ---------------------------------------------------------------------------------------------------------------------
