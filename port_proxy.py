@@ -1010,6 +1010,8 @@ def host_of(authority: str) -> str:
 
 def port_in_host(authority: str, domains: Sequence[str]) -> int:
     """The port that a host such as 8080.localhost names, 0 if it names none."""
+    if not authority[:1].isdigit():
+        return 0
     port, _, domain = host_of(authority).partition(".")
     return int(port) if domain in domains and _PORT_NAME.fullmatch(port) and int(port) <= 65535 else 0
 
@@ -1270,11 +1272,17 @@ def response_for_client(head: ResponseHead, route: Route, framing: Framing, visi
             value, keep_length = value.partition(",")[0].strip(" \t"), False
         elif key in ("location", "content-location"):
             value = _translate_location(value, route, homes)
+        elif key == "service-worker-allowed":
+            if route.strayed:
+                continue
+            value = _with_prefix(value, route)
         elif key == "refresh":
             value = _translate_refresh(value, route, homes)
         elif key == "set-cookie" and not route.absolute:
             value = _translate_cookie(value, route, homes)
         fields.append((name, value))
+    if route.strayed:  # at the root it could otherwise rule the other apps and our own pages
+        fields.append(("Service-Worker-Allowed", route.prefix + "/"))
     fields.extend(framing_fields(framing))
     if head.status == 101:
         fields.extend(_UPGRADE_FIELDS)
@@ -1779,13 +1787,13 @@ def remember_app(response: ResponseHead, asked: RequestHead, route: Route, visit
 
     asked: the request as it came.
     """
-    known = _cookie_values(asked.fields, cookie)
     opened = is_page_visit(asked) and field_values(asked.fields, "sec-fetch-dest") in ([], ["document"])
-    if not route.prefix or not (known or opened):
+    if not route.prefix or not (opened or field_values(response.fields, "set-cookie")):
         return response
-    secure = "; Secure" if visit.scheme == "https" else ""
-    added = [("Set-Cookie", one) for one in _copies(response, route, cookie)]
+    known = _cookie_values(asked.fields, cookie)
+    added = [("Set-Cookie", one) for one in _copies(response, route, cookie)] if known or opened else []
     if opened and response.status < 400 and known != [_app_name(route)]:
+        secure = "; Secure" if visit.scheme == "https" else ""
         value = "%s=%s; Path=/; HttpOnly; SameSite=Lax%s" % (cookie, _app_name(route), secure)
         added.append(("Set-Cookie", value))
     return response._replace(fields=response.fields + tuple(added))

@@ -1937,7 +1937,18 @@ class TestStrays:
     def test_cookies_without_a_path_that_are_set_in_place(self):
         route = STRIPPED._replace(strayed=True)
         for value, translated in (("a=b", "a=b; Path=%s/"), ("a=b; Path=/", "a=b; Path=%s/"), ("a=b; Max-Age=1", "a=b; Max-Age=1; Path=%s/")):
-            assert sent_to_client(("Set-Cookie", value), route=route) == (("Set-Cookie", translated % STRIPPED.prefix),)
+            assert sent_to_client(("Set-Cookie", value), route=route)[0] == ("Set-Cookie", translated % STRIPPED.prefix)
+
+    def test_a_service_worker_rules_no_more_than_its_app(self):
+        """Served in place its scope could be the whole origin, our pages and other apps in it."""
+        own = ("Service-Worker-Allowed", STRIPPED.prefix + "/")
+        for value, route, sent in (
+            ("/", STRIPPED, (own,)), ("/a/", STRIPPED, (("Service-Worker-Allowed", STRIPPED.prefix + "/a/"),)), ("./", STRIPPED, (("Service-Worker-Allowed", "./"),)),
+            ("/", STRIPPED._replace(strayed=True), (own,)), ("/", STRIPPED._replace(prefix=""), (("Service-Worker-Allowed", "/"),)),
+            ("/x/", STRIPPED._replace(absolute=True), (("Service-Worker-Allowed", "/x/"),)), ("/", STRIPPED._replace(absolute=True, strayed=True), (own,)),
+        ):  # fmt: skip
+            assert sent_to_client(("Service-Worker-Allowed", value), route=route) == sent
+        assert sent_to_client(route=STRIPPED._replace(strayed=True)) == (own,)
 
     def test_behind_the_same_gate(self, start, upstream):
         app = upstream(answering(OK))
@@ -5755,7 +5766,8 @@ async function look() {
   report.worker = await new Promise(done => { new Worker('/worker.js').onmessage = event => done(event.data) })
   report.frame = await new Promise(done => { const frame = document.createElement('iframe'); frame.src = '/frame'
     frame.onload = () => done(frame.contentDocument.body.innerText); document.body.append(frame) })
-  report.service = await navigator.serviceWorker.register('/service.js', {scope: '/NAME/'}).then(() => 'NAME', error => '' + error)
+  const register = how => navigator.serviceWorker.register('/service.js', how).then(() => 'NAME', error => error.name)
+  report.services = [await register({scope: './'}), await register({scope: '/'})]
   report.socket = await new Promise(done => { const socket = new WebSocket('ws://' + location.host + '/socket')
     socket.onopen = () => socket.send('NAME'); socket.onmessage = event => done(event.data); socket.onclose = () => done('closed') })
   document.body.dataset.report = JSON.stringify(report)
@@ -5922,7 +5934,7 @@ class TestInChromium:
             page.until("!!document.body.dataset.report")
             report = json.loads(page.tell("document.body.dataset.report"))
             assert report == {
-                "cookie": "", "style": "rgb(1, 2, 3)", "fetch": name, "quiet": name, "upload": "300000", "module": name, "worker": name, "frame": name, "service": name, "socket": name,
+                "cookie": "", "style": "rgb(1, 2, 3)", "fetch": name, "quiet": name, "upload": "300000", "module": name, "worker": name, "frame": name, "services": [name, "SecurityError"], "socket": name,
             }  # fmt: skip
         other = Page(profile, page)
         other.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[0].port))  # opened last
