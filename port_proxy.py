@@ -1576,6 +1576,7 @@ class TokenGate(Gate):
             self._sign_in(await read_body(), visit)
         asked = dict(parse_qsl(query)) if head.method == "GET" else {}
         if self.token and visit.app_port:
+            self.check_origin(head, visit)
             raise self._enter(asked.get("ticket", ""), visit)
         if not visit.app_port and _PORT_NAME.fullmatch(asked.get("open", "")):
             await self.admit(head, visit, None)
@@ -1750,7 +1751,7 @@ def find_stray(head: RequestHead, visit: Visit, base: str, cookie: str) -> Optio
     """The route that a request without a prefix means, None where nothing tells: the app of the page that asks
     (Referer), or else the one that this browser opened last (`cookie`).  ProxyError 400 as `find_route`.
 
-    Only ever for what our own origin asks for: there a page of another could not even have read an answer.
+    Only for what pages of our own origin ask for, and for what a person types.
     """
     if not _comes_from_us(head, visit):
         return None
@@ -2339,8 +2340,9 @@ async def ask(upstreams: Upstreams, route: Route, fields: Fields = ()) -> Answer
     """GET the route's target; ProxyError 502 or 504 as for any request, also if the answer is no valid HTTP."""
     stream = await upstreams.connect(route)
     config = upstreams.config
-    host = () if field_values(fields, "host") else (("Host", route.authority),)
-    own = host + (("Accept", "text/html, */*;q=0.1"), ("User-Agent", "port_proxy"), ("Connection", "close"))
+    given = {name.lower() for name, _ in fields}
+    usual = (("Host", route.authority), ("Accept", "text/html, */*;q=0.1"), ("User-Agent", "port_proxy"))
+    own = tuple(field for field in usual + (("Connection", "close"),) if field[0].lower() not in given)
     deadline = stream.now() + _PROBE_SECONDS
     try:
         stream.write(serialise_request(RequestHead("GET", route.target, "", "1.1", own + fields)))
@@ -2650,7 +2652,7 @@ def _for_how_long(seconds: float) -> str:
     return "just started"
 
 
-def waiting_response(error: NotListening) -> Response:
+def waiting_response(error: ProxyError, port: int) -> Response:
     """The page for a person whose app does not listen yet: it opens the app as soon as that answers."""
     body = (
         '<h1 class="pulse">Waiting for port {port}</h1><p>{detail}</p><p>This page opens the app by itself as soon as'
@@ -2661,10 +2663,10 @@ def waiting_response(error: NotListening) -> Response:
         " finds.</li>"
         '</ul></div><p class="soft">502 &middot; port_proxy</p>'
     )
-    text = body.format(port=error.route.port, detail=_marked(error.detail))
+    text = body.format(port=port, detail=_marked(error.detail))
     reload = '<noscript><meta http-equiv="refresh" content="5"></noscript>'
     fields = error.fields + (("Cache-Control", "no-store"),)
-    return _page(error.status, "Waiting for port %d" % error.route.port, text, fields, _WAITING_SCRIPT, reload)
+    return _page(error.status, "Waiting for port %d" % port, text, fields, _WAITING_SCRIPT, reload)
 
 
 def sign_in_response(error: SignInNeeded) -> Response:
@@ -3207,13 +3209,13 @@ class Exchange:
 
     async def answer_error(self, error: ProxyError) -> None:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
-        error = self.error = self.around.gate.explain(error)
+        told = self.error = self.around.gate.explain(error)
         if isinstance(error, SignInNeeded):
             await self.answer(sign_in_response(error))
         elif isinstance(error, NotListening) and is_page_visit(self.head):
-            await self.answer(waiting_response(error))
+            await self.answer(waiting_response(told, error.route.port))
         else:
-            await self.answer(error_response(error, wants_html(self.head)))
+            await self.answer(error_response(told, wants_html(self.head)))
 
     async def answer(self, response: Response) -> None:
         """Send an answer of our own; a request body that was not read costs the connection."""
@@ -3253,12 +3255,18 @@ class Exchange:
         if is_upgrade and len(self.around.tunnels) >= self.config.max_tunnels:
             raise ProxyError(503, "There are too many open WebSockets.", (("Retry-After", "10"),))
         if route.strayed and not cannot_be_redirected(head):
-            await self.answer(led_back(route))
+            await self._lead_back(route)
         elif not route.path and not route.absolute and not is_upgrade and head.method in ("GET", "HEAD"):
             await self.answer(redirect_response(route.prefix + "/" + route.query))
         else:
             request = request_for_upstream(head, route, self.framing, self.visit, self.config.preserve_host, is_upgrade)
             await self._forward(route, serialise_request(request), is_upgrade)
+
+    async def _lead_back(self, route: Route) -> None:
+        """Redirect a stray, once its body has come: a browser reads no answer before it has sent the whole of one."""
+        while not self.body.finished and not field_values(self.head.fields, "expect"):
+            await self.body.read(self.config.stall_timeout)
+        await self.answer(led_back(route))
 
     async def _forward(self, route: Route, request: bytes, is_upgrade: bool) -> None:
         """Send the request and relay its answer, on a pooled connection if there is one."""
@@ -4326,6 +4334,12 @@ _ROOTED = re.compile(rb"""\b(?:src|href|action)\s*=\s*["']?(/(?!/)[^\s"'<>]*)"""
 _STRANGER = "port-proxy-check.invalid"  # a name that leads nowhere (RFC 6761)
 
 
+_LEAVING = (
+    "Links that begin with a slash leave the prefix, and nothing leads them back: use the app's own host, its flag for"
+    " the path it lives under, or --whole-origin yes."
+)
+
+
 class KnownApp(NamedTuple):
     """An app that tells itself by its page; socket: where it opens WebSockets; flag: makes it live under a path."""
 
@@ -4339,8 +4353,8 @@ class KnownApp(NamedTuple):
 _KNOWN_APPS = (
     KnownApp("Streamlit", "<title>Streamlit</title>", "/_stcore/stream", "--server.baseUrlPath %s"),
     KnownApp("Jupyter", "jupyter-config-data|<title>Jupyter", "/api/events/subscribe", "--ServerApp.base_url=%s/"),
-    KnownApp("Voila", "voila", "", "--base_url=%s/"),
-    KnownApp("Panel or Bokeh", "bokeh", "", "--prefix %s"),
+    KnownApp("Voila", "/voila/", "", "--base_url=%s/"),
+    KnownApp("Panel or Bokeh", r"bokeh[.a-z-]*\.js", "", "--prefix %s"),
     KnownApp("Gradio", "gradio_config", "", 'root_path="%s"'),
     KnownApp("Dash", "_dash-config", "", 'url_base_pathname="%s/"'),
     KnownApp("TensorBoard", "tf-tensorboard|<title>TensorBoard", "", "--path_prefix %s"),
@@ -4414,8 +4428,9 @@ async def _checked(report: Report, upstreams: Upstreams) -> Report:
     page = answer.body.decode("latin-1")
     app = next((one for one in _KNOWN_APPS if re.search(one.sign, page)), None)
     rooted = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(answer.body))]
-    host = (("Host", _STRANGER),)
-    stranger = await _status(upstreams, route, host)
+    stranger = await _status(upstreams, route, (("Host", _STRANGER),))
+    if rooted and not upstreams.config.whole_origin:
+        report = report._replace(problems=(*report.problems, _LEAVING))
     report = report._replace(
         title=title_in(answer.head, answer.body),
         app=app.name if app else "",
@@ -4435,7 +4450,10 @@ async def _followed(report: Report, route: Route, answer: Answer, upstreams: Ups
         if not 300 <= answer.head.status < 400 or not _LOCAL_TARGET.fullmatch(path):
             break
         report = report._replace(redirect=path.partition("?")[0])
-        answer = await ask(upstreams, route_of_host(route.port, path)._replace(scheme=route.scheme))
+        try:
+            answer = await ask(upstreams, route_of_host(route.port, path)._replace(scheme=route.scheme))
+        except ProxyError as error:
+            return report._replace(problems=(error.detail,)), answer
     return report, answer
 
 
@@ -4482,7 +4500,7 @@ def report_text(report: Report) -> str:
     say("app", report.app)
     say("redirects", report.redirect)
     some = ", ".join(report.rooted[:3])
-    say("links", some and "begin with a slash (%s): below /%d/ they are led back to it" % (some, report.port))
+    say("links", some and "begin with a slash, such as " + some)
     say("Host", "refuses names that are not its own; the proxy sends localhost" if report.refuses_host else "")
     foreign = "; refuses pages of other origins" if report.refuses_origin else ""
     opened = "opens at " + report.socket + foreign if report.socket else "none opened at the usual places"

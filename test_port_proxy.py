@@ -1858,6 +1858,22 @@ class TestStrays:
                 assert (status_of(answer), fields_of(answer)["location"], fields_of(answer)["cache-control"]) == (307, prefix + "/static/a%2F?b=/c", "no-store")
         assert app.connections == 0
 
+    def test_an_upload_is_led_back_once_it_has_come(self, start):
+        """However long that takes; who asks whether to send it is told at once not to."""
+        proxy = start(linger_timeout=0.1)
+        lines = ("Referer: %s/proxy/80/" % US, "Origin: " + US)
+        for framing, pieces in (("Content-Length: 6", (b"abc", b"def")), ("Transfer-Encoding: chunked", (b"3\r\nabc\r\n", b"3\r\ndef\r\n0\r\n\r\n"))):
+            with proxy.wire() as wire:
+                wire.send(request("POST", "/upload", framing, *lines), pieces[0])
+                wire.sock.settimeout(0.5)
+                with pytest.raises(socket.timeout):
+                    wire.more()
+                wire.sock.settimeout(WAIT)
+                wire.send(pieces[1], request("GET", "/proxy/?port=80"))
+                assert [status_of(wire.message()), status_of(wire.message())] == [307, 303]
+        assert status_of(proxy.ask(request("POST", "/upload", "Content-Length: 6", "Expect: 100-continue", *lines))) == 307
+        assert status_of(proxy.ask(request("POST", "/upload", "Transfer-Encoding: chunked", *lines, body=b"x\r\n"))) == 400
+
     def test_never_what_is_ours(self, start, upstream):
         app = upstream(answering(OK))
         proxy = start()
@@ -5214,6 +5230,30 @@ class TestCheck:
         for part in ("redirects  /lab", "/_dash/a.js, /b.css, /c", "refuses names that are not its own", "opens at /ws; refuses pages", 'url_base_pathname="/proxy/absolute/%d/"' % app.port):
             assert part in text
 
+    def test_links_that_nothing_leads_back(self, background, upstream):
+        app = upstream(serve_examined(b"<img src=/a>"))
+        report = self.check(background, app.port, whole_origin=False)
+        assert (report.ok, "--whole-origin yes" in report.problems[0]) == (True, True)
+        assert self.check(background, app.port).problems == ()
+
+    def test_a_page_that_fails_behind_its_redirect(self, background, upstream):
+        def serve(wire, app):
+            if wire.message()[0] == "GET / HTTP/1.1":
+                wire.send(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")
+
+        app = upstream(serve)
+        report = self.check(background, app.port)
+        assert (report.ok, report.redirect, len(report.problems)) == (True, "/x", 1)
+
+    def test_what_is_asked(self, background, upstream):
+        """Nothing twice: neither Host nor Connection, which an app could refuse."""
+        app = upstream(serve_examined(b""))
+        self.check(background, app.port)
+        for message in app.messages:
+            names = [name.lower() for name, _ in message[1]]
+            assert len(names) == len(set(names))
+        assert {fields_of(message)["connection"] for message in app.messages} == {"close", "Upgrade"}
+
     @pytest.mark.parametrize("location", [b"https://elsewhere.example/", b"//elsewhere.example/", b"/"])
     def test_a_redirect_that_leads_nowhere(self, background, upstream, location):
         app = upstream(serve_examined(b"", redirect=location))
@@ -5780,7 +5820,7 @@ def serve_rooted(name):
     """An app whose links all begin with a slash."""
 
     def serve(wire, app):
-        with contextlib.suppress(OSError):  # a browser leaves as it likes
+        with contextlib.suppress(OSError, IndexError):  # a browser leaves as it likes
             answer(wire, app)
 
     def answer(wire, app):
@@ -6503,6 +6543,19 @@ class TestJupyter:
         assert status_of(stranger.ask("GET", target + "/", "Authorization: token " + TOKEN)) == 200
         assert status_of(stranger.ask("GET", "/nb/proxy", *PAGE)) == 200  # that request has set the cookie, too
         assert status_of(visitor.ask("GET", target + "/")) == 200
+
+    def test_our_own_pages(self, jupyter, app, target, visitor):
+        """The ports are Jupyter's user's; there are no hosts of the apps' own, nor is anything outside the prefix ours."""
+        data = json.loads(visitor.ask("GET", "/nb/proxy/", "Accept: application/json")[2].decode())
+        links = {one["port"]: one["links"] for one in data["ports"]}
+        if links:
+            assert links[app.port] == {"stripped": target + "/", "absolute": "/nb/proxy/absolute/%d/" % app.port}
+        assert jupyter.port not in links
+        assert b"Ports of this machine" in visitor.ask("GET", "/nb/proxy/", *PAGE)[2]
+        waiting = visitor.ask("GET", "/nb/proxy/%d/" % free_port(), *PAGE)
+        assert (status_of(waiting), b"Waiting for port" in waiting[2]) == (502, True)
+        answer = visitor.ask("GET", target + "/", *PAGE)
+        assert not any(value.startswith("port_proxy_") for name, value in answer[1] if name == "Set-Cookie")
 
     def test_requests_arrive_as_sent(self, app, target, visitor):
         for method in ("GET", "POST", "PROPFIND", "M-SEARCH", "PREPARE", "OPTIONS"):
