@@ -2336,14 +2336,15 @@ class Answer(NamedTuple):
     body: bytes
 
 
-async def ask(upstreams: Upstreams, route: Route, fields: Fields = ()) -> Answer:
-    """GET the route's target; ProxyError 502 or 504 as for any request, also if the answer is no valid HTTP."""
+async def ask(upstreams: Upstreams, route: Route, fields: Fields = (), patience: float = _PROBE_SECONDS) -> Answer:
+    """GET the route's target; ProxyError 502 or 504 as for any request, also if the answer is no valid HTTP, or has not
+    come whole within `patience` s."""
     stream = await upstreams.connect(route)
     config = upstreams.config
     given = {name.lower() for name, _ in fields}
     usual = (("Host", route.authority), ("Accept", "text/html, */*;q=0.1"), ("User-Agent", "port_proxy"))
     own = tuple(field for field in usual + (("Connection", "close"),) if field[0].lower() not in given)
-    deadline = stream.now() + _PROBE_SECONDS
+    deadline = stream.now() + patience
     try:
         stream.write(serialise_request(RequestHead("GET", route.target, "", "1.1", own + fields)))
         head = parse_response(await read_head(stream, False, deadline, config), config)
@@ -2351,8 +2352,10 @@ async def ask(upstreams: Upstreams, route: Route, fields: Fields = ()) -> Answer
         while not body.finished and len(data) < _PROBE_BYTES and head.status != 101:
             data += await body.read(deadline - stream.now())
         return Answer(head, data)
-    except (ProxyError, Truncated, Stalled, OSError) as error:
-        raise ProxyError(504 if isinstance(error, Stalled) else 502, "No valid HTTP came from %s." % route.place)
+    except Stalled:
+        raise ProxyError(504, "No answer came from %s within %g seconds." % (route.place, patience))
+    except (ProxyError, Truncated, OSError):
+        raise ProxyError(502, "No valid HTTP came from %s." % route.place)
     finally:
         stream.abort()
 
@@ -4330,7 +4333,8 @@ def _head_from_tornado(request: Any) -> RequestHead:
 # Check: one port, looked at as a doctor would
 # ---------------------------------------------------------------------------------------------------------------------
 
-_ROOTED = re.compile(rb"""\b(?:src|href|action)\s*=\s*["']?(/(?!/)[^\s"'<>]*)""", re.IGNORECASE)
+_ROOTED = re.compile(rb"""\b(?:src|href|action)\s*=\s*["']?(/(?!/)[^\s"'<>?#]*)""", re.IGNORECASE)
+_PAGE_SECONDS = 30.0  # some apps are compiled when they are first asked for
 _STRANGER = "port-proxy-check.invalid"  # a name that leads nowhere (RFC 6761)
 
 
@@ -4352,8 +4356,9 @@ class KnownApp(NamedTuple):
 # %s stands for /proxy/absolute/PORT, the path that it is to live under.
 _KNOWN_APPS = (
     KnownApp("Streamlit", "<title>Streamlit</title>", "/_stcore/stream", "--server.baseUrlPath %s"),
-    KnownApp("Jupyter", "jupyter-config-data|<title>Jupyter", "/api/events/subscribe", "--ServerApp.base_url=%s/"),
     KnownApp("Voila", "/voila/", "", "--base_url=%s/"),
+    KnownApp("Jupyter", "jupyter-config-data|<title>Jupyter", "/api/events/subscribe", "--ServerApp.base_url=%s/"),
+    KnownApp("Dask", "<title>Dask", "", 'http_prefix="%s"'),
     KnownApp("Panel or Bokeh", r"bokeh[.a-z-]*\.js", "", "--prefix %s"),
     KnownApp("Gradio", "gradio_config", "", 'root_path="%s"'),
     KnownApp("Dash", "_dash-config", "", 'url_base_pathname="%s/"'),
@@ -4416,7 +4421,7 @@ async def _checked(report: Report, upstreams: Upstreams) -> Report:
     if speaks_tls(route, upstreams.config.upstream_tls):
         route = route._replace(scheme="https")
     try:
-        answer = await ask(upstreams, route)
+        answer = await ask(upstreams, route, patience=_PAGE_SECONDS)
     except ProxyError as error:
         if error.status != 502 or isinstance(error, NotListening):
             return report._replace(problems=(error.detail,))
@@ -4451,7 +4456,8 @@ async def _followed(report: Report, route: Route, answer: Answer, upstreams: Ups
             break
         report = report._replace(redirect=path.partition("?")[0])
         try:
-            answer = await ask(upstreams, route_of_host(route.port, path)._replace(scheme=route.scheme))
+            there = route_of_host(route.port, path)._replace(scheme=route.scheme)
+            answer = await ask(upstreams, there, patience=_PAGE_SECONDS)
         except ProxyError as error:
             return report._replace(problems=(error.detail,)), answer
     return report, answer
@@ -4507,7 +4513,8 @@ def report_text(report: Report) -> str:
     say("WebSocket", opened if report.ok else "")
     lines += ["  problem    " + problem for problem in report.problems]
     say("use", "  or  ".join(report.use))
-    say("", report.flag and "or start it with %s and use %s/absolute/" % (report.flag, report.base))
+    kept = "%s/absolute/%d/" % (report.base, report.port)
+    say("", report.flag and "or start it with %s and use %s" % (report.flag, kept))
     return "\n".join(lines)
 
 

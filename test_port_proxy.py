@@ -5221,7 +5221,7 @@ class TestCheck:
 
     @pytest.mark.parametrize("redirect", [b"/lab?x=secret", b"http://localhost:PORT/lab"])
     def test_what_it_finds(self, background, upstream, redirect):
-        page = b"<script id=_dash-config></script><script src=\"/_dash/a.js\"></script><link href='/b.css'><form action=/c><a href=/b.css>"
+        page = b"<script id=_dash-config></script><script src=\"/_dash/a.js?v=1\"></script><link href='/b.css'><form action=/c><a href=/b.css>"
         app = upstream(serve_examined(page, fussy=True, redirect=redirect))
         report = self.check(background, app.port)
         assert (report.redirect, report.rooted, report.refuses_host, report.refuses_origin) == ("/lab", ["/_dash/a.js", "/b.css", "/c"], True, True)
@@ -5244,6 +5244,12 @@ class TestCheck:
         app = upstream(serve)
         report = self.check(background, app.port)
         assert (report.ok, report.redirect, len(report.problems)) == (True, "/x", 1)
+
+    def test_an_app_that_says_nothing(self, background, upstream, monkeypatch):
+        monkeypatch.setattr(port_proxy, "_PAGE_SECONDS", 0.2)
+        app = upstream(lambda wire, app: wire.rest())
+        report = self.check(background, app.port)
+        assert (report.ok, report.problems) == (False, ("No answer came from port %d of this machine within 0.2 seconds." % app.port,))
 
     def test_what_is_asked(self, background, upstream):
         """Nothing twice: neither Host nor Connection, which an app could refuse."""
