@@ -1938,6 +1938,11 @@ def tcp_sockets(tables: Sequence[str] = _TABLES, port: Optional[int] = None) -> 
     return found
 
 
+def ports_are_told() -> bool:
+    """Whether this system says who listens where."""
+    return os.path.exists(_TABLES[0])
+
+
 def listeners() -> List[Listener]:
     """What programs of this user listen on, by port; the system's own services are left out."""
     mine = getattr(os, "geteuid", int)()
@@ -2424,7 +2429,7 @@ margin-left:.5em;border-radius:50%;background:var(--link);animation:pulse 2s inf
 """
 _POLICY = (
     "default-src 'none'; img-src data:; style-src 'sha256-%s'; script-src %s; connect-src 'self'; base-uri 'none';"
-    " form-action 'self'; frame-ancestors 'self'"
+    " form-action %s; frame-ancestors 'self'"
 )
 _PAGE = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -2591,18 +2596,23 @@ def ports_response(view: PortsView, head: RequestHead) -> Response:
 
 
 def _ports_page(view: PortsView, fields: Fields) -> Response:
-    rows = "".join("<tr><td><code>%s</code><td>%s" % (view.base + form, html.escape(text)) for form, text in _FORMS)
+    row = "<tr><td><code>%s</code><td>%s"
+    rows = "".join(row % (html.escape(view.base + form), html.escape(text)) for form, text in _FORMS)
     body = (
         '<h1>Ports of this machine</h1><p class="soft" role="status"></p>'
         '<label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>'
         '<ul class="ports">{items}</ul>'
-        '<p id="none"{hidden}>No program of yours listens on a port. Once one does, it appears here.</p>'
+        '<p id="none"{hidden}>{nothing}</p>'
         '<form method="get" action="{base}/"><label>Another port <input name="port" inputmode="numeric" required'
         ' pattern="[1-9][0-9]*" placeholder="8080" autocomplete="off"></label><button>Open</button></form>'
         "<details><summary>Forms of an address</summary><table>{rows}</table></details>"
     )
     hidden = " hidden" if view.ports else ""
-    text = body.format(items=_port_items(view), hidden=hidden, base=html.escape(view.base), rows=rows)
+    nothing = "No program of yours listens on a port. Once one does, it appears here."
+    if not ports_are_told():
+        nothing = "This system does not tell which ports are in use."
+    items, base = _port_items(view), html.escape(view.base)
+    text = body.format(items=items, hidden=hidden, nothing=nothing, base=base, rows=rows)
     return _page(200, "Ports of this machine", text, fields, _PORTS_SCRIPT)
 
 
@@ -2681,7 +2691,9 @@ def sign_in_response(error: SignInNeeded) -> Response:
         ' autofocus autocomplete="current-password"></label> <button>Sign in</button></form>'
     )
     parts = tuple(html.escape(part) for part in (error.detail, error.action, error.target))
-    return _page(error.status, "Sign in", body % parts, error.fields + (("Cache-Control", "no-store"),))
+    fields = error.fields + (("Cache-Control", "no-store"),)
+    # Browsers hold this against the whole way of redirects behind the form, and apps may lead to a login elsewhere.
+    return _page(error.status, "Sign in", body % parts, fields, forms="*")
 
 
 def redirect_response(location: str) -> Response:
@@ -2702,15 +2714,17 @@ def reason_phrase(status: int) -> str:
         return "Error"
 
 
-def _page(status: int, title: str, body: str, fields: Fields = (), script: str = "", head: str = "") -> Response:
+def _page(
+    status: int, title: str, body: str, fields: Fields = (), script: str = "", head: str = "", forms: str = "'self'"
+) -> Response:
     element = "<script>%s</script>" % script if script else ""
     text = _PAGE.format(title=html.escape(title), style=_STYLE, head=head, body=body, script=element)
-    return _response(status, "text/html", text, fields + (("Content-Security-Policy", _policy(script)),))
+    return _response(status, "text/html", text, fields + (("Content-Security-Policy", _policy(script, forms)),))
 
 
-def _policy(script: str) -> str:
+def _policy(script: str, forms: str = "'none'") -> str:
     style, code = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (_STYLE, script))
-    return _POLICY % (style, "'sha256-%s'" % code if script else "'none'")
+    return _POLICY % (style, "'sha256-%s'" % code if script else "'none'", forms)
 
 
 def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> Response:
@@ -4806,7 +4820,8 @@ def _ssh_destination(environment: Mapping[str, str]) -> str:
     if len(words) != 4:
         return ""
     address, port = words[2:]
-    return "%s%s@%s" % ("" if port == "22" else "-p %s " % port, _user_name(os.geteuid()), address)
+    user = environment.get("LOGNAME") or environment.get("USERNAME", "")
+    return ("" if port == "22" else "-p %s " % port) + (user and user + "@") + address
 
 
 def _inherited_sockets() -> List[socket.socket]:

@@ -2490,13 +2490,19 @@ class TestPages:
         for target in ("/proxy", "/proxy/"):
             page = proxy.get(target, *NAVIGATION)
             assert (status_of(page), fields_of(page)["content-type"]) == (200, "text/html; charset=utf-8")
-            assert b"No program of yours listens" in page[2]
+            assert (b"No program of yours listens" in page[2]) is port_proxy.ports_are_told()
             text = proxy.get(target)
             assert fields_of(text)["content-type"] == "text/plain; charset=utf-8"
             for form in (b"/proxy/8080/", b"/proxy/absolute/8080/", b"/proxy/db1.example.org:8080/"):
                 assert form in page[2]
                 assert form in text[2]
         assert status_of(proxy.ask(request("POST", "/proxy/", "Content-Length: 0"))) == 405
+
+    def test_where_the_system_tells_nothing(self, proxy, no_ports, monkeypatch):
+        monkeypatch.setattr(port_proxy, "_TABLES", ("/nowhere",))
+        page = proxy.get("/proxy/", *NAVIGATION)[2]
+        assert b"does not tell which ports are in use" in page
+        assert b'name="port"' in page
 
     def test_ports(self, start, monkeypatch):
         """Each with its program, title, age and ways, as a page, as text and as data; what an app says is inert."""
@@ -5357,14 +5363,15 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "connection, options, line",
         [
-            ("198.51.100.7 40000 192.0.2.7 22", {}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 \S+@192\.0\.2\.7"), ("", {}, None), ("x", {}, None),
-            ("2001:db8::1 40000 2001:db8::7 2222", {"token": ""}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 -p 2222 \S+@2001:db8::7"),
-            ("198.51.100.7 40000 192.0.2.7 22", {"bind": "127.0.0.2"}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 \S+@192\.0\.2\.7"),
-            ("198.51.100.7 40000 192.0.2.7 22", {"bind": "0.0.0.0"}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 \S+@192\.0\.2\.7"),
+            ("198.51.100.7 40000 192.0.2.7 22", {}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7"), ("", {}, None), ("x", {}, None),
+            ("2001:db8::1 40000 2001:db8::7 2222", {"token": ""}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 -p 2222 ana@2001:db8::7"),
+            ("198.51.100.7 40000 192.0.2.7 22", {"bind": "127.0.0.2"}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7"),
+            ("198.51.100.7 40000 192.0.2.7 22", {"bind": "0.0.0.0"}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7"),
         ],
     )  # fmt: skip
     def test_the_way_over_ssh(self, start, monkeypatch, connection, options, line):
         monkeypatch.setenv("SSH_CONNECTION", connection)
+        monkeypatch.setenv("LOGNAME", "ana")
         last = port_proxy._banner(start(**options).proxy).split("\n")[-1]
         assert re.fullmatch(line or "It reaches every port .*", last)
 
@@ -5969,6 +5976,16 @@ class TestInChromium:
         page.until("document.querySelector('#app').innerText === 'signed in'")
         assert page.tell("location.href") == url
         assert [message[0] for message in app.messages if "favicon" not in message[0]] == ["GET /a?b HTTP/1.1"]
+
+    def test_signing_in_to_an_app_that_leads_to_a_login_elsewhere(self, page, start, upstream):
+        elsewhere = upstream(serve_page(b"a login of its own"))
+        app = upstream(answering(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:%d/\r\nContent-Length: 0\r\n\r\n" % elsewhere.port))
+        proxy = start(token=TOKEN)
+        page.open("http://localhost:%d/proxy/%d/" % (proxy.port, app.port))
+        page.until("document.activeElement.name === 'token'")
+        page.type(TOKEN)
+        page.click("button")
+        page.until("document.querySelector('#app').innerText === 'a login of its own'")
 
     @pytest.mark.parametrize("token", [None, TOKEN])
     def test_two_apps_whose_links_begin_with_a_slash(self, page, profile, start, upstream, token):
