@@ -2052,6 +2052,7 @@ class Owners:
 
     def __init__(self) -> None:
         self._known: Dict[Tuple[str, int], Tuple[Optional[int], float]] = {}
+        self._elsewhere: Dict[int, Tuple[Tuple[str, ...], float]] = {}
 
     def stranger(self, here: Address, there: Address) -> Optional[int]:
         """The user id of another ordinary user who holds the far end of a connection from `here` to `there`; None if it
@@ -2068,6 +2069,18 @@ class Owners:
             self._known[there] = owner, now + 20 * (now - begun)
         mine = getattr(os, "geteuid", int)()
         return owner if owner is not None and owner >= _FIRST_ORDINARY_USER and owner != mine else None
+
+    def elsewhere(self, port: int) -> Tuple[str, ...]:
+        """As `listens_elsewhere`."""
+        begun = time.perf_counter()
+        addresses, until = self._elsewhere.get(port, ((), 0.0))
+        if begun >= until:
+            addresses = listens_elsewhere(port)
+            now = time.perf_counter()
+            if len(self._elsewhere) > 1000:
+                self._elsewhere.clear()
+            self._elsewhere[port] = addresses, now + 20 * (now - begun)
+        return addresses
 
 
 def _told_owner(here: Address, there: Address) -> Optional[int]:
@@ -2125,13 +2138,13 @@ def _hexadecimal(address: str) -> str:
 class NotListening(ProxyError):
     """Nobody accepts connections where the route leads, yet: a page visit is answered with a page that waits."""
 
-    def __init__(self, route: Route) -> None:
-        super().__init__(502, _why_nobody_listens(route), (("Retry-After", "2"), ("Port-Proxy", "waiting")))
+    def __init__(self, route: Route, elsewhere: Sequence[str]) -> None:
+        detail = _why_nobody_listens(route, elsewhere)
+        super().__init__(502, detail, (("Retry-After", "2"), ("Port-Proxy", "waiting")))
         self.route = route
 
 
-def _why_nobody_listens(route: Route) -> str:
-    elsewhere = listens_elsewhere(route.port) if route.host in LOOPBACK_NAMES else ()
+def _why_nobody_listens(route: Route, elsewhere: Sequence[str]) -> str:
     if not elsewhere:
         return "Nothing listens on %s. Is the app running, and is this its port?" % route.place
     text = (
@@ -2224,7 +2237,7 @@ class Upstreams:
                 502, "The host %s could not be found. Check its spelling, or this machine's name service." % route.host
             )
         except ConnectionRefusedError:
-            raise NotListening(route)
+            raise NotListening(route, self.owners.elsewhere(route.port) if route.host in LOOPBACK_NAMES else ())
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise ProxyError(503, "The proxy has no file descriptor left to connect with. Try again shortly.")

@@ -2599,6 +2599,27 @@ class TestPages:
             assert b"listens at 127.0.0.2 alone, not at localhost" in said
             assert b"--host-allowlist 127.0.0.2" in said
 
+    def test_looking_for_it_never_costs_more_than_a_twentieth_of_the_time(self, proxy, monkeypatch):
+        looked, clock = [], [0.0]
+
+        def look(port):
+            looked.append(port)
+            clock[0] += 0.05
+            return ("192.0.2.7",)
+
+        monkeypatch.setattr(port_proxy, "listens_elsewhere", look)
+        monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+        owners = port_proxy.Owners()
+        assert [owners.elsewhere(port) for port in (80, 80, 81, 80)] == [("192.0.2.7",)] * 4
+        assert looked == [80, 81]
+        clock[0] = 1.2
+        owners.elsewhere(80)
+        assert looked == [80, 81, 80]
+        for port in range(2000):
+            owners._elsewhere[port] = (), 0.0
+        owners.elsewhere(3000)
+        assert len(owners._elsewhere) == 1
+
     def test_who_speaks_tls_is_told(self, proxy, upstream):
         """By what it sends, or, where it only closes, by a handshake of our own that a person's visit is worth."""
         alert, hello = b"\x15\x03\x01\x00\x02\x02\x46", b"\x16\x03\x03\x00\x7a\x02"
