@@ -70,7 +70,7 @@ from typing import (
     Tuple,
     Union,
 )
-from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
 __all__ = ["Config", "PortProxy", "ProxyError", "main"]
@@ -2344,7 +2344,7 @@ def _no_answer_in_time(route: Route, config: Config) -> ProxyError:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _PROBE_SECONDS = 3.0
-_PROBE_BYTES = 262144
+_PROBE_BYTES = 1 << 22
 
 
 class Answer(NamedTuple):
@@ -2462,7 +2462,8 @@ function sift() {
 async function look() {
   try {
     const answer = document.hidden ? null : await fetch('?list', {cache: 'no-store', redirect: 'error'})
-    if (answer && answer.ok) merge(new DOMParser().parseFromString(await answer.text(), 'text/html').body)
+    if (answer && !answer.ok) told.textContent = 'Load this page anew to see what is new.'
+    else if (answer) merge(new DOMParser().parseFromString(await answer.text(), 'text/html').body)
   } catch (error) { told.textContent = 'The proxy does not answer.' }
   setTimeout(look, 3000)
 }
@@ -4365,6 +4366,14 @@ _PAGE_SECONDS = 30.0  # some apps are compiled when they are first asked for
 _STRANGER = "port-proxy-check.invalid"  # a name that leads nowhere (RFC 6761)
 
 
+_SCRIPT = re.compile(rb"""<script[^>]*\bsrc\s*=\s*["']?([^\s"'<>]+)""", re.IGNORECASE)
+_SCRIPTS = 4  # of a page are looked into
+_OWN_ADDRESS = rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\])(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
+_GOES_PAST = (
+    "%s names port %d itself. What asks for that goes past the proxy, and only a browser on this machine gets there: if"
+    " something is missing elsewhere, tell the app the address that it is called by, as webpack-dev-server is told by"
+    " --client-web-socket-url auto://0.0.0.0:0/ws."
+)
 _LEAVING = (
     "Links that begin with a slash leave the prefix, and nothing leads them back: use the app's own host, its flag for"
     " the path it lives under, or --whole-origin yes."
@@ -4422,7 +4431,7 @@ class Report(NamedTuple):
     app: str = ""
     use: Sequence[str] = ()
     flag: str = ""
-    problems: Sequence[str] = ()
+    problems: Tuple[str, ...] = ()
 
 
 async def check_port(port: int, config: Config) -> Report:
@@ -4462,8 +4471,10 @@ async def _checked(report: Report, upstreams: Upstreams) -> Report:
     rooted = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(answer.body))]
     stranger = await _status(upstreams, route, (("Host", _STRANGER),))
     if rooted and not upstreams.config.whole_origin:
-        report = report._replace(problems=(*report.problems, _LEAVING))
+        report = report._replace(problems=report.problems + (_LEAVING,))
+    past = await _what_goes_past(report, route, answer, upstreams)
     report = report._replace(
+        problems=report.problems + ((_GOES_PAST % (past, report.port),) if past else ()),
         title=title_in(answer.head, answer.body),
         app=app.name if app else "",
         rooted=rooted[:5],
@@ -4488,6 +4499,25 @@ async def _followed(report: Report, route: Route, answer: Answer, upstreams: Ups
         except ProxyError as error:
             return report._replace(problems=(error.detail,)), answer
     return report, answer
+
+
+async def _what_goes_past(report: Report, route: Route, page: Answer, upstreams: Upstreams) -> str:
+    """The path of the page, or of one of its scripts, that names the app's own address; "" if none does."""
+    own = re.compile(_OWN_ADDRESS % report.port)
+    here = report.redirect or "/"
+    if own.search(page.body):
+        return here
+    for name in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_SCRIPTS]:
+        path = str(urljoin(here, name.decode("latin-1")))
+        if not _LOCAL_TARGET.fullmatch(path):
+            continue
+        try:
+            script = await ask(upstreams, route_of_host(route.port, path)._replace(scheme=route.scheme))
+        except ProxyError:
+            continue
+        if own.search(script.body):
+            return path.partition("?")[0]
+    return ""
 
 
 async def _with_socket(report: Report, route: Route, known: str, upstreams: Upstreams) -> Report:

@@ -5257,6 +5257,28 @@ class TestCheck:
         for part in ("redirects  /lab", "/_dash/a.js, /b.css, /c", "refuses names that are not its own", "opens at /ws; refuses pages", 'url_base_pathname="/proxy/absolute/%d/"' % app.port):
             assert part in text
 
+    @pytest.mark.parametrize(
+        "text, past",
+        [
+            ("new WebSocket('ws://localhost:PORT/ws')", True), ("?protocol=ws%3A&hostname=0.0.0.0&port=PORT&pathname=%2Fws", True), ("http://127.0.0.1:PORT", True), ("ws://[::1]:PORT/", True),
+            ("http://localhost:PORT0/", False), ("http://localhost:1/ PORT", False), ("location.host", False), ("http://elsewhere:PORT/", False),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("place", ["/", "/a/main.js"])
+    def test_what_goes_past_the_proxy(self, background, upstream, text, past, place):
+        """A page or script that names the app's own address: only a browser on this machine can follow."""
+
+        def serve(wire, app):
+            target = wire.message()[0].split(" ")[1]
+            body = {"/": "<script src=//cdn.example/b.js></script><script defer src='a/main.js?v=1'></script>"}.get(target.partition("?")[0], "")
+            body += text.replace("PORT", str(app.port)) if target.partition("?")[0] == place else ""
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body.encode()))
+
+        app = upstream(serve)
+        report = self.check(background, app.port)
+        assert [problem.startswith("%s names port %d itself" % (place, app.port)) for problem in report.problems] == [True] * past
+        assert report.ok
+
     def test_links_that_nothing_leads_back(self, background, upstream):
         app = upstream(serve_examined(b"<img src=/a>"))
         report = self.check(background, app.port, whole_origin=False)
