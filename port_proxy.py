@@ -8,9 +8,11 @@ this machine.  The standard library is all it needs, from CPython 3.6 on.
     <base>/absolute/<port>/path?q           the full <base>/absolute/<port>/path?q at localhost:<port>
     <base>/<host>:<port>/path?q             as the first, on a host of the allowlist
     <base>/absolute/<host>:<port>/path?q    as the second, on a host of the allowlist
+    http://<port>.localhost:8888/path?q     /path?q at localhost:<port>, which has this origin for itself
 
 The story of one request.  A client's bytes become a `RequestHead` (heads) or a refusal (errors); how its body is framed
-is settled once, strictly (framing).  The target names a `Route` (routes), which must be allowed (access).  The head for
+is settled once, strictly (framing).  The target names a `Route` (routes), or leaves open which app it means and is sent
+there (strays); it must be allowed (access).  The head for
 the upstream is written anew from what was understood (rewriting) and sent on a connection to it, fresh or pooled
 (upstream).  The body follows while the answer is already awaited; the answer's head is parsed as strictly, written anew
 and relayed piece by piece (exchange).  After a 101 the two connections are spliced (exchange).  The server (server)
@@ -18,7 +20,7 @@ accepts, repeats this for every request of a connection, and is the one place th
 What needs no waiting takes a short cut through the same steps: `Exchange.begin` and `finish`.
 
 Sections, each using only names above it: errors, configuration, heads, streams, framing, routes, rewriting, access,
-upstream, pages, jupyterhub, exchange, server, jupyter, command line.
+strays, ports, upstream, probe, pages, jupyterhub, exchange, server, jupyter, check, command line.
 
 Embedding:
 
@@ -31,6 +33,7 @@ Embedding:
 import argparse
 import asyncio
 import base64
+import contextlib
 import errno
 import fnmatch
 import functools
@@ -51,6 +54,7 @@ import stat
 import struct
 import sys
 import time
+import zlib
 from http import HTTPStatus
 from typing import (
     Any,
@@ -70,7 +74,7 @@ from typing import (
     TypeVar,
     Union,
 )
-from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
 __all__ = ["Config", "PortProxy", "ProxyError", "main"]
@@ -151,6 +155,10 @@ class Config(NamedTuple):
     # that is given the host as written, lower-cased and without brackets, and decides alone.
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # pass the client's Host to the upstream instead of the target's
+    domains: Sequence[str] = ("localhost",)  # where the host is <port>.<domain>, it names the port; not under a Hub
+    # Whether every path of our origin is ours, so that what leaves an app's prefix (/static/app.js) can be led back to
+    # it, and our cookies may be sent to all paths.  None: where base is the default or the root, and no proxy in front.
+    whole_origin: Optional[bool] = None
 
     # Who may come in.  token: None asks for none where only this machine's users can connect, and makes a random one
     # elsewhere; "any" makes one everywhere; "" never asks for one.
@@ -610,7 +618,7 @@ def can_watch_sockets(loop: asyncio.AbstractEventLoop) -> bool:
     return isinstance(loop, asyncio.SelectorEventLoop)
 
 
-class Listener:
+class Acceptor:
     """Accepts the connections of a bound socket, each with a protocol of its own."""
 
     def __init__(
@@ -1185,6 +1193,12 @@ def framing_fields(framing: Framing) -> Fields:
     return ()
 
 
+def bare(data: bytes, in_chunks: bool) -> bytes:
+    """The beginning of a body, from the first piece that a `Body` gave of it: at most the first chunk."""
+    size, _, rest = data.partition(b"\r\n") if in_chunks else (b"", b"", b"")
+    return rest[: int(size, 16)] if size else data
+
+
 class Body:
     """The body of one message, read off a stream piece by piece, as the pieces come.
 
@@ -1336,7 +1350,9 @@ _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end t
 _ROUTE = re.compile(r"(/absolute)?/([^/]*)(/.*)?")
 _TARGET = re.compile(r"(?:(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252})|\[([0-9A-Fa-f:.]{2,45})\]):)?([1-9][0-9]{0,4})")
 _NAME_PATTERN = re.compile(r"[a-z0-9_.*?\-]+")  # of the allowlist; the next is for IPv6
+_DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?)*")
 _ADDRESS_PATTERN = re.compile(r"[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
+_PORT_NAME = re.compile(r"[1-9][0-9]{0,4}")
 _UP = re.compile(r"(?:\.|%2e){2}", re.IGNORECASE)
 _HERE = re.compile(r"(?:\.|%2e)", re.IGNORECASE)
 
@@ -1345,8 +1361,9 @@ class Route(NamedTuple):
     """Where a request goes.
 
     host: as written, lower-cased, without brackets; "localhost" where none was written.  prefix: what the client wrote
-    in front of the app's own path.  absolute: the upstream is sent the prefix too.  path: what follows the prefix, raw,
-    "" where the slash behind the port is missing.  query: raw, with its "?", or "".  scheme: what the upstream speaks.
+    in front of the app's own path, "" where its host names the port.  absolute: the upstream is sent the prefix too.
+    path: what follows the prefix, raw, "" where the slash behind the port is missing.  query: raw, with its "?", or "".
+    scheme: what the upstream speaks.  strayed: the client left the prefix out.
     """
 
     host: str
@@ -1356,6 +1373,7 @@ class Route(NamedTuple):
     path: str
     query: str
     scheme: str = "http"
+    strayed: bool = False
 
     @property
     def authority(self) -> str:
@@ -1406,6 +1424,25 @@ def find_route(base: str, target: str) -> Optional[Route]:
     return Route(host, int(port), prefix, bool(match.group(1)), rest_of_path, mark + query)
 
 
+def host_of(authority: str) -> str:
+    """The host in an authority, lower-cased and without its port."""
+    return re.sub(r":[0-9]*\Z", "", authority).lower()
+
+
+def port_in_host(authority: str, domains: Sequence[str]) -> int:
+    """The port that a host such as 8080.localhost names, 0 if it names none."""
+    if not authority[:1].isdigit():
+        return 0
+    port, _, domain = host_of(authority).partition(".")
+    return int(port) if domain in domains and _PORT_NAME.fullmatch(port) and int(port) <= 65535 else 0
+
+
+def route_of_host(port: int, target: str) -> Route:
+    """The route to a port that the host names: the target (origin form) is the app's own, to the last byte."""
+    path, mark, query = target.partition("?")
+    return Route("localhost", port, "", False, path, mark + query)
+
+
 def speaks_tls(route: Route, upstream_tls: Sequence[str]) -> bool:
     """Whether the upstream of `route` is among "PORT" (of this machine) and "HOST:PORT"."""
     return route.authority in upstream_tls or (route.host in LOOPBACK_NAMES and str(route.port) in upstream_tls)
@@ -1436,6 +1473,14 @@ def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
             raise ValueError("an allowed host is a name, an address or a glob such as *.example.org, not %r" % given)
         normal.append(pattern)
     return tuple(normal)
+
+
+def normal_domain(domain: str) -> str:
+    """A domain, lower-cased; ValueError if it is none."""
+    normal = domain.lower()
+    if not _DOMAIN.fullmatch(normal):
+        raise ValueError("a domain is a name such as apps.example.org, not %r" % domain)
+    return normal
 
 
 def is_home(base: str, target: str) -> bool:
@@ -1503,16 +1548,20 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 class Visit(NamedTuple):
     """How the client sees us: its address, "" if it has none; the scheme, authority (host:port) and port of the origin
-    that it talks to, "" where it did not say; and the X-Forwarded-For that an upstream is to get."""
+    that it talks to, "" where it did not say; the X-Forwarded-For that an upstream is to get; and the port of the app
+    whose host that is, 0 where it is our own."""
 
     address: str
     scheme: str
     authority: str
     port: str = ""
     forwarded_for: str = ""
+    app_port: int = 0
 
 
-def visit_of(head: RequestHead, address: str, scheme: str, trusted_proxies: Sequence[str]) -> Visit:
+def visit_of(
+    head: RequestHead, address: str, scheme: str, trusted_proxies: Sequence[str], domains: Sequence[str] = ()
+) -> Visit:
     """The visit that a request makes: as its connection tells, or as its X-Forwarded fields do where these come from a
     trusted proxy; of a list of addresses, the last that is no trusted proxy itself."""
     authority, way, port = head.authority, [address] if address else [], ""
@@ -1533,7 +1582,19 @@ def visit_of(head: RequestHead, address: str, scheme: str, trusted_proxies: Sequ
     if authority and not port:
         match = _PORT.search(authority)
         port = match.group(1) if match else _DEFAULT_PORTS[scheme][1:]
-    return Visit(address, scheme, authority, port, ", ".join(way))
+    return Visit(address, scheme, authority, port, ", ".join(way), port_in_host(authority, domains))
+
+
+def host_form(port: int, visit: Visit, domains: Sequence[str]) -> str:
+    """The URL of the host that a port has for itself, as this client can reach it; "" if there is none."""
+    host = host_of(visit.authority)
+    domain = host.partition(".")[2] if visit.app_port else host
+    if domain not in domains:
+        named = "localhost" if host.startswith("127.") or host == "[::1]" else ""
+        domain = named if named in domains else next((one for one in domains if one != "localhost"), "")
+    if not domain or not host:
+        return ""
+    return "%s://%d.%s%s/" % (visit.scheme, port, domain, visit.authority[len(host) :])
 
 
 def _outermost(fields: Fields, name: str) -> str:
@@ -1584,7 +1645,7 @@ def request_for_upstream(
             value = _translate_referer(value, route, visit)
         fields.append((name, value))
     fields.extend(_forwarded_fields(visit, translated))
-    if not route.absolute:
+    if route.prefix and not route.absolute:
         fields.extend((name, route.prefix) for name in _FORWARDED_PREFIX)
     fields.extend(framing_fields(framing))
     if is_upgrade:
@@ -1632,11 +1693,17 @@ def response_for_client(head: ResponseHead, route: Route, framing: Framing, visi
             value, keep_length = value.partition(",")[0].strip(" \t"), False
         elif key in ("location", "content-location"):
             value = _translate_location(value, route, _homes(route, visit))
+        elif key == "service-worker-allowed":
+            if route.strayed:
+                continue
+            value = _with_prefix(value, route)
         elif key == "refresh":
             value = _translate_refresh(value, route, _homes(route, visit))
         elif key == "set-cookie" and not route.absolute:
             value = _translate_cookie(value, route, _homes(route, visit))
         fields.append((name, value))
+    if route.strayed:  # at the root it could otherwise rule the other apps and our own pages
+        fields.append(("Service-Worker-Allowed", route.prefix + "/"))
     fields.extend(framing_fields(framing))
     if head.status == 101:
         fields.extend(_UPGRADE_FIELDS)
@@ -1680,15 +1747,18 @@ def _translate_cookie(value: str, route: Route, homes: FrozenSet[str]) -> str:
     if value.lower().startswith("__host-"):
         return value
     parts = value.split(";")
-    kept = parts[:1]
+    kept, with_path = parts[:1], False
     for part in parts[1:]:
         name, equals, attribute = part.partition("=")
         key, attribute = name.strip(" \t").lower(), attribute.strip(" \t")
-        if key == "domain" and any(attribute.lower().lstrip(".") == home.rpartition(":")[0] for home in homes):
+        if key == "domain" and any(attribute.lower().lstrip(".") == host_of(home) for home in homes):
             continue
         if key == "path":
+            with_path = True
             part = name + equals + _with_prefix(attribute, route)
         kept.append(part)
+    if route.strayed and not with_path:  # what a browser makes of none is the folder that was asked for
+        kept.append(" Path=%s/" % route.prefix)
     return ";".join(kept)
 
 
@@ -1712,12 +1782,16 @@ def _without(suffix: str, text: str) -> str:
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
+_NO_REFERRER = ("Referrer-Policy", "no-referrer")
 _CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers know no way to ask for one, and show the page
 _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')  # no "//host", and no backslash, which browsers take for a slash
 ANY_TOKEN = "any"  # as Config.token: one made at random
 COOKIE_PREFIX = "port_proxy_"  # of our cookies' names; the port follows, for browsers do not tell ports apart
+ENTRANCE = "/.well-known/port-proxy"  # of an app's host, where the path is otherwise the app's (RFC 8615)
 _MAX_SESSIONS = 1000
 _MAX_NAMES = 100
+_MAX_TICKETS = 1000
+_TICKET_SECONDS = 30.0  # from the ports page to an app's host
 _MAX_SOURCES = 1000  # addresses whose wrong tokens are remembered
 _TRIES = 10.0  # wrong tokens that an address has before it must wait, and that come back at one a second
 
@@ -1726,11 +1800,13 @@ _CREDENTIALS = ("cookie", "authorization", "referer")  # fields that can hold ou
 
 
 class SignInNeeded(ProxyError):
-    """A page visit without a valid token: answered with the sign-in page, which leads on to `target`."""
+    """A page visit without a valid token: answered with the sign-in page, which sends the token to the path `action`
+    and leads on to `target`."""
 
-    def __init__(self, detail: str, target: str) -> None:
+    def __init__(self, detail: str, target: str, action: str) -> None:
         super().__init__(401, detail, _CHALLENGE)
         self.target = target
+        self.action = action
 
 
 def is_websocket(head: RequestHead) -> bool:
@@ -1766,6 +1842,11 @@ def _is_cross_site(head: RequestHead) -> bool:
     return "cross-site" in field_values(head.fields, "sec-fetch-site")
 
 
+def _is_of_neighbour(head: RequestHead, visit: Visit) -> bool:
+    """Whether the browser says that a page of another host of the same domain asks for what an app's own host has."""
+    return bool(visit.app_port) and "same-site" in field_values(head.fields, "sec-fetch-site")
+
+
 def _is_same_origin(head: RequestHead) -> bool:
     """Whether the browser says that a page of our own origin is behind this."""
     return "same-origin" in field_values(head.fields, "sec-fetch-site")
@@ -1788,6 +1869,7 @@ class Gate:
 
     token = ""  # what clients must show, where that is one and the same for all
     is_plain = False  # whether `check` is all of `admit`, and the rest depends on nothing but what it is given
+    app_cookie = ""  # the name of the cookie that says which app a browser opened last; "" where none is to
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -1800,9 +1882,9 @@ class Gate:
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         """Return if the request may come in; raise the ProxyError that answers it otherwise."""
-        self.check(head, visit)
+        self.check(head, visit, route)
 
-    def check(self, head: RequestHead, visit: Visit) -> None:
+    def check(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         """What `admit` does, as far as nobody has to be asked."""
         raise NotImplementedError
 
@@ -1819,8 +1901,9 @@ class Gate:
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         """Whether a cookie is ours, or that of another proxy like this one under the same host name: browsers do not
-        tell ports apart.  One that itself is the app behind `route` has a cookie of its own."""
-        return name.startswith(COOKIE_PREFIX) and (route is None or name != COOKIE_PREFIX + str(route.port))
+        tell ports apart.  One that itself is the app behind `route` has cookies of its own."""
+        of_the_app = COOKIE_PREFIX + str(route.port if route else "")
+        return name.startswith(COOKIE_PREFIX) and name != of_the_app and not name.startswith(of_the_app + "_app")
 
     def for_upstream(self, head: RequestHead, route: Optional[Route]) -> RequestHead:
         """The request without our cookies and tokens, cut out of it; every other byte as it was."""
@@ -1856,6 +1939,8 @@ class Gate:
         origins = field_values(head.fields, "origin")
         if len(origins) > 1:
             raise ProxyError(400, "A request has at most one Origin field.")
+        if origins == ["null"] and _is_same_origin(head):  # a form of a page that has no referrer sent
+            origins = []
         foreign = [origin for origin in origins if not is_own_origin(origin, visit.authority)]
         allowed = self.config.allow_origins
         if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
@@ -1864,7 +1949,7 @@ class Gate:
         if foreign and (head.method not in _SAFE or is_websocket(head)):
             logger.info("refused: the Origin %r is not %s", foreign[0], visit.authority or "known")
             raise ProxyError(403, "A page of another site may not do this here. " + advice)
-        if _is_cross_site(head) and not is_page_visit(head):
+        if (_is_cross_site(head) or _is_of_neighbour(head, visit)) and not is_page_visit(head):
             logger.info("refused: a page of another site (Sec-Fetch-Site) asks for more than a page visit")
             raise ProxyError(403, "A page of another site may not use what is here. " + advice)
 
@@ -1893,6 +1978,9 @@ class TokenGate(Gate):
     id.  Without: whoever can connect, as long as the Host is one that only this machine's own names lead to, so that a
     page of another site cannot come in by making its name point here.  Where a browser comes in on its own, by cookie
     or because all is open, pages of other sites cannot use it (`check_origin`).
+
+    Every host has a cookie of its own, for browsers send none from one to the other: who is signed in at ours gets to
+    an app's with a ticket, which is good once and there alone.
     """
 
     def __init__(self, config: Config, is_private: bool, port: int) -> None:
@@ -1900,11 +1988,13 @@ class TokenGate(Gate):
         self.is_plain = config.authorize is None
         self.is_private = is_private
         self.cookie_name = COOKIE_PREFIX + (str(port) if port else "unix")
+        self.app_cookie = self.cookie_name + "_app" if config.whole_origin else ""
         token = config.token if config.authorize is None else ""
         if token is None:
             token = "" if is_private else ANY_TOKEN
         self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
-        self._sessions: Dict[str, None] = {}  # the ids handed out, the oldest first
+        self._sessions: Dict[str, str] = {}  # the ids handed out, the oldest first, each with the host that it is for
+        self._tickets: Dict[str, Tuple[int, float]] = {}  # each with the app's port, and the moment when it is too late
         # By address and place: the tries left, when that was so, and hashes of the last wrong tokens.
         self._wrong: Dict[Tuple[str, str], Tuple[float, float, FrozenSet[int]]] = {}
         self._known_names: Set[str] = set()  # by which requests may come, as far as some have
@@ -1912,24 +2002,34 @@ class TokenGate(Gate):
     async def answer(
         self, head: RequestHead, visit: Visit, read_body: Callable[[], Awaitable[bytes]]
     ) -> Optional[Response]:
-        if self.token and head.method == "POST" and is_home(self.config.base, head.target):
+        path, _, query = head.target.partition("?")
+        if path != ENTRANCE if visit.app_port else not is_home(self.config.base, path):
+            return None
+        if self.token and head.method == "POST":
             self.check_origin(head, visit)
             self._sign_in(await read_body(), visit)
+        asked = dict(parse_qsl(query)) if head.method == "GET" else {}
+        if self.token and visit.app_port:
+            self.check_origin(head, visit)
+            raise self._enter(asked.get("ticket", ""), visit)
+        if not visit.app_port and _PORT_NAME.fullmatch(asked.get("open", "")):
+            await self.admit(head, visit, None)
+            raise self._lead_to_host(int(asked["open"]), visit)
         return None
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         if self.config.authorize is not None:
             await asyncio.ensure_future(self.config.authorize(head, visit, route))
-        self.check(head, visit)
+        self.check(head, visit, route)
 
-    def check(self, head: RequestHead, visit: Visit) -> None:
+    def check(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         preflight = self.config.allow_preflight and is_preflight(head)
         if self.config.authorize is not None:
             pass
         elif not self.token:
             for authority in {head.authority, visit.authority}:  # a page cannot choose the one, though it may the other
                 self._check_host(authority)
-        elif preflight or not self._check_credentials(head, visit):
+        elif preflight or not self._check_credentials(head, visit, route):
             return  # a token in the request itself: whoever sent it meant it
         if not preflight:
             self.check_origin(head, visit)
@@ -1938,27 +2038,54 @@ class TokenGate(Gate):
         return bool(self.token) and hmac.compare_digest(token.encode("utf-8"), self.token.encode("utf-8"))
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
-        return name == self.cookie_name or super().owns_cookie(name, route)
+        ours = name == self.cookie_name or name.startswith(self.cookie_name + "_app")
+        return ours or super().owns_cookie(name, route)
 
     def _sign_in(self, form: bytes, visit: Visit) -> None:
         """Take what the sign-in page sent; raises the redirect to where the person was going, or the page again."""
         sent = dict(parse_qsl(form.decode("latin-1")))
         target = sent.get("next", "")
-        if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
-            target = self.config.base + "/"
+        if not _LOCAL_TARGET.fullmatch(target) or not (visit.app_port or is_below(self.config.base, target)):
+            target = "/" if visit.app_port else self.config.base + "/"
         if not self._try("form", [sent.get("token", "").strip()], visit):
-            raise SignInNeeded("That is not the token.", target)
+            raise self._sign_in_needed("That is not the token.", target, visit)
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(visit)))
+
+    def _sign_in_needed(self, detail: str, target: str, visit: Visit) -> SignInNeeded:
+        return SignInNeeded(detail, target, ENTRANCE if visit.app_port else self.config.base + "/")
+
+    def _lead_to_host(self, port: int, visit: Visit) -> ProxyError:
+        """The redirect to the host that a port has for itself, with a ticket where one must be signed in there."""
+        url = host_form(port, visit, self.config.domains)
+        if not url or port > 65535:
+            advice = " Start the proxy with --domain, and a name whose subdomains lead here."
+            raise ProxyError(404, "By this name of the proxy no host of an app's own can be reached." + advice)
+        if self.token:
+            ticket = secrets.token_urlsafe(32)
+            self._tickets[ticket] = port, time.monotonic() + _TICKET_SECONDS
+            while len(self._tickets) > _MAX_TICKETS:
+                del self._tickets[next(iter(self._tickets))]
+            url += ENTRANCE[1:] + "?ticket=" + ticket
+        return ProxyError(303, "It is over there.", (("Location", url), _NO_REFERRER))
+
+    def _enter(self, ticket: str, visit: Visit) -> ProxyError:
+        """The redirect into an app's host, for who comes with a ticket for it."""
+        port, until = self._tickets.pop(ticket, (0, 0.0))
+        if port != visit.app_port or time.monotonic() > until:
+            detail = "This way in is over: it was used, or took too long." if ticket else ""
+            return self._sign_in_needed(detail, "/", visit)
+        return ProxyError(303, "Signed in.", (("Location", "/"), _NO_REFERRER, self._new_cookie(visit)))
 
     def _check_host(self, authority: str) -> None:
         if authority in self._known_names:
             return
-        host = re.sub(r":[0-9]*\Z", "", authority).lower()
+        host = host_of(authority)
         try:
             address = ipaddress.ip_address(host.strip("[]"))
             known = address.is_loopback or not self.is_private  # an address is no name that could be made to point here
         except ValueError:
             known = host in ("", "localhost") or host.endswith(".localhost")
+            known = known or any(host == domain or host.endswith("." + domain) for domain in self.config.domains)
             known = known or (not self.is_private and host == socket.gethostname().lower())
         if not known and not any(fnmatch.fnmatchcase(host, name) for name in self.config.allow_hostnames):
             name = "The name %s, by which this request came, is not known to lead here." % host
@@ -1966,10 +2093,11 @@ class TokenGate(Gate):
         if len(self._known_names) < _MAX_NAMES:
             self._known_names.add(authority)
 
-    def _check_credentials(self, head: RequestHead, visit: Visit) -> bool:
+    def _check_credentials(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> bool:
         """Whether it is the cookie, which a browser sends on its own, that lets the request in."""
         # Looked up by hash: how long that takes tells nothing about 256 random bits.
-        signed_in = any(value in self._sessions for value in _cookie_values(head.fields, self.cookie_name))
+        host = host_of(visit.authority)
+        signed_in = any(self._sessions.get(one) == host for one in _cookie_values(head.fields, self.cookie_name))
         shown = False
         if not signed_in:
             in_fields = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
@@ -1985,7 +2113,8 @@ class TokenGate(Gate):
         if is_websocket(head):
             raise ProxyError(403, "A WebSocket needs a signed-in browser, or the proxy's token.")
         if is_page_visit(head):
-            raise SignInNeeded("", head.target)
+            prefix = route.prefix if route and route.strayed else ""
+            raise self._sign_in_needed("", prefix + head.target, visit)
         raise ProxyError(401, "The proxy's token is needed, as 'Authorization: token TOKEN'.", _CHALLENGE)
 
     def _try(self, where: str, tokens: Sequence[str], visit: Visit) -> bool:
@@ -2013,11 +2142,11 @@ class TokenGate(Gate):
 
     def _new_cookie(self, visit: Visit) -> Tuple[str, str]:
         session = secrets.token_urlsafe(32)
-        self._sessions[session] = None
+        self._sessions[session] = host_of(visit.authority)
         while len(self._sessions) > _MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         secure = "; Secure" if visit.scheme == "https" else ""
-        path = self.config.base or "/"
+        path = "/" if visit.app_port or self.config.whole_origin else self.config.base or "/"
         return "Set-Cookie", "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s" % (self.cookie_name, session, path, secure)
 
 
@@ -2057,12 +2186,302 @@ def _tokens_in(authorization: str) -> List[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Strays: requests that left the prefix, as links that begin with a slash do, and the app that they mean
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_stray(head: RequestHead, visit: Visit, base: str, cookie: str) -> Optional[Route]:
+    """The route that a request without a prefix means, None where nothing tells: the app of the page that asks
+    (Referer), or else the one that this browser opened last (`cookie`).  ProxyError 400 as `find_route`.
+
+    Only for what pages of our own origin ask for, and for what a person types.
+    """
+    if not _comes_from_us(head, visit):
+        return None
+    for app in _app_of_referer(head, visit, base) or _cookie_values(head.fields, cookie):
+        if _is_app(base, app):
+            route = find_route(base, "%s/%s%s" % (base, app, head.target))
+            return route and route._replace(strayed=True)
+    return None
+
+
+def not_found(error: ProxyError, head: RequestHead, visit: Visit, config: Config) -> ProxyError:
+    """The answer to what no app is found for: our page, for who asks for the origin itself, or else what would help."""
+    if head.target == "/" and config.whole_origin and is_page_visit(head):
+        return ProxyError(302, "It is over there.", (("Location", config.base + "/"),))
+    url = host_form(8080, visit, config.domains)
+    advice = " Where links begin with a slash, call the app by a host of its own, such as %s." % url
+    return ProxyError(error.status, error.detail + (advice if url and error.status == 404 else ""), error.fields)
+
+
+def cannot_be_redirected(head: RequestHead) -> bool:
+    """Whether what asks takes no redirect for an answer: WebSockets, and a service worker's script."""
+    return is_websocket(head) or "serviceworker" in field_values(head.fields, "sec-fetch-dest")
+
+
+def led_back(route: Route) -> Response:
+    """The redirect of a stray to where it belongs, so that cookies and the next Referer come out right."""
+    location = route.prefix + route.path + route.query
+    return Response(307, (("Location", location), ("Cache-Control", "no-store"), ("Content-Length", "0")), b"")
+
+
+def remember_app(
+    response: ResponseHead, opened: bool, known: Sequence[str], route: Route, visit: Visit, cookie: str
+) -> ResponseHead:
+    """The response, with what lets this browser's strays find the app: a cookie that names it once it is opened, and
+    copies of its own cookies that are sent to all paths.
+
+    opened: whether a person opens a page of it; known: the values of that cookie which came with the request.
+    """
+    if not route.prefix or not (opened or field_values(response.fields, "set-cookie")):
+        return response
+    added = [("Set-Cookie", one) for one in _copies(response, route, cookie)] if known or opened else []
+    if opened and response.status < 400 and list(known) != [_app_name(route)]:
+        secure = "; Secure" if visit.scheme == "https" else ""
+        value = "%s=%s; Path=/; HttpOnly; SameSite=Lax%s" % (cookie, _app_name(route), secure)
+        added.append(("Set-Cookie", value))
+    return response._replace(fields=response.fields + tuple(added))
+
+
+def with_own_cookies(head: RequestHead, route: Route, cookie: str) -> RequestHead:
+    """A stray that is served where it was asked for, with the app's cookies that its browser keeps for the prefix."""
+    start = _copy_name(route, cookie)
+    pairs = [pair.strip(" \t") for value in field_values(head.fields, "cookie") for pair in value.split(";")]
+    names = frozenset(map(_cookie_name, pairs))
+    restored = [pair[len(start) :] for pair in pairs if pair.startswith(start)]
+    own = [pair for pair in restored if _cookie_name(pair) not in names]
+    others = tuple(field for field in head.fields if field[0].lower() != "cookie")
+    return head._replace(fields=others + (("Cookie", "; ".join(pairs + own)),)) if own else head
+
+
+def _comes_from_us(head: RequestHead, visit: Visit) -> bool:
+    """Whether the browser says that a page of our own origin asks, or that a person does in the address bar."""
+    sites, origins, referers = (field_values(head.fields, name) for name in ("sec-fetch-site", "origin", "referer"))
+    typed = is_page_visit(head) and head.target != "/"  # that is asked of us
+    if any(not is_own_origin(origin, visit.authority) for origin in origins) and sites != ["same-origin"]:
+        return False
+    if sites:
+        return sites == ["same-origin"] or (sites == ["none"] and typed)
+    if referers:
+        return all(_path_here(referer, visit) for referer in referers)
+    return bool(origins) or typed
+
+
+def _path_here(url: str, visit: Visit) -> str:
+    """The path of a URL of our own origin; "" for any other."""
+    match = _HTTP_URL.fullmatch(url)
+    if not match or not is_own_origin("%s://%s" % match.group(1, 2), visit.authority):
+        return ""
+    return re.split("[?#]", match.group(3))[0] or "/"
+
+
+def _app_of_referer(head: RequestHead, visit: Visit, base: str) -> List[str]:
+    """The app that the page which asks belongs to, [] where it belongs to none, "" in it where it is our own page."""
+    for referer in field_values(head.fields, "referer"):
+        path = _path_here(referer, visit)
+        if base and path and is_home(base, path):
+            return [""]
+        try:
+            route = find_route(base, path) if path else None
+        except ProxyError:
+            continue
+        if route is not None:
+            return [_app_name(route)]
+    return []
+
+
+def _is_app(base: str, app: str) -> bool:
+    """Whether a name that a browser sent is that of an app, and nothing else."""
+    try:
+        route = find_route(base, "%s/%s/" % (base, app))
+    except ProxyError:
+        return False
+    return route is not None and _app_name(route) == app
+
+
+def _app_name(route: Route) -> str:
+    """An app as our cookie names it: what stands behind the base in its prefix."""
+    parts = route.prefix.split("/")
+    return "/".join(parts[-2:] if route.absolute else parts[-1:])
+
+
+def _copy_name(route: Route, cookie: str) -> str:
+    """How the names of the copies of an app's cookies begin."""
+    return "%s_%s_" % (cookie, hashlib.sha256(_app_name(route).encode()).hexdigest()[:8])
+
+
+def _copies(response: ResponseHead, route: Route, cookie: str) -> List[str]:
+    """The cookies that a response sets for less than all paths, under names of ours for all of them."""
+    copies = []
+    for value in field_values(response.fields, "set-cookie"):
+        attributes = value.split(";")[1:]
+        keys = [part.partition("=")[0].strip(" \t").lower() for part in attributes]
+        paths = [part.partition("=")[2].strip(" \t") for part, key in zip(attributes, keys) if key == "path"]
+        pair = value.split(";")[0].strip(" \t")
+        if pair.partition("=")[0] and paths[-1:] != ["/"]:
+            kept = [part for part, key in zip(attributes, keys) if key not in ("path", "domain", "httponly")]
+            copies.append(";".join([_copy_name(route, cookie) + pair] + kept + [" Path=/", " HttpOnly"]))
+    return copies
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ports: who listens where on this machine, as Linux tells in /proc; elsewhere nobody is found
+# ---------------------------------------------------------------------------------------------------------------------
+
+_LISTEN = "0A"  # the state of a listening socket in /proc/net/tcp
+_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
+_FIRST_COMMON_PORT = 1024  # below are the system's own services
+_INTERPRETER = re.compile(r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*\Z")
+
+
+class TcpSocket(NamedTuple):
+    """A row of the kernel's table; the address as that spells it, the peer with its port."""
+
+    address: str
+    port: int
+    peer: str
+    state: str
+    user: int
+    inode: str
+
+
+class Listener(NamedTuple):
+    """A program of this user's that listens on a port.
+
+    addresses: where it does, as text; inode: names the socket for as long as it lives; started: when the program was,
+    in seconds since the epoch, 0.0 where that is not told.
+    """
+
+    port: int
+    addresses: Tuple[str, ...]
+    inode: str
+    pid: int = 0
+    program: str = ""
+    started: float = 0.0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether localhost leads to it."""
+        return any(address in ("0.0.0.0", "::", "127.0.0.1", "::1") for address in self.addresses)
+
+
+def tcp_sockets(tables: Sequence[str] = _TABLES, port: Optional[int] = None) -> List[TcpSocket]:
+    """The sockets at a local port, or all that listen where none is given; IPv4 in front of IPv6."""
+    wanted = "[0-9A-F]{4}" if port is None else "%04X" % port
+    state = _LISTEN if port is None else ".."
+    row = r"^ *[0-9]+: ([0-9A-F]+):(%s) ([0-9A-F]+:[0-9A-F]{4}) (%s) \S+ \S+ \S+ +([0-9]+) +[0-9]+ ([0-9]+) "
+    found: List[TcpSocket] = []
+    for name in tables:
+        try:
+            with open(name, encoding="ascii") as table:
+                rows = re.findall(row % (wanted, state), table.read(), re.M)
+        except (OSError, ValueError):
+            continue
+        found += [TcpSocket(a, int(p, 16), peer, s, int(user), inode) for a, p, peer, s, user, inode in rows]
+    return found
+
+
+def ports_are_told() -> bool:
+    """Whether this system says who listens where."""
+    return os.path.exists(_TABLES[0])
+
+
+def listeners() -> List[Listener]:
+    """What programs of this user listen on, by port; the system's own services are left out."""
+    mine = getattr(os, "geteuid", int)()
+    by_port: Dict[int, List[TcpSocket]] = {}
+    for one in tcp_sockets():
+        if one.user == mine and one.port >= _FIRST_COMMON_PORT:
+            by_port.setdefault(one.port, []).append(one)
+    holders = _holders({one.inode for sockets in by_port.values() for one in sockets})
+    found = []
+    for port, sockets in sorted(by_port.items()):
+        pid = next((holders[one.inode] for one in sockets if one.inode in holders), 0)
+        if not pid:  # of another container on the same network, say
+            continue
+        addresses = tuple(dict.fromkeys(_plain_text(one.address) for one in sockets))
+        found.append(Listener(port, addresses, sockets[0].inode, pid, _program(pid), _started(pid)))
+    return found
+
+
+def listens_elsewhere(port: int) -> Tuple[str, ...]:
+    """The addresses at which this port is listened on, by whomever, where localhost leads to none of them."""
+    addresses = tuple(_plain_text(one.address) for one in tcp_sockets(port=port) if one.state == _LISTEN)
+    return () if Listener(port, addresses, "").is_local else addresses
+
+
+def _user_name(user: int) -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(user).pw_name
+    except (ImportError, KeyError):
+        return "number %d" % user
+
+
+def _plain_text(address: str) -> str:
+    """An address, from what /proc/net/tcp makes of it: 32-bit words in the machine's byte order."""
+    words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
+    return plain_address(str(ipaddress.ip_address(struct.pack("=%dI" % len(words), *words))))
+
+
+def _holders(inodes: Set[str]) -> Dict[str, int]:
+    """The first process that holds each of these sockets, as far as we may look."""
+    found: Dict[str, int] = {}
+    for pid in sorted(int(name) for name in _names("/proc") if name.isdigit()) if inodes else ():
+        for descriptor in _names("/proc/%d/fd" % pid):
+            try:
+                target = os.readlink("/proc/%d/fd/%s" % (pid, descriptor))
+            except OSError:  # it is gone
+                continue
+            if target.startswith("socket:[") and target[8:-1] in inodes:
+                found.setdefault(target[8:-1], pid)
+    return found
+
+
+def _names(folder: str) -> List[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _program(pid: int) -> str:
+    """What a person would call a process; its further arguments, which may hold secrets, are left out."""
+    try:
+        with open("/proc/%d/cmdline" % pid, encoding="utf-8", errors="replace") as file:
+            words = file.read().split("\0")[:-1]
+    except OSError:
+        return ""
+    name = os.path.basename(words[0]) if words else ""
+    if _INTERPRETER.match(name):
+        for at, word in enumerate(words[1:]):
+            if words[at] == "-m":
+                return word
+            if word == "-c":
+                break
+            if not word.startswith("-") and words[at] not in ("-X", "-W"):
+                return os.path.basename(word)
+    return name.split(" ")[0].rstrip(":")  # some write all of their arguments, or what they do, into the first
+
+
+def _started(pid: int) -> float:
+    try:
+        with open("/proc/%d/stat" % pid, encoding="utf-8", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime", encoding="ascii") as file:
+            uptime = float(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Upstream: opening connections, and keeping idle ones for the next request
 # ---------------------------------------------------------------------------------------------------------------------
 
 Address = Tuple[str, int]
 
-_LISTEN = "0A"  # the state of a listening socket in /proc/net/tcp
 _FIRST_ORDINARY_USER = 1000  # below are root and the system's own services
 
 
@@ -2076,6 +2495,7 @@ class Owners:
 
     def __init__(self) -> None:
         self._known: Dict[Tuple[str, int], Tuple[Optional[int], float]] = {}
+        self._elsewhere: Dict[int, Tuple[Tuple[str, ...], float]] = {}
 
     def stranger(self, here: Address, there: Address) -> Optional[int]:
         """The user id of another ordinary user who holds the far end of a connection from `here` to `there`; None if it
@@ -2092,6 +2512,18 @@ class Owners:
             self._known[there] = owner, now + 20 * (now - begun)
         mine = getattr(os, "geteuid", int)()
         return owner if owner is not None and owner >= _FIRST_ORDINARY_USER and owner != mine else None
+
+    def elsewhere(self, port: int) -> Tuple[str, ...]:
+        """As `listens_elsewhere`."""
+        begun = time.perf_counter()
+        addresses, until = self._elsewhere.get(port, ((), 0.0))
+        if begun >= until:
+            addresses = listens_elsewhere(port)
+            now = time.perf_counter()
+            if len(self._elsewhere) > 1000:
+                self._elsewhere.clear()
+            self._elsewhere[port] = addresses, now + 20 * (now - begun)
+        return addresses
 
 
 def _told_owner(here: Address, there: Address) -> Optional[int]:
@@ -2126,24 +2558,15 @@ _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
 
 def _owner(here: Address, there: Address) -> Optional[int]:
     """The user id of the socket that `here` is connected to, or of the one that listens for it, by the table."""
-    rows = re.compile(
-        r"^ *[0-9]+: ([0-9A-F]+):%04X ([0-9A-F]+:[0-9A-F]{4}) (..) \S+ \S+ \S+ +([0-9]+) " % there[1], re.M
-    )
     is_mapped = "." in there[0]  # a socket of IPv6 may serve IPv4 too, and not the other way round
-    tables = ("/proc/net/tcp", "/proc/net/tcp6") if is_mapped else ("/proc/net/tcp6",)
     exact = {_hexadecimal(there[0]), _hexadecimal("::ffff:" + there[0]) if is_mapped else ""}
     listening: List[Tuple[bool, int]] = []  # the ones for that very address precede those for all addresses
-    for name in tables:
-        try:
-            with open(name, encoding="ascii") as table:
-                found = rows.findall(table.read())
-        except (OSError, ValueError):
-            continue
-        for address, peer, state, owner in found:
-            if address in exact and peer.endswith(":%04X" % here[1]) and state != _LISTEN and int(owner):
-                return int(owner)  # accepted: this is the socket itself
-            if state == _LISTEN and (address in exact or not address.strip("0")):
-                listening.append((address not in exact, int(owner)))
+    for one in tcp_sockets(_TABLES if is_mapped else _TABLES[1:], there[1]):
+        is_exact = one.address in exact
+        if is_exact and one.peer.endswith(":%04X" % here[1]) and one.state != _LISTEN and one.user:
+            return one.user  # accepted: this is the socket itself
+        if one.state == _LISTEN and (is_exact or not one.address.strip("0")):
+            listening.append((not is_exact, one.user))
     listening.sort(key=lambda found: found[0])  # stable: IPv4 stays in front of IPv6
     return listening[0][1] if listening else None
 
@@ -2153,6 +2576,25 @@ def _hexadecimal(address: str) -> str:
     packed = ipaddress.ip_address(address).packed
     words = struct.unpack("=%dI" % (len(packed) // 4), packed)
     return "".join("%08X" % word for word in words)
+
+
+class NotListening(ProxyError):
+    """Nobody accepts connections where the route leads, yet: a page visit is answered with a page that waits."""
+
+    def __init__(self, route: Route, elsewhere: Sequence[str]) -> None:
+        detail = _why_nobody_listens(route, elsewhere)
+        super().__init__(502, detail, (("Retry-After", "2"), ("Port-Proxy", "waiting")))
+        self.route = route
+
+
+def _why_nobody_listens(route: Route, elsewhere: Sequence[str]) -> str:
+    if not elsewhere:
+        return "Nothing listens on %s. Is the app running, and is this its port?" % route.place
+    text = (
+        "The app on port {0} listens at {1} alone, not at localhost. Start it with 127.0.0.1 as the address to listen"
+        " on, or the proxy with --host-allowlist {1}, and open {1}:{0} in place of {0}."
+    )
+    return text.format(route.port, elsewhere[0])
 
 
 class Upstreams:
@@ -2241,7 +2683,7 @@ class Upstreams:
                 502, "The host %s could not be found. Check its spelling, or this machine's name service." % route.host
             )
         except ConnectionRefusedError:
-            raise ProxyError(502, "Nothing listens on %s. Is the app running, and is this its port?" % route.place)
+            raise NotListening(route, self.owners.elsewhere(route.port) if route.host in LOOPBACK_NAMES else ())
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise ProxyError(503, "The proxy has no file descriptor left to connect with. Try again shortly.")
@@ -2309,16 +2751,10 @@ class Upstreams:
 
 
 def _whose_port(port: int, owner: int) -> str:
-    try:
-        import pwd
-
-        name = pwd.getpwuid(owner).pw_name
-    except (ImportError, KeyError):
-        name = "number %d" % owner
     text = (
         "Port %d of this machine belongs to another user, %s. What is opened here could act in your name at your other"
     )
-    return (text + " apps. If you trust it, start the proxy with --any-owner.") % (port, name)
+    return (text + " apps. If you trust it, start the proxy with --any-owner.") % (port, _user_name(owner))
 
 
 def upstream_context(verified: bool) -> ssl.SSLContext:
@@ -2363,23 +2799,177 @@ def _no_answer_in_time(route: Route, config: Config) -> ProxyError:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Probe: what a port has to say when the proxy itself asks it
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PROBE_SECONDS = 3.0
+_PROBE_BYTES = 1 << 22
+
+
+class Answer(NamedTuple):
+    """What a port answered to a GET of ours: its head, and as much of its body as was wanted."""
+
+    head: ResponseHead
+    body: bytes
+
+
+async def ask(upstreams: Upstreams, route: Route, fields: Fields = (), patience: float = _PROBE_SECONDS) -> Answer:
+    """GET the route's target; ProxyError 502 or 504 as for any request, also if the answer is no valid HTTP, or has not
+    come whole within `patience` s."""
+    stream = await upstreams.connect(route)
+    config = upstreams.config
+    given = {name.lower() for name, _ in fields}
+    usual = (("Host", route.authority), ("Accept", "text/html, */*;q=0.1"), ("User-Agent", "port_proxy"))
+    own = tuple(field for field in usual + (("Connection", "close"),) if field[0].lower() not in given)
+    deadline = stream.now() + patience
+    try:
+        stream.write(serialise_request(RequestHead("GET", route.target, "", "1.1", own + fields)))
+        head = parse_response(await read_head(stream, False, deadline, config), config)
+        body, data = Body(stream, response_framing("GET", head), config), b""
+        while not body.finished and len(data) < _PROBE_BYTES and head.status != 101:
+            data += await body.read(deadline - stream.now())
+        return Answer(head, data)
+    except Stalled:
+        raise ProxyError(504, "No answer came from %s within %g seconds." % (route.place, patience))
+    except (ProxyError, Truncated, OSError):
+        raise ProxyError(502, "No valid HTTP came from %s." % route.place)
+    finally:
+        stream.abort()
+
+
+async def speaks_tls_there(upstreams: Upstreams, route: Route) -> bool:
+    """Whether a TLS handshake gets an answer that is TLS."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    hello, said = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(said, hello, server_hostname="localhost").do_handshake()
+    try:
+        stream = await upstreams.connect(route._replace(scheme="http"))
+    except ProxyError:
+        return False
+    try:
+        stream.write(hello.read())
+        answer = await stream.take(5, stream.now() + _PROBE_SECONDS)
+    except (Stalled, OSError):
+        return False
+    finally:
+        stream.abort()
+    return is_tls_record(answer)
+
+
+def is_tls_record(data: Union[bytes, bytearray]) -> bool:
+    """Whether bytes begin as a handshake or an alert of TLS does (RFC 8446 section 5.1)."""
+    return bytes(data[:2]) in (b"\x15\x03", b"\x16\x03")
+
+
+def tls_advice(route: Route) -> str:
+    """What to do where an upstream speaks TLS, and nobody said so."""
+    name = route.port if route.host in LOOPBACK_NAMES else route.authority
+    text = "The app on %s speaks TLS. Start the proxy with --upstream-tls %s" % (route.place, name)
+    return text + (", and --insecure-upstream if its certificate is its own." if name == route.port else ".")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Pages: what people see
 # ---------------------------------------------------------------------------------------------------------------------
 
-_STYLE = (
-    ":root{color-scheme:light dark}"
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:46em;margin:3em auto;padding:0 1em}"
-    "h1{font-size:1.4em}code{font-family:ui-monospace,monospace}td,th{text-align:left;padding:.2em 1.5em .2em 0;"
-    "vertical-align:top}p.status{color:GrayText}"
-)
-_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'sha256-%s'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
-    % (base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode())
+_STYLE = """\
+:root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d9e0e7;--ground:#f6f8fa;--card:#fff;--link:#0b5cad}
+@media(prefers-color-scheme:dark){
+:root{--ink:#e3e8ee;--soft:#98a5b3;--line:#303a45;--ground:#13181e;--card:#1b222a;--link:#7db7f5}}
+*{box-sizing:border-box}[hidden]{display:none!important}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);overflow-wrap:anywhere}
+main{max-width:46rem;margin:0 auto;padding:2rem .6rem}
+h1{font-size:1.4rem;line-height:1.3;margin:0 0 .5rem}p{margin:.5rem 0}a{color:var(--link)}
+code{font-family:ui-monospace,monospace}.option{white-space:nowrap}.soft,summary{color:var(--soft)}summary{cursor:pointer}
+:focus-visible{outline:2px solid var(--link);outline-offset:2px}
+form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:end;margin:1rem 0}label{flex:1 1 12rem;color:var(--soft)}
+input,button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--soft);border-radius:.4rem;
+padding:.4rem .7rem}input{display:block;width:100%}
+button{cursor:pointer;background:var(--link);border-color:var(--link);color:var(--card)}
+.ports{list-style:none;padding:0;margin:1rem 0}
+.ports li{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.7rem 1rem;margin:.5rem 0;
+transition:opacity .6s}.ports .gone{opacity:.35}
+.port{font-weight:600;font-size:1.15rem;margin-right:.6rem}
+.ways a{display:inline-block;margin-right:1rem;font-size:.9rem}
+td{padding:.2rem 1.2rem .2rem 0;vertical-align:top}
+@media(prefers-reduced-motion:no-preference){.pulse::after{content:"";display:inline-block;width:.6em;height:.6em;
+margin-left:.5em;border-radius:50%;background:var(--link);animation:pulse 2s infinite}}
+@keyframes pulse{50%{opacity:.2}}
+"""
+_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'sha256-%s'; script-src %s; connect-src 'self'; base-uri 'none';"
+    " form-action %s; frame-ancestors 'self'"
 )
 _PAGE = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    "<title>{title}</title><style>{style}</style></head>\n<body>{body}</body></html>\n"
+    '<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style>{head}</head>\n'
+    "<body><main>{body}</main>{script}</body></html>\n"
 )
+# Fetches the list anew; what is new comes in at its place, what is gone fades, what has the keyboard's focus stays.
+_PORTS_SCRIPT = """
+const list = document.querySelector('.ports'), told = document.querySelector('[role=status]')
+const filter = document.querySelector('#filter'), none = document.querySelector('#none')
+function sift() {
+  const wanted = filter.value.trim().toLowerCase()
+  for (const one of list.children) one.hidden = !one.textContent.toLowerCase().includes(wanted)
+  filter.closest('label').hidden = list.children.length < 8 && !wanted
+  none.hidden = list.children.length > 0
+}
+async function look() {
+  try {
+    const answer = document.hidden ? null : await fetch('?list', {cache: 'no-store', redirect: 'error'})
+    if (answer && !answer.ok) told.textContent = 'Load this page anew to see what is new.'
+    else if (answer) merge(new DOMParser().parseFromString(await answer.text(), 'text/html').body)
+  } catch (error) { told.textContent = 'The proxy does not answer.' }
+  setTimeout(look, 3000)
+}
+function merge(body) {
+  const before = new Map([...list.children].map(one => [one.id, one]))
+  let at = null
+  for (const one of [...body.querySelectorAll('li')].reverse()) {
+    const old = before.get(one.id)
+    before.delete(one.id)
+    if (old && (old.contains(document.activeElement) || old.innerHTML === one.innerHTML)) {
+      old.className = ''
+      at = old
+      continue
+    }
+    if (!old) told.textContent = 'New: port ' + one.querySelector('.port').textContent
+    old ? old.replaceWith(one) : list.insertBefore(one, at)
+    at = one
+  }
+  for (const one of before.values()) {
+    if (one.className !== 'gone') {
+      told.textContent = 'Gone: port ' + one.querySelector('.port').textContent
+      one.className = 'gone'
+      setTimeout(() => { if (one.className === 'gone') { one.remove(); sift() } }, 6000)
+    }
+  }
+  sift()
+}
+filter.addEventListener('input', sift)
+sift()
+setTimeout(look, 1500)
+"""
+# Asks for the head of this very page, ever more seldom, until somebody else than the proxy answers.
+_WAITING_SCRIPT = """
+let pause = 1000, since = Date.now()
+async function look() {
+  try {
+    const how = {method: 'HEAD', cache: 'no-store', redirect: 'manual'}
+    const answer = document.hidden ? null : await fetch(location.href, how)
+    if (answer && answer.headers.get('Port-Proxy') !== 'waiting') return location.reload()
+  } catch (error) {}
+  if (Date.now() - since > 20000) document.querySelector('#help').hidden = false
+  pause = Math.min(pause * 1.3, 8000)
+  setTimeout(look, pause)
+}
+document.querySelector('#help').hidden = true
+setTimeout(look, pause)
+"""
 _FORMS = (
     ("/8080/", "port 8080 of this machine; the app sees the path behind the port"),
     ("/absolute/8080/", "the same for an app that is told to live under this whole path"),
@@ -2399,36 +2989,184 @@ def error_response(error: ProxyError, as_html: bool) -> Response:
     fields = error.fields + (("Cache-Control", "no-store"),)
     if not as_html:
         return _response(error.status, "text/plain", "%d %s\n%s\n" % (error.status, phrase, error.detail), fields)
-    body = '<h1>{}</h1><p>{}</p><p class="status">{} &middot; port_proxy</p>'
-    return _page(
-        error.status, phrase, body.format(*map(html.escape, (phrase, error.detail, str(error.status)))), fields
+    body = '<h1>%s</h1><p>%s</p><p class="soft">%d &middot; port_proxy</p>'
+    return _page(error.status, phrase, body % (html.escape(phrase), _marked(error.detail), error.status), fields)
+
+
+def _marked(detail: str) -> str:
+    """What an error says, with the options in it as what they are."""
+    return _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(detail))
+
+
+_OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
+
+
+class PortsView(NamedTuple):
+    """What the page at the base shows; by port: the title of the page that it served last, as far as one is known, and
+    how its own host is reached, "" where it has none."""
+
+    base: str
+    ports: Sequence[Listener]
+    titles: Mapping[int, str]
+    ways: Mapping[int, str]
+
+
+class Titles:
+    """The titles of pages that went by, by port of this machine: nothing is asked for them."""
+
+    def __init__(self) -> None:
+        self._seen: Dict[int, Tuple[str, float]] = {}  # with the time, in seconds since the epoch
+
+    def note(self, route: Route, head: ResponseHead, data: bytes) -> None:
+        """Remember the title in the beginning of a page, if there is one."""
+        title = title_in(head, data) if route.host == "localhost" and head.status == 200 else ""
+        if title:
+            self._seen[route.port] = title, time.time()
+
+    def of(self, ports: Sequence[Listener]) -> Dict[int, str]:
+        """The titles of those that have not been started anew since."""
+        found = ((one, self._seen.get(one.port, ("", 0.0))) for one in ports)
+        return {one.port: title for one, (title, seen) in found if title and seen >= one.started}
+
+
+def title_in(head: ResponseHead, data: bytes) -> str:
+    """The title of an HTML page, of which `data` is the beginning; "" where none can be read in it."""
+    kind = "".join(field_values(head.fields, "content-type")[:1]).lower()
+    coding = "".join(field_values(head.fields, "content-encoding")).lower()
+    if "html" not in kind or coding not in ("", "gzip", "deflate"):
+        return ""
+    if coding:
+        try:
+            data = zlib.decompressobj(47).decompress(data, _RECEIVE_BYTES)  # either of the two, told by its head
+        except zlib.error:
+            return ""
+    match = _TITLE.search(data[:_RECEIVE_BYTES].decode("utf-8", "replace"))
+    return " ".join(html.unescape(match.group(1)).split())[:100] if match else ""
+
+
+_TITLE = re.compile(r"<title[^>]*>([^<]*)</title", re.IGNORECASE)
+
+
+def wants_json(head: RequestHead) -> bool:
+    """Whether a program asks for data."""
+    return any("application/json" in value.lower() for value in field_values(head.fields, "accept"))
+
+
+def ports_response(view: PortsView, head: RequestHead) -> Response:
+    """The answer at the base: the ports that somebody may want to open, and the forms of an address."""
+    fields = (("Cache-Control", "no-store"), ("Vary", "Accept"))
+    if head.target.endswith("?list"):
+        return _response(200, "text/html", _port_items(view), fields + (("Content-Security-Policy", _policy("")),))
+    if wants_html(head):
+        return _ports_page(view, fields)
+    if wants_json(head):
+        ports = [_port_data(view, one) for one in view.ports]
+        return _response(200, "application/json", json.dumps({"ports": ports}, indent=1) + "\n", fields)
+    lines = ["%-40s %s\n" % (view.base + form, meaning) for form, meaning in _FORMS]
+    lines += ["\n%-40s %s" % ("%s/%d/" % (view.base, one.port), _summary(one)) for one in view.ports]
+    text = "port_proxy: every port of this machine through this one\n\n" + "".join(lines) + "\n"
+    return _response(200, "text/plain", text, fields)
+
+
+def _ports_page(view: PortsView, fields: Fields) -> Response:
+    row = "<tr><td><code>%s</code><td>%s"
+    rows = "".join(row % (html.escape(view.base + form), html.escape(text)) for form, text in _FORMS)
+    body = (
+        '<h1>Ports of this machine</h1><p class="soft" role="status"></p>'
+        '<label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>'
+        '<ul class="ports">{items}</ul>'
+        '<p id="none"{hidden}>{nothing}</p>'
+        '<form method="get" action="{base}/"><label>Another port <input name="port" inputmode="numeric" required'
+        ' pattern="[1-9][0-9]*" placeholder="8080" autocomplete="off"></label><button>Open</button></form>'
+        "<details><summary>Forms of an address</summary><table>{rows}</table></details>"
     )
+    hidden = " hidden" if view.ports else ""
+    nothing = "No program of yours listens on a port. Once one does, it appears here."
+    if not ports_are_told():
+        nothing = "This system does not tell which ports are in use."
+    items, base = _port_items(view), html.escape(view.base)
+    text = body.format(items=items, hidden=hidden, nothing=nothing, base=base, rows=rows)
+    return _page(200, "Ports of this machine", text, fields, _PORTS_SCRIPT)
 
 
-def forms_response(base: str, as_html: bool) -> Response:
-    """The page at the base, which explains the forms."""
-    if not as_html:
-        lines = "".join("%-40s %s\n" % (base + form, meaning) for form, meaning in _FORMS)
-        return _response(200, "text/plain", "port_proxy: every port of this machine through this one\n\n" + lines)
-    rows = "".join(
-        "<tr><td><code>%s</code></td><td>%s</td></tr>" % (html.escape(base + form), html.escape(meaning))
-        for form, meaning in _FORMS
+def _port_items(view: PortsView) -> str:
+    item = (
+        '<li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>'
+        '<div class="ways">{ways}</div></li>\n'
     )
-    title = "Every port of this machine, through this one"
-    body = "<h1>%s</h1><p>Put the port of an app into the address:</p><table>%s</table>" % (title, rows)
-    return _page(200, title, body)
+    way = '<a href="%s" aria-label="port %d, %s">%s</a> '
+    items = []
+    for one in view.ports:
+        links = _links(view, one)
+        ways = "".join(way % (html.escape(url), one.port, _WAYS[name], _WAYS[name]) for name, url in links.items())
+        best = html.escape(links.get("host") or links["stripped"])
+        title, about = html.escape(view.titles.get(one.port, "")), html.escape(_summary(one))
+        items.append(item.format(port=one.port, best=best, title=title, about=about, ways=ways))
+    return "".join(items)
 
 
-def sign_in_response(error: SignInNeeded, base: str) -> Response:
+_WAYS = {"host": "own host", "stripped": "prefix stripped", "absolute": "prefix kept"}
+
+
+def _links(view: PortsView, one: Listener) -> Dict[str, str]:
+    """The addresses of a port here, by form; the best comes first."""
+    host = view.ways.get(one.port, "")
+    stripped, absolute = ("%s/%s%d/" % (view.base, form, one.port) for form in ("", "absolute/"))
+    return dict({"host": host} if host else {}, stripped=stripped, absolute=absolute)
+
+
+def _port_data(view: PortsView, one: Listener) -> Dict[str, Any]:
+    """A port as programs get it."""
+    seconds = int(time.time() - one.started) if one.started else None
+    data = {"port": one.port, "addresses": one.addresses, "program": one.program, "pid": one.pid, "seconds": seconds}
+    return dict(data, title=view.titles.get(one.port), links=_links(view, one))
+
+
+def _summary(one: Listener) -> str:
+    """A port in a line for a person: its program, how long that runs, and what keeps it from being reached."""
+    parts = [one.program, _for_how_long(time.time() - one.started) if one.started else ""]
+    if not one.is_local:
+        parts.append("listens at %s alone, not at localhost" % ", ".join(one.addresses))
+    return " \u00b7 ".join(filter(None, parts))
+
+
+def _for_how_long(seconds: float) -> str:
+    for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= unit:
+            count = int(seconds // unit)
+            return "%d %s%s" % (count, name, "" if count == 1 else "s")
+    return "just started"
+
+
+def waiting_response(error: ProxyError, port: int) -> Response:
+    """The page for a person whose app does not listen yet: it opens the app as soon as that answers."""
+    body = (
+        '<h1 class="pulse">Waiting for port {port}</h1><p>{detail}</p><p>This page opens the app by itself as soon as'
+        ' it answers.</p><div id="help"><p>If nothing comes:</p><ul>'
+        "<li>Does the log of the app show an error, or another port?</li>"
+        "<li>Does it listen on 127.0.0.1 or 0.0.0.0, rather than on another address alone?</li>"
+        "<li>On the machine, <code>python3 port_proxy.py --check {port}</code> looks at the port and says what it"
+        " finds.</li>"
+        '</ul></div><p class="soft">502 &middot; port_proxy</p>'
+    )
+    text = body.format(port=port, detail=_marked(error.detail))
+    reload = '<noscript><meta http-equiv="refresh" content="5"></noscript>'
+    fields = error.fields + (("Cache-Control", "no-store"),)
+    return _page(error.status, "Waiting for port %d" % port, text, fields, _WAITING_SCRIPT, reload)
+
+
+def sign_in_response(error: SignInNeeded) -> Response:
     """The page that asks for the token, and sends the person on to where they were going."""
     body = (
         "<h1>Sign in</h1><p>%s</p><p>This proxy wants to know that you are its owner. Its token is in the address that"
-        ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s/">'
+        ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s">'
         '<input type="hidden" name="next" value="%s"><label>Token <input type="password" name="token" required'
         ' autofocus autocomplete="current-password"></label> <button>Sign in</button></form>'
     )
-    parts = tuple(html.escape(part) for part in (error.detail, base, error.target))
-    return _page(error.status, "Sign in", body % parts, error.fields + (("Cache-Control", "no-store"),))
+    parts = tuple(html.escape(part) for part in (error.detail, error.action, error.target))
+    fields = error.fields + (("Cache-Control", "no-store"),)
+    # Browsers hold this against the whole way of redirects behind the form, and apps may lead to a login elsewhere.
+    return _page(error.status, "Sign in", body % parts, fields, forms="*")
 
 
 def redirect_response(location: str) -> Response:
@@ -2449,9 +3187,17 @@ def reason_phrase(status: int) -> str:
         return "Error"
 
 
-def _page(status: int, title: str, body: str, fields: Fields = ()) -> Response:
-    text = _PAGE.format(title=html.escape(title), style=_STYLE, body=body)
-    return _response(status, "text/html", text, fields + (("Content-Security-Policy", _SECURITY_POLICY),))
+def _page(
+    status: int, title: str, body: str, fields: Fields = (), script: str = "", head: str = "", forms: str = "'self'"
+) -> Response:
+    element = "<script>%s</script>" % script if script else ""
+    text = _PAGE.format(title=html.escape(title), style=_STYLE, head=head, body=body, script=element)
+    return _response(status, "text/html", text, fields + (("Content-Security-Policy", _policy(script, forms)),))
+
+
+def _policy(script: str, forms: str = "'none'") -> str:
+    style, code = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (_STYLE, script))
+    return _POLICY % (style, "'sha256-%s'" % code if script else "'none'", forms)
 
 
 def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> Response:
@@ -2854,22 +3600,65 @@ def _remember(table: Dict[Any, Any], key: Any, value: Any, most: int = _MAX_REME
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())  # RFC 9110 section 9.2.2
 
 
+class Asker(NamedTuple):
+    """What the head that a client gets for an answer depends on, of its request: the method, the HTTP version, how it
+    sees us, whether it opens a page, and the apps that it says it opened last."""
+
+    method: str
+    version: str
+    visit: Visit
+    opens: bool
+    apps: Tuple[str, ...]
+
+
 class Asked(NamedTuple):
     """What the head of a request comes to, before anybody was asked whether it may come in.
 
     route: None also where none is to be found.  keep_alive: the client can send another request behind this one.
-    is_upgrade: it opens a WebSocket.  is_plain: all that is left to do is to ask the gate, and its upstream.
+    is_upgrade: it opens a WebSocket.  is_page: a person wants to see a page.  is_plain: all that is left is to ask the
+    gate, and its upstream.
     for_upstream: the bytes of the head that the upstream gets; b"" where the gate has to be asked what may be in it.
     """
 
     head: RequestHead
     framing: Framing
-    visit: Visit
+    asker: Asker
     route: Optional[Route]
     keep_alive: bool
     is_upgrade: bool
+    is_page: bool
     is_plain: bool
     for_upstream: bytes
+
+
+def place_of(gate: Gate, head: RequestHead, visit: Visit) -> Optional[Route]:
+    """The route that a request means, by its target, its host, or as a stray; None for the proxy's own page.
+
+    Raises ProxyError 404 if it means none, 400 as `find_route`.
+    """
+    config = gate.config
+    if head.target == "*":
+        return None
+    if visit.app_port:
+        route = route_of_host(visit.app_port, head.target)
+    else:
+        found = _place_below(gate, head, visit)
+        if found is None:
+            return None
+        route = found
+    return route._replace(scheme="https") if speaks_tls(route, config.upstream_tls) else route
+
+
+def _place_below(gate: Gate, head: RequestHead, visit: Visit) -> Optional[Route]:
+    base, cookie = gate.config.base, gate.app_cookie
+    try:
+        return find_route(base, head.target)
+    except ProxyError as error:
+        is_ours = not cookie or error.status != 404 or is_below(base or "/absolute", head.target)
+        stray = None if is_ours else find_stray(head, visit, base, cookie)
+        if stray is None:
+            raise not_found(error, head, visit, gate.config)
+        return stray
 
 
 def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
@@ -2877,25 +3666,32 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
     config = gate.config
     head = parse_request(raw, config)
     framing = request_framing(head)
-    visit = visit_of(head, address, scheme, config.trusted_proxies)
+    visit = visit_of(head, address, scheme, config.trusted_proxies, config.domains)
     try:
-        route = find_route(config.base, head.target) if head.target != "*" else None
-        if route and speaks_tls(route, config.upstream_tls):
-            route = route._replace(scheme="https")
+        route = place_of(gate, head, visit)
     except ProxyError:  # the gate comes first
         route = None
+    is_page, is_upgrade = is_page_visit(head), is_websocket(head)
+    opens = is_page and field_values(head.fields, "sec-fetch-dest") in ([], ["document"])
+    apps = _cookie_values(head.fields, gate.app_cookie) if gate.app_cookie else []
+    asker = Asker(head.method, head.version, visit, opens, tuple(apps))
     keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
     for_upstream = bytes_for_upstream(gate, head, framing, visit, route) if route and gate.is_plain else b""
-    is_upgrade = is_websocket(head)
-    is_plain = bool(for_upstream and route and (route.path or route.absolute)) and framing == NO_BODY and not is_upgrade
-    return Asked(head, framing, visit, route, keep_alive, is_upgrade, is_plain, for_upstream)
+    is_app = bool(for_upstream and route and (route.path or route.absolute) and not route.strayed)
+    is_plain = is_app and framing == NO_BODY and not is_upgrade
+    return Asked(head, framing, asker, route, keep_alive, is_upgrade, is_page, is_plain, for_upstream)
+
+
+def query_of(target: str) -> str:
+    """The query of a request target, with its "?"; "" for none."""
+    return "".join(target.partition("?")[1:])
 
 
 def bytes_for_upstream(gate: Gate, head: RequestHead, framing: Framing, visit: Visit, route: Route) -> bytes:
     """The head of a request as its upstream gets it, without what is ours."""
-    clean = gate.for_upstream(head, route)
+    clean = gate.for_upstream(with_own_cookies(head, route, gate.app_cookie) if route.strayed else head, route)
     if clean.target != head.target:
-        route = route._replace(query=clean.target[len(route.prefix + route.path) :])
+        route = route._replace(query=query_of(clean.target))
     is_upgrade = is_websocket(head)
     return serialise_request(request_for_upstream(clean, route, framing, visit, gate.config.preserve_host, is_upgrade))
 
@@ -2916,19 +3712,19 @@ class Answered(NamedTuple):
     for_client: bytes
 
 
-def translate(
-    gate: Gate, raw: bytes, method: str, version: str, route: Route, visit: Visit, keep_alive: bool
-) -> Answered:
-    """What the head `raw` of an answer comes to, for a client that asked with `method` and speaks HTTP/`version`.
+def translate(gate: Gate, raw: bytes, asker: Asker, route: Route, keep_alive: bool) -> Answered:
+    """What the head `raw` of an answer comes to; keep_alive: whether another answer may follow it to the client.
 
-    keep_alive: whether another answer may follow it there.  Raises ProxyError 400 or 501 if it does not parse.
+    Raises ProxyError 400 or 501 if it does not parse.
     """
     head = parse_response(raw, gate.config)
-    came_as = sent_as = response_framing(method, head)
+    came_as = sent_as = response_framing(asker.method, head)
     if came_as.kind == CHUNKED or came_as.kind == UNTIL_CLOSE:
-        sent_as = Framing(CHUNKED if version == "1.1" else UNTIL_CLOSE)
+        sent_as = Framing(CHUNKED if asker.version == "1.1" else UNTIL_CLOSE)
     keep_alive = keep_alive and sent_as.kind != UNTIL_CLOSE
-    for_client = gate.for_client(response_for_client(head, route, sent_as, visit), route)
+    for_client = gate.for_client(response_for_client(head, route, sent_as, asker.visit), route)
+    if gate.app_cookie and head.status >= 200:
+        for_client = remember_app(for_client, asker.opens, asker.apps, route, asker.visit, gate.app_cookie)
     is_reusable = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
     return Answered(head, came_as, sent_as, keep_alive, is_reusable, final_bytes(for_client, keep_alive))
 
@@ -2962,15 +3758,16 @@ class Surroundings(NamedTuple):
     watch: Watch
     gate: Gate
     understand: Callable[[bytes, str, str], Asked]
-    translate: Callable[[bytes, str, str, Route, Visit, bool], Answered]
+    translate: Callable[[bytes, Asker, Route, bool], Answered]
     upstreams: Upstreams
     tunnels: "Set[Tunnel]"
     stopping: asyncio.Event
+    titles: Titles
 
 
 def readers_of_heads(
     gate: Gate,
-) -> Tuple[Callable[[bytes, str, str], Asked], Callable[[bytes, str, str, Route, Visit, bool], Answered]]:
+) -> Tuple[Callable[[bytes, str, str], Asked], Callable[[bytes, Asker, Route, bool], Answered]]:
     """`understand` and `translate` for this gate, with a memory where they depend on nothing else."""
     understand_here, translate_here = functools.partial(understand, gate), functools.partial(translate, gate)
     if not gate.is_plain:
@@ -3032,12 +3829,12 @@ class Exchange:
 
     async def run(self) -> None:
         """Serve the request; ProxyError if it is to be answered by us, ClientGone if there is nobody to answer."""
-        base, gate, head, visit = self.config.base, self.around.gate, self.asked.head, self.asked.visit
+        gate, head, visit = self.around.gate, self.asked.head, self.asked.asker.visit
         response = await gate.answer(head, visit, self._small_body)
         if response is not None:
             await self.answer(response)
             return
-        route = self.asked.route or (find_route(base, head.target) if head.target != "*" else None)
+        route = self.asked.route or place_of(gate, head, visit)
         await gate.admit(head, visit, route)
         self.around.watch.stirred = True
         if route is not None:
@@ -3045,9 +3842,29 @@ class Exchange:
         elif head.target == "*":
             await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
         elif head.method in ("GET", "HEAD"):
-            await self.answer(forms_response(base, wants_html(head)))
+            await self._show_ports()
+        elif head.target == "*":
+            await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
+        elif head.method in ("GET", "HEAD"):
+            await self._show_ports()
         else:
             raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
+
+    async def _show_ports(self) -> None:
+        config, head, visit = self.config, self.asked.head, self.asked.asker.visit
+        port = dict(parse_qsl(head.target.partition("?")[2])).get("port")
+        if port is not None:  # typed into the page
+            route = find_route(config.base, "%s/%s/" % (config.base, port.strip()))
+            location = route.prefix + "/" if route else config.base + "/"
+            raise ProxyError(303, "It is over there.", (("Location", location),))
+        own = {port for _, port in self.around.upstreams.listening}
+        found = await self.around.watch.loop.run_in_executor(None, listeners)  # it takes a while on a busy machine
+        ports = [one for one in found if one.port not in own]
+        hosts = {one.port: host_form(one.port, visit, config.domains) for one in ports}
+        if self.around.gate.token:  # which signs in there
+            hosts = {number: "%s/?open=%d" % (config.base, number) if url else "" for number, url in hosts.items()}
+        view = PortsView(config.base, ports, self.around.titles.of(ports), hosts)
+        await self.answer(ports_response(view, head))
 
     def begin(self) -> Optional[Stream]:
         """Send a plain request on a pooled connection, which is returned, without waiting for anything.
@@ -3058,7 +3875,7 @@ class Exchange:
         if not asked.is_plain or route is None or not upstreams.has_idle(route):
             return None
         try:
-            self.around.gate.check(asked.head, asked.visit)
+            self.around.gate.check(asked.head, asked.asker.visit, route)
             check_route(route, self.config)
         except Exception as error:  # raised where errors become answers
             self.refusal = error
@@ -3075,13 +3892,12 @@ class Exchange:
 
         False, with nothing done, where it has not: that is left to `go_on`.
         """
-        head, route, data = self.asked.head, self.asked.route, upstream.buffer
+        route, data = self.asked.route, upstream.buffer
         end = data.find(b"\r\n\r\n") + 4
         if not 4 <= end <= min(_SHORT_BYTES, self.config.max_head_bytes) or route is None:
             return False
-        keep_alive, visit = self._may_keep_alive(), self.asked.visit
         try:
-            answered = self.around.translate(data[:end], head.method, head.version, route, visit, keep_alive)
+            answered = self.around.translate(data[:end], self.asked.asker, route, self._may_keep_alive())
         except Exception:  # `go_on` meets it again, where errors become answers
             return False
         if answered.head.status < 200 or answered.came_as.kind not in (LENGTH, NO_BODY.kind):
@@ -3090,6 +3906,8 @@ class Exchange:
             return False
         self.keep_alive = answered.keep_alive
         self.sent = answered.came_as.length
+        if self.asked.is_page:
+            self.around.titles.note(route, answered.head, data[end:])
         self._begin_answer(answered.head.status)
         self.client.write(answered.for_client + data[end:])
         self.client.write_deadline = self.client.now() + self._patience
@@ -3109,11 +3927,13 @@ class Exchange:
 
     async def answer_error(self, error: ProxyError) -> None:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
-        error = self.error = self.around.gate.explain(error)
+        told = self.error = self.around.gate.explain(error)
         if isinstance(error, SignInNeeded):
-            await self.answer(sign_in_response(error, self.config.base))
+            await self.answer(sign_in_response(error))
+        elif isinstance(error, NotListening) and self.asked.is_page:
+            await self.answer(waiting_response(told, error.route.port))
         else:
-            await self.answer(error_response(error, wants_html(self.asked.head)))
+            await self.answer(error_response(told, wants_html(self.asked.head)))
 
     async def answer(self, response: Response) -> None:
         """Send an answer of our own; a request body that was not read costs the connection."""
@@ -3153,16 +3973,27 @@ class Exchange:
             raise ProxyError(400, "A WebSocket handshake has no body.")
         if asked.is_upgrade and len(self.around.tunnels) >= self.config.max_tunnels:
             raise ProxyError(503, "There are too many open WebSockets.", (("Retry-After", "10"),))
+        if route.strayed and not cannot_be_redirected(asked.head):
+            await self._lead_back(route)
+            return
         if not route.path and not route.absolute and not asked.is_upgrade and asked.head.method in ("GET", "HEAD"):
             clean = self.around.gate.for_upstream(asked.head, route)
-            await self.answer(redirect_response(route.prefix + "/" + clean.target[len(route.prefix) :]))
+            await self.answer(redirect_response(route.prefix + "/" + query_of(clean.target)))
             return
         request = asked.for_upstream or bytes_for_upstream(
-            self.around.gate, asked.head, asked.framing, asked.visit, route
+            self.around.gate, asked.head, asked.framing, asked.asker.visit, route
         )
         self.body.in_chunks = asked.framing.kind == CHUNKED
         request += self.body.at_hand()
         await self._forward(route, self.around.upstreams.take(route, self._is_replayable()), request, is_sent=False)
+
+    async def _lead_back(self, route: Route) -> None:
+        """Redirect a stray, once its body has come: a browser reads no answer before it has sent the whole of one."""
+        head = self.asked.head
+        while not self.body.finished and not field_values(head.fields, "expect"):
+            await self.body.read(self.config.stall_timeout)
+        clean = self.around.gate.for_upstream(head, route)
+        await self.answer(led_back(route._replace(query=query_of(clean.target))))
 
     def _is_replayable(self) -> bool:
         """Whether the request may be sent again where a connection turned out to be stale."""
@@ -3189,10 +4020,12 @@ class Exchange:
             if answered.head.status == 101:
                 await self._splice(upstream, answered)
             else:
-                reusable = await self._relay(upstream, answered)
+                reusable = await self._relay(route, upstream, answered)
         except (ProxyError, Truncated, Stalled, OSError) as error:
             if replayable and not upstream.was_heard and not self._client_failure and not isinstance(error, Stalled):
                 return False
+            if not self._client_failure and await self._meets_tls(error, route, upstream):
+                raise ProxyError(502, tls_advice(route))
             raise self._client_failure or _upstream_failure(error, route, upstream, self.config)
         finally:
             self.client.on_end = None
@@ -3203,6 +4036,14 @@ class Exchange:
             elif self.tunnel is None:
                 upstream.abort()
         return True
+
+    async def _meets_tls(self, error: Exception, route: Route, upstream: Stream) -> bool:
+        """Whether an upstream failed because it speaks TLS: it says so, or says nothing, and a person wants to know."""
+        if route.scheme == "https" or isinstance(error, Stalled):
+            return False
+        if upstream.was_heard or not self.asked.is_page:
+            return is_tls_record(upstream.buffer)
+        return await speaks_tls_there(self.around.upstreams, route)
 
     def _notice_leaving(self, upstream: Stream) -> None:
         """Close the upstream's connection as soon as the client ends its own.
@@ -3254,16 +4095,14 @@ class Exchange:
 
     async def _read_final_head(self, route: Route, upstream: Stream) -> Answered:
         """The upstream's final answer, or its 101; other interim answers are passed on as they come."""
-        asked, visit = self.asked.head, self.asked.visit
         for _ in range(self.config.max_interim_responses + 1):
             patience = min(self.config.response_timeout, self._silence)
             deadline = FOREVER if self._is_sending() else upstream.now() + patience
             raw = await read_head(upstream, False, deadline, self.config)
-            keep_alive = self._may_keep_alive()
-            answered = self.around.translate(raw, asked.method, asked.version, route, visit, keep_alive)
+            answered = self.around.translate(raw, self.asked.asker, route, self._may_keep_alive())
             if answered.head.status == 101 or answered.head.status >= 200:
                 return answered
-            if asked.version == "1.1":  # RFC 9110 section 15.2
+            if self.asked.asker.version == "1.1":  # RFC 9110 section 15.2
                 await self._to_client(answered.for_client)
         raise ProxyError(502, "It sent more than %d interim responses." % self.config.max_interim_responses)
 
@@ -3275,17 +4114,21 @@ class Exchange:
             return False
         return self.keep_alive and not self.around.stopping.is_set()
 
-    async def _relay(self, upstream: Stream, answered: Answered) -> bool:
+    async def _relay(self, route: Route, upstream: Stream, answered: Answered) -> bool:
         """Pass the answer on, piece by piece as it comes; whether the upstream's connection may be used again."""
         self.keep_alive = answered.keep_alive
         self.client.end_is_delimiter = answered.sent_as.kind == UNTIL_CLOSE
         body = Body(upstream, answered.came_as, self.config, answered.sent_as.kind == CHUNKED)
         data = body.at_hand()
+        if self.asked.is_page and data:
+            self.around.titles.note(route, answered.head, bare(data, body.in_chunks))
         self._begin_answer(answered.head.status)
         await self._to_client(answered.for_client + data, upstream)
         self.sent = body.count
         while not body.finished:
             data = await body.read(self._silence)
+            if self.asked.is_page and not self.sent:
+                self.around.titles.note(route, answered.head, bare(data, body.in_chunks))
             upstream.watch.stirred = True
             await self._to_client(data, upstream)
             self.sent = body.count
@@ -3434,7 +4277,7 @@ class PortProxy:
 
     def __init__(self, config: Config = Config()) -> None:
         self.config = checked_config(config)
-        self._servers: List[Union[asyncio.AbstractServer, Listener]] = []
+        self._servers: List[Union[asyncio.AbstractServer, Acceptor]] = []
         self._around: Optional[Surroundings] = None
         self._clients: Dict[Stream, Optional[Exchange]] = {}  # with the request that each one is at
         self._tasks: Dict[Stream, PromptTask] = {}  # of the clients that do not idle
@@ -3461,7 +4304,7 @@ class PortProxy:
         gate = HubGate(self.config, watch) if self.config.hub else TokenGate(self.config, self.is_private, self.port)
         upstreams = Upstreams(self.config, watch, addresses + list(ways_back))
         around = self._around = Surroundings(
-            self.config, watch, gate, *readers_of_heads(gate), upstreams, self._tunnels, asyncio.Event()
+            self.config, watch, gate, *readers_of_heads(gate), upstreams, self._tunnels, asyncio.Event(), Titles()
         )
         try:
             for sock in self._sockets:
@@ -3473,7 +4316,7 @@ class PortProxy:
 
     async def _listen(
         self, sock: socket.socket, tls: Optional[ssl.SSLContext], around: Surroundings
-    ) -> Union[asyncio.AbstractServer, Listener]:
+    ) -> Union[asyncio.AbstractServer, Acceptor]:
         accepted = functools.partial(self._accepted, around)
 
         def protocol() -> Stream:
@@ -3481,7 +4324,7 @@ class PortProxy:
 
         loop = around.watch.loop
         if not tls and can_watch_sockets(loop):
-            return Listener(loop, sock, protocol)
+            return Acceptor(loop, sock, protocol)
         if tls and sys.version_info < (3, 7):
             inner, context = protocol, tls
             return await loop.create_server(lambda: _timed_handshake(inner(), context, self.config, loop), sock=sock)
@@ -3786,15 +4629,26 @@ class PortProxy:
             self._log(client, exchange)
 
     def _log(self, client: Stream, exchange: Exchange) -> None:
-        """One line per request; without the query, which may hold a secret."""
-        if exchange.tunnel is not None:
-            exchange.sent = exchange.tunnel.upstream.received
-        head = exchange.asked.head
+        """One line per request, at its end, which is that of its tunnel; without the query, which may hold a secret."""
+        head, tunnel = exchange.asked.head, exchange.tunnel
         path, mark, _ = head.target.partition("?")
-        asked = (exchange.asked.visit.address or "-", head.method, path + ("?..." if mark else ""))
-        outcome = (exchange.place, exchange.status or "gone", exchange.sent, client.now() - exchange.started)
-        reason = ": " + exchange.error.detail if exchange.error else ""
-        logger.info("%s %s %s -> %s %s, %d bytes, %.3f s%s", *(asked + outcome + (reason,)))
+        told: Dict[str, Any] = {
+            "client": exchange.asked.asker.visit.address or "-",
+            "method": head.method,
+            "target": path + ("?..." if mark else ""),
+            "app": exchange.place,
+            "status": exchange.status or "gone",
+            "bytes": tunnel.upstream.received if tunnel else exchange.sent,
+            "seconds": round(client.now() - exchange.started, 3),
+        }
+        line = "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes, %(seconds).3f s"
+        if tunnel:
+            told["bytes_received"] = tunnel.client.received
+            line = line.replace(" bytes,", " bytes and back %(bytes_received)d,")
+        if exchange.error:
+            told["error"] = exchange.error.detail
+            line += ": %(error)s"
+        logger.info(line, told, extra={"request": told})
 
 
 _UNIX_PREFIX = "unix:"
@@ -3913,7 +4767,7 @@ def checked_config(config: Config) -> Config:
     """`config` in normal form; ValueError, in words for a person, for what makes no sense."""
     if not 0 <= config.port <= 65535:
         raise ValueError("the port must be a number from 0 to 65535, not %d" % config.port)
-    for name in ("host_allowlist", "allow_hostnames", "allow_origins", "trusted_proxies", "upstream_tls"):
+    for name in ("host_allowlist", "domains", "allow_hostnames", "allow_origins", "trusted_proxies", "upstream_tls"):
         if isinstance(getattr(config, name), str):
             raise ValueError("%s is a sequence of strings, not a string" % name)
     for name, default in zip(Config._fields, Config()):
@@ -3932,11 +4786,15 @@ def checked_config(config: Config) -> Config:
             find_route("", "/%s/" % upstream)
         except ProxyError:
             raise ValueError("an upstream that speaks TLS is PORT or HOST:PORT, not %r" % upstream)
+    base = normal_base(config.base)
+    plain = base in ("", Config().base) and not config.trusted_proxies
     return config._replace(
-        base=normal_base(config.base),
+        base=base,
+        whole_origin=not config.hub and (plain if config.whole_origin is None else config.whole_origin),
         host_allowlist=config.host_allowlist
         if callable(config.host_allowlist)
         else normal_allowlist(config.host_allowlist),
+        domains=() if config.hub else tuple(map(normal_domain, config.domains)),
         allow_hostnames=normal_allowlist(config.allow_hostnames),
         allow_origins=tuple(origin if origin == "*" else normal_origin(origin) for origin in config.allow_origins),
         trusted_proxies=tuple(config.trusted_proxies),
@@ -4193,7 +5051,8 @@ def _load_jupyter_server_extension(server: Any) -> None:
     base = server.base_url.rstrip("/") + "/proxy"
     trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
     try:
-        proxy = PortProxy(Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {})))
+        config = Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {}))
+        proxy = PortProxy(config._replace(domains=(), whole_origin=False))  # the origin is Jupyter's
     except (TypeError, ValueError) as error:
         server.log.error("port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s", base, error)
         return
@@ -4299,17 +5158,233 @@ def _head_from_tornado(request: Any) -> RequestHead:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Check: one port, looked at as a doctor would
+# ---------------------------------------------------------------------------------------------------------------------
+
+_ROOTED = re.compile(rb"""\b(?:src|href|action)\s*=\s*["']?(/(?!/)[^\s"'<>?#]*)""", re.IGNORECASE)
+_PAGE_SECONDS = 30.0  # some apps are compiled when they are first asked for
+_STRANGER = "port-proxy-check.invalid"  # a name that leads nowhere (RFC 6761)
+
+
+_SCRIPT = re.compile(rb"""<script[^>]*\bsrc\s*=\s*["']?([^\s"'<>]+)""", re.IGNORECASE)
+_SCRIPTS = 4  # of a page are looked into
+_OWN_ADDRESS = rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\])(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
+_GOES_PAST = (
+    "%s names port %d itself. What asks for that goes past the proxy, and only a browser on this machine gets there: if"
+    " something is missing elsewhere, tell the app the address that it is called by, as webpack-dev-server is told by"
+    " --client-web-socket-url auto://0.0.0.0:0/ws."
+)
+_LEAVING = (
+    "Links that begin with a slash leave the prefix, and nothing leads them back: use the app's own host, its flag for"
+    " the path it lives under, or --whole-origin yes."
+)
+
+
+class KnownApp(NamedTuple):
+    """An app that tells itself by its page; socket: where it opens WebSockets; flag: makes it live under a path."""
+
+    name: str
+    sign: str
+    socket: str
+    flag: str
+
+
+# %s stands for /proxy/absolute/PORT, the path that it is to live under.
+_KNOWN_APPS = (
+    KnownApp("Streamlit", "<title>Streamlit</title>", "/_stcore/stream", "--server.baseUrlPath %s"),
+    KnownApp("Voila", "/voila/", "", "--base_url=%s/"),
+    KnownApp("Jupyter", "jupyter-config-data|<title>Jupyter", "/api/events/subscribe", "--ServerApp.base_url=%s/"),
+    KnownApp("Dask", "<title>Dask", "", 'http_prefix="%s"'),
+    KnownApp("Panel or Bokeh", r"bokeh[.a-z-]*\.js", "", "--prefix %s"),
+    KnownApp("Gradio", "gradio_config", "", 'root_path="%s"'),
+    KnownApp("Dash", "_dash-config", "", 'url_base_pathname="%s/"'),
+    KnownApp("TensorBoard", "tf-tensorboard|<title>TensorBoard", "", "--path_prefix %s"),
+    KnownApp("marimo", "<marimo-", "", "--base-url %s"),
+    KnownApp("Next.js", "/_next/static/", "/_next/webpack-hmr", 'basePath: "%s"'),
+    KnownApp("Vite", "/@vite/client", "/", "--base %s/"),
+)
+
+
+class Report(NamedTuple):
+    """What a port was found to be.  ok: it can be reached through the proxy as that is configured.
+
+    owner, program: who listens, "" where that is not told; speaks: "http", "https", "other" or ""; rooted: the first
+    links of its page that begin with a slash; refuses_host, refuses_origin: names that are not its own, None where
+    that was not seen; socket: where a WebSocket opened; use: the forms of an address, the best first; flag: what would
+    make it fit for the absolute form; problems: what is in the way, and what to do about it.
+    """
+
+    port: int
+    base: str
+    ok: bool = False
+    addresses: Sequence[str] = ()
+    owner: str = ""
+    program: str = ""
+    speaks: str = ""
+    status: int = 0
+    title: str = ""
+    redirect: str = ""
+    rooted: Sequence[str] = ()
+    refuses_host: Optional[bool] = None
+    refuses_origin: Optional[bool] = None
+    socket: str = ""
+    app: str = ""
+    use: Sequence[str] = ()
+    flag: str = ""
+    problems: Tuple[str, ...] = ()
+
+
+async def check_port(port: int, config: Config) -> Report:
+    """Look at a port of this machine; it is asked for its first page, and for a WebSocket."""
+    watch = Watch(asyncio.get_event_loop(), _watch_interval(config))
+    upstreams = Upstreams(config, watch, ())
+    try:
+        return await _checked(_listening_at(port, config.base), upstreams)
+    finally:
+        await watch.close(1.0)
+
+
+def _listening_at(port: int, base: str) -> Report:
+    """What the system tells of a port."""
+    sockets = [one for one in tcp_sockets(port=port) if one.state == _LISTEN]
+    addresses = tuple(dict.fromkeys(_plain_text(one.address) for one in sockets))
+    program = next((one.program for one in listeners() if one.port == port), "")
+    return Report(port, base, False, addresses, _user_name(sockets[0].user) if sockets else "", program)
+
+
+async def _checked(report: Report, upstreams: Upstreams) -> Report:
+    route = route_of_host(report.port, "/")
+    if speaks_tls(route, upstreams.config.upstream_tls):
+        route = route._replace(scheme="https")
+    try:
+        answer = await ask(upstreams, route, patience=_PAGE_SECONDS)
+    except ProxyError as error:
+        if error.status != 502 or isinstance(error, NotListening):
+            return report._replace(problems=(error.detail,))
+        if route.scheme == "http" and await speaks_tls_there(upstreams, route):
+            return report._replace(speaks="https", problems=(tls_advice(route),))
+        return report._replace(speaks="other", problems=("It does not answer HTTP.",))
+    report = report._replace(ok=True, speaks=route.scheme, status=answer.head.status)
+    report, answer = await _followed(report, route, answer, upstreams)
+    page = answer.body.decode("latin-1")
+    app = next((one for one in _KNOWN_APPS if re.search(one.sign, page)), None)
+    rooted = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(answer.body))]
+    stranger = await _status(upstreams, route, (("Host", _STRANGER),))
+    if rooted and not upstreams.config.whole_origin:
+        report = report._replace(problems=report.problems + (_LEAVING,))
+    past = await _what_goes_past(report, route, answer, upstreams)
+    report = report._replace(
+        problems=report.problems + ((_GOES_PAST % (past, report.port),) if past else ()),
+        title=title_in(answer.head, answer.body),
+        app=app.name if app else "",
+        rooted=rooted[:5],
+        refuses_host=stranger >= 400 > report.status,
+        flag=app.flag % ("%s/absolute/%d" % (upstreams.config.base, report.port)) if app else "",
+        use=_forms_of(report.port, upstreams.config),
+    )
+    return await _with_socket(report, route, app.socket if app else "", upstreams)
+
+
+async def _followed(report: Report, route: Route, answer: Answer, upstreams: Upstreams) -> Tuple[Report, Answer]:
+    """The page that redirects of a port to itself lead to."""
+    for _ in range(3):
+        location = "".join(field_values(answer.head.fields, "location")[:1])
+        path = location[len("%s://%s" % (route.scheme, route.authority)) :] if "://" in location else location
+        if not 300 <= answer.head.status < 400 or not _LOCAL_TARGET.fullmatch(path):
+            break
+        report = report._replace(redirect=path.partition("?")[0])
+        try:
+            there = route_of_host(route.port, path)._replace(scheme=route.scheme)
+            answer = await ask(upstreams, there, patience=_PAGE_SECONDS)
+        except ProxyError as error:
+            return report._replace(problems=(error.detail,)), answer
+    return report, answer
+
+
+async def _what_goes_past(report: Report, route: Route, page: Answer, upstreams: Upstreams) -> str:
+    """The path of the page, or of one of its scripts, that names the app's own address; "" if none does."""
+    own = re.compile(_OWN_ADDRESS % report.port)
+    here = report.redirect or "/"
+    if own.search(page.body):
+        return here
+    for name in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_SCRIPTS]:
+        path = str(urljoin(here, name.decode("latin-1")))
+        if not _LOCAL_TARGET.fullmatch(path):
+            continue
+        try:
+            script = await ask(upstreams, route_of_host(route.port, path)._replace(scheme=route.scheme))
+        except ProxyError:
+            continue
+        if own.search(script.body):
+            return path.partition("?")[0]
+    return ""
+
+
+async def _with_socket(report: Report, route: Route, known: str, upstreams: Upstreams) -> Report:
+    """The report, with whether a WebSocket opens, at the app's own place or at a usual one, and to a foreign page."""
+    handshake = (("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="))
+    fields = handshake + _UPGRADE_FIELDS
+    for path in dict.fromkeys((known or "/ws", "/ws", "/socket.io/?EIO=4&transport=websocket", "/")):
+        place = route_of_host(route.port, path)._replace(scheme=route.scheme)
+        own = (("Origin", "%s://%s" % (route.scheme, route.authority)),)
+        if await _status(upstreams, place, fields + own) == 101:
+            foreign = await _status(upstreams, place, fields + (("Origin", "http://" + _STRANGER),))
+            return report._replace(socket=path.partition("?")[0], refuses_origin=foreign != 101)
+    return report
+
+
+async def _status(upstreams: Upstreams, route: Route, fields: Fields) -> int:
+    """The status of an answer; 0 where none came."""
+    try:
+        return (await ask(upstreams, route, fields)).head.status
+    except ProxyError:
+        return 0
+
+
+def _forms_of(port: int, config: Config) -> List[str]:
+    """The addresses of a port by which this machine's own browser reaches it."""
+    name = "localhost:%d" % config.port
+    scheme = "https" if config.certfile else "http"
+    host = host_form(port, Visit("127.0.0.1", scheme, name), config.domains)
+    return ([host] if host else []) + ["%s://%s%s/%d/" % (scheme, name, config.base, port)]
+
+
+def report_text(report: Report) -> str:
+    """A report as a person reads it."""
+    lines = ["port %d of this machine" % report.port]
+
+    def say(name: str, text: str) -> None:
+        if text:
+            lines.append("  %-10s %s" % (name, text))
+
+    who = " ".join(filter(None, (report.program and "by " + report.program, report.owner and "of " + report.owner)))
+    say("listens", " ".join(filter(None, (", ".join(report.addresses), who))))
+    say("speaks", report.speaks and "%s %s %s" % (report.speaks, report.status or "", report.title))
+    say("app", report.app)
+    say("redirects", report.redirect)
+    some = ", ".join(report.rooted[:3])
+    say("links", some and "begin with a slash, such as " + some)
+    say("Host", "refuses names that are not its own; the proxy sends localhost" if report.refuses_host else "")
+    foreign = "; refuses pages of other origins" if report.refuses_origin else ""
+    opened = "opens at " + report.socket + foreign if report.socket else "none opened at the usual places"
+    say("WebSocket", opened if report.ok else "")
+    lines += ["  problem    " + problem for problem in report.problems]
+    say("use", "  or  ".join(report.use))
+    kept = "%s/absolute/%d/" % (report.base, report.port)
+    say("", report.flag and "or start it with %s and use %s" % (report.flag, kept))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-_EXAMPLES = """\
-examples:
-  %(prog)s                                     open http://localhost:8888/proxy/8080/ for port 8080
-  %(prog)s --base /user/ana/proxy --port 9000  behind a server that passes /user/ana on
-  %(prog)s --host-allowlist '*.example.org'    also /proxy/db1.example.org:8080/
-  %(prog)s --bind unix:/run/user/1000/proxy    for you alone, also on a machine that you share
-from another machine:
-  ssh -N -L 8888:localhost:8888 THIS_MACHINE   then open http://localhost:8888/proxy/ there
+_INTRODUCTION = """\
+Makes every port of this machine reachable through one HTTP port.
+
+  python3 port_proxy.py                       then open http://localhost:8888/proxy/
+  ssh -N -L 8888:localhost:8888 THIS_MACHINE  brings it over to where your browser is
+  python3 port_proxy.py --check 8080          says what keeps port 8080 from working
 """
 # Field of Config, unit, and what it bounds; each becomes an option.
 _LIMITS = (
@@ -4333,96 +5408,101 @@ _LIMITS = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
+_SEVERAL = " (repeatable)"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with one line for most options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def _parser(show_limits: bool = True) -> argparse.ArgumentParser:
+    """The options; without the limits where help is to be short."""
     default = Config()
     parser = argparse.ArgumentParser(
         prog="port_proxy.py",
-        description="Makes every port of this machine reachable through one HTTP port.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [options]",
+        description=_INTRODUCTION,
+        formatter_class=_Formatter,
+        add_help=False,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--base", default=default.base, metavar="PATH", help="path that everything lives under (default: %(default)s)")
-    add(
-        "--bind",
-        metavar="ADDRESS",
-        help="address to listen on, or unix:PATH (default: %s, this machine alone)" % default.bind,
-    )
-    add(
-        "--port",
-        type=int,
-        metavar="N",
-        help="port to listen on, 0 for any free one (default: %d)" % default.port,
-    )
-    add(
-        "--host-allowlist", action="append", default=[], metavar="HOST",
-        help="host that may be reached besides this machine's loopback names: a name, an address or a glob such as"
-        " '*.example.org'; repeatable, or several with commas between",
-    )  # fmt: skip
-    add(
-        "--preserve-host",
-        action="store_true",
-        help="pass the browser's Host on instead of the app's own localhost:PORT",
-    )
+    add("--port", type=int, metavar="N", help="port to listen on, 0 for any free one (default: %d)" % default.port)
+    add("--bind", metavar="ADDRESS", help="address to listen on, or unix:PATH (default: %s)" % default.bind)
+    add("--base", default=default.base, metavar="PATH", help="path that all lives under (default: %(default)s)")
+    add("--host-allowlist", action="append", default=[], metavar="HOST", help="reach this host too" + _SEVERAL)
+    add("--domain", action="append", default=[], metavar="NAME", help="8080.NAME is port 8080, too" + _SEVERAL)
+    add("--whole-origin", choices=("yes", "no"), help="lead links without the prefix back to their app (see README)")
+    add("--preserve-host", action="store_true", help="pass the browser's Host on, not localhost:PORT")
     _add_access_options(parser)
-    volume = parser.add_mutually_exclusive_group()
+    about = parser.add_argument_group("what it tells")
+    about.add_argument("--check", type=_port_number, metavar="PORT", help="look at one port and say how to open it")
+    about.add_argument("--json", action="store_true", help="with --check: as data")
+    volume = about.add_mutually_exclusive_group()
     volume.add_argument("--verbose", action="store_true", help="log a line for every request")
+    volume.add_argument("--log-json", action="store_true", help="the same as JSON")
     volume.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    add("--version", action="version", version="port_proxy " + __version__)
+    about.add_argument("--version", action="version", version="port_proxy " + __version__, help="print it")
+    about.add_argument("--help", "-h", action=_Help, show_limits=False, help="print this")
+    about.add_argument("--help-all", action=_Help, show_limits=True, help="print this, with limits and timeouts")
     limits = parser.add_argument_group("limits and timeouts")
     for name, unit, meaning in _LIMITS:
         value = getattr(default, name)
-        option = "--" + name.replace("_", "-")
-        limits.add_argument(
-            option, type=type(value), default=value, metavar=unit, help=meaning + " (default: %(default)g)"
-        )
+        text = meaning + " (default: %(default)g)" if show_limits else argparse.SUPPRESS
+        limits.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, metavar=unit, help=text)
     return parser
 
 
+class _Help(argparse.Action):
+    """Prints help, short or whole."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, show_limits: bool, help: str) -> None:  # noqa: A002
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+        self.show_limits = show_limits
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(_parser(self.show_limits).format_help(), end="")
+        parser.exit()
+
+
+def _port_number(text: str) -> int:
+    if not _PORT_NAME.fullmatch(text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535, not %r" % text)
+    return int(text)
+
+
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
-    several = "; repeatable, or several with commas between"
     access = parser.add_argument_group("who may come in, and what may be reached")
     token = access.add_mutually_exclusive_group()
-    token.add_argument(
-        "--token",
-        action="store_true",
-        help="ask for a token, made at random unless PORT_PROXY_TOKEN is set, also where only this machine can connect",
-    )
+    token.add_argument("--token", action="store_true", help="ask for a token (PORT_PROXY_TOKEN, or made at random)")
     token.add_argument("--token-file", metavar="FILE", help="ask for the token in this file")
     token.add_argument("--no-token", action="store_true", help="never ask for a token")
     for option, metavar, meaning in (
-        (
-            "--allow-hostname",
-            "NAME",
-            "further name, or glob, by which the proxy may be called where it asks for no token",
-        ),
-        ("--allow-origin", "ORIGIN", "further origin, such as https://a.example.org, whose pages may use what is here"),
-        (
-            "--trusted-proxy",
-            "ADDRESS",
-            "server in front of this one (address, network or 'unix') whose X-Forwarded fields are believed",
-        ),
+        ("--allow-hostname", "NAME", "further name, or glob, by which it may be called"),
+        ("--allow-origin", "ORIGIN", "origin whose pages may use what is here, or *"),
+        ("--trusted-proxy", "ADDRESS", "server in front whose X-Forwarded fields are believed"),
         ("--upstream-tls", "[HOST:]PORT", "upstream that speaks TLS"),
     ):
-        access.add_argument(option, action="append", default=[], metavar=metavar, help=meaning + several)
-    access.add_argument(
-        "--insecure-upstream", action="store_true", help="accept any certificate of this machine's own ports"
-    )
-    access.add_argument("--allow-preflight", action="store_true", help="let CORS preflights reach the apps unasked")
-    access.add_argument(
-        "--any-owner", action="store_true", help="also reach ports on which another user of this machine listens"
-    )
+        access.add_argument(option, action="append", default=[], metavar=metavar, help=meaning + _SEVERAL)
+    for option, meaning in (
+        ("--insecure-upstream", "accept any certificate of this machine's own ports"),
+        ("--allow-preflight", "let CORS preflights reach the apps unasked"),
+        ("--any-owner", "also reach ports of this machine's other users"),
+    ):
+        access.add_argument(option, action="store_true", help=meaning)
     access.add_argument("--certfile", metavar="FILE", help="serve HTTPS with this certificate (PEM)")
     access.add_argument("--keyfile", metavar="FILE", help="its key, if that is in a file of its own")
-    access.add_argument(
-        "--client-ca", metavar="FILE", help="accept only clients with a certificate that one of these (PEM) signed"
-    )
+    access.add_argument("--client-ca", metavar="FILE", help="let in only clients with a certificate of these (PEM)")
 
 
 def _config(arguments: argparse.Namespace) -> Config:
     """The configuration that the arguments and the environment make; ValueError or OSError for what they get wrong."""
     lists = {
         "host_allowlist": arguments.host_allowlist,
+        "domains": list(Config().domains) + arguments.domain,
         "allow_hostnames": arguments.allow_hostname,
         "allow_origins": arguments.allow_origin,
         "trusted_proxies": arguments.trusted_proxy,
@@ -4433,6 +5513,8 @@ def _config(arguments: argparse.Namespace) -> Config:
     }
     plain = [name for name in Config._fields if name not in options and name not in ("token", "authorize", "hub")]
     options.update((name, getattr(arguments, name)) for name in plain if getattr(arguments, name) is not None)
+    if arguments.whole_origin:
+        options["whole_origin"] = arguments.whole_origin == "yes"
     config = Config(token=_token(arguments), **options)
     # In a terminal inside a Hub's server the environment is the same; a proxy there is told where to listen.
     if arguments.port is None and arguments.bind is None and "JUPYTERHUB_SERVICE_URL" in os.environ:
@@ -4558,13 +5640,31 @@ def _banner(proxy: PortProxy) -> str:
         else ", and on " + ", ".join(config.host_allowlist)
     )
     lines = ["port_proxy %s: open %s%s" % (__version__, url, question)]
-    if config.bind.startswith(_UNIX_PREFIX):
+    away = _ssh_destination(os.environ)
+    is_unix = config.bind.startswith(_UNIX_PREFIX)
+    if is_unix:
         path = os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
-        lines = ["port_proxy %s: bring it over with  ssh -N -L 8888:%s %s" % (__version__, path, socket.gethostname())]
+        there = away or socket.gethostname()
+        lines = ["port_proxy %s: bring it over with  ssh -N -L 8888:%s %s" % (__version__, path, there)]
         url = url.replace("localhost", "localhost:8888", 1)
         lines.append("and open %s%s" % (url, question))
-    lines.append("It reaches every port of this machine as %s<port>/%s." % (url, others))
+    parts = urlsplit(url)
+    host = host_form(8080, Visit("", parts.scheme, parts.netloc), config.domains).replace("8080", "<port>", 1)
+    lines.append("It reaches every port of this machine as %s<port>/%s%s." % (url, host and " or " + host, others))
+    if away and not is_unix:
+        local = "localhost" if proxy.is_private or config.bind in ("", "0.0.0.0", "::") else config.bind
+        lines.append("On your own machine, first:  ssh -N -L {0}:{1}:{0} {2}".format(proxy.port, local, away))
     return "\n".join(lines)
+
+
+def _ssh_destination(environment: Mapping[str, str]) -> str:
+    """What ssh is given to come here as this session did, "" where it did not come by that (ssh(1))."""
+    words = environment.get("SSH_CONNECTION", "").split(" ")
+    if len(words) != 4:
+        return ""
+    address, port = words[2:]
+    user = environment.get("LOGNAME") or environment.get("USERNAME", "")
+    return ("" if port == "22" else "-p %s " % port) + (user and user + "@") + address
 
 
 def _inherited_sockets() -> List[socket.socket]:
@@ -4613,6 +5713,33 @@ async def _run(config: Config, quiet: bool) -> int:
     if hasattr(signal, "pthread_sigmask"):  # on the way out, being told again changes nothing
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     return 0
+
+
+async def _check(port: int, config: Config, as_json: bool) -> int:
+    report = await check_port(port, config)
+    print(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
+    return 0 if report.ok else 1
+
+
+def _log_to_stderr(arguments: argparse.Namespace) -> None:
+    level = logging.WARNING
+    if arguments.verbose or arguments.log_json:
+        level = logging.INFO
+    elif arguments.quiet:
+        level = logging.ERROR
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if arguments.log_json else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class _JsonLines(logging.Formatter):
+    """A log record as a line of JSON; that of a request with what it is made of."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + ".%03dZ" % record.msecs
+        told = {"time": moment, "level": record.levelname.lower()}
+        told.update(getattr(record, "request", None) or {"message": record.getMessage()})
+        return json.dumps(told)
 
 
 def _why_not_listening(error: Exception, config: Config) -> str:
@@ -4673,7 +5800,8 @@ def _raise_descriptor_limit(config: Config) -> Config:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the proxy as the command line says; the exit status: 0 when it was told to stop, 2 for a mistake of usage."""
+    """Run the proxy as the command line says; the exit status is 0 when it was told to stop, or a checked port can be
+    reached; 1 when that cannot; 2 for a mistake of usage."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -4682,13 +5810,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error("cannot read %s: %s" % (error.filename, error.strerror))
     except ValueError as error:
         parser.error(str(error))
-    level = logging.INFO if arguments.verbose else logging.ERROR if arguments.quiet else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s")
+    _log_to_stderr(arguments)
     config = _raise_descriptor_limit(config)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     loop.set_exception_handler(_LoopComplaints())
     try:
+        if arguments.check:
+            return loop.run_until_complete(_check(arguments.check, config, arguments.json))
         return loop.run_until_complete(_run(config, arguments.quiet))
     except KeyboardInterrupt:
         return 0

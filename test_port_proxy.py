@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -60,6 +61,7 @@ from port_proxy import (
     field_tokens,
     field_values,
     find_route,
+    host_form,
     is_allowed,
     is_own_origin,
     is_websocket,
@@ -67,6 +69,7 @@ from port_proxy import (
     normal_base,
     parse_request,
     parse_response,
+    port_in_host,
     request_for_upstream,
     request_framing,
     response_for_client,
@@ -939,6 +942,19 @@ class TestRoutes:
         assert not is_allowed("localhost", lambda host: host == "a")
 
 
+    @pytest.mark.parametrize(
+        "authority, port",
+        [
+            ("8080.localhost:8888", 8080), ("8080.LOCALHOST", 8080), ("1.localhost:1", 1), ("65535.localhost", 65535), ("8080.apps.example.org", 8080), ("65536.localhost", 0),
+            ("08080.localhost", 0), ("0.localhost", 0), ("+80.localhost", 0), ("8080.localhost.", 0), ("8080.localhost.evil.example", 0), ("a.8080.localhost", 0), ("8080.a.localhost", 0),
+            ("localhost:8888", 0), ("8080", 0), ("8080.example.org", 0), ("8080..localhost", 0), ("127.0.0.1:8888", 0), ("[::1]:8888", 0), ("", 0), ("app--8080.localhost", 0), ("8080.0.0.1", 0),
+        ],
+    )  # fmt: skip
+    def test_port_in_host(self, authority, port):
+        assert port_in_host(authority, ("localhost", "apps.example.org")) == port
+        assert port_in_host(authority, ()) == 0
+
+
 class TestRoutesOnTheWire:
     @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
     def test_no_route_connects_nothing(self, proxy, upstream, method):
@@ -1179,6 +1195,25 @@ class TestRewriting:
         assert sent_to_client(("Content-Length", "5"), ("Content-Length", "5"), status=status) == ((("Content-Length", "5"),) if kept else ())
 
 
+    @pytest.mark.parametrize(
+        "visit, domains, url",
+        [
+            (("http", "localhost:8888"), ("localhost",), "http://80.localhost:8888/"), (("http", "LocalHost:8888"), ("localhost",), "http://80.localhost:8888/"),
+            (("http", "127.0.0.1:8888"), ("localhost",), "http://80.localhost:8888/"), (("http", "[::1]:8888"), ("localhost", "b.c"), "http://80.localhost:8888/"),
+            (("https", "localhost"), ("localhost",), "https://80.localhost/"), (("http", "localhost:1"), (), ""), (("http", "127.0.0.1:1"), (), ""), (("http", "a.example:1"), ("localhost",), ""),
+            (("https", "b.c"), ("localhost", "b.c"), "https://80.b.c/"), (("http", "a.example:8888"), ("localhost", "b.c"), "http://80.b.c:8888/"), (("http", ""), ("localhost",), ""),
+            (("http", "99.localhost:8888", "8888", "", 99), ("localhost",), "http://80.localhost:8888/"),
+        ],
+    )  # fmt: skip
+    def test_the_host_of_a_port(self, visit, domains, url):
+        assert host_form(80, Visit("192.0.2.1", *visit), domains) == url
+
+    def test_a_domain_of_a_home_without_a_port_is_dropped(self):
+        route = STRIPPED._replace(prefix="")
+        visit = VISIT._replace(authority="8080.apps.example.org")
+        assert sent_to_client(("Set-Cookie", "a=b; Domain=8080.apps.example.org; Path=/x"), route=route, visit=visit) == (("Set-Cookie", "a=b; Path=/x"),)
+
+
 class TestRewritingOnTheWire:
     def test_raw_path_and_query_arrive_as_sent(self, proxy, upstream):
         app = upstream(answering(OK))
@@ -1254,7 +1289,7 @@ class TestHostCheck:
     @pytest.mark.parametrize(
         "host, known",
         [
-            ("localhost", True), ("localhost:8888", True), ("LOCALHOST:1", True), ("8080.localhost:8888", True), ("127.0.0.1:8888", True), ("127.9.9.9", True), ("[::1]:8888", True),
+            ("localhost", True), ("localhost:8888", True), ("LOCALHOST:1", True), ("a.localhost:8888", True), ("127.0.0.1:8888", True), ("127.9.9.9", True), ("[::1]:8888", True),
             ("mine.example.org", True), ("a.b.example.net:80", True), ("evil.example", False), ("evil.example:8888", False), ("localhost.evil.example", False), ("xlocalhost", False),
             ("localhost.", False), ("192.0.2.1", False), ("0.0.0.0", False), ("[::]:8888", False), ("[2001:db8::1]", False), ("127.0.0.1.evil.example", False), ("mine.example.org.", False),
         ],
@@ -1325,7 +1360,7 @@ class TestToken:
         answer = proxy.get(target, *SAFE_LINES)
         assert (status_of(answer), fields_of(answer)["location"]) == (302, "/proxy/%d/a?x=%%2F&token=its-own&y" % app.port)
         cookie = fields_of(answer)["set-cookie"]
-        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/proxy; HttpOnly; SameSite=Lax" % proxy.port, cookie)
+        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/; HttpOnly; SameSite=Lax" % proxy.port, cookie)
         assert TOKEN not in cookie
         assert status_of(proxy.get("/proxy/%d/b" % app.port, cookie_of(answer))) == 200
         assert [message[0] for message in app.messages] == ["GET /b HTTP/1.1"]
@@ -1404,6 +1439,13 @@ class TestToken:
         app = upstream(answering(b"HTTP/1.1 200 OK\r\n" + spellings + b"Set-Cookie: a=b\r\nContent-Length: 0\r\n\r\n"))
         answer = proxy.get("/proxy/%d/" % app.port, "Authorization: token " + TOKEN)
         assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
+
+    @pytest.mark.parametrize("options", [{"whole_origin": False}, {"base": "/user/ana/proxy"}, {"trusted_proxies": ["192.0.2.1"]}])
+    def test_the_cookie_stays_below_the_base_where_others_share_the_origin(self, start, options):
+        proxy = start(token=TOKEN, **options)
+        base = options.get("base", "/proxy")
+        answer = proxy.get("%s/?token=%s" % (base, TOKEN), *SAFE_LINES)
+        assert "; Path=%s; HttpOnly" % base in fields_of(answer)["set-cookie"]
 
     def test_wrong_tokens_are_slowed_down(self, proxy, app):
         """Then even the right one is not looked at for a moment; who is signed in notices nothing."""
@@ -1504,6 +1546,170 @@ class TestToken:
         said = repr(answers) + caplog.text
         assert TOKEN not in said
         assert cookie.split("=", 1)[1] not in said
+
+
+def at(host, method, target, *lines, body=b""):
+    return request(method, target, *lines, body=body).replace(b"Host: here:8888", b"Host: " + host.encode())
+
+
+class TestHostForm:
+    """http://8080.localhost:8888/ is port 8080, the path untouched, with an origin of its own."""
+
+    def test_an_app_is_at_home(self, start, upstream):
+        app = upstream(answering(OK, b"HTTP/1.1 302 Found\r\nLocation: http://localhost:1/x\r\nSet-Cookie: a=b; Path=/\r\nContent-Length: 0\r\n\r\n"))
+        proxy = start(allow_hostnames=())
+        host = "%d.localhost:8888" % app.port
+        for target in ("/a/%2F//..%2f/../../b?q=%20", "/proxy/", "/proxy/1/", "/proxy", "/absolute/80/", "/..", "/.well-known/port-proxy?ticket=x"):
+            answer = proxy.ask(at(host, "GET", target, "Origin: http://" + host, "Referer: http://%s/p?q" % host))
+            assert app.messages[-1][0] == "GET %s HTTP/1.1" % target
+            fields = fields_of(app.messages[-1])
+            assert (fields["host"], fields["origin"], fields["referer"]) == ("localhost:%d" % app.port, "http://localhost:%d" % app.port, "http://localhost:%d/p?q" % app.port)
+            assert not {name for name in fields if "prefix" in name or "context" in name}
+        assert fields_of(answer)["set-cookie"] == "a=b; Path=/"
+        assert status_of(proxy.ask(at(host, "GET", "http://%s/x" % host))) == 302
+        assert status_of(proxy.ask(at("localhost", "GET", "http://%s/x" % host))) == 302  # the target's authority counts
+        assert status_of(proxy.ask(at(host, "POST", "/proxy/", "Content-Length: 0"))) == 302
+
+    def test_websocket(self, start, upstream):
+        app = upstream(lambda wire, app: (app.messages.append(wire.message()), wire.send(SWITCHING), wire.rest()))
+        proxy = start(allow_hostnames=())
+        host = "%d.localhost:8888" % app.port
+        assert status_of(proxy.ask(at(host, "GET", "/ws?a", "Origin: http://" + host, *HANDSHAKE), no_body=True)) == 101
+        for foreign in ("http://localhost:8888", "http://%d.localhost:8888" % (app.port - 1), "null"):
+            assert status_of(proxy.ask(at(host, "GET", "/ws", "Origin: " + foreign, *HANDSHAKE))) == 403
+        assert [message[0] for message in app.messages] == ["GET /ws?a HTTP/1.1"]
+
+    @pytest.mark.parametrize(
+        "options, host, arrives",
+        [
+            ({}, "%d.localhost", "/proxy/%d/x"), ({"domains": ["apps.example.org"]}, "%d.apps.example.org", "/proxy/%d/x"), ({"domains": ["Apps.Example.org"]}, "%d.APPS.example.org:1", "/proxy/%d/x"),
+            ({"domains": []}, "%d.localhost", "/x"), ({"domains": ["apps.example.org"]}, "other.%d.apps.example.org", "/x"), ({"domains": ["apps.example.org"]}, "apps.example.org", "/x"),
+            ({}, "%d.apps.example.org", None), ({"domains": ["apps.example.org"]}, "%d.evil.example", None), ({}, "%d.localhost.evil.example", None),
+            ({"domains": ["apps.example.org"]}, "%d.apps.example.org.evil.example", None), ({"domains": ["apps.example.org"]}, "%dapps.example.org", None), ({}, "%d.localhost.", None),
+        ],
+    )  # fmt: skip
+    def test_names(self, start, upstream, options, host, arrives):
+        app = upstream(answering(OK))
+        proxy = start(allow_hostnames=(), **options)
+        host = host % app.port if "%" in host else host
+        assert status_of(proxy.ask(at(host, "GET", "/proxy/%d/x" % app.port))) == (200 if arrives else 403)
+        assert [message[0].split(" ")[1] for message in app.messages] == ([arrives % app.port if "%" in arrives else arrives] if arrives else [])
+
+    def test_a_neighbour_is_a_stranger(self, start, upstream):
+        """What a page of another app's host asks for is refused, also where the browser calls it the same site."""
+        app = upstream(answering(OK))
+        proxy = start(allow_hostnames=(), domains=["apps.example.org"])
+        host = "%d.apps.example.org" % app.port
+        for site, mode, status in (("same-site", "no-cors", 403), ("same-site", "cors", 403), ("cross-site", "cors", 403), ("same-origin", "cors", 200), ("same-site", "navigate", 200)):
+            assert status_of(proxy.ask(at(host, "GET", "/", "Sec-Fetch-Site: " + site, "Sec-Fetch-Mode: " + mode, "Accept: text/html"))) == status
+        assert status_of(proxy.ask(at(host, "POST", "/", "Origin: http://1.apps.example.org", "Content-Length: 0"))) == 403
+
+    def test_the_name_that_a_trusted_proxy_passes_on_counts(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start(trusted_proxies=["127.0.0.1"], domains=["apps.example.org"], allow_hostnames=["inner"])
+        forwarded = ("X-Forwarded-Host: %d.apps.example.org" % app.port, "X-Forwarded-Proto: https", "Origin: https://%d.apps.example.org" % app.port)
+        assert status_of(proxy.ask(at("inner", "POST", "/x", "Content-Length: 0", *forwarded))) == 200
+        assert fields_of(app.messages[0])["origin"] == "http://localhost:%d" % app.port
+
+    def test_the_proxy_itself_is_no_app(self, start):
+        proxy = start()
+        assert status_of(proxy.ask(at("%d.localhost" % proxy.port, "GET", "/"))) == 508
+
+    @pytest.mark.parametrize("domain", ["", "a b", "*.example.org", "http://a", "a:80", "-a", "a..b", "a/", "a."])
+    def test_what_is_no_domain(self, domain):
+        with pytest.raises(ValueError, match="a domain is a name"):
+            checked_config(Config(domains=[domain]))
+
+    def test_not_under_a_hub(self):
+        arguments = port_proxy._parser().parse_args(["--domain", "apps.example.org"])
+        environment = dict(HUB_ENVIRONMENT, JUPYTERHUB_SERVICE_URL="http://127.0.0.1:1/")
+        assert checked_config(port_proxy._config_under_hub(Config(domains=["a.b"]), arguments, environment)).domains == ()
+
+
+class TestSignInAtAHost:
+    @pytest.fixture
+    def app(self, upstream):
+        return upstream(answering(OK))
+
+    def test_nothing_is_reached_without(self, start, app):
+        proxy = start(token=TOKEN)
+        host = "%d.localhost:8888" % app.port
+        for method, lines, status in (("GET", (), 401), ("GET", SAFE_LINES, 401), ("POST", ("Content-Length: 0",), 401), ("GET", HANDSHAKE, 403), ("GET", ("Cookie: port_proxy_%d=x" % proxy.port,), 401)):
+            for target in ("/", "/proxy/", port_proxy.ENTRANCE, port_proxy.ENTRANCE + "?ticket=guess"):
+                if target != port_proxy.ENTRANCE or method != "POST":
+                    assert status_of(proxy.ask(at(host, method, target, *lines))) in (status, 401)
+        assert app.connections == 0
+
+    def test_by_the_form(self, start, app):
+        proxy = start(token=TOKEN)
+        host = "%d.localhost:8888" % app.port
+        page = proxy.ask(at(host, "GET", "/a?b", *SAFE_LINES))
+        assert b'action="/.well-known/port-proxy"' in page[2]
+        assert b'value="/a?b"' in page[2]
+        form = b"token=%s&next=/a?b" % TOKEN.encode()
+        answer = proxy.ask(at(host, "POST", port_proxy.ENTRANCE, "Content-Length: %d" % len(form), "Origin: http://" + host, body=form))
+        assert (status_of(answer), fields_of(answer)["location"]) == (303, "/a?b")
+        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/; HttpOnly; SameSite=Lax" % proxy.port, fields_of(answer)["set-cookie"])
+        assert status_of(proxy.ask(at(host, "GET", "/a?b", cookie_of(answer)))) == 200
+        assert "cookie" not in fields_of(app.messages[-1])
+        for elsewhere in ("localhost:8888", "1.localhost:8888", "%d.localhost.:8888" % app.port):  # a cookie per host
+            assert status_of(proxy.ask(at(elsewhere, "GET", "/proxy/%d/" % app.port, cookie_of(answer)))) in (401, 403)
+        for place in (b"//evil/", b"https://evil/", b"/\\evil", b""):
+            form = b"token=%s&next=%s" % (TOKEN.encode(), place)
+            assert fields_of(proxy.ask(at(host, "POST", port_proxy.ENTRANCE, "Content-Length: %d" % len(form), body=form)))["location"] == "/"
+        foreign = at(host, "POST", port_proxy.ENTRANCE, "Content-Length: 9", "Origin: http://1.localhost:8888", body=b"token=abc")
+        assert status_of(proxy.ask(foreign)) == 403
+
+    def test_by_the_address(self, start, app):
+        proxy = start(token=TOKEN)
+        host = "%d.localhost:8888" % app.port
+        answer = proxy.ask(at(host, "GET", "/a?token=%s&b" % TOKEN, *SAFE_LINES))
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, "/a?b")
+        assert "; Path=/;" in fields_of(answer)["set-cookie"]
+        assert app.connections == 0
+
+    def test_who_is_signed_in_is_led_there(self, start, app, caplog):
+        """With a ticket that is good once, for this host alone; the address to which it leads holds nothing of it."""
+        caplog.set_level(logging.DEBUG)
+        proxy = start(token=TOKEN)
+        cookie = cookie_of(proxy.ask(at("127.0.0.1:8888", "GET", "/proxy/?token=" + TOKEN, *SAFE_LINES)))
+        host = "%d.localhost:8888" % app.port
+
+        def ticket():
+            led = proxy.ask(at("127.0.0.1:8888", "GET", "/proxy/?open=%d" % app.port, cookie, *SAFE_LINES))
+            assert (status_of(led), fields_of(led)["referrer-policy"]) == (303, "no-referrer")
+            return re.fullmatch(r"http://%s(/\.well-known/port-proxy\?ticket=[A-Za-z0-9_-]{43})" % re.escape(host), fields_of(led)["location"]).group(1)
+
+        target = ticket()
+        entered = proxy.ask(at(host, "GET", target, *SAFE_LINES))
+        assert (status_of(entered), fields_of(entered)["location"]) == (303, "/")
+        assert status_of(proxy.ask(at(host, "GET", "/", cookie_of(entered)))) == 200
+        assert status_of(proxy.ask(at(host, "GET", target, *SAFE_LINES))) == 401
+        target = ticket()
+        assert status_of(proxy.ask(at("1.localhost:8888", "GET", target, *SAFE_LINES))) == 401
+        assert status_of(proxy.ask(at(host, "GET", target, *SAFE_LINES))) == 401
+        assert [message[0] for message in app.messages] == ["GET / HTTP/1.1"]
+        assert "ticket=" not in caplog.text
+        for lines in ((), SAFE_LINES, HANDSHAKE):
+            assert status_of(proxy.ask(at("127.0.0.1:8888", "GET", "/proxy/?open=%d" % app.port, *lines))) in (401, 403)
+
+    def test_a_ticket_runs_out_and_there_are_not_too_many(self, start, app):
+        proxy = start(token=TOKEN)
+        gate = proxy.proxy._around.gate
+        visit = Visit("192.0.2.1", "http", "%d.localhost:8888" % app.port, app_port=app.port)
+        for _ in range(1500):
+            ticket = gate._lead_to_host(app.port, visit).fields[0][1].rpartition("=")[2]
+        assert len(gate._tickets) == 1000
+        gate._tickets[ticket] = app.port, time.monotonic() - 1
+        assert gate._enter(ticket, visit).status == 401
+
+    def test_without_a_token_the_way_is_plain(self, start, app):
+        proxy = start(allow_hostnames=["a.example"])
+        led = proxy.ask(at("localhost:8888", "GET", "/proxy/?open=%d" % app.port))
+        assert (status_of(led), fields_of(led)["location"]) == (303, "http://%d.localhost:8888/" % app.port)
+        nowhere = proxy.ask(at("a.example", "GET", "/proxy/?open=1"))
+        assert (status_of(nowhere), b"--domain" in nowhere[2]) == (404, True)
+        assert status_of(proxy.ask(at("localhost", "GET", "/proxy/?open=99999"))) == 404
 
 
 ORIGINS = [  # method, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, whether it may come in where a browser does so on its own
@@ -1620,6 +1826,297 @@ class TestTrustedProxies:
         assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, cookie_of(answer), "Origin: https://pub.example", *lines))) == 200
         assert fields_of(app.messages[-1])["origin"] == "http://localhost:%d" % app.port
         assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, cookie_of(answer), "Origin: http://here:8888", *lines))) == 403
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strays
+# ---------------------------------------------------------------------------------------------------------------------
+
+US = "http://here:8888"
+STRAYS = [  # fields, whether a navigation, the prefix that is meant
+    ([("Referer", US + "/proxy/80/a/b?c")], False, "/proxy/80"), ([("Referer", US + "/proxy/absolute/80/a")], False, "/proxy/absolute/80"), ([("Referer", US + "/proxy/80")], True, "/proxy/80"),
+    ([("Referer", US + "/proxy/db:80/#x")], False, "/proxy/db:80"), ([("Referer", US + "/proxy/80/"), ("Cookie", "last=90")], False, "/proxy/80"), ([("Referer", US + "/")], False, None),
+    ([("Referer", US + "/"), ("Cookie", "last=90")], False, "/proxy/90"), ([("Referer", US + "/worker.js"), ("Cookie", "a=b; last=absolute/90")], False, "/proxy/absolute/90"),
+    ([("Referer", US + "/proxy/"), ("Cookie", "last=90")], False, None), ([("Referer", US + "/proxy?a"), ("Cookie", "last=90")], True, None),  # from our own page
+    ([("Referer", "http://evil/proxy/80/"), ("Cookie", "last=90")], False, None), ([("Referer", "http://evil/"), ("Cookie", "last=90")], True, None),
+    ([("Referer", US + "/proxy/80/"), ("Sec-Fetch-Site", "cross-site")], True, None), ([("Referer", US + "/proxy/80/"), ("Sec-Fetch-Site", "same-site")], False, None),
+    ([("Referer", US + "/proxy/80/"), ("Origin", "http://evil")], False, None), ([("Referer", US + "/proxy/80/"), ("Origin", "null")], False, None),
+    ([("Referer", US + "/proxy/80/"), ("Origin", US), ("Sec-Fetch-Site", "same-origin")], False, "/proxy/80"), ([("Sec-Fetch-Site", "same-origin"), ("Cookie", "last=90")], False, "/proxy/90"),
+    ([("Sec-Fetch-Site", "same-origin"), ("Origin", "null"), ("Cookie", "last=90")], False, "/proxy/90"), ([("Sec-Fetch-Site", "none"), ("Cookie", "last=90")], False, None),
+    ([("Sec-Fetch-Site", "none"), ("Cookie", "last=90")], True, "/proxy/90"), ([("Cookie", "last=90")], True, "/proxy/90"), ([("Cookie", "last=90")], False, None),
+    ([("Origin", US), ("Cookie", "last=90")], False, "/proxy/90"), ([("Sec-Fetch-Site", "same-origin")], False, None), ([], True, None), ([], False, None),
+    ([("Sec-Fetch-Site", "same-origin"), ("Sec-Fetch-Site", "same-origin"), ("Cookie", "last=90")], False, None),
+    ([("Origin", US), ("Cookie", "last=evil; last=[::1]:90; last=80")], False, "/proxy/[::1]:90"), ([("Origin", US), ("Cookie", "last=80/a")], False, None), ([("Origin", US), ("Cookie", "last=80/..")], False, None),
+    ([("Origin", US), ("Cookie", "last=80?a")], False, None), ([("Origin", US), ("Cookie", "last=/80")], False, None), ([("Origin", US), ("Cookie", "last=; xlast=80")], False, None),
+    ([("Origin", US), ("Cookie", "last=//evil:80")], False, None), ([("Origin", US), ("Cookie", "last=080")], False, None),
+]  # fmt: skip
+
+
+class TestStrays:
+    """Requests that left the prefix, as links that begin with a slash do."""
+
+    @pytest.mark.parametrize("fields, navigation, prefix", STRAYS, ids=case_id)
+    def test_which_app_is_meant(self, fields, navigation, prefix):
+        head = RequestHead("GET", "/a/%2F?b", "here:8888", "1.1", tuple(fields) + ((("Accept", "text/html"),) if navigation else ()))
+        route = port_proxy.find_stray(head, Visit("192.0.2.1", "http", "here:8888"), "/proxy", "last")
+        assert (route and (route.prefix, route.path, route.query, route.strayed)) == (prefix and (prefix, "/a/%2F", "?b", True))
+
+    def test_dot_segments_that_leave(self):
+        head = RequestHead("GET", "/../8081/", "here:8888", "1.1", (("Referer", US + "/proxy/80/"),))
+        assert status_of_error(port_proxy.find_stray, head, Visit("", "http", "here:8888"), "/proxy", "last") == 400
+
+    def test_at_the_root(self):
+        for referer, prefix in ((US + "/80/a", "/80"), (US + "/absolute/80/", "/absolute/80"), (US + "/", None)):
+            head = RequestHead("GET", "/static/a", "here:8888", "1.1", (("Referer", referer),))
+            route = port_proxy.find_stray(head, Visit("", "http", "here:8888"), "", "last")
+            assert (route and route.prefix) == prefix
+
+    @pytest.mark.parametrize("base", ["/proxy", "/"])
+    def test_led_back(self, start, upstream, base):
+        """A 307, which keeps method and body; only its target reaches the app."""
+        app = upstream(answering(OK))
+        proxy = start(base=base)
+        for form in ("%s/%d", "%s/absolute/%d"):
+            prefix = form % (base.rstrip("/"), app.port)
+            for method, lines in (("GET", ()), ("POST", ("Content-Length: 2", "Origin: " + US)), ("DELETE", ()), ("FROB", ())):
+                answer = proxy.ask(request(method, "/static/a%2F?b=/c", "Referer: %s%s/x" % (US, prefix), *lines, body=b"ab" if lines else b""))
+                assert (status_of(answer), fields_of(answer)["location"], fields_of(answer)["cache-control"]) == (307, prefix + "/static/a%2F?b=/c", "no-store")
+        assert app.connections == 0
+
+    def test_an_upload_is_led_back_once_it_has_come(self, start):
+        """However long that takes; who asks whether to send it is told at once not to."""
+        proxy = start(linger_timeout=0.1)
+        lines = ("Referer: %s/proxy/80/" % US, "Origin: " + US)
+        for framing, pieces in (("Content-Length: 6", (b"abc", b"def")), ("Transfer-Encoding: chunked", (b"3\r\nabc\r\n", b"3\r\ndef\r\n0\r\n\r\n"))):
+            with proxy.wire() as wire:
+                wire.send(request("POST", "/upload", framing, *lines), pieces[0])
+                wire.sock.settimeout(0.5)
+                with pytest.raises(socket.timeout):
+                    wire.more()
+                wire.sock.settimeout(WAIT)
+                wire.send(pieces[1], request("GET", "/proxy/?port=80"))
+                assert [status_of(wire.message()), status_of(wire.message())] == [307, 303]
+        assert status_of(proxy.ask(request("POST", "/upload", "Content-Length: 6", "Expect: 100-continue", *lines))) == 307
+        assert status_of(proxy.ask(request("POST", "/upload", "Transfer-Encoding: chunked", *lines, body=b"x\r\n"))) == 400
+
+    def test_never_what_is_ours(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start()
+        for target in ("/proxy/x", "/proxy/99999/", "/proxy//", "/%70roxy/x", "/proxy/absolute/", "/proxy/08/"):
+            assert status_of(proxy.get(target, "Referer: %s/proxy/%d/" % (US, app.port), "Sec-Fetch-Site: same-origin")) == 404
+        assert status_of(start(base="/").get("/absolute/x", "Referer: %s/%d/" % (US, app.port))) == 404
+
+    @pytest.mark.parametrize("options", [{"whole_origin": False}, {"base": "/a/b"}, {"trusted_proxies": ["192.0.2.1"]}])
+    def test_not_where_others_share_the_origin(self, start, upstream, options):
+        app = upstream(answering(OK, b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\n\r\n"))
+        proxy = start(**options)
+        prefix = "%s/%d" % (options.get("base", "/proxy"), app.port)
+        assert status_of(proxy.get("/static/a", "Referer: %s%s/" % (US, prefix))) == 404
+        for _ in range(2):
+            answer = proxy.get(prefix + "/", *SAFE_LINES)
+        assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
+        assert status_of(start(base="/a/b", whole_origin=True).get("/static/a", "Referer: %s/a/b/%d/" % (US, app.port))) == 307
+
+    def test_the_app_that_was_opened_last(self, start, upstream):
+        """Two apps are open: a cookie says which one came last, for whatever has no Referer."""
+        apps = [upstream(lambda wire, app: serve_sockets(wire, app)) for _ in range(2)]
+        proxy = start()
+        name = "port_proxy_%d_app" % proxy.port
+        cookie = ""
+        for app in apps:
+            answer = proxy.get("/proxy/%d/" % app.port, *SAFE_LINES, *((cookie,) if cookie else ()))
+            assert fields_of(answer)["set-cookie"] == "%s=%d; Path=/; HttpOnly; SameSite=Lax" % (name, app.port)
+            cookie = cookie_of(answer)
+            assert "set-cookie" not in fields_of(proxy.get("/proxy/%d/" % app.port, *SAFE_LINES, cookie))
+        for lines in (("Sec-Fetch-Mode: cors", "Accept: */*"), ("Sec-Fetch-Dest: iframe",) + SAFE_LINES, ("Accept: text/html", "Sec-Fetch-Mode: no-cors")):
+            assert "set-cookie" not in fields_of(proxy.get("/proxy/%d/" % apps[0].port, cookie, *lines))  # nothing was opened
+        assert fields_of(proxy.get("/x", cookie, "Sec-Fetch-Site: same-origin"))["location"] == "/proxy/%d/x" % apps[1].port
+        assert fields_of(proxy.get("/x", cookie, "Referer: %s/proxy/%d/" % (US, apps[0].port)))["location"] == "/proxy/%d/x" % apps[0].port
+        assert status_of(proxy.get("/socket.io/?a", cookie, "Origin: " + US, *HANDSHAKE, no_body=True)) == 101
+        assert apps[1].messages[-1][0] == "GET /socket.io/?a HTTP/1.1"
+        assert fields_of(apps[1].messages[-1])["x-forwarded-prefix"] == "/proxy/%d" % apps[1].port
+        assert status_of(proxy.get("/socket.io/", cookie, "Origin: http://evil", *HANDSHAKE)) == 404
+        assert status_of(proxy.get("/sw.js", cookie, "Sec-Fetch-Site: same-origin", "Sec-Fetch-Dest: serviceworker")) == 200
+        assert apps[1].messages[-1][0] == "GET /sw.js HTTP/1.1"
+        assert name not in repr(apps[0].messages + apps[1].messages)
+
+    def test_an_apps_own_cookies_reach_it_where_it_is_served_in_place(self, start, upstream):
+        """Those with a Path below the prefix, of which we keep copies for all paths; each app gets its own alone."""
+        cookies = ("a=1; Path=/; Secure; Max-Age=9", "b=2", "c=3; Path=/x; HttpOnly; Domain=localhost", "__Host-d=4; Path=/; Secure", "=5")
+        head = "HTTP/1.1 200 OK\r\n%sContent-Length: 0\r\n\r\n" % "".join("Set-Cookie: %s\r\n" % one for one in cookies)
+        app = upstream(lambda wire, app: serve_sockets(wire, app, head.encode()))
+        other = upstream(lambda wire, app: serve_sockets(wire, app, head.encode()))
+        proxy = start()
+        jar = {}
+        for one in (other, app):
+            answer = proxy.get("/proxy/%d/" % one.port, *SAFE_LINES)
+            jar.update(value.split(";")[0].split("=", 1) for name, value in answer[1] if name == "Set-Cookie" and value.startswith("port_proxy_"))
+        ours = [value for name, value in answer[1] if name == "Set-Cookie" and value.startswith("port_proxy_")]
+        start_of_name = "port_proxy_%d_app_%s_" % (proxy.port, hashlib.sha256(b"%d" % app.port).hexdigest()[:8])
+        assert ours == [
+            start_of_name + "a=1; Secure; Max-Age=9; Path=/; HttpOnly", start_of_name + "b=2; Path=/; HttpOnly", start_of_name + "c=3; Path=/; HttpOnly",
+            "port_proxy_%d_app=%d; Path=/; HttpOnly; SameSite=Lax" % (proxy.port, app.port),
+        ]  # fmt: skip
+        assert "a=1; Path=/proxy/%d/; Secure; Max-Age=9" % app.port in [value for _, value in answer[1]]
+        line = "Cookie: b=newer; " + "; ".join("%s=%s" % pair for pair in sorted(jar.items()))
+        assert status_of(proxy.get("/ws", line, "Origin: " + US, *HANDSHAKE, no_body=True)) == 101
+        assert fields_of(app.messages[-1])["cookie"] == "b=newer; a=1; c=3"
+        assert status_of(proxy.get("/proxy/%d/" % app.port, line)) == 200
+        assert fields_of(app.messages[-1])["cookie"] == "b=newer"
+        assert [value for name, value in proxy.get("/proxy/%d/" % app.port)[1] if value.startswith("port_proxy_")] == []  # to no program
+
+    def test_nothing_of_ours_can_be_smuggled_in_as_a_copy(self, start, upstream):
+        app = upstream(lambda wire, app: serve_sockets(wire, app))
+        proxy = start(token=TOKEN)
+        cookie = cookie_of(proxy.get("/proxy/?token=" + TOKEN, *SAFE_LINES))
+        session = cookie[len("Cookie: ") :]
+        start_of_name = "port_proxy_%d_app_%s_" % (proxy.port, hashlib.sha256(b"%d" % app.port).hexdigest()[:8])
+        line = "%s; port_proxy_%d_app=%d; %s%s; %sx=y" % (cookie, proxy.port, app.port, start_of_name, session, start_of_name)
+        assert status_of(proxy.get("/ws", line, "Origin: " + US, *HANDSHAKE, no_body=True)) == 101
+        assert fields_of(app.messages[-1])["cookie"] == "x=y"
+
+    def test_cookies_without_a_path_that_are_set_in_place(self):
+        route = STRIPPED._replace(strayed=True)
+        for value, translated in (("a=b", "a=b; Path=%s/"), ("a=b; Path=/", "a=b; Path=%s/"), ("a=b; Max-Age=1", "a=b; Max-Age=1; Path=%s/")):
+            assert sent_to_client(("Set-Cookie", value), route=route)[0] == ("Set-Cookie", translated % STRIPPED.prefix)
+
+    def test_a_service_worker_rules_no_more_than_its_app(self):
+        """Served in place its scope could be the whole origin, our pages and other apps in it."""
+        own = ("Service-Worker-Allowed", STRIPPED.prefix + "/")
+        for value, route, sent in (
+            ("/", STRIPPED, (own,)), ("/a/", STRIPPED, (("Service-Worker-Allowed", STRIPPED.prefix + "/a/"),)), ("./", STRIPPED, (("Service-Worker-Allowed", "./"),)),
+            ("/", STRIPPED._replace(strayed=True), (own,)), ("/", STRIPPED._replace(prefix=""), (("Service-Worker-Allowed", "/"),)),
+            ("/x/", STRIPPED._replace(absolute=True), (("Service-Worker-Allowed", "/x/"),)), ("/", STRIPPED._replace(absolute=True, strayed=True), (own,)),
+        ):  # fmt: skip
+            assert sent_to_client(("Service-Worker-Allowed", value), route=route) == sent
+        assert sent_to_client(route=STRIPPED._replace(strayed=True)) == (own,)
+
+    def test_behind_the_same_gate(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start(token=TOKEN)
+        lines = ("Referer: %s/proxy/%d/" % (US, app.port), "Cookie: port_proxy_%d_app=%d" % (proxy.port, app.port))
+        assert status_of(proxy.get("/x", *lines)) == 401
+        assert status_of(proxy.get("/x", "Origin: " + US, *(HANDSHAKE + lines))) == 403
+        page = proxy.get("/x?y", *(SAFE_LINES + lines))
+        assert (status_of(page), b'value="/proxy/%d/x?y"' % app.port in page[2]) == (401, True)
+        answer = proxy.get("/x?token=%s&y" % TOKEN, *lines)
+        assert (status_of(answer), fields_of(answer)["location"]) == (307, "/proxy/%d/x?y" % app.port)
+        asked = []
+
+        async def authorize(head, visit, route):
+            asked.append(route)
+            raise ProxyError(403, "No.")
+
+        assert status_of(start(authorize=authorize).get("/x", *lines)) == 403
+        assert (asked[0].port, asked[0].path, asked[0].strayed) == (app.port, "/x", True)
+        assert app.connections == 0
+
+    def test_what_helps_where_nothing_tells(self, start):
+        answer = start().ask(at("localhost:8888", "GET", "/packages/a.whl"))
+        assert (status_of(answer), b"http://8080.localhost:8888/" in answer[2]) == (404, True)
+        assert b"host of its own" not in start(domains=()).get("/packages/a.whl")[2]
+
+    def test_the_bare_origin_is_our_page(self, start):
+        proxy = start()
+        for lines in (SAFE_LINES, SAFE_LINES + ("Cookie: port_proxy_%d_app=80" % proxy.port, "Sec-Fetch-Site: none")):
+            answer = proxy.get("/", *lines)
+            assert (status_of(answer), fields_of(answer)["location"]) == (302, "/proxy/")
+        assert fields_of(proxy.get("/", "Referer: %s/proxy/80/x" % US, *SAFE_LINES))["location"] == "/proxy/80/"
+        assert status_of(start(whole_origin=False).get("/", *SAFE_LINES)) == 404
+
+    def test_a_form_of_a_page_that_sends_no_referrer(self, start, upstream):
+        app = upstream(answering(OK))
+        proxy = start()
+        for site, status in (("same-origin", 200), ("cross-site", 403), ("none", 403)):
+            assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, "Origin: null", "Sec-Fetch-Site: " + site, "Content-Length: 0"))) == status
+
+    def test_another_proxy_as_the_app(self, start, upstream):
+        """It keeps its cookies, and we ours, also where one port's number begins as the other's."""
+        inner = start(token=TOKEN)
+        gate = start().proxy._around.gate
+        gate.cookie_name, gate.app_cookie = "port_proxy_80", "port_proxy_80_app"
+        route = STRIPPED._replace(port=inner.port)
+        for name, ours in (("port_proxy_80", True), ("port_proxy_80_app", True), ("port_proxy_80_app_x_a", True), ("port_proxy_%d" % inner.port, False), ("port_proxy_%d_app" % inner.port, False), ("port_proxy_9_app", True)):
+            assert gate.owns_cookie(name, route) is ours
+        assert not gate.owns_cookie("port_proxy_8080", STRIPPED._replace(port=8080))
+
+
+def serve_sockets(wire, app, answer=OK):
+    """Open WebSockets, and answer all else."""
+    while wire.buffer or wire.more():
+        app.messages.append(wire.message())
+        opens = "sec-websocket-key" in fields_of(app.messages[-1])
+        wire.send(SWITCHING if opens else answer)
+        if opens:
+            wire.rest()
+            return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ports
+# ---------------------------------------------------------------------------------------------------------------------
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="this system has no /proc/net/tcp")
+
+
+@needs_proc
+class TestPorts:
+    def mine(self):
+        return {one.port: one for one in port_proxy.listeners() if one.pid == os.getpid()}
+
+    @pytest.mark.parametrize(
+        "family, address, told, is_local",
+        [
+            (socket.AF_INET, "127.0.0.1", "127.0.0.1", True), (socket.AF_INET, "0.0.0.0", "0.0.0.0", True), (socket.AF_INET, "127.0.0.2", "127.0.0.2", False), (socket.AF_INET6, "::1", "::1", True),
+            (socket.AF_INET6, "::", "::", True), (socket.AF_INET6, "::ffff:127.0.0.1", "127.0.0.1", True),
+        ],
+    )  # fmt: skip
+    def test_what_listens(self, family, address, told, is_local):
+        with socket.socket(family) as sock:
+            try:
+                sock.bind((address, 0))
+            except OSError:
+                pytest.skip("this machine has no %s" % address)
+            port = sock.getsockname()[1]
+            assert port not in self.mine()
+            sock.listen(1)
+            found = self.mine()[port]
+            assert (found.addresses, found.is_local) == ((told,), is_local)
+            assert 0 <= time.time() - found.started < 86400
+            assert port_proxy.listens_elsewhere(port) == (() if is_local else (told,))
+        assert port not in self.mine()
+        assert port_proxy.listens_elsewhere(port) == ()
+
+    def test_of_others_and_of_the_system_nothing_is_shown(self, monkeypatch):
+        row = "   0: 0100007F:%04X 00000000:0000 0A 00000000:00000000 00:00000000 00000000 %5d        0 %d 1 0 100 0 0 10 0\n"
+        me = os.geteuid()
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(1)
+            inode = os.stat("/proc/self/fd/%d" % sock.fileno()).st_ino
+            table = "".join(row % values for values in ((8080, me, inode), (8081, me + 1, inode), (631, me, inode), (8082, me, 1)))
+            monkeypatch.setattr("builtins.open", lambda name, *more, _open=open, **how: io.StringIO(table if name == "/proc/net/tcp" else "") if name.startswith("/proc/net/") else _open(name, *more, **how))
+            assert [one.port for one in port_proxy.listeners()] == [8080]
+
+    def test_where_there_is_no_proc(self, monkeypatch):
+        monkeypatch.setattr(port_proxy, "_TABLES", ("/nowhere",))
+        monkeypatch.setattr(port_proxy.tcp_sockets, "__defaults__", (("/nowhere",), None))
+        assert port_proxy.listeners() == []
+
+    @pytest.mark.parametrize(
+        "arguments, name",
+        [
+            (["/usr/bin/python3", "-m", "http.server", "--secret=x"], "http.server"), (["python3.11", "-u", "-X", "dev", "/srv/app.py", "--token", "x"], "app.py"), (["/usr/bin/node", "/a/b/vite.js"], "vite.js"),
+            (["/opt/code-server", "--auth", "x"], "code-server"), (["python3", "-c", "print('secret')"], "python3"), (["python3"], "python3"), (["nginx: master process /usr/sbin/nginx"], "nginx"), ([], ""),
+        ],
+    )  # fmt: skip
+    def test_the_name_of_a_program(self, monkeypatch, arguments, name):
+        text = "".join(word + "\0" for word in arguments)
+        monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(text))
+        assert port_proxy._program(1) == name
+
+    def test_processes_that_are_gone(self):
+        assert (port_proxy._program(2 ** 30), port_proxy._started(2 ** 30), port_proxy._holders({"1"})) == ("", 0.0, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1975,6 +2472,15 @@ def as_user(user, host):
 NAVIGATION = ("Accept: text/html,application/xhtml+xml,*/*;q=0.8", "Sec-Fetch-Mode: navigate")
 
 
+def without_tags(page):
+    return re.sub(b"<[^>]*>", b"", page)
+
+
+@pytest.fixture
+def no_ports(monkeypatch):
+    monkeypatch.setattr(port_proxy, "listeners", list)
+
+
 class TestPages:
     @pytest.mark.parametrize(
         "method, fields, html",
@@ -1991,11 +2497,12 @@ class TestPages:
         response = error_response(ProxyError(502, "<script>alert(1)</script>&."), True)
         assert b"<script" not in response.body
         assert b"&lt;script&gt;" in response.body
+        assert b'<code class="option">--any-owner</code>' in error_response(ProxyError(403, "Start it with --any-owner."), True).body
         fields = dict(response.fields)
         assert fields["Content-Type"] == "text/html; charset=utf-8"
         assert fields["X-Content-Type-Options"] == "nosniff"
         assert "default-src 'none'" in fields["Content-Security-Policy"]
-        digest = base64.b64encode(hashlib.sha256(re.search(b"<style>(.*)</style>", response.body).group(1)).digest())
+        digest = base64.b64encode(hashlib.sha256(re.search(b"<style>(.*)</style>", response.body, re.S).group(1)).digest())
         assert "'sha256-%s'" % digest.decode() in fields["Content-Security-Policy"]
 
     def test_nothing_of_the_request_is_reflected(self, proxy):
@@ -2004,16 +2511,154 @@ class TestPages:
             for lines in ((), NAVIGATION):
                 assert b"<script" not in proxy.get(target, *lines)[2]
 
-    def test_forms_page(self, proxy):
+    def test_page_without_ports(self, proxy, no_ports):
         for target in ("/proxy", "/proxy/"):
             page = proxy.get(target, *NAVIGATION)
             assert (status_of(page), fields_of(page)["content-type"]) == (200, "text/html; charset=utf-8")
+            assert (b"No program of yours listens" in page[2]) is port_proxy.ports_are_told()
             text = proxy.get(target)
             assert fields_of(text)["content-type"] == "text/plain; charset=utf-8"
             for form in (b"/proxy/8080/", b"/proxy/absolute/8080/", b"/proxy/db1.example.org:8080/"):
                 assert form in page[2]
                 assert form in text[2]
         assert status_of(proxy.ask(request("POST", "/proxy/", "Content-Length: 0"))) == 405
+
+    def test_where_the_system_tells_nothing(self, proxy, no_ports, monkeypatch):
+        monkeypatch.setattr(port_proxy, "_TABLES", ("/nowhere",))
+        page = proxy.get("/proxy/", *NAVIGATION)[2]
+        assert b"does not tell which ports are in use" in page
+        assert b'name="port"' in page
+
+    def test_ports(self, start, monkeypatch):
+        """Each with its program, title, age and ways, as a page, as text and as data; what an app says is inert."""
+        now = time.time()
+        proxy = start(host_allowlist=["db"])
+        shown = [
+            port_proxy.Listener(8080, ("127.0.0.1",), "1", 7, "<b>app</b>", now - 7300), port_proxy.Listener(8081, ("192.0.2.7",), "2", 8, "other", 0.0),
+            port_proxy.Listener(proxy.port, ("127.0.0.1",), "3", 9, "self", now),
+        ]  # fmt: skip
+        monkeypatch.setattr(port_proxy, "listeners", lambda: shown)
+        proxy.proxy._around.titles._seen.update({8080: ("<i>t</i>", now), 8081: ("x" * 100, now)})
+        data = json.loads(proxy.ask(at("localhost:8888", "GET", "/proxy/", "Accept: application/json"))[2].decode())
+        first, second = data["ports"]
+        assert first == {
+            "port": 8080, "addresses": ["127.0.0.1"], "program": "<b>app</b>", "pid": 7, "seconds": first["seconds"], "title": "<i>t</i>",
+            "links": {"host": "http://8080.localhost:8888/", "stripped": "/proxy/8080/", "absolute": "/proxy/absolute/8080/"},
+        }  # fmt: skip
+        assert 7300 <= first["seconds"] < 7400
+        assert (second["port"], second["seconds"]) == (8081, None)
+        page = proxy.ask(at("localhost:8888", "GET", "/proxy/", *NAVIGATION))[2].decode()
+        for part in ('<a class="port" href="http://8080.localhost:8888/">8080</a>&lt;i&gt;t&lt;/i&gt;', "&lt;b&gt;app&lt;/b&gt; \u00b7 2 hours", 'href="/proxy/absolute/8080/"', "listens at 192.0.2.7 alone"):
+            assert part in page
+        assert "<b>" not in page
+        assert "<i>" not in page
+        assert page.count("<li id=") == 2
+        fragment = proxy.ask(at("localhost:8888", "GET", "/proxy/?list", "Accept: */*"))[2].decode()
+        assert fragment.strip() in page
+        assert "/proxy/8080/ " in proxy.get("/proxy/")[2].decode()
+        assert json.loads(proxy.ask(at("a.example", "GET", "/proxy/", "Accept: application/json"))[2].decode())["ports"][0]["links"] == {"stripped": "/proxy/8080/", "absolute": "/proxy/absolute/8080/"}
+        signed = start(token=TOKEN)
+        data = json.loads(signed.ask(at("localhost:8888", "GET", "/proxy/", "Accept: application/json", "Authorization: token " + TOKEN))[2].decode())
+        assert data["ports"][0]["links"]["host"] == "/proxy/?open=8080"
+
+    @pytest.mark.parametrize("seconds, text", [(0, "just started"), (61, "1 minute"), (3599, "59 minutes"), (7300, "2 hours"), (90000, "1 day"), (-5, "just started")])
+    def test_for_how_long(self, seconds, text):
+        assert port_proxy._for_how_long(seconds) == text
+
+    @pytest.mark.parametrize(
+        "port, location",
+        [("8080", "/proxy/8080/"), ("+8080+", "/proxy/8080/"), ("db:80", "/proxy/db:80/"), ("absolute/80", "/proxy/absolute/80/"), ("80/x?y", "/proxy/80/"), ("80/x%0D%0Aa:b", None), ("80%0D%0Aa:b", None), ("a", None), ("//evil", None), ("99999", None)],
+    )  # fmt: skip
+    def test_a_port_is_typed(self, proxy, port, location):
+        answer = proxy.get("/proxy/?port=" + port, *NAVIGATION)
+        assert (status_of(answer), fields_of(answer).get("location")) == ((303, location) if location else (404, None))
+
+    @pytest.mark.parametrize(
+        "fields, body, title",
+        [
+            ("Content-Type: text/html", b"<html><TITLE class=a> My\n app &amp; more </TITLE>", "My app & more"), ("Content-Type: text/html; charset=utf-8", "<title>\u00e4</title>".encode(), "\u00e4"),
+            ("Content-Type: text/html\r\nContent-Encoding: gzip", gzip.compress(b"<title>packed</title>" + bytes(range(256)) * 2000), "packed"),
+            ("Content-Type: text/html\r\nContent-Encoding: gzip", b"no gzip", None), ("Content-Type: text/html\r\nContent-Encoding: br", b"<title>a</title>", None), ("Content-Type: text/plain", b"<title>a</title>", None),
+            ("Content-Type: text/html", b"<title>never closed", None), ("Content-Type: text/html", b"<title>" + b"x" * 300 + b"</title>", "x" * 100), ("Content-Type: text/html", b"", None),
+        ],
+    )  # fmt: skip
+    def test_titles_of_what_goes_by(self, proxy, upstream, monkeypatch, fields, body, title):
+        def serve(wire, app):
+            wire.until(b"\r\n\r\n")
+            wire.send(("HTTP/1.1 200 OK\r\n%s\r\nContent-Length: %d\r\n\r\n" % (fields, len(body))).encode())
+            if app.connections % 2:  # the head alone, and all else once it has been passed on
+                app.let_go.wait(WAIT)
+            wire.send(body)
+
+        app = upstream(serve)
+        with proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port, *NAVIGATION))
+            head = wire.until(b"\r\n\r\n")
+            app.let_go.set()
+            assert wire.exactly(len(body)) == body
+        assert head.startswith(b"HTTP/1.1 200")
+        listener = port_proxy.Listener(app.port, ("127.0.0.1",), "1", 7, "app", time.time() - 60)
+        titles = proxy.proxy._around.titles
+        assert titles.of([listener]) == ({app.port: title} if title else {})
+        assert titles.of([listener._replace(started=time.time() + 60)]) == {}  # another program since
+
+    def test_the_waiting_page(self, proxy):
+        """For a person's navigation; all others are told at once."""
+        port = free_port()
+        page = proxy.get("/proxy/%d/" % port, *NAVIGATION)
+        fields = fields_of(page)
+        assert (status_of(page), fields["port-proxy"], fields["retry-after"], fields["cache-control"]) == (502, "waiting", "2", "no-store")
+        assert b"Nothing listens on port %d of this machine" % port in page[2]
+        assert b"--check %d" % port in page[2]
+        script = re.search(b"<script>(.*)</script>", page[2], re.S).group(1)
+        assert "script-src 'sha256-%s'" % base64.b64encode(hashlib.sha256(script).digest()).decode() in fields["content-security-policy"]
+        for method, lines in (("GET", ()), ("POST", NAVIGATION + ("Content-Length: 0",)), ("GET", HANDSHAKE), ("GET", ("Accept: text/html", "Sec-Fetch-Mode: cors"))):
+            answer = proxy.ask(request(method, "/proxy/%d/" % port, *lines))
+            assert (status_of(answer), fields_of(answer)["retry-after"], b"<script" in answer[2]) == (502, "2", False)
+
+    @needs_proc
+    def test_who_listens_on_another_address_alone_is_told(self, proxy, upstream):
+        app = upstream(answering(OK), host="127.0.0.2")
+        for lines in ((), NAVIGATION):
+            said = without_tags(proxy.get("/proxy/%d/" % app.port, *lines)[2])
+            assert b"listens at 127.0.0.2 alone, not at localhost" in said
+            assert b"--host-allowlist 127.0.0.2" in said
+
+    def test_looking_for_it_never_costs_more_than_a_twentieth_of_the_time(self, proxy, monkeypatch):
+        looked, clock = [], [0.0]
+
+        def look(port):
+            looked.append(port)
+            clock[0] += 0.05
+            return ("192.0.2.7",)
+
+        monkeypatch.setattr(port_proxy, "listens_elsewhere", look)
+        monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+        owners = port_proxy.Owners()
+        assert [owners.elsewhere(port) for port in (80, 80, 81, 80)] == [("192.0.2.7",)] * 4
+        assert looked == [80, 81]
+        clock[0] = 1.2
+        owners.elsewhere(80)
+        assert looked == [80, 81, 80]
+        for port in range(2000):
+            owners._elsewhere[port] = (), 0.0
+        owners.elsewhere(3000)
+        assert len(owners._elsewhere) == 1
+
+    def test_who_speaks_tls_is_told(self, proxy, upstream):
+        """By what it sends, or, where it only closes, by a handshake of our own that a person's visit is worth."""
+        alert, hello = b"\x15\x03\x01\x00\x02\x02\x46", b"\x16\x03\x03\x00\x7a\x02"
+
+        def serve(wire, app):
+            first = wire.more() and wire.buffer[:1]
+            wire.send(b"" if first != b"\x16" and app.is_curt else hello if first == b"\x16" else alert)
+
+        app = upstream(serve)
+        for app.is_curt, lines, told in ((False, (), True), (False, NAVIGATION, True), (True, NAVIGATION, True), (True, (), False)):
+            answer = proxy.get("/proxy/%d/" % app.port, *lines)
+            assert (status_of(answer), b"--upstream-tls %d" % app.port in without_tags(answer[2])) == (502, told)
+        other = upstream(lambda wire, app: wire.more())
+        assert b"--upstream-tls" not in proxy.get("/proxy/%d/" % other.port, *NAVIGATION)[2]
 
     def test_head_has_no_body(self, proxy):
         with proxy.wire() as wire:
@@ -4025,6 +4670,32 @@ class TestRemembering:
             message = proxy.ask(request("HEAD", "/proxy/%d/" % app.port), no_body=True)
             assert (fields_of(message)["content-length"], message[2]) == ("2", b"")
 
+    def test_the_same_answer_to_another_visitor(self, proxy, upstream):
+        """Who opens a page gets the cookie that says which app it was; who asks for data, or has it already, does not."""
+        app = upstream(answering(*[OK] * 9))
+        page, data = ("Accept: text/html",), ("Accept: */*",)
+        name = proxy.proxy._around.gate.app_cookie
+        known = page + ("Cookie: %s=%d" % (name, app.port),)
+        told = ["set-cookie" in fields_of(proxy.get("/proxy/%d/" % app.port, *lines)) for lines in (page, data, known, page, data, known, data, page, known)]
+        assert told == [True, False, False, True, False, False, False, True, False]
+
+    @pytest.mark.parametrize("coding", ["length", "chunked", "gzip", "gzip chunked", "until close"])
+    def test_titles_of_pages_however_they_come(self, proxy, upstream, coding):
+        """On a new connection, and on one from the pool, for which there is a short cut."""
+        body = b"<html><head><title>A &amp; B</title></head>" + 3000 * b" "
+        sent = gzip.compress(body) if "gzip" in coding else body
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n" + (b"Content-Encoding: gzip\r\n" if "gzip" in coding else b"")
+        if "chunked" in coding:
+            answer = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(sent) + chunk(b"")
+        else:
+            answer = head + (b"" if coding == "until close" else b"Content-Length: %d\r\n" % len(sent)) + b"\r\n" + sent
+        app = upstream(lambda wire, app: (wire.message(), wire.send(answer)) if coding == "until close" else answering(answer, answer)(wire, app))
+        for _ in range(2):
+            proxy.proxy._around.titles._seen.clear()
+            assert status_of(proxy.get("/proxy/%d/" % app.port, "Accept: text/html")) == 200
+            eventually(lambda: proxy.proxy._around.titles._seen)
+            assert proxy.proxy._around.titles._seen[app.port][0] == "A & B"
+
     def test_a_session_that_is_not_known_any_more(self, start, upstream):
         """The gate is asked every time, whatever is remembered of the request."""
         app = upstream(answering(OK, OK))
@@ -4471,6 +5142,20 @@ class TestLog:
             eventually(lambda: len(lines()) == 2)
         assert re.fullmatch(r"127\.0\.0\.1 GET /proxy/{0}/a\?\.\.\. -> localhost:{0} 200, 2 bytes, [0-9.]+ s".format(app.port), lines()[0])
         assert not any("secret" in record.getMessage() for record in caplog.records)
+
+    def test_one_line_for_a_tunnel_when_it_ends(self, proxy, upstream, caplog):
+        app = upstream(lambda wire, app: (wire.message(), wire.send(SWITCHING + b"abc"), wire.rest()))
+        with caplog.at_level(logging.INFO, "port_proxy"), proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/ws" % app.port, *HANDSHAKE))
+            wire.until(b"abc")
+            assert caplog.records == []
+            wire.send(b"12345")
+            wire.end()
+            wire.rest()
+            eventually(lambda: caplog.records)
+        line = caplog.records[0].getMessage()
+        assert re.fullmatch(r"127\.0\.0\.1 GET /proxy/{0}/ws -> localhost:{0} 101, 3 bytes and back 5, [0-9.]+ s".format(app.port), line)
+        assert caplog.records[0].request["bytes_received"] == 5
 
 
 class TestClose:
@@ -5089,6 +5774,145 @@ class TestTornadoTransport:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Check
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def serve_examined(page, fussy=False, redirect=b""):
+    """An app with one page and a WebSocket at /ws; a fussy one refuses names that are not its own."""
+
+    def serve(wire, app):
+        message = wire.message()
+        app.messages.append(message)
+        fields = fields_of(message)
+        own = fields["host"] == "localhost:%d" % app.port and fields.get("origin", "http://localhost:%d" % app.port) == "http://localhost:%d" % app.port
+        target = message[0].split(" ")[1]
+        if fussy and not own:
+            wire.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        elif "upgrade" in fields:
+            wire.send(SWITCHING if target == "/ws" else b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        elif redirect and target == "/":
+            wire.send(b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % redirect.replace(b"PORT", b"%d" % app.port))
+        else:
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page), page)
+
+    return serve
+
+
+class TestCheck:
+    def check(self, background, port, **options):
+        return background.do(port_proxy.check_port(port, checked_config(Config(**options))))
+
+    def test_an_app_in_good_health(self, background, upstream):
+        app = upstream(serve_examined(b"<title>My app</title><a href=there><img src='//elsewhere/a'><a href=https://a/b>"))
+        report = self.check(background, app.port)
+        assert (report.ok, report.speaks, report.status, report.title, report.redirect, report.problems) == (True, "http", 200, "My app", "", ())
+        assert (report.rooted, report.refuses_host, report.refuses_origin, report.socket, report.app, report.flag) == ([], False, False, "/ws", "", "")
+        assert report.use == ["http://%d.localhost:8888/" % app.port, "http://localhost:8888/proxy/%d/" % app.port]
+        if os.path.exists("/proc/net/tcp"):
+            assert report.addresses == ("127.0.0.1",)
+            assert report.program
+
+    @pytest.mark.parametrize("redirect", [b"/lab?x=secret", b"http://localhost:PORT/lab"])
+    def test_what_it_finds(self, background, upstream, redirect):
+        page = b"<script id=_dash-config></script><script src=\"/_dash/a.js?v=1\"></script><link href='/b.css'><form action=/c><a href=/b.css>"
+        app = upstream(serve_examined(page, fussy=True, redirect=redirect))
+        report = self.check(background, app.port)
+        assert (report.redirect, report.rooted, report.refuses_host, report.refuses_origin) == ("/lab", ["/_dash/a.js", "/b.css", "/c"], True, True)
+        assert (report.app, report.flag) == ("Dash", 'url_base_pathname="/proxy/absolute/%d/"' % app.port)
+        text = port_proxy.report_text(report)
+        for part in ("redirects  /lab", "/_dash/a.js, /b.css, /c", "refuses names that are not its own", "opens at /ws; refuses pages", 'url_base_pathname="/proxy/absolute/%d/"' % app.port):
+            assert part in text
+
+    @pytest.mark.parametrize(
+        "text, past",
+        [
+            ("new WebSocket('ws://localhost:PORT/ws')", True), ("?protocol=ws%3A&hostname=0.0.0.0&port=PORT&pathname=%2Fws", True), ("http://127.0.0.1:PORT", True), ("ws://[::1]:PORT/", True),
+            ("http://localhost:PORT0/", False), ("http://localhost:1/ PORT", False), ("location.host", False), ("http://elsewhere:PORT/", False),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("place", ["/", "/a/main.js"])
+    def test_what_goes_past_the_proxy(self, background, upstream, text, past, place):
+        """A page or script that names the app's own address: only a browser on this machine can follow."""
+
+        def serve(wire, app):
+            target = wire.message()[0].split(" ")[1]
+            body = {"/": "<script src=//cdn.example/b.js></script><script defer src='a/main.js?v=1'></script>"}.get(target.partition("?")[0], "")
+            body += text.replace("PORT", str(app.port)) if target.partition("?")[0] == place else ""
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body.encode()))
+
+        app = upstream(serve)
+        report = self.check(background, app.port)
+        assert [problem.startswith("%s names port %d itself" % (place, app.port)) for problem in report.problems] == [True] * past
+        assert report.ok
+
+    def test_links_that_nothing_leads_back(self, background, upstream):
+        app = upstream(serve_examined(b"<img src=/a>"))
+        report = self.check(background, app.port, whole_origin=False)
+        assert (report.ok, "--whole-origin yes" in report.problems[0]) == (True, True)
+        assert self.check(background, app.port).problems == ()
+
+    def test_a_page_that_fails_behind_its_redirect(self, background, upstream):
+        def serve(wire, app):
+            if wire.message()[0] == "GET / HTTP/1.1":
+                wire.send(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")
+
+        app = upstream(serve)
+        report = self.check(background, app.port)
+        assert (report.ok, report.redirect, len(report.problems)) == (True, "/x", 1)
+
+    def test_an_app_that_says_nothing(self, background, upstream, monkeypatch):
+        monkeypatch.setattr(port_proxy, "_PAGE_SECONDS", 0.2)
+        app = upstream(lambda wire, app: wire.rest())
+        report = self.check(background, app.port)
+        assert (report.ok, report.problems) == (False, ("No answer came from port %d of this machine within 0.2 seconds." % app.port,))
+
+    def test_what_is_asked(self, background, upstream):
+        """Nothing twice: neither Host nor Connection, which an app could refuse."""
+        app = upstream(serve_examined(b""))
+        self.check(background, app.port)
+        for message in app.messages:
+            names = [name.lower() for name, _ in message[1]]
+            assert len(names) == len(set(names))
+        assert {fields_of(message)["connection"] for message in app.messages} == {"close", "Upgrade"}
+
+    @pytest.mark.parametrize("location", [b"https://elsewhere.example/", b"//elsewhere.example/", b"/"])
+    def test_a_redirect_that_leads_nowhere(self, background, upstream, location):
+        app = upstream(serve_examined(b"", redirect=location))
+        report = self.check(background, app.port)
+        assert (report.ok, report.status) == (True, 302)
+
+    def test_what_is_in_the_way(self, background, upstream, certificate):
+        speaking = upstream(lambda wire, app: (wire.send(b"SSH-2.0-x\r\n"), wire.more()))
+        tls = upstream(lambda wire, app: wire.send(b"\x15\x03\x01\x00\x02\x02\x46" if wire.more() else b""))
+        port = free_port()
+        for number, speaks, says in ((port, "", "Nothing listens"), (speaking.port, "other", "does not answer HTTP"), (tls.port, "https", "--upstream-tls %d" % tls.port)):
+            report = self.check(background, number)
+            assert (report.ok, report.speaks, report.use) == (False, speaks, ())
+            assert says in report.problems[0]
+            assert says in port_proxy.report_text(report)
+
+    @needs_proc
+    def test_an_app_on_another_address(self, background, upstream):
+        app = upstream(answering(OK), host="127.0.0.2")
+        report = self.check(background, app.port)
+        assert (report.ok, report.addresses) == (False, ("127.0.0.2",))
+        assert "listens at 127.0.0.2 alone" in report.problems[0]
+
+    def test_the_command(self, upstream):
+        app = upstream(serve_examined(b"<title>My app</title>"))
+        status, output, errors = run_program("--check", str(app.port))
+        assert (status, errors, output.split("\n")[0]) == (0, "", "port %d of this machine" % app.port)
+        status, output, errors = run_program("--check", str(app.port), "--json", "--base", "/x")
+        assert (status, errors) == (0, "")
+        assert json.loads(output)["use"][1] == "http://localhost:8888/x/%d/" % app.port
+        status, output, errors = run_program("--check", str(free_port()), "--json")
+        assert (status, json.loads(output)["ok"], errors) == (1, False, "")
+        status, output, errors = run_program("--check", "x")
+        assert (status, output, "a port is a number from 1 to 65535" in errors) == (2, "", True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -5142,9 +5966,24 @@ class TestCommandLine:
         process.stdout.close()
         assert re.fullmatch(
             r"port_proxy [0-9.]+: open (http://127\.0\.0\.1:[0-9]+/proxy/)\n"
-            r"It reaches every port of this machine as \1<port>/, and on a\.example\.org, \*\.b, c\.\n",
+            r"It reaches every port of this machine as \1<port>/ or http://<port>\.localhost:[0-9]+/, and on a\.example\.org, \*\.b, c\.\n",
             lines,
         )
+
+    @pytest.mark.parametrize(
+        "connection, options, line",
+        [
+            ("198.51.100.7 40000 192.0.2.7 22", {}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7"), ("", {}, None), ("x", {}, None),
+            ("2001:db8::1 40000 2001:db8::7 2222", {"token": ""}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 -p 2222 ana@2001:db8::7"),
+            ("198.51.100.7 40000 192.0.2.7 22", {"bind": "127.0.0.2"}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7"),
+            ("198.51.100.7 40000 192.0.2.7 22", {"bind": "0.0.0.0"}, r"On your own machine, first:  ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7"),
+        ],
+    )  # fmt: skip
+    def test_the_way_over_ssh(self, start, monkeypatch, connection, options, line):
+        monkeypatch.setenv("SSH_CONNECTION", connection)
+        monkeypatch.setenv("LOGNAME", "ana")
+        last = port_proxy._banner(start(**options).proxy).split("\n")[-1]
+        assert re.fullmatch(line or "It reaches every port .*", last)
 
     @pytest.mark.parametrize(
         "options, says",
@@ -5169,8 +6008,14 @@ class TestCommandLine:
     def test_help_and_version(self):
         status, output, _ = run_program("--help")
         assert status == 0
-        for name in ("--base", "--bind", "--port", "--host-allowlist", "--preserve-host", "--verbose", "--quiet", "--version", "--head-timeout", "examples:"):
+        for name in ("--base", "--bind", "--port", "--host-allowlist", "--preserve-host", "--verbose", "--quiet", "--version", "--help-all", "ssh -N -L", "--check 8080"):
             assert name in output
+        assert "--head-timeout" not in output
+        lines = output.rstrip("\n").split("\n")
+        assert len(lines) <= 48  # two screens
+        assert max(map(len, lines)) <= 100
+        status, whole, _ = run_program("--help-all")
+        assert (status, "--head-timeout" in whole, whole.startswith(output[:200])) == (0, True, True)
         assert run_program("--version")[:2] == (0, "port_proxy %s\n" % port_proxy.__version__)
 
     @pytest.mark.parametrize("options, tells", [(("--quiet",), False), (("--quiet", "--token"), True), (("--quiet", "--bind", "0.0.0.0"), True)])
@@ -5203,6 +6048,25 @@ class TestCommandLine:
         process.terminate()
         _, errors = process.communicate(timeout=WAIT)
         assert (process.returncode, errors) == (0, b"")
+
+    def test_log_lines_for_machines(self, upstream):
+        app = upstream(answering(OK))
+        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--log-json", "--allow-hostname", "*"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        port = int(re.search(r":(\d+)/", process.stdout.readline().decode()).group(1))
+        with Wire.to(port) as wire:
+            wire.send(request("GET", "/proxy/%d/a?secret" % app.port))
+            assert wire.message()[2] == b"ok"
+        told = json.loads(process.stderr.readline().decode())
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", told.pop("time"))
+        assert 0 <= told.pop("seconds") < WAIT
+        assert told == {
+            "level": "info", "client": "127.0.0.1", "method": "GET", "target": "/proxy/%d/a?..." % app.port, "app": "localhost:%d" % app.port, "status": 200, "bytes": 2,
+        }  # fmt: skip
+        process.terminate()
+        _, errors = process.communicate(timeout=WAIT)
+        assert (process.returncode, errors) == (0, b"")
+        record = logging.LogRecord("port_proxy", logging.WARNING, "", 0, "%s says", ("a",), None)
+        assert json.loads(port_proxy._JsonLines().format(record))["message"] == "a says"
 
     def test_a_stop_with_everything_under_way_is_quiet(self, upstream):
         """Requests, uploads, tunnels and half heads: the exit status is 0 and nothing is said about any of them."""
@@ -5403,7 +6267,7 @@ class TestRealPrograms:
 
 @contextlib.contextmanager
 def chromium(url, *options):
-    """Headless Chromium at `url`, with a profile of its own; killed in the end."""
+    """Headless Chromium at `url`, with a profile of its own, whose folder this is; killed in the end."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no Chromium is installed")
@@ -5416,7 +6280,7 @@ def chromium(url, *options):
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            yield
+            yield profile
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -5465,6 +6329,324 @@ def serve_browser_app(wire, app):
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(body)), body)
         if path == "/report":
             app.happened.set()
+
+
+class Page:
+    """A page in Chromium, used as a person does, by way of the DevTools protocol; with cookies of its own, or those of
+    `beside`.
+
+    complaints: errors that it logged, other than statuses of answers.
+    """
+
+    def __init__(self, profile, beside=None):
+        told = Path(profile) / "DevToolsActivePort"
+        eventually(lambda: told.exists() and told.read_text().count("\n") == 1)
+        port, path = told.read_text().split("\n")
+        self.wire = Wire.to(int(port))
+        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+        self.wire.send("\r\n".join(("GET %s HTTP/1.1" % path, "Host: localhost", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key, "", "")).encode())
+        assert b" 101 " in self.wire.until(b"\r\n\r\n")
+        self.count, self.session, self.complaints = 0, {}, []
+        self.context = beside.context if beside else self.do("Target.createBrowserContext")["browserContextId"]
+        target = self.do("Target.createTarget", url="about:blank", browserContextId=self.context)["targetId"]
+        self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.do(domain + ".enable")
+
+    def do(self, method, **parameters):
+        self.count += 1
+        send_frame(self.wire, json.dumps(dict(self.session, id=self.count, method=method, params=parameters)))
+        while True:
+            told = json.loads((receive_frame(self.wire) or b"{}").decode())
+            if told.get("id") == self.count:
+                assert "error" not in told, told
+                return told["result"]
+            entry = told.get("params", {}).get("entry", {})
+            if told.get("method") == "Runtime.exceptionThrown" or (entry.get("level") == "error" and entry.get("source") != "network"):
+                self.complaints.append(told["params"])
+
+    def tell(self, expression):
+        result = self.do("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return result["result"].get("value")
+
+    def until(self, expression):
+        """Wait for what a person would see; while another page is loading, nothing can be asked of it."""
+        limit = time.monotonic() + WAIT
+        while not self.tell("try { %s } catch (error) { false }" % expression):
+            assert time.monotonic() < limit, "never %s, but %s" % (expression, self.tell("location.href + ' ' + document.documentElement.innerText"))
+            time.sleep(0.05)
+
+    def open(self, url):
+        self.do("Page.navigate", url=url)
+        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def text(self):
+        return self.tell("document.body.innerText")
+
+    def click(self, selector):
+        self.until("!!document.querySelector(%s)" % json.dumps(selector))
+        at = self.tell("(() => { const one = document.querySelector(%s); one.scrollIntoView({block: 'center'}); const box = one.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] })()" % json.dumps(selector))
+        for kind in ("mousePressed", "mouseReleased"):
+            self.do("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
+
+    def press(self, key, text=""):
+        for kind in ("keyDown", "keyUp"):
+            code = {"Enter": 13, "Tab": 9}[key]
+            self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **({"text": text} if text and kind == "keyDown" else {}))
+
+    def type(self, text):
+        self.do("Input.insertText", text=text)
+
+    def look(self, width=1000, height=700, scheme="light", shot=""):
+        """Change the window; where PORT_PROXY_TEST_SHOTS names a folder, leave a picture there."""
+        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        if shot and os.environ.get("PORT_PROXY_TEST_SHOTS"):
+            picture = base64.b64decode(self.do("Page.captureScreenshot", format="png")["data"])
+            (Path(os.environ["PORT_PROXY_TEST_SHOTS"]) / (shot + ".png")).write_bytes(picture)
+
+    def close(self):
+        self.session = {}
+        self.do("Target.disposeBrowserContext", browserContextId=self.context)
+        self.wire.close()
+
+
+def serve_page(text):
+    """An app whose every path is one page, with this text as its title and content."""
+    body = b"<!DOCTYPE html><title>%s</title><p id=app>%s" % (text, text)
+    return answering(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+
+# What leaves the prefix in every way that a page has; it knows nothing of any prefix.
+ROOTED_PAGE = b"""<!DOCTYPE html><title>NAME</title><link rel=stylesheet href=/style.css><body><form method=post action=/form><button>send</button></form><script>
+const report = {cookie: document.cookie}
+async function look() {
+  report.style = getComputedStyle(document.body).color
+  report.fetch = await (await fetch('/data?x=%2F')).text()
+  report.quiet = await (await fetch('/data?quiet', {referrerPolicy: 'no-referrer'})).text()
+  report.upload = await (await fetch('/upload', {method: 'PUT', body: new Uint8Array(300000)})).text()
+  report.module = (await import('/module.js')).name
+  report.worker = await new Promise(done => { new Worker('/worker.js').onmessage = event => done(event.data) })
+  report.frame = await new Promise(done => { const frame = document.createElement('iframe'); frame.src = '/frame'
+    frame.onload = () => done(frame.contentDocument.body.innerText); document.body.append(frame) })
+  const register = how => navigator.serviceWorker.register('/service.js', how).then(() => 'NAME', error => error.name)
+  report.services = [await register({scope: './'}), await register({scope: '/'})]
+  report.socket = await new Promise(done => { const socket = new WebSocket('ws://' + location.host + '/socket')
+    socket.onopen = () => socket.send('NAME'); socket.onmessage = event => done(event.data); socket.onclose = () => done('closed') })
+  document.body.dataset.report = JSON.stringify(report)
+}
+look()
+</script>"""
+
+
+def serve_rooted(name):
+    """An app whose links all begin with a slash."""
+
+    def serve(wire, app):
+        with contextlib.suppress(OSError, IndexError):  # a browser leaves as it likes
+            answer(wire, app)
+
+    def answer(wire, app):
+        while wire.buffer or wire.more():
+            message = wire.message()
+            app.messages.append(message)
+            fields = fields_of(message)
+            path = message[0].split(" ")[1]
+            if "upgrade" in fields:
+                accept = base64.b64encode(hashlib.sha1((fields["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest())
+                wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n" % accept)
+                head = wire.exactly(6)
+                data = wire.exactly(head[1] & 127)
+                wire.send(bytes([0x81, len(data)]) + bytes(octet ^ head[2 + at % 4] for at, octet in enumerate(data)))
+                wire.rest()
+                return
+            script = {"/module.js": b"export const name = 'NAME'", "/worker.js": b"fetch('/data').then(answer => answer.text()).then(text => postMessage(text))", "/service.js": b"// NAME"}
+            kind, body = {"/": (b"text/html", ROOTED_PAGE), "/form": (b"text/html", b"<p id=app>form of NAME: %d" % len(message[2])), "/style.css": (b"text/css", b"body { color: rgb(1, 2, 3) }")}.get(path, (b"text/plain", b"NAME"))
+            if path in script:
+                kind, body = b"text/javascript", script[path]
+            body = (b"%d" % len(message[2]) if path == "/upload" else body).replace(b"NAME", name)
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nSet-Cookie: session=%s; Path=/; HttpOnly\r\nContent-Length: %d\r\n\r\n%s" % (kind, name, len(body), body))
+
+    return serve
+
+
+@pytest.fixture(scope="class")
+def profile():
+    with chromium("about:blank") as profile:
+        yield profile
+
+
+class TestInChromium:
+    """What a person sees and clicks, in real Chromium."""
+
+    @pytest.fixture
+    def page(self, profile):
+        page = Page(profile)
+        yield page
+        page.close()
+        assert page.complaints == []
+
+    @needs_proc
+    def test_ports_page(self, page, upstream):
+        """From the address that the banner names to an app's own host, signed in all the way; then what comes and goes."""
+        apps = [upstream(serve_page(b"app %d" % number)) for number in range(8)]
+        environment = dict(os.environ, PORT_PROXY_TOKEN=TOKEN)
+        with shell_proxy(env=environment) as (_, port):
+            page.open("http://127.0.0.1:%d/proxy/?token=%s" % (port, TOKEN))
+            home = "http://127.0.0.1:%d/proxy/" % port
+            page.until("location.href === %s" % json.dumps(home))
+            for app in apps:
+                assert page.tell("document.querySelector('#p%d .port').innerText" % app.port) == str(app.port)
+            page.click("#p%d .port" % apps[0].port)
+            page.until("document.querySelector('#app').innerText === 'app 0'")
+            assert page.tell("location.href") == "http://%d.localhost:%d/" % (apps[0].port, port)
+            page.open(home)
+            page.click("#p%d a[href*=absolute]" % apps[1].port)
+            page.until("document.querySelector('#app').innerText === 'app 1'")
+            assert page.tell("location.pathname") == "/proxy/absolute/%d/" % apps[1].port
+            page.open(home)
+            page.until("document.querySelector('#p%d').innerText.includes('app 0')" % apps[0].port)  # its title, by now
+            page.click("#filter")
+            page.type("app 0")
+            page.until("[...document.querySelectorAll('.ports li')].filter(one => !one.hidden).length === 1")
+            page.tell("document.querySelector('#filter').value = ''; document.querySelector('#filter').dispatchEvent(new Event('input'))")
+            new = upstream(serve_page(b"new"))
+            page.until("!!document.querySelector('#p%d')" % new.port)
+            assert re.match("(New|Gone): port [0-9]+", page.tell("document.querySelector('[role=status]').innerText"))
+            new.close()
+            page.until("document.querySelector('#p%d').className === 'gone'" % new.port)
+            page.until("!document.querySelector('#p%d')" % new.port)
+            page.click("input[name=port]")
+            page.type(str(apps[2].port))
+            page.press("Enter", "\r")
+            page.until("document.querySelector('#app').innerText === 'app 2'")
+            assert page.tell("location.pathname") == "/proxy/%d/" % apps[2].port
+        seen = repr([app.messages for app in apps])
+        assert TOKEN not in seen
+        assert "ticket" not in seen
+        assert "port_proxy_" not in seen
+
+    @needs_proc
+    def test_ports_page_by_keyboard_and_without_script(self, page, upstream):
+        app = upstream(serve_page(b"the app"))
+        with shell_proxy() as (_, port):
+            page.do("Emulation.setScriptExecutionDisabled", value=True)
+            page.open("http://localhost:%d/proxy/" % port)
+            page.tell("document.querySelector('#p%d .port').focus()" % app.port)
+            page.press("Tab")
+            assert page.tell("document.activeElement.getAttribute('aria-label')") == "port %d, own host" % app.port
+            page.press("Tab")
+            page.press("Enter", "\r")
+            page.until("document.querySelector('#app').innerText === 'the app'")
+            assert page.tell("location.pathname") == "/proxy/%d/" % app.port
+
+    @pytest.mark.parametrize("form", ["http://localhost:%d/proxy/%d/a?b", "http://%(app)d.localhost:%(port)d/a?b"])
+    @pytest.mark.parametrize("script", [True, False])
+    def test_waiting_page(self, page, proxy, upstream, form, script):
+        """It opens the app as soon as that is up, also where scripts are off."""
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))  # taken, and nobody listens
+            port = sock.getsockname()[1]
+            page.do("Emulation.setScriptExecutionDisabled", value=not script)
+            page.open(form % {"app": port, "port": proxy.port} if "(" in form else form % (proxy.port, port))
+            assert "Waiting for port %d" % port in page.text()
+            assert page.tell("document.querySelector('#help').hidden") is script
+            sock.listen(5)
+            body = b"<p id=app>here"
+            answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+            def serve():
+                with contextlib.suppress(OSError):
+                    while True:
+                        wire = Wire(sock.accept()[0])
+                        head = wire.until(b"\r\n\r\n")
+                        wire.send(answer + (b"" if head.startswith(b"HEAD") else body))
+                        wire.close()
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            try:
+                page.until("document.querySelector('#app').innerText === 'here'")
+            finally:
+                sock.shutdown(socket.SHUT_RDWR)
+                thread.join(WAIT)
+
+    @pytest.mark.parametrize("host", [False, True])
+    def test_sign_in_page(self, page, start, upstream, host):
+        app = upstream(serve_page(b"signed in"))
+        proxy = start(token=TOKEN)
+        url = "http://%d.localhost:%d/a?b" % (app.port, proxy.port) if host else "http://localhost:%d/proxy/%d/a?b" % (proxy.port, app.port)
+        page.open(url)
+        page.until("document.activeElement.name === 'token'")
+        page.type("wrong")
+        page.click("button")
+        page.until("document.body.innerText.includes('not the token') && document.activeElement.name === 'token'")
+        page.type(TOKEN)
+        page.press("Enter", "\r")
+        page.until("document.querySelector('#app').innerText === 'signed in'")
+        assert page.tell("location.href") == url
+        assert [message[0] for message in app.messages if "favicon" not in message[0]] == ["GET /a?b HTTP/1.1"]
+
+    def test_signing_in_to_an_app_that_leads_to_a_login_elsewhere(self, page, start, upstream):
+        elsewhere = upstream(serve_page(b"a login of its own"))
+        app = upstream(answering(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:%d/\r\nContent-Length: 0\r\n\r\n" % elsewhere.port))
+        proxy = start(token=TOKEN)
+        page.open("http://localhost:%d/proxy/%d/" % (proxy.port, app.port))
+        page.until("document.activeElement.name === 'token'")
+        page.type(TOKEN)
+        page.click("button")
+        page.until("document.querySelector('#app').innerText === 'a login of its own'")
+
+    @pytest.mark.parametrize("token", [None, TOKEN])
+    def test_two_apps_whose_links_begin_with_a_slash(self, page, profile, start, upstream, token):
+        """Each gets what is its own, with its own cookies, in every way that a page asks for things."""
+        proxy = start(token=token, allow_hostnames=())
+        apps = [upstream(serve_rooted(name)) for name in (b"one", b"two")]
+        for app, name in zip(apps, ("one", "two")):
+            page.open("http://localhost:%d/proxy/%d/%s" % (proxy.port, app.port, "?token=" + token if token else ""))
+            page.until("!!document.body.dataset.report")
+            report = json.loads(page.tell("document.body.dataset.report"))
+            assert report == {
+                "cookie": "", "style": "rgb(1, 2, 3)", "fetch": name, "quiet": name, "upload": "300000", "module": name, "worker": name, "frame": name, "services": [name, "SecurityError"], "socket": name,
+            }  # fmt: skip
+        other = Page(profile, page)
+        other.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[0].port))  # opened last
+        other.until("!!document.body.dataset.report")
+        assert '"socket":"one"' in other.tell("document.body.dataset.report")
+        other.wire.close()
+        page.tell("fetch('/late')")
+        page.tell("history.pushState({}, '', '/deep/link')")
+        eventually(lambda: any("/late" in message[0] for message in apps[1].messages))
+        page.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[1].port))
+        page.click("button")
+        page.until("document.querySelector('#app').innerText === 'form of two: 0'")
+        assert page.tell("location.pathname") == "/proxy/%d/form" % apps[1].port
+        for app, name in zip(apps, ("one", "two")):
+            sent = {fields_of(message).get("cookie") for message in app.messages[1:]}
+            assert sent == {"session=" + name}
+            assert {"GET /socket HTTP/1.1", "GET /service.js HTTP/1.1"} < {message[0] for message in app.messages}
+
+    @pytest.mark.parametrize("width, scheme", [(1000, "light"), (1000, "dark"), (360, "light"), (360, "dark")])
+    def test_how_pages_look(self, page, start, upstream, monkeypatch, width, scheme):
+        """Nothing is cut off or must be scrolled sideways, down to a phone; dark where the person likes it dark."""
+        now = time.time()
+        programs = ((8501, "streamlit", 7300), (8888, "jupyter-lab", 90000), (26950, "http.server", 5), (40000, "a-program-with-a-very-long-name-that-goes-on-and-on-and-on.py", 61))
+        shown = [port_proxy.Listener(port, ("127.0.0.1",), str(port), 7, name, now - age) for port, name, age in programs]
+        monkeypatch.setattr(port_proxy, "listeners", lambda: shown)
+        open_proxy, proxy = start(), start(token=TOKEN)
+        open_proxy.proxy._around.titles._seen[8501] = "Sales by region", now
+        for name, url in (
+            ("ports", "http://localhost:%d/proxy/" % open_proxy.port), ("waiting", "http://localhost:%d/proxy/%d/" % (open_proxy.port, free_port())), ("sign-in", "http://localhost:%d/proxy/" % proxy.port),
+            ("refusal", "http://localhost:%d/proxy/elsewhere.example.org:8080/" % open_proxy.port), ("error", "http://localhost:%d/proxy/no-port" % open_proxy.port),
+        ):  # fmt: skip
+            page.look(width, 700, scheme)
+            page.open(url)
+            page.tell("document.querySelectorAll('details').forEach(one => { one.open = true })")
+            page.look(width, 700, scheme, "%s-%s-%d" % (name, scheme, width))
+            assert page.tell("document.scrollingElement.scrollWidth <= innerWidth"), name
+            assert page.tell("document.querySelector('h1').innerText") and page.tell("document.documentElement.lang") == "en"
+            ink, ground = (page.tell("getComputedStyle(document.body).%s.match(/[0-9]+/g).map(Number).reduce((sum, one) => sum + one)" % what) for what in ("color", "backgroundColor"))
+            assert ink - ground > 300 if scheme == "dark" else ground - ink > 300
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5994,6 +7176,19 @@ class TestJupyter:
         assert status_of(stranger.ask("GET", target + "/", "Authorization: token " + TOKEN)) == 200
         assert status_of(stranger.ask("GET", "/nb/proxy", *PAGE)) == 200  # that request has set the cookie, too
         assert status_of(visitor.ask("GET", target + "/")) == 200
+
+    def test_our_own_pages(self, jupyter, app, target, visitor):
+        """The ports are Jupyter's user's; there are no hosts of the apps' own, nor is anything outside the prefix ours."""
+        data = json.loads(visitor.ask("GET", "/nb/proxy/", "Accept: application/json")[2].decode())
+        links = {one["port"]: one["links"] for one in data["ports"]}
+        if links:
+            assert links[app.port] == {"stripped": target + "/", "absolute": "/nb/proxy/absolute/%d/" % app.port}
+        assert jupyter.port not in links
+        assert b"Ports of this machine" in visitor.ask("GET", "/nb/proxy/", *PAGE)[2]
+        waiting = visitor.ask("GET", "/nb/proxy/%d/" % free_port(), *PAGE)
+        assert (status_of(waiting), b"Waiting for port" in waiting[2]) == (502, True)
+        answer = visitor.ask("GET", target + "/", *PAGE)
+        assert not any(value.startswith("port_proxy_") for name, value in answer[1] if name == "Set-Cookie")
 
     def test_requests_arrive_as_sent(self, app, target, visitor):
         for method in ("GET", "POST", "PROPFIND", "M-SEARCH", "PREPARE", "OPTIONS"):
