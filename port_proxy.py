@@ -716,6 +716,9 @@ class PromptTask(asyncio.Future):  # type: ignore[type-arg]
                 awaited.add_done_callback(self._go_on)
         finally:
             self._is_running = False
+        if self._is_to_end and self._awaited is not None:  # cancelled while it ran
+            self._is_to_end = False
+            self.cancel()
 
     def cancel(self, *args: Any, **kwargs: Any) -> bool:
         """End the coroutine where it waits, as asyncio.Task does."""
@@ -728,9 +731,18 @@ class PromptTask(asyncio.Future):  # type: ignore[type-arg]
         return True
 
 
-def limited(awaitable: Awaitable[_T], seconds: float) -> "Awaitable[_T]":
-    """What `asyncio.wait_for` does, also where a `PromptTask` awaits it."""
-    return asyncio.ensure_future(asyncio.wait_for(awaitable, seconds))
+async def limited(awaitable: Awaitable[_T], seconds: float) -> _T:
+    """What `asyncio.wait_for` does, also in a `PromptTask`, and without losing a cancellation, as that may before 3.12.
+
+    Raises asyncio.TimeoutError.
+    """
+    task = asyncio.ensure_future(awaitable)
+    try:
+        if not (await asyncio.wait([task], timeout=seconds))[0]:
+            raise asyncio.TimeoutError()
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class Stream(asyncio.Protocol):

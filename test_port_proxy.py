@@ -4091,6 +4091,53 @@ class TestPromptTask:
         assert background.do(passing()) == (True, False)
         assert log == ["cancelled", "cleaned up"]
 
+    def test_is_cancelled_while_it_runs(self, background, log):
+        """By something that it has caused; it ends where it waits next."""
+
+        async def passing():
+            signals = [port_proxy.Signal(loop=background.loop) for _ in range(2)]
+            tasks = []
+
+            async def work():
+                await signals[0]
+                tasks[0].cancel()
+                log.append("goes on")
+                await self._work(log, signals[1])
+
+            tasks.append(port_proxy.PromptTask(work(), background.loop))
+            signals[0].give()
+            await asyncio.wait(tasks, timeout=WAIT)
+            return tasks[0].cancelled()
+
+        assert background.do(passing()) is True
+        assert log == ["goes on", "cancelled", "cleaned up"]
+
+    def test_a_limit_loses_no_cancellation(self, background, log):
+        """Though what it limits ends in the same moment."""
+
+        async def passing():
+            future = background.loop.create_future()
+            task = asyncio.ensure_future(self._work(log, port_proxy.limited(future, WAIT)))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            future.set_result(1)
+            task.cancel()
+            await asyncio.wait([task])
+            return task.cancelled()
+
+        assert background.do(passing()) is True
+
+    def test_a_limit_that_passes(self, background):
+        async def passing():
+            never = background.loop.create_future()
+            try:
+                await port_proxy.limited(never, 0.01)
+            except asyncio.TimeoutError:
+                await asyncio.sleep(0)
+                return never.cancelled()
+
+        assert background.do(passing()) is True
+
     def test_what_it_raises_is_its_exception(self, background, log):
         async def passing():
             future = background.loop.create_future()
