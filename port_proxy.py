@@ -1705,16 +1705,15 @@ def response_for_client(head: ResponseHead, route: Route, framing: Framing, visi
             value, keep_length = value.partition(",")[0].strip(" \t"), False
         elif key in ("location", "content-location"):
             value = _translate_location(value, route, _homes(route, visit))
-        elif key == "service-worker-allowed":
-            if route.strayed:
-                continue
-            value = _with_prefix(value, route)
+        elif key == "service-worker-allowed" and route.prefix:
+            continue
         elif key == "refresh":
             value = _translate_refresh(value, route, _homes(route, visit))
         elif key == "set-cookie" and not route.absolute:
-            value = _translate_cookie(value, route, _homes(route, visit))
+            value = _translate_cookie(value, route, _homes(route, visit) | _parents(visit))
         fields.append((name, value))
-    if route.strayed:  # at the root it could otherwise rule the other apps and our own pages
+    if route.prefix and (field_values(head.fields, "service-worker-allowed") or route.strayed or not route.path):
+        # Whatever the app says, and wherever the script is: the other apps and our own pages are not ruled by it.
         fields.append(("Service-Worker-Allowed", route.prefix + "/"))
     fields.extend(framing_fields(framing))
     if head.status == 101:
@@ -1731,6 +1730,11 @@ def _homes(route: Route, visit: Visit) -> FrozenSet[str]:
     if visit.authority:
         homes.add(visit.authority.lower())
     return frozenset(homes)
+
+
+def _parents(visit: Visit) -> FrozenSet[str]:
+    """The authority above that of an app's own host, which is ours: a cookie of the app is not for it."""
+    return frozenset([visit.authority.lower().partition(".")[2]]) if visit.app_port else frozenset()
 
 
 def _translate_location(value: str, route: Route, homes: FrozenSet[str]) -> str:
@@ -1813,7 +1817,7 @@ _CREDENTIALS = ("cookie", "authorization", "referer")  # fields that can hold ou
 
 class SignInNeeded(ProxyError):
     """A page visit without a valid token: answered with the sign-in page, which sends the token to the path `action`
-    and leads on to `target`."""
+    and leads on to `target`; or, where there is none, with a page that leads to `target` first."""
 
     def __init__(self, detail: str, target: str, action: str) -> None:
         super().__init__(401, detail, _CHALLENGE)
@@ -1854,11 +1858,6 @@ def _is_cross_site(head: RequestHead) -> bool:
     return "cross-site" in field_values(head.fields, "sec-fetch-site")
 
 
-def _is_of_neighbour(head: RequestHead, visit: Visit) -> bool:
-    """Whether the browser says that a page of another host of the same domain asks for what an app's own host has."""
-    return bool(visit.app_port) and "same-site" in field_values(head.fields, "sec-fetch-site")
-
-
 def _is_same_origin(head: RequestHead) -> bool:
     """Whether the browser says that a page of our own origin is behind this."""
     return "same-origin" in field_values(head.fields, "sec-fetch-site")
@@ -1885,6 +1884,10 @@ class Gate:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def answers(self, head: RequestHead, visit: Visit) -> bool:
+        """Whether `answer` has more to say of a request than None."""
+        return True
 
     async def answer(
         self, head: RequestHead, visit: Visit, read_body: Callable[[], Awaitable[bytes]]
@@ -1958,12 +1961,19 @@ class Gate:
         if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
             return
         advice = "Start the proxy with --allow-origin if it should be."
-        if foreign and (head.method not in _SAFE or is_websocket(head)):
+        if foreign and (head.method not in _SAFE or is_websocket(head) or visit.app_port):
             logger.info("refused: the Origin %r is not %s", foreign[0], visit.authority or "known")
             raise ProxyError(403, "A page of another site may not do this here. " + advice)
-        if (_is_cross_site(head) or _is_of_neighbour(head, visit)) and not is_page_visit(head):
+        in_frame = any(one != "document" for one in field_values(head.fields, "sec-fetch-dest"))
+        is_foreign = _is_cross_site(head) or self._is_of_neighbour(head, visit)
+        if is_foreign and (in_frame or not is_page_visit(head)):
             logger.info("refused: a page of another site (Sec-Fetch-Site) asks for more than a page visit")
             raise ProxyError(403, "A page of another site may not use what is here. " + advice)
+
+    def _is_of_neighbour(self, head: RequestHead, visit: Visit) -> bool:
+        """Whether the browser says that a page of another host of the same domain asks, which may be that of an app."""
+        among_apps = visit.app_port or host_of(visit.authority) in self.config.domains
+        return bool(among_apps) and "same-site" in field_values(head.fields, "sec-fetch-site")
 
     def _without_cookies(self, value: str, route: Optional[Route]) -> str:
         pairs = value.split(";")
@@ -2011,19 +2021,23 @@ class TokenGate(Gate):
         self._wrong: Dict[Tuple[str, str], Tuple[float, float, FrozenSet[int]]] = {}
         self._known_names: Set[str] = set()  # by which requests may come, as far as some have
 
+    def answers(self, head: RequestHead, visit: Visit) -> bool:
+        path = head.target.partition("?")[0]
+        return path == ENTRANCE if visit.app_port else is_home(self.config.base, path)
+
     async def answer(
         self, head: RequestHead, visit: Visit, read_body: Callable[[], Awaitable[bytes]]
     ) -> Optional[Response]:
-        path, _, query = head.target.partition("?")
-        if path != ENTRANCE if visit.app_port else not is_home(self.config.base, path):
+        if not self.answers(head, visit):
             return None
-        if self.token and head.method == "POST":
+        query = head.target.partition("?")[2]
+        if self.token and head.method == "POST" and not visit.app_port:
             self.check_origin(head, visit)
             self._sign_in(await read_body(), visit)
         asked = dict(parse_qsl(query)) if head.method == "GET" else {}
         if self.token and visit.app_port:
             self.check_origin(head, visit)
-            raise self._enter(asked.get("ticket", ""), visit)
+            raise self._enter(asked.get("ticket", ""), head, visit)
         if not visit.app_port and _PORT_NAME.fullmatch(asked.get("open", "")):
             await self.admit(head, visit, None)
             raise self._lead_to_host(int(asked["open"]), visit)
@@ -2057,14 +2071,19 @@ class TokenGate(Gate):
         """Take what the sign-in page sent; raises the redirect to where the person was going, or the page again."""
         sent = dict(parse_qsl(form.decode("latin-1")))
         target = sent.get("next", "")
-        if not _LOCAL_TARGET.fullmatch(target) or not (visit.app_port or is_below(self.config.base, target)):
-            target = "/" if visit.app_port else self.config.base + "/"
+        if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
+            target = self.config.base + "/"
         if not self._try("form", [sent.get("token", "").strip()], visit):
             raise self._sign_in_needed("That is not the token.", target, visit)
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(visit)))
 
     def _sign_in_needed(self, detail: str, target: str, visit: Visit) -> SignInNeeded:
-        return SignInNeeded(detail, target, ENTRANCE if visit.app_port else self.config.base + "/")
+        """At an app's host no token is asked for: the app's pages, which share it, could read what is typed there."""
+        if not visit.app_port:
+            return SignInNeeded(detail, target, self.config.base + "/")
+        host = host_of(visit.authority)
+        ours = "%s://%s%s" % (visit.scheme, host.partition(".")[2], visit.authority[len(host) :])
+        return SignInNeeded(detail, "%s%s/?open=%d" % (ours, self.config.base, visit.app_port), "")
 
     def _lead_to_host(self, port: int, visit: Visit) -> ProxyError:
         """The redirect to the host that a port has for itself, with a ticket where one must be signed in there."""
@@ -2080,13 +2099,19 @@ class TokenGate(Gate):
             url += ENTRANCE[1:] + "?ticket=" + ticket
         return ProxyError(303, "It is over there.", (("Location", url), _NO_REFERRER))
 
-    def _enter(self, ticket: str, visit: Visit) -> ProxyError:
+    def _enter(self, ticket: str, head: RequestHead, visit: Visit) -> ProxyError:
         """The redirect into an app's host, for who comes with a ticket for it."""
         port, until = self._tickets.pop(ticket, (0, 0.0))
         if port != visit.app_port or time.monotonic() > until:
             detail = "This way in is over: it was used, or took too long." if ticket else ""
             return self._sign_in_needed(detail, "/", visit)
-        return ProxyError(303, "Signed in.", (("Location", "/"), _NO_REFERRER, self._new_cookie(visit)))
+        cookie = () if self._is_signed_in(head, visit) else (self._new_cookie(visit),)
+        return ProxyError(303, "Signed in.", (("Location", "/"), _NO_REFERRER) + cookie)
+
+    def _is_signed_in(self, head: RequestHead, visit: Visit) -> bool:
+        # Looked up by hash: how long that takes tells nothing about 256 random bits.
+        host = host_of(visit.authority)
+        return any(self._sessions.get(one) == host for one in _cookie_values(head.fields, self.cookie_name))
 
     def _check_host(self, authority: str) -> None:
         if authority in self._known_names:
@@ -2107,9 +2132,7 @@ class TokenGate(Gate):
 
     def _check_credentials(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> bool:
         """Whether it is the cookie, which a browser sends on its own, that lets the request in."""
-        # Looked up by hash: how long that takes tells nothing about 256 random bits.
-        host = host_of(visit.authority)
-        signed_in = any(self._sessions.get(one) == host for one in _cookie_values(head.fields, self.cookie_name))
+        signed_in = self._is_signed_in(head, visit)
         shown = False
         if not signed_in:
             in_fields = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
@@ -2119,7 +2142,8 @@ class TokenGate(Gate):
         clean = self._without_token(head.target)
         if (signed_in or shown) and clean != head.target and is_page_visit(head):
             cookie = () if signed_in else (self._new_cookie(visit),)
-            raise ProxyError(302, "Signed in.", (("Location", clean),) + cookie)
+            location = "/." + clean if _OTHER_HOST.match(clean) else clean
+            raise ProxyError(302, "Signed in.", (("Location", location),) + cookie)
         if signed_in or shown:
             return signed_in
         if is_websocket(head):
@@ -2346,6 +2370,10 @@ _FIRST_COMMON_PORT = 1024  # below are the system's own services
 _INTERPRETER = re.compile(r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*\Z")
 
 
+_PLAIN_OPTIONS = "-u -E -I -s -S -O -OO -B -b -q -v -X -W".split()  # of Python; behind others there may be code
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,60}")
+
+
 class TcpSocket(NamedTuple):
     """A row of the kernel's table; the address as that spells it, the peer with its port."""
 
@@ -2466,14 +2494,12 @@ def _program(pid: int) -> str:
     except OSError:
         return ""
     name = os.path.basename(words[0]) if words else ""
-    if _INTERPRETER.match(name):
-        for at, word in enumerate(words[1:]):
-            if words[at] == "-m":
-                return word
-            if word == "-c":
-                break
-            if not word.startswith("-") and words[at] not in ("-X", "-W"):
-                return os.path.basename(word)
+    rest = words[1:]
+    while rest and rest[0] in _PLAIN_OPTIONS:
+        rest = rest[2:] if rest[0] in ("-X", "-W") else rest[1:]
+    script = os.path.basename("".join(rest[1:2] if rest[:1] == ["-m"] else rest[:1]))
+    if _INTERPRETER.match(name) and _PLAIN_NAME.fullmatch(script):
+        return script
     return name.split(" ")[0].rstrip(":")  # some write all of their arguments, or what they do, into the first
 
 
@@ -2913,7 +2939,7 @@ margin-left:.5em;border-radius:50%;background:var(--link);animation:pulse 2s inf
 """
 _POLICY = (
     "default-src 'none'; img-src data:; style-src 'sha256-%s'; script-src %s; connect-src 'self'; base-uri 'none';"
-    " form-action %s; frame-ancestors 'self'"
+    " form-action %s; frame-ancestors %s"
 )
 _PAGE = (
     '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -3023,6 +3049,22 @@ class PortsView(NamedTuple):
     ways: Mapping[int, str]
 
 
+class Lookout:
+    """Who listens on this machine, looked up once a second at most, however many ask."""
+
+    def __init__(self) -> None:
+        self._found: Optional["asyncio.Future[List[Listener]]"] = None
+        self._since = 0.0
+
+    async def listeners(self, loop: asyncio.AbstractEventLoop) -> List[Listener]:
+        """As `listeners`, without holding the loop up."""
+        now = time.monotonic()
+        if self._found is None or (self._found.done() and now - self._since > 1.0):
+            self._since = now
+            self._found = loop.run_in_executor(None, listeners)
+        return await asyncio.shield(self._found)
+
+
 class Titles:
     """The titles of pages that went by, by port of this machine: nothing is asked for them."""
 
@@ -3053,10 +3095,14 @@ def title_in(head: ResponseHead, data: bytes) -> str:
         except zlib.error:
             return ""
     match = _TITLE.search(data[:_RECEIVE_BYTES].decode("utf-8", "replace"))
-    return " ".join(html.unescape(match.group(1)).split())[:100] if match else ""
+    try:
+        title = html.unescape(match.group(1)) if match else ""
+    except ValueError:  # a character's number of thousands of digits
+        return ""
+    return "".join(one if one.isprintable() else " " for one in " ".join(title.split())[:100])
 
 
-_TITLE = re.compile(r"<title[^>]*>([^<]*)</title", re.IGNORECASE)
+_TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
 
 
 def wants_json(head: RequestHead) -> bool:
@@ -3168,17 +3214,23 @@ def waiting_response(error: ProxyError, port: int) -> Response:
 
 
 def sign_in_response(error: SignInNeeded) -> Response:
-    """The page that asks for the token, and sends the person on to where they were going."""
-    body = (
+    """The page that asks for the token, and sends the person on to where they were going; or leads to that page."""
+    asks = (
         "<h1>Sign in</h1><p>%s</p><p>This proxy wants to know that you are its owner. Its token is in the address that"
         ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s">'
         '<input type="hidden" name="next" value="%s"><label>Token <input type="password" name="token" required'
         ' autofocus autocomplete="current-password"></label> <button>Sign in</button></form>'
     )
-    parts = tuple(html.escape(part) for part in (error.detail, error.action, error.target))
+    leads = (
+        "<h1>Sign in</h1><p>%s</p><p>This proxy wants to know that you are its owner. It asks for its token at an"
+        " address of its own only, which no app can look into, and leads back here.</p>"
+        '<p><a href="%s">Sign in there</a></p>'
+    )
+    said = (error.detail, error.action, error.target) if error.action else (error.detail, error.target)
+    body = (asks if error.action else leads) % tuple(map(html.escape, said))
     fields = error.fields + (("Cache-Control", "no-store"),)
     # Browsers hold this against the whole way of redirects behind the form, and apps may lead to a login elsewhere.
-    return _page(error.status, "Sign in", body % parts, fields, forms="*")
+    return _page(error.status, "Sign in", body, fields, forms="*", frames="'none'")
 
 
 def redirect_response(location: str) -> Response:
@@ -3200,16 +3252,24 @@ def reason_phrase(status: int) -> str:
 
 
 def _page(
-    status: int, title: str, body: str, fields: Fields = (), script: str = "", head: str = "", forms: str = "'self'"
+    status: int,
+    title: str,
+    body: str,
+    fields: Fields = (),
+    script: str = "",
+    head: str = "",
+    forms: str = "'self'",
+    frames: str = "'self'",
 ) -> Response:
+    """forms, frames: where the page's forms may lead, and what may have it in a frame (Content-Security-Policy)."""
     element = "<script>%s</script>" % script if script else ""
     text = _PAGE.format(title=html.escape(title), style=_STYLE, head=head, body=body, script=element)
-    return _response(status, "text/html", text, fields + (("Content-Security-Policy", _policy(script, forms)),))
+    return _response(status, "text/html", text, fields + (("Content-Security-Policy", _policy(script, forms, frames)),))
 
 
-def _policy(script: str, forms: str = "'none'") -> str:
+def _policy(script: str, forms: str = "'none'", frames: str = "'self'") -> str:
     style, code = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (_STYLE, script))
-    return _POLICY % (style, "'sha256-%s'" % code if script else "'none'", forms)
+    return _POLICY % (style, "'sha256-%s'" % code if script else "'none'", forms, frames)
 
 
 def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> Response:
@@ -3690,7 +3750,7 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
     keep_alive = head.version == "1.1" and "close" not in field_tokens(head.fields, "connection")
     for_upstream = bytes_for_upstream(gate, head, framing, visit, route) if route and gate.is_plain else b""
     is_app = bool(for_upstream and route and (route.path or route.absolute) and not route.strayed)
-    is_plain = is_app and framing == NO_BODY and not is_upgrade
+    is_plain = is_app and framing == NO_BODY and not is_upgrade and not gate.answers(head, visit)
     return Asked(head, framing, asker, route, keep_alive, is_upgrade, is_page, is_plain, for_upstream)
 
 
@@ -3775,6 +3835,7 @@ class Surroundings(NamedTuple):
     tunnels: "Set[Tunnel]"
     stopping: asyncio.Event
     titles: Titles
+    lookout: Lookout
 
 
 def readers_of_heads(
@@ -3870,7 +3931,7 @@ class Exchange:
             location = route.prefix + "/" if route else config.base + "/"
             raise ProxyError(303, "It is over there.", (("Location", location),))
         own = {port for _, port in self.around.upstreams.listening}
-        found = await self.around.watch.loop.run_in_executor(None, listeners)  # it takes a while on a busy machine
+        found = await self.around.lookout.listeners(self.around.watch.loop)
         ports = [one for one in found if one.port not in own]
         hosts = {one.port: host_form(one.port, visit, config.domains) for one in ports}
         if self.around.gate.token:  # which signs in there
@@ -4316,7 +4377,15 @@ class PortProxy:
         gate = HubGate(self.config, watch) if self.config.hub else TokenGate(self.config, self.is_private, self.port)
         upstreams = Upstreams(self.config, watch, addresses + list(ways_back))
         around = self._around = Surroundings(
-            self.config, watch, gate, *readers_of_heads(gate), upstreams, self._tunnels, asyncio.Event(), Titles()
+            self.config,
+            watch,
+            gate,
+            *readers_of_heads(gate),
+            upstreams,
+            self._tunnels,
+            asyncio.Event(),
+            Titles(),
+            Lookout(),
         )
         try:
             for sock in self._sockets:
@@ -5173,12 +5242,12 @@ def _head_from_tornado(request: Any) -> RequestHead:
 # Check: one port, looked at as a doctor would
 # ---------------------------------------------------------------------------------------------------------------------
 
-_ROOTED = re.compile(rb"""\b(?:src|href|action)\s*=\s*["']?(/(?!/)[^\s"'<>?#]*)""", re.IGNORECASE)
+_ROOTED = re.compile(rb"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?(/(?!/)[^\s"'<>?#]{0,2000})""", re.IGNORECASE)
 _PAGE_SECONDS = 30.0  # some apps are compiled when they are first asked for
 _STRANGER = "port-proxy-check.invalid"  # a name that leads nowhere (RFC 6761)
 
 
-_SCRIPT = re.compile(rb"""<script[^>]*\bsrc\s*=\s*["']?([^\s"'<>]+)""", re.IGNORECASE)
+_SCRIPT = re.compile(rb"""<script\s[^<>]{0,500}?\bsrc\s{0,9}=\s{0,9}["']?([^\s"'<>]{1,2000})""", re.IGNORECASE)
 _SCRIPTS = 4  # of a page are looked into
 _OWN_ADDRESS = rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\])(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
 _GOES_PAST = (
@@ -5207,7 +5276,7 @@ _KNOWN_APPS = (
     KnownApp("Voila", "/voila/", "", "--base_url=%s/"),
     KnownApp("Jupyter", "jupyter-config-data|<title>Jupyter", "/api/events/subscribe", "--ServerApp.base_url=%s/"),
     KnownApp("Dask", "<title>Dask", "", 'http_prefix="%s"'),
-    KnownApp("Panel or Bokeh", r"bokeh[.a-z-]*\.js", "", "--prefix %s"),
+    KnownApp("Panel or Bokeh", r"bokeh[.a-z-]{0,40}\.js", "", "--prefix %s"),
     KnownApp("Gradio", "gradio_config", "", 'root_path="%s"'),
     KnownApp("Dash", "_dash-config", "", 'url_base_pathname="%s/"'),
     KnownApp("TensorBoard", "tf-tensorboard|<title>TensorBoard", "", "--path_prefix %s"),
@@ -5301,7 +5370,8 @@ async def _followed(report: Report, route: Route, answer: Answer, upstreams: Ups
     """The page that redirects of a port to itself lead to."""
     for _ in range(3):
         location = "".join(field_values(answer.head.fields, "location")[:1])
-        path = location[len("%s://%s" % (route.scheme, route.authority)) :] if "://" in location else location
+        own = "%s://%s/" % (route.scheme, route.authority)
+        path = location[len(own) - 1 :] if location.startswith(own) else location
         if not 300 <= answer.head.status < 400 or not _LOCAL_TARGET.fullmatch(path):
             break
         report = report._replace(redirect=path.partition("?")[0])
@@ -5320,7 +5390,10 @@ async def _what_goes_past(report: Report, route: Route, page: Answer, upstreams:
     if own.search(page.body):
         return here
     for name in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_SCRIPTS]:
-        path = str(urljoin(here, name.decode("latin-1")))
+        try:
+            path = str(urljoin(here, name.decode("latin-1")))
+        except ValueError:  # no URL
+            continue
         if not _LOCAL_TARGET.fullmatch(path):
             continue
         try:
@@ -5384,7 +5457,8 @@ def report_text(report: Report) -> str:
     say("use", "  or  ".join(report.use))
     kept = "%s/absolute/%d/" % (report.base, report.port)
     say("", report.flag and "or start it with %s and use %s" % (report.flag, kept))
-    return "\n".join(lines)
+    shown = "\n".join(lines)  # of which apps have written a part, and which goes to a terminal
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in shown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5729,7 +5803,9 @@ async def _run(config: Config, quiet: bool) -> int:
 
 async def _check(port: int, config: Config, as_json: bool) -> int:
     report = await check_port(port, config)
-    print(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
+    coding = sys.stdout.encoding or "ascii"
+    text = json.dumps(report._asdict(), indent=1) if as_json else report_text(report)
+    print(text.encode(coding, "backslashreplace").decode(coding))
     return 0 if report.ok else 1
 
 

@@ -1210,8 +1210,9 @@ class TestRewriting:
 
     def test_a_domain_of_a_home_without_a_port_is_dropped(self):
         route = STRIPPED._replace(prefix="")
-        visit = VISIT._replace(authority="8080.apps.example.org")
+        visit = VISIT._replace(authority="8080.apps.example.org", app_port=8080)
         assert sent_to_client(("Set-Cookie", "a=b; Domain=8080.apps.example.org; Path=/x"), route=route, visit=visit) == (("Set-Cookie", "a=b; Path=/x"),)
+        assert sent_to_client(("Set-Cookie", "a=b; Domain=apps.example.org; Path=/x"), route=route, visit=visit) == (("Set-Cookie", "a=b; Path=/x"),)  # which is ours
 
 
 class TestRewritingOnTheWire:
@@ -1640,25 +1641,44 @@ class TestSignInAtAHost:
                     assert status_of(proxy.ask(at(host, method, target, *lines))) in (status, 401)
         assert app.connections == 0
 
-    def test_by_the_form(self, start, app):
+    def test_no_token_is_asked_for(self, start, app):
+        """The app's own pages could read what is typed there: the page leads to the proxy's address, and back."""
         proxy = start(token=TOKEN)
         host = "%d.localhost:8888" % app.port
         page = proxy.ask(at(host, "GET", "/a?b", *SAFE_LINES))
-        assert b'action="/.well-known/port-proxy"' in page[2]
-        assert b'value="/a?b"' in page[2]
+        assert status_of(page) == 401
+        assert b"<form" not in page[2]
+        assert b'href="http://localhost:8888/proxy/?open=%d"' % app.port in page[2]
         form = b"token=%s&next=/a?b" % TOKEN.encode()
         answer = proxy.ask(at(host, "POST", port_proxy.ENTRANCE, "Content-Length: %d" % len(form), "Origin: http://" + host, body=form))
-        assert (status_of(answer), fields_of(answer)["location"]) == (303, "/a?b")
-        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/; HttpOnly; SameSite=Lax" % proxy.port, fields_of(answer)["set-cookie"])
-        assert status_of(proxy.ask(at(host, "GET", "/a?b", cookie_of(answer)))) == 200
+        assert (status_of(answer), "set-cookie" in fields_of(answer)) == (401, False)
+
+    def test_the_way_round(self, start, app):
+        """From the app's host to the form of the proxy's, and back with a ticket."""
+        proxy = start(token=TOKEN)
+        host = "%d.localhost:8888" % app.port
+        target = "/proxy/?open=%d" % app.port
+        page = proxy.ask(at("localhost:8888", "GET", target, *SAFE_LINES))
+        assert b'value="%s"' % target.encode() in page[2]
+        assert "frame-ancestors 'none'" in fields_of(page)["content-security-policy"]
+        form = b"token=%s&next=%s" % (TOKEN.encode(), target.encode())
+        signed_in = proxy.ask(at("localhost:8888", "POST", "/proxy/", "Content-Length: %d" % len(form), body=form))
+        assert (status_of(signed_in), fields_of(signed_in)["location"]) == (303, target)
+        led = proxy.ask(at("localhost:8888", "GET", target, cookie_of(signed_in), *SAFE_LINES))
+        entered = proxy.ask(at(host, "GET", fields_of(led)["location"].partition(host)[2], *SAFE_LINES))
+        assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/; HttpOnly; SameSite=Lax" % proxy.port, fields_of(entered)["set-cookie"])
+        assert status_of(proxy.ask(at(host, "GET", "/a?b", cookie_of(entered)))) == 200
         assert "cookie" not in fields_of(app.messages[-1])
         for elsewhere in ("localhost:8888", "1.localhost:8888", "%d.localhost.:8888" % app.port):  # a cookie per host
-            assert status_of(proxy.ask(at(elsewhere, "GET", "/proxy/%d/" % app.port, cookie_of(answer)))) in (401, 403)
-        for place in (b"//evil/", b"https://evil/", b"/\\evil", b""):
-            form = b"token=%s&next=%s" % (TOKEN.encode(), place)
-            assert fields_of(proxy.ask(at(host, "POST", port_proxy.ENTRANCE, "Content-Length: %d" % len(form), body=form)))["location"] == "/"
-        foreign = at(host, "POST", port_proxy.ENTRANCE, "Content-Length: 9", "Origin: http://1.localhost:8888", body=b"token=abc")
-        assert status_of(proxy.ask(foreign)) == 403
+            assert status_of(proxy.ask(at(elsewhere, "GET", "/proxy/%d/" % app.port, cookie_of(entered)))) in (401, 403)
+        led = proxy.ask(at("localhost:8888", "GET", target, cookie_of(signed_in), *SAFE_LINES))
+        again = proxy.ask(at(host, "GET", fields_of(led)["location"].partition(host)[2], cookie_of(entered), *SAFE_LINES))
+        assert (status_of(again), "set-cookie" in fields_of(again)) == (303, False)  # it has one
+
+    def test_no_redirect_elsewhere(self, start, app):
+        proxy = start(token=TOKEN)
+        answer = proxy.ask(at("%d.localhost:8888" % app.port, "GET", "//evil.example/?token=" + TOKEN, *SAFE_LINES))
+        assert (status_of(answer), fields_of(answer)["location"]) == (302, "/.//evil.example/")
 
     def test_by_the_address(self, start, app):
         proxy = start(token=TOKEN)
@@ -1701,7 +1721,7 @@ class TestSignInAtAHost:
             ticket = gate._lead_to_host(app.port, visit).fields[0][1].rpartition("=")[2]
         assert len(gate._tickets) == 1000
         gate._tickets[ticket] = app.port, time.monotonic() - 1
-        assert gate._enter(ticket, visit).status == 401
+        assert gate._enter(ticket, RequestHead("GET", "/", "a", "1.1", ()), visit).status == 401
 
     def test_without_a_token_the_way_is_plain(self, start, app):
         proxy = start(allow_hostnames=["a.example"])
@@ -1741,6 +1761,25 @@ class TestOrigin:
         assert outcome(start(allow_origins=["*"])) == 200
         assert outcome(start(allow_origins=["http://EVIL:80"])) == (200 if origin == "http://evil" else expected)
         assert app.connections == 0 or not app.failures
+
+    @pytest.mark.parametrize("site, dest, admitted", [("cross-site", "document", True), ("cross-site", "iframe", False), ("cross-site", "object", False), ("same-origin", "iframe", True), ("same-site", "iframe", False), ("same-site", "document", True)])
+    def test_a_page_visit_in_a_frame_of_another_site(self, start, upstream, site, dest, admitted):
+        """There the person sees nothing of it, and the app in it could read the others."""
+        app = upstream(answering(OK))
+        raw = request("GET", "/proxy/%d/" % app.port, "Accept: text/html", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Site: " + site, "Sec-Fetch-Dest: " + dest)
+        proxy = start(domains=["here"])
+        assert status_of(proxy.ask(raw)) == (200 if admitted else 403)
+        assert status_of(start(allow_origins=["*"]).ask(raw)) == 200
+
+    @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+    def test_at_the_host_of_an_app_other_origins_are_refused(self, start, upstream, method):
+        """Over plain HTTP browsers do not say that a neighbour asks, but they say which."""
+        app = upstream(answering(OK))
+        host = "%d.localhost:8888" % app.port
+        proxy = start()
+        for origin, status in (("http://9.localhost:8888", 403), ("http://" + host, 200)):
+            raw = at(host, method, "/", "Origin: " + origin, *(("Content-Length: 0",) if method == "POST" else ()))
+            assert status_of(proxy.ask(raw, no_body=method == "HEAD")) == status
 
     def test_the_log_says_why(self, proxy, caplog):
         with caplog.at_level(logging.INFO, "port_proxy"):
@@ -1983,12 +2022,11 @@ class TestStrays:
     def test_a_service_worker_rules_no_more_than_its_app(self):
         """Served in place its scope could be the whole origin, our pages and other apps in it."""
         own = ("Service-Worker-Allowed", STRIPPED.prefix + "/")
-        for value, route, sent in (
-            ("/", STRIPPED, (own,)), ("/a/", STRIPPED, (("Service-Worker-Allowed", STRIPPED.prefix + "/a/"),)), ("./", STRIPPED, (("Service-Worker-Allowed", "./"),)),
-            ("/", STRIPPED._replace(strayed=True), (own,)), ("/", STRIPPED._replace(prefix=""), (("Service-Worker-Allowed", "/"),)),
-            ("/x/", STRIPPED._replace(absolute=True), (("Service-Worker-Allowed", "/x/"),)), ("/", STRIPPED._replace(absolute=True, strayed=True), (own,)),
-        ):  # fmt: skip
-            assert sent_to_client(("Service-Worker-Allowed", value), route=route) == sent
+        for value in ("/", "/a/", "./", "../../", "http://here:8888/", STRIPPED.prefix + "/../../", STRIPPED.prefix):
+            for route in (STRIPPED, STRIPPED._replace(strayed=True), STRIPPED._replace(absolute=True), STRIPPED._replace(absolute=True, strayed=True)):
+                assert sent_to_client(("Service-Worker-Allowed", value), route=route) == (own,)
+            assert sent_to_client(("Service-Worker-Allowed", value), route=STRIPPED._replace(prefix="")) == (("Service-Worker-Allowed", value),)
+        assert sent_to_client(route=STRIPPED._replace(absolute=True, path="")) == (own,)  # its folder is that of all
         assert sent_to_client(route=STRIPPED._replace(strayed=True)) == (own,)
 
     def test_behind_the_same_gate(self, start, upstream):
@@ -2107,7 +2145,8 @@ class TestPorts:
         "arguments, name",
         [
             (["/usr/bin/python3", "-m", "http.server", "--secret=x"], "http.server"), (["python3.11", "-u", "-X", "dev", "/srv/app.py", "--token", "x"], "app.py"), (["/usr/bin/node", "/a/b/vite.js"], "vite.js"),
-            (["/opt/code-server", "--auth", "x"], "code-server"), (["python3", "-c", "print('secret')"], "python3"), (["python3"], "python3"), (["nginx: master process /usr/sbin/nginx"], "nginx"), ([], ""),
+            (["/opt/code-server", "--auth", "x"], "code-server"), (["python3", "-c", "print('secret')"], "python3"), (["node", "-e", "const PASSWORD='hunter2'"], "node"),
+            (["perl", "-Mstrict", "-e", "my $k='sk-secret'"], "perl"), (["bash", "-lc", "secret=x serve"], "bash"), (["java", "-cp", "x.jar", "Main"], "java"), (["python3", "-m"], "python3"), (["python3", "my secret.py"], "python3"), (["python3"], "python3"), (["nginx: master process /usr/sbin/nginx"], "nginx"), ([], ""),
         ],
     )  # fmt: skip
     def test_the_name_of_a_program(self, monkeypatch, arguments, name):
@@ -4726,6 +4765,28 @@ class TestRemembering:
         told = ["set-cookie" in fields_of(proxy.get("/proxy/%d/" % app.port, *lines)) for lines in (page, data, known, page, data, known, data, page, known)]
         assert told == [True, False, False, True, False, False, False, True, False]
 
+    def test_the_ports_are_looked_up_once_for_all(self, background, monkeypatch):
+        looks = []
+        monkeypatch.setattr(port_proxy, "listeners", lambda: looks.append(1) or [len(looks)])
+
+        async def look():
+            lookout = port_proxy.Lookout()
+            found = [await one for one in [asyncio.ensure_future(lookout.listeners(background.loop)) for _ in range(3)]]
+            lookout._since -= 2
+            return found + [await lookout.listeners(background.loop)]
+
+        assert background.do(look()) == [[1], [1], [1], [2]]
+
+    @pytest.mark.parametrize("body, title", [
+        (b"<title>&#" + 5000 * b"9" + b";</title>", ""), (b"<title" * 10000, ""), (b"<title>" + b"a" * 60000, ""), (b"<title>\x1b[31mred\xe2\x80\xae</title>", "[31mred"), (b"<titles>x</titles>", ""),
+        (b"<title lang='en'>ok</title>", "ok"), (b"<TITLE>\n a  b </TITLE >", "a b"),
+    ], ids="number openings long escapes other attribute spaces".split())  # fmt: skip
+    def test_titles_that_mean_harm(self, body, title):
+        head = port_proxy.ResponseHead(200, "OK", "1.1", (("Content-Type", "text/html"),))
+        began = time.process_time()
+        assert port_proxy.title_in(head, body).strip() == title
+        assert time.process_time() - began < 0.5
+
     @pytest.mark.parametrize("coding", ["length", "chunked", "gzip", "gzip chunked", "until close"])
     def test_titles_of_pages_however_they_come(self, proxy, upstream, coding):
         """On a new connection, and on one from the pool, for which there is a short cut."""
@@ -5860,6 +5921,19 @@ class TestCheck:
             assert report.addresses == ("127.0.0.1",)
             assert report.program
 
+    @pytest.mark.parametrize("page", [
+        b"<script src='//[x'></script><title>ok</title>", b"<title>&#" + b"9" * 5000 + b";</title>", b"<script" * 40000, b"<a href=/" + b"a" * 300000, b"bokeh" * 60000,
+        b"<title>\x1b]0;x\x07</title><a href='/\x1b[31m'>", "<title>\u017c\U0001f600</title>".encode(),
+    ], ids="script number scripts link name escapes letters".split())  # fmt: skip
+    def test_pages_that_mean_harm(self, upstream, monkeypatch, page):
+        """They neither break it nor hold it up, nor do they write to the terminal."""
+        answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page) + page
+        app = upstream(lambda wire, app: (wire.until(b"\r\n\r\n"), wire.send(answer)))
+        monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+        status, output, errors = run_program("--check", str(app.port))
+        assert (status, errors) == (0, "")
+        assert output.replace("\n", "").isprintable()
+
     @pytest.mark.parametrize("redirect", [b"/lab?x=secret", b"http://localhost:PORT/lab"])
     def test_what_it_finds(self, background, upstream, redirect):
         page = b"<script id=_dash-config></script><script src=\"/_dash/a.js?v=1\"></script><link href='/b.css'><form action=/c><a href=/b.css>"
@@ -6624,6 +6698,11 @@ class TestInChromium:
         proxy = start(token=TOKEN)
         url = "http://%d.localhost:%d/a?b" % (app.port, proxy.port) if host else "http://localhost:%d/proxy/%d/a?b" % (proxy.port, app.port)
         page.open(url)
+        if host:  # where the app's own pages could read what is typed, none is asked for
+            page.until("document.body.innerText.includes('Sign in there')")
+            assert not page.tell("document.querySelector('form')")
+            page.click("main a")
+            page.until("location.hostname === 'localhost'")
         page.until("document.activeElement.name === 'token'")
         page.type("wrong")
         page.click("button")
@@ -6631,8 +6710,8 @@ class TestInChromium:
         page.type(TOKEN)
         page.press("Enter", "\r")
         page.until("document.querySelector('#app').innerText === 'signed in'")
-        assert page.tell("location.href") == url
-        assert [message[0] for message in app.messages if "favicon" not in message[0]] == ["GET /a?b HTTP/1.1"]
+        assert page.tell("location.href") == (url[: -len("a?b")] if host else url)
+        assert [message[0] for message in app.messages if "favicon" not in message[0]] == ["GET / HTTP/1.1" if host else "GET /a?b HTTP/1.1"]
 
     def test_signing_in_to_an_app_that_leads_to_a_login_elsewhere(self, page, start, upstream):
         elsewhere = upstream(serve_page(b"a login of its own"))
