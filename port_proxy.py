@@ -1146,6 +1146,7 @@ _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _CHUNK_LINE = re.compile(
     r"([0-9A-Fa-f]{1,16})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*" % (TOKEN, TOKEN, _QUOTED)
 )
+_CANONICAL_SIZE = re.compile(rb"([0-9a-f]{1,15})\r\n")
 _CHUNK_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,16}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?")
 
 
@@ -1206,9 +1207,10 @@ def framing_fields(framing: Framing) -> Fields:
 
 
 def bare(data: bytes, in_chunks: bool) -> bytes:
-    """The beginning of a body, from the first piece that a `Body` gave of it: at most the first chunk."""
-    size, _, rest = data.partition(b"\r\n") if in_chunks else (b"", b"", b"")
-    return rest[: int(size, 16)] if size else data
+    """The beginning of a body, from the first piece with bytes of it that a `Body` gave: at most the first chunk, whose
+    size may have come before."""
+    size = _CANONICAL_SIZE.match(data) if in_chunks else None
+    return data[size.end() : size.end() + int(size.group(1), 16)] if size else data
 
 
 class Body:
@@ -3912,10 +3914,6 @@ class Exchange:
         self.around.watch.stirred = True
         if route is not None:
             await self._serve(route)
-        elif head.target == "*":
-            await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
-        elif head.method in ("GET", "HEAD"):
-            await self._show_ports()
         elif head.target == "*":
             await self.answer(Response(204, (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),), b""))
         elif head.method in ("GET", "HEAD"):

@@ -4804,6 +4804,29 @@ class TestRemembering:
             eventually(lambda: proxy.proxy._around.titles._seen)
             assert proxy.proxy._around.titles._seen[app.port][0] == "A & B"
 
+    def test_a_page_whose_chunks_come_in_parts(self, proxy, upstream):
+        """The size first, and then the bytes, as some servers write them: the page comes whole, and has its title."""
+        body = b"<title>A</title>\r\n<p>"
+        parts = [b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n\r\n", b"%x\r\n" % len(body), body, b"\r\n", b"0\r\n\r\n"]
+
+        def serve(wire, app):
+            wire.message()
+            for part in parts:
+                wire.send(part)
+                app.happened.wait(WAIT)
+                app.happened.clear()
+            wire.rest()
+
+        app = upstream(serve)
+        with proxy.wire() as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port, "Accept: text/html"))
+            seen = b""
+            for part in parts:
+                seen += wire.until(part[-4:])
+                app.happened.set()
+            assert seen.endswith(b"\r\n\r\n" + b"".join(parts[1:]))
+        assert proxy.proxy._around.titles._seen[app.port][0] == "A"
+
     def test_a_session_that_is_not_known_any_more(self, start, upstream):
         """The gate is asked every time, whatever is remembered of the request."""
         app = upstream(answering(OK, OK))
