@@ -801,10 +801,13 @@ class Signal(asyncio.Future):  # type: ignore[type-arg]
 
     on_given: Optional[Callable[[], None]] = None
 
-    def give(self) -> None:
-        """Let whoever awaits this go on."""
+    def give(self, failure: Optional[Exception] = None) -> None:
+        """Let whoever awaits this go on, or see `failure` raised."""
         if not self.done():
-            self.set_result(None)
+            if failure is None:
+                self.set_result(None)
+            else:
+                self.set_exception(failure)
             if self.on_given:
                 self.on_given()
 
@@ -901,6 +904,7 @@ class Stream(asyncio.Protocol):
         "_is_stopped",
         "_is_writing_paused",
         "_room",
+        "_use",
         "address",
         "buffer",
         "end_deadline",
@@ -934,6 +938,7 @@ class Stream(asyncio.Protocol):
         self._accepted = accepted
         self._heir: Optional[asyncio.Protocol] = None
         self._arrival: Optional[Signal] = None  # of bytes or the end, where somebody waits for them
+        self._use: Optional[Callable[[], bool]] = None  # what they are for, where that is known beforehand
         self._room: Optional[Signal] = None  # for more to be written, likewise
         self._is_stopped = False
         self._is_writing_paused = False
@@ -956,11 +961,21 @@ class Stream(asyncio.Protocol):
         self.was_heard = True
         self.buffer = self.buffer + data if self.buffer else data
         if self._arrival is not None:
-            self._arrival.give()
+            self._arrived(self._arrival)
         elif self.on_data:
             self.on_data()
         if len(self.buffer) > _MOST_QUEUED_BYTES and self._arrival is None:
             self._stop()
+
+    def _arrived(self, arrival: Signal) -> None:
+        failure = None
+        if self._use is not None:
+            try:
+                if self._use():
+                    return
+            except Exception as error:  # whoever waits here knows what to make of it
+                failure = error
+        arrival.give(failure)
 
     def eof_received(self) -> bool:
         self.end()
@@ -1013,10 +1028,13 @@ class Stream(asyncio.Protocol):
 
     now = staticmethod(time.monotonic)  # the clock by which deadlines are told, in seconds
 
-    async def more(self, deadline: float = FOREVER, limit: int = _RECEIVE_BYTES) -> bool:
+    async def more(
+        self, deadline: float = FOREVER, limit: int = _RECEIVE_BYTES, use: Optional[Callable[[], bool]] = None
+    ) -> bool:
         """Wait until `buffer` has grown; False at the peer's clean end; raises its failure (OSError, Stalled).
 
-        limit: how many bytes are asked for where the transport reads only what it is asked for.
+        limit: how many bytes are asked for where the transport reads only what it is asked for.  use: called when bytes
+        have come, whoever waits going on only when it returns False, or raises; not called at such a transport.
         """
         length = len(self.buffer)
         if not self.ended:
@@ -1025,12 +1043,13 @@ class Stream(asyncio.Protocol):
                 self.pull(limit)
             self._let_go_on()
             self._arrival = Signal(loop=self.watch.loop)
+            self._use = use if not self.pull else None
             try:
                 await self._arrival
             finally:
-                self._arrival = None
+                self._arrival = self._use = None
                 self.read_deadline = FOREVER
-        if len(self.buffer) > length:
+        if len(self.buffer) > length or not self.ended:
             return True
         if self.failure is not None:
             raise self.failure
@@ -1068,6 +1087,12 @@ class Stream(asyncio.Protocol):
         """Send bytes, or queue them behind those that the peer has not taken yet; then `flush`."""
         if not self.transport.is_closing():
             self.transport.write(data)
+
+    def send(self, data: bytes, timeout: float) -> bool:
+        """`write`, with `timeout` s for the peer to take it; whether it is ready for more, or else `flush` is due."""
+        self.write(data)
+        self.write_deadline = self.now() + timeout
+        return not (self._is_writing_paused or self.transport.is_closing())
 
     async def flush(self, timeout: float, source: Optional["Stream"] = None) -> None:
         """Wait until the peer has taken enough of what was written; OSError if it is gone or lets `timeout` s pass.
@@ -1375,17 +1400,38 @@ class Body:
         Raises ProxyError 400 if it is malformed, Truncated if it breaks off, Stalled if nothing comes for `timeout` s,
         OSError if the connection fails.
         """
-        while not self.finished:
-            data = self.at_hand()
-            if data or self.finished:
-                return data
+        piece = b""
+
+        def keep(data: bytes) -> bool:
+            nonlocal piece
+            piece = data
+            return False
+
+        await self.pass_on(keep, timeout)
+        return piece
+
+    async def pass_on(self, use: Callable[[bytes], bool], timeout: float = FOREVER) -> None:
+        """Call `use` with the pieces as they come, until it returns False or the body has ended.  Raises as `read`."""
+        is_wanted = True
+
+        def use_what_came() -> bool:
+            nonlocal is_wanted
+            data = self.at_hand() if is_wanted else b""
+            is_wanted = is_wanted and (not data or use(data))
+            if not is_wanted or self.finished:
+                return False
+            if timeout != FOREVER:
+                self.stream.read_deadline = self.stream.now() + timeout
+            return True
+
+        while use_what_came():
             limit = min(self._remaining, _RECEIVE_BYTES) if self.framing.kind == LENGTH else _RECEIVE_BYTES
-            if not await self.stream.more(self.stream.now() + timeout, limit):
+            if not await self.stream.more(self.stream.now() + timeout, limit, use_what_came):
                 if self.framing.kind != UNTIL_CLOSE:
                     raise Truncated()
                 self.finished = True
-                return b"0\r\n\r\n" if self.in_chunks else b""
-        return b""
+                if self.in_chunks:
+                    use(b"0\r\n\r\n")
 
     def at_hand(self) -> bytes:
         """As `read`, but only what is in the stream's buffer already: b"" also if that is nothing."""
@@ -1405,6 +1451,8 @@ class Body:
     def _take_chunks(self) -> bytes:
         """Take all whole parts of chunks, and the data of the last, from the buffer (RFC 9112 section 7.1)."""
         buffer = self.stream.buffer
+        if self.in_chunks and self._part == "size" and self._is_one_chunk(buffer):
+            return self.stream.cut(len(buffer))
         given: List[Union[bytes, memoryview]] = []
         view, at, start = memoryview(buffer), 0, 0  # buffer[start:at] can be given as it came
         while at < len(buffer) and not self.finished:
@@ -1441,6 +1489,18 @@ class Body:
             given.append(view[start:at])
         self.stream.drop(at)
         return b"".join(given)
+
+    def _is_one_chunk(self, buffer: bytes) -> bool:
+        """Whether it is exactly one, in canonical form, as an app's events come; it is counted then."""
+        end = buffer.find(b"\r\n", 0, 18)
+        try:
+            size = int(buffer[:end], 16)
+        except ValueError:
+            return False
+        if size < 1 or len(buffer) != end + 4 + size or b"%x" % size != buffer[:end] or not buffer.endswith(b"\r\n"):
+            return False
+        self.count += size
+        return True
 
     def _find_line(self, buffer: bytes, at: int) -> Optional[str]:
         """The line that begins there, without its CRLF; None if it has not come whole."""
@@ -4112,8 +4172,7 @@ class Exchange:
         if self.asked.is_page:
             self.around.titles.note(route, answered.head, data[end:])
         self._begin_answer(answered.head.status)
-        self.client.write(answered.for_client + data[end:])
-        self.client.write_deadline = self.client.now() + self._patience
+        self.client.send(answered.for_client + data[end:], self._patience)
         upstream.drop(len(data))
         if answered.is_reusable:
             self.around.upstreams.give(route, upstream)
@@ -4269,11 +4328,14 @@ class Exchange:
 
     async def _send_rest(self, upstream: Stream) -> None:
         """Send the rest of the request's body on as it comes, while the answer is already awaited."""
+
+        def pass_on(data: bytes) -> bool:
+            upstream.watch.stirred = True
+            return upstream.send(data, self.config.stall_timeout)
+
         try:
             while not self.body.finished:
-                data = await self.body.read(self.config.stall_timeout)
-                upstream.watch.stirred = True
-                upstream.write(data)
+                await self.body.pass_on(pass_on, self.config.stall_timeout)
                 try:
                     await upstream.flush(self.config.stall_timeout, self.client)
                 except OSError:
@@ -4322,19 +4384,23 @@ class Exchange:
         self.keep_alive = answered.keep_alive
         self.client.end_is_delimiter = answered.sent_as.kind == UNTIL_CLOSE
         body = Body(upstream, answered.came_as, self.config, answered.sent_as.kind == CHUNKED)
+
+        def pass_on(data: bytes) -> bool:
+            if self.asked.is_page and not self.sent:
+                self.around.titles.note(route, answered.head, bare(data, body.in_chunks))
+            upstream.watch.stirred = True
+            self.sent = body.count
+            return self.client.send(data, self._patience)
+
         data = body.at_hand()
         if self.asked.is_page and data:
             self.around.titles.note(route, answered.head, bare(data, body.in_chunks))
         self._begin_answer(answered.head.status)
-        await self._to_client(answered.for_client + data, upstream)
         self.sent = body.count
+        await self._to_client(answered.for_client + data, upstream)
         while not body.finished:
-            data = await body.read(self._silence)
-            if self.asked.is_page and not self.sent:
-                self.around.titles.note(route, answered.head, bare(data, body.in_chunks))
-            upstream.watch.stirred = True
-            await self._to_client(data, upstream)
-            self.sent = body.count
+            await body.pass_on(pass_on, self._silence)
+            await self._to_client(b"", upstream)
         return answered.is_reusable
 
     def _begin_answer(self, status: int) -> None:
@@ -4430,10 +4496,12 @@ class Tunnel:
 class TunnelEnd(asyncio.Protocol):
     """One side of a tunnel: what comes from it is written to the other, and its pace is the other's."""
 
-    __slots__ = ("ended", "other", "received", "stream", "tunnel")
+    __slots__ = ("ended", "other", "received", "stream", "transport", "tunnel", "watch")
 
     def __init__(self, stream: Stream, tunnel: Tunnel) -> None:
         self.stream = stream
+        self.transport = stream.transport
+        self.watch = stream.watch
         self.tunnel = tunnel
         self.other = self
         self.received = 0
@@ -4441,9 +4509,11 @@ class TunnelEnd(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
-        self.stream.watch.stirred = True
-        self.other.stream.write(data)
-        if self.other.ended:
+        self.watch.stirred = True
+        other = self.other
+        if not other.transport.is_closing():
+            other.transport.write(data)
+        if other.ended:
             self.stream.end_deadline = self.stream.now() + self.tunnel.timeout
 
     def pause_writing(self) -> None:
