@@ -975,6 +975,7 @@ class Stream(asyncio.Protocol):
                     return
             except Exception as error:  # whoever waits here knows what to make of it
                 failure = error
+            self._use = None
         arrival.give(failure)
 
     def eof_received(self) -> bool:

@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -783,6 +784,56 @@ class TestFraming:
     def test_chunks_in_canonical_form(self, raw, sent):
         for pieces, behind in feedings(raw):
             assert decode(Framing(CHUNKED), pieces, in_chunks=True) == (sent, behind)
+
+    @pytest.mark.parametrize("line, sent", [
+        (b"3", b"3"), (b"03", b"3"), (b"3;x", b"3"), (b"+3", None), (b" 3", None), (b"3 ", None), (b"0x3", None), (b"0_3", None), (b"-3", None), (b"\xb3", None), (b"3\n", None), (b"\t3", None), (b"", None), (b"4", None), (b"2", None),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("in_chunks", [True, False])
+    def test_a_chunk_that_comes_alone(self, line, sent, in_chunks):
+        """As an app's events do; that is no reason to look at it less closely."""
+        pieces = [line + b"\r\nabc\r\n", b"0\r\n\r\n"]
+        if sent is None:
+            assert status_of_error(decode, Framing(CHUNKED), pieces, in_chunks) == 400
+        else:
+            assert decode(Framing(CHUNKED), pieces, in_chunks) == (sent + b"\r\nabc\r\n0\r\n\r\n" if in_chunks else b"abc", b"")
+
+    @pytest.mark.parametrize("end", ["refusal", "failure", "body", "malformed"])
+    def test_pieces_are_passed_on_as_they_come(self, background, end):
+        """At once, and not to whom has had enough; with every one there is as much time again."""
+
+        hours = iter(range(100))
+
+        class Stream(port_proxy.Stream):
+            pull = None
+            now = staticmethod(lambda: 3600.0 * next(hours))
+
+        async def talk():
+            stream = Stream(types.SimpleNamespace(loop=asyncio.get_event_loop()))
+            body = Body(stream, Framing(CHUNKED), DEFAULT)
+            got, deadlines = [], []
+
+            def use(data):
+                got.append(data)
+                if end == "failure":
+                    raise ProxyError(400, "No.")
+                return len(got) < 2
+
+            waiting = asyncio.ensure_future(body.pass_on(use, 1800.0))
+            await asyncio.sleep(0)
+            for piece in (b"1\r", b"\na\r\n", {"body": b"0\r\n\r\n", "malformed": b"+1\r\n"}.get(end, b"1\r\nb\r\n")):
+                if not waiting.done() and not (end == "failure" and got):
+                    deadlines.append(stream.read_deadline)
+                stream.data_received(piece)
+            at_once = list(got)
+            outcome = await asyncio.gather(waiting, return_exceptions=True)
+            stream.data_received(b"1\r\nc\r\n")
+            await asyncio.sleep(0)
+            return at_once == got, got, [getattr(one, "status", None) for one in outcome], deadlines == sorted(set(deadlines)), stream.read_deadline
+
+        got, status, is_renewed = {
+            "refusal": ([b"a", b"b"], None, True), "failure": ([b"a"], 400, True), "body": ([b"a"], None, True), "malformed": ([b"a"], 400, True),
+        }[end]  # fmt: skip
+        assert background.do(talk()) == (True, got, [status], is_renewed, port_proxy.FOREVER)
 
     def test_a_part_of_a_chunk_is_not_held_back(self):
         stream = port_proxy.Stream(None)
