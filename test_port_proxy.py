@@ -6687,6 +6687,10 @@ def serve_browser_app(wire, app):
             app.happened.set()
 
 
+class Navigated(AssertionError):
+    """The page that was asked gave way to the next one before it had answered."""
+
+
 class Page:
     """A page in Chromium, used as a person does, by way of the DevTools protocol; with cookies of its own, or those of
     `beside`.
@@ -6715,7 +6719,9 @@ class Page:
         while True:
             told = json.loads((receive_frame(self.wire) or b"{}").decode())
             if told.get("id") == self.count:
-                assert "error" not in told, told
+                if "error" in told:
+                    gone = re.search("navigated|context (was destroyed|with specified id)", told["error"]["message"])
+                    raise (Navigated if gone else AssertionError)(method, told["error"])
                 return told["result"]
             entry = told.get("params", {}).get("entry", {})
             if told.get("method") == "Runtime.exceptionThrown" or (entry.get("level") == "error" and entry.get("source") != "network"):
@@ -6728,7 +6734,10 @@ class Page:
     def until(self, expression):
         """Wait for what a person would see; while another page is loading, nothing can be asked of it."""
         limit = time.monotonic() + WAIT
-        while not self.tell("try { %s } catch (error) { false }" % expression):
+        while True:
+            with contextlib.suppress(Navigated):
+                if self.tell("try { %s } catch (error) { false }" % expression):
+                    return
             assert time.monotonic() < limit, "never %s, but %s" % (expression, self.tell("location.href + ' ' + document.documentElement.innerText"))
             time.sleep(0.05)
 
