@@ -452,7 +452,6 @@ class SocketTransport(asyncio.Transport):
     def __init__(
         self, loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: asyncio.BaseProtocol, peername: Any
     ) -> None:
-        super().__init__()
         self._loop = loop
         self._sock = sock
         self._peername = peername
@@ -463,7 +462,7 @@ class SocketTransport(asyncio.Transport):
         self._is_reading = self._has_ended = self._is_closing = self._is_lost = False
         self._is_writing_paused = self._is_writing_ended = False
         sock.setblocking(False)
-        if sock.family != _UNIX:
+        if isinstance(peername, tuple):  # that of a Unix socket is a path
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.set_protocol(protocol)
         protocol.connection_made(self)
@@ -606,24 +605,31 @@ class SocketTransport(asyncio.Transport):
         if self._unsent is not None:
             self._loop.remove_writer(self._number)
             self._unsent = self._queue = None
-        self._loop.call_soon(self._lost, error)
+        getattr(self._loop, "call_promptly", self._loop.call_soon)(self._lost, error)
 
     def _lost(self, error: Optional[OSError]) -> None:
         try:
             self._protocol.connection_lost(error)
         finally:
             self._sock.close()
+            del self._protocol  # which knows its transport: no circle is left to be collected
+
+
+_CAN_READ = getattr(select, "EPOLLIN", 0)
+_CAN_WRITE = getattr(select, "EPOLLOUT", 0)
 
 
 class PromptSelector(selectors.BaseSelector):
     """Linux's epoll for asyncio's loop, which calls the `readers` itself, each at once when its socket can be read.
 
-    readers: by the socket's number; `watch` adds one.  is_due: set when there is something new for the loop to do,
+    readers: by the socket's number; `watch` adds one.  calls: to be made, with an argument each, before the kernel is
+    asked again.  is_due: set when there is something new for the loop to do,
     which `select` otherwise keeps away from as long as only readers are to be called.  failed: told what one raised.
     """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
         self.readers: Dict[int, Callable[[], object]] = {}
+        self.calls: List[Tuple[Callable[[Any], object], Any]] = []
         self.is_due = False
         self._failed = failed
         self._epoll = select.epoll()
@@ -659,7 +665,7 @@ class PromptSelector(selectors.BaseSelector):
     def _update(self, number: int) -> None:
         events = self._keys[number].events if number in self._keys else 0
         is_read = number in self.readers or events & selectors.EVENT_READ
-        mask = (select.EPOLLIN if is_read else 0) | (select.EPOLLOUT if events & selectors.EVENT_WRITE else 0)
+        mask = (_CAN_READ if is_read else 0) | (_CAN_WRITE if events & selectors.EVENT_WRITE else 0)
         if not mask:
             del self._masks[number]
             try:
@@ -677,21 +683,28 @@ class PromptSelector(selectors.BaseSelector):
         """Call readers until something else is to be done, for at most `timeout` s; what asyncio itself looks after."""
         ready: List[Tuple[selectors.SelectorKey, int]] = []
         until = None if timeout is None else time.monotonic() + timeout
+        reader_of = self.readers.get
         self.is_due = False
         while True:
-            found = self._epoll.poll(timeout, _MOST_AT_ONCE)
+            while self.calls:
+                call, argument = self.calls.pop(0)
+                try:
+                    call(argument)
+                except Exception as error:
+                    self._failed(error)
+            found = self._epoll.poll(0 if self.is_due else timeout, _MOST_AT_ONCE)
             for number, mask in found:
-                reader = self.readers.get(number)
-                if reader is not None and mask != select.EPOLLOUT:
+                reader = reader_of(number)
+                if reader is not None and mask != _CAN_WRITE:
                     try:
                         reader()
                     except Exception as error:
                         self._failed(error)
-                    if mask == select.EPOLLIN:
+                    if mask == _CAN_READ:
                         continue
                 key = self._keys.get(number)
-                events = 0 if mask == select.EPOLLIN else selectors.EVENT_WRITE
-                events |= 0 if mask == select.EPOLLOUT else selectors.EVENT_READ
+                events = 0 if mask == _CAN_READ else selectors.EVENT_WRITE
+                events |= 0 if mask == _CAN_WRITE else selectors.EVENT_READ
                 if key is not None and events & key.events:
                     ready.append((key, events & key.events))
             if ready or self.is_due or not found:
@@ -735,12 +748,16 @@ class PromptLoop(asyncio.SelectorEventLoop):
         self._prompt.is_due = True
         return super().call_at(*args, **kwargs)
 
+    def call_promptly(self, callback: Callable[[Any], object], argument: Any) -> None:
+        """As `call_soon`, but without a handle and a round of the loop."""
+        self._prompt.calls.append((callback, argument))
+
     def stop(self) -> None:
         self._prompt.is_due = True
         super().stop()
 
     def _reader_failed(self, error: Exception) -> None:
-        self.call_exception_handler({"message": "a connection's bytes could not be taken", "exception": error})
+        self.call_exception_handler({"message": "what came of a connection could not be taken", "exception": error})
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -753,6 +770,19 @@ def can_watch_sockets(loop: asyncio.AbstractEventLoop) -> bool:
     return isinstance(loop, asyncio.SelectorEventLoop)
 
 
+def accepting(sock: socket.socket) -> Callable[[], Tuple[socket.socket, Any]]:
+    """`sock.accept`, without the enumerations in which it looks up family and type for every connection."""
+    accept, family = getattr(sock, "_accept", None), int(sock.family)
+    if accept is None:
+        return sock.accept
+
+    def accept_plainly() -> Tuple[socket.socket, Any]:
+        number, peername = accept()
+        return socket.socket(family, socket.SOCK_STREAM, 0, number), peername
+
+    return accept_plainly
+
+
 class Acceptor:
     """Accepts the connections of a bound socket, each with a protocol of its own."""
 
@@ -761,6 +791,7 @@ class Acceptor:
     ) -> None:
         self._loop = loop
         self._sock = sock
+        self._accept_one = accepting(sock)
         self._protocol = protocol
         self._timer: Optional[asyncio.TimerHandle] = None
         sock.setblocking(False)
@@ -773,7 +804,7 @@ class Acceptor:
     def _accept(self) -> None:
         for _ in range(_BACKLOG):
             try:
-                sock, peername = self._sock.accept()
+                sock, peername = self._accept_one()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:  # no descriptors or no memory; they may come back
@@ -1091,9 +1122,11 @@ class Stream(asyncio.Protocol):
 
     def send(self, data: bytes, timeout: float) -> bool:
         """`write`, with `timeout` s for the peer to take it; whether it is ready for more, or else `flush` is due."""
-        self.write(data)
+        transport = self.transport
+        if not transport.is_closing():
+            transport.write(data)
         self.write_deadline = self.now() + timeout
-        return not (self._is_writing_paused or self.transport.is_closing())
+        return not (self._is_writing_paused or transport.is_closing())
 
     async def flush(self, timeout: float, source: Optional["Stream"] = None) -> None:
         """Wait until the peer has taken enough of what was written; OSError if it is gone or lets `timeout` s pass.
@@ -1208,16 +1241,18 @@ class Stream(asyncio.Protocol):
 
 
 _READABLE = getattr(select, "POLLIN", 0)
+_CAN_POLL = hasattr(select, "poll")  # not on Windows
 _HANG_UP = getattr(select, "POLLRDHUP", 0)  # the peer has ended its side; Linux alone tells
 
 
 def _poll(transport: asyncio.Transport, events: int) -> bool:
     """Whether the kernel has something to tell of a connection: a failure or hang-up, or one of `events`."""
     sock = transport.get_extra_info("socket")
-    if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):
+    number = -1 if sock is None or not _CAN_POLL else sock.fileno()
+    if number < 0:
         return False
     poll = select.poll()
-    poll.register(sock.fileno(), events)
+    poll.register(number, events)
     return bool(poll.poll(0))
 
 
@@ -1228,6 +1263,7 @@ class Watch:
         self.loop = loop
         self.interval = interval
         self.streams: Set[Stream] = set()
+        self.is_stopping = False  # whether the proxy has been told to stop, and new requests are not served
         self.stirred = False  # whether an app was used, or a byte of one went by, since the last look
         self.on_activity: Optional[Callable[[], None]] = None  # called when it was, at most once an interval
         self._empty: Optional["asyncio.Future[None]"] = None
@@ -2860,10 +2896,10 @@ class Upstreams:
         An upstream may close one at the moment we use it.  Only a replayable request may be sent again then; for the
         others nothing older than a second is used, which no server is known to close.
         """
-        idle = self._idle.get((route.host, route.port), [])
+        address = route.host, route.port
+        idle = self._idle.get(address)
         while idle and (replayable or time.monotonic() - idle[-1][1] < 1.0):
-            stream = idle[-1][0]
-            self._discard(route, len(idle) - 1)
+            stream = self._discard(address, idle, -1)
             if stream.is_fresh():  # also in the kernel, where the loop has not looked yet
                 stream.was_heard = False
                 stream.write_deadline = FOREVER
@@ -2881,17 +2917,20 @@ class Upstreams:
         if not stream.is_quiet() or stream.queued() or self._idle_count >= self.config.max_idle_upstreams:
             stream.close()
             return
-        now = time.monotonic()
-        self._idle.setdefault((route.host, route.port), []).append((stream, now))
+        address, now = (route.host, route.port), time.monotonic()
+        idle = self._idle.get(address)
+        if idle is None:
+            idle = self._idle[address] = []
+        idle.append((stream, now))
         self._idle_count += 1
         stream.read_deadline = now + self.config.idle_upstream_timeout
+        stream.on_data = stream.on_end = functools.partial(self._drop, address, stream)
 
-        def drop() -> None:
-            idle = self._idle[route.host, route.port]
-            self._discard(route, next(at for at in range(len(idle)) if idle[at][0] is stream))
-            stream.abort()
-
-        stream.on_data = stream.on_end = drop
+    def _drop(self, address: Address, stream: Stream) -> None:
+        """Close an idle connection on which something came, or the end."""
+        idle = self._idle[address]
+        self._discard(address, idle, next(at for at in range(len(idle)) if idle[at][0] is stream))
+        stream.abort()
 
     def close(self) -> None:
         """Close all idle connections."""
@@ -2902,15 +2941,15 @@ class Upstreams:
         self._idle.clear()
         self._idle_count = 0
 
-    def _discard(self, route: Route, at: int) -> None:
-        """Take one of the idle connections to the route's target out of the pool; it need not be closed for that."""
-        idle = self._idle[route.host, route.port]
+    def _discard(self, address: Address, idle: List[Tuple[Stream, float]], at: int) -> Stream:
+        """Take one of the idle connections to an address out of the pool; it need not be closed for that."""
         stream, _ = idle.pop(at)
         stream.on_data = stream.on_end = None
         stream.read_deadline = FOREVER
         self._idle_count -= 1
         if not idle:
-            del self._idle[route.host, route.port]
+            del self._idle[address]
+        return stream
 
     async def connect(self, route: Route) -> Stream:
         """A new connection to the route's target; ProxyError 502, 503, 504 or 508 if there is none to be had."""
@@ -3880,7 +3919,8 @@ class Asked(NamedTuple):
     """What the head of a request comes to.
 
     route: None also where none is to be found.  keep_alive: the client can send another request behind this one.
-    is_upgrade: it opens a WebSocket.  is_page: a person wants to see a page; opens: one of its own, not in a frame.
+    is_replayable: it may be sent again where a connection turned out to be stale.  is_upgrade: it opens a WebSocket.
+    is_page: a person wants to see a page; opens: one of its own, not in a frame.
     apps: the names of those that the browser says it opened last.  is_plain: all that is left is to ask the gate, and
     its upstream; is_admitted: and not even the gate.  for_upstream: the bytes of the head that the upstream gets; b""
     where the gate has to be asked what may be in it.
@@ -3891,6 +3931,7 @@ class Asked(NamedTuple):
     visit: Visit
     route: Optional[Route]
     keep_alive: bool
+    is_replayable: bool
     is_upgrade: bool
     is_page: bool
     opens: bool
@@ -3899,8 +3940,9 @@ class Asked(NamedTuple):
     is_admitted: bool
     for_upstream: bytes
 
-    def __hash__(self) -> int:  # answers are remembered by what they answer: by the record, not by all that is in it
-        return object.__hash__(self)
+
+# Answers are remembered by what they answer: by the record, not by all that is in it.
+Asked.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def place_of(gate: Gate, head: RequestHead, visit: Visit) -> Optional[Route]:
@@ -3956,6 +3998,7 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
         visit,
         route,
         keep_alive,
+        head.method in _IDEMPOTENT and framing == NO_BODY,
         is_upgrade,
         is_page,
         opens,
@@ -4020,22 +4063,14 @@ def final_bytes(head: ResponseHead, keep_alive: bool) -> bytes:
     return serialise_response(head)
 
 
-_SHORT_BYTES = 2048
+_SHORT_BYTES = 2048  # of heads that are remembered
 _REMEMBERED = 256
-
-
-def remembering(function: Callable[..., _T]) -> Callable[..., _T]:
-    """`function`, whose first argument is a head, with a memory: peers send the same short heads again and again, and
-    making something of one costs more than all else that is done for a small request."""
-    remembered = functools.lru_cache(maxsize=_REMEMBERED)(function)
-    return lambda raw, *others: (remembered if len(raw) <= _SHORT_BYTES else function)(raw, *others)
 
 
 class Surroundings(NamedTuple):
     """What all exchanges of one proxy share.
 
     understand, translate: the functions of these names, of the gate; they may remember.  tunnels: those that are open.
-    stopping: set once the proxy has been told to stop.
     """
 
     config: Config
@@ -4045,7 +4080,6 @@ class Surroundings(NamedTuple):
     translate: Callable[[bytes, Asked, Route, bool], Answered]
     upstreams: Upstreams
     tunnels: "Set[Tunnel]"
-    stopping: asyncio.Event
     titles: Titles
     lookout: Lookout
 
@@ -4053,11 +4087,21 @@ class Surroundings(NamedTuple):
 def readers_of_heads(
     gate: Gate,
 ) -> Tuple[Callable[[bytes, str, str], Asked], Callable[[bytes, Asked, Route, bool], Answered]]:
-    """`understand` and `translate` for this gate, with a memory where they depend on nothing else."""
+    """`understand` and `translate` for this gate, with a memory where they depend on nothing else: peers send the same
+    short heads again and again, and making something of one costs more than all else in a small request."""
     understand_here, translate_here = functools.partial(understand, gate), functools.partial(translate, gate)
     if not gate.is_plain:
         return understand_here, translate_here
-    return remembering(understand_here), remembering(translate_here)
+    understood = functools.lru_cache(maxsize=_REMEMBERED)(understand_here)
+    translated = functools.lru_cache(maxsize=_REMEMBERED)(translate_here)
+
+    def understand_or_recall(raw: bytes, address: str, scheme: str) -> Asked:
+        return (understood if len(raw) <= _SHORT_BYTES else understand_here)(raw, address, scheme)
+
+    def translate_or_recall(raw: bytes, asked: Asked, route: Route, keep_alive: bool) -> Answered:
+        return (translated if len(raw) <= _SHORT_BYTES else translate_here)(raw, asked, route, keep_alive)
+
+    return understand_or_recall, translate_or_recall
 
 
 _Begun = Tuple["Exchange", Optional[Stream]]  # with the connection on which the request has been sent
@@ -4066,13 +4110,13 @@ _Begun = Tuple["Exchange", Optional[Stream]]  # with the connection on which the
 class Exchange:
     """One request of a client, from its head to the last byte of its answer.
 
-    answered: a final head has gone out, and all that is left on a failure is to cut the answer short.  keep_alive: the
-    client's connection stands right behind the request and its answer, and may carry the next.  refusal: why `begin`
-    did not let it in.  place, status, sent (bytes of the answer's body) and error are for the log.
+    status: that of the final head once it has gone out; all that is left on a failure then is to cut the answer short.
+    keep_alive: the client's connection stands right behind the request and its answer, and may carry the next.
+    refusal: why `begin` did not let it in.  taken (the route), sent (bytes of the answer's body) and error are for the
+    log.
     """
 
-    answered = False
-    place = "-"
+    taken: Optional[Route] = None
     status = 0
     sent = 0
     error: Optional[ProxyError] = None
@@ -4144,10 +4188,10 @@ class Exchange:
             except Exception as error:  # raised where errors become answers
                 self.refusal = error
                 return None
-        upstream = upstreams.take(route, self._is_replayable())
+        upstream = upstreams.take(route, asked.is_replayable)
         if upstream is not None:
             self.around.watch.stirred = True
-            self.place = route.authority
+            self.taken = route
             upstream.write(asked.for_upstream)
         return upstream
 
@@ -4158,7 +4202,7 @@ class Exchange:
         """
         route, data = self.asked.route, upstream.buffer
         end = data.find(b"\r\n\r\n") + 4
-        if not 4 <= end <= min(_SHORT_BYTES, self.config.max_head_bytes) or route is None:
+        if not 4 <= end <= _SHORT_BYTES or end > self.config.max_head_bytes or route is None:
             return False
         try:
             answered = self.around.translate(data[:end], self.asked, route, self._may_keep_alive())
@@ -4172,7 +4216,7 @@ class Exchange:
         self.sent = answered.came_as.length
         if self.asked.is_page:
             self.around.titles.note(route, answered.head, data[end:])
-        self._begin_answer(answered.head.status)
+        self.status = answered.head.status
         self.client.send(answered.for_client + data[end:], self._patience)
         upstream.drop(len(data))
         if answered.is_reusable:
@@ -4204,7 +4248,7 @@ class Exchange:
         head = ResponseHead(response.status, reason_phrase(response.status), "1.1", response.fields)
         body = b"" if self.asked.head.method == "HEAD" else response.body
         self._patience = self.config.head_timeout  # it is short, and may go to anybody
-        self._begin_answer(head.status)
+        self.status = head.status
         await self._to_client(final_bytes(head, self.keep_alive) + body)
         self.sent = len(body)
 
@@ -4230,7 +4274,7 @@ class Exchange:
     async def _serve(self, route: Route) -> None:
         """Send the request to its upstream and relay the answer, on a pooled connection if there is one."""
         asked = self.asked
-        self.place = route.authority
+        self.taken = route
         check_route(route, self.config)
         if asked.is_upgrade and asked.framing != NO_BODY:
             raise ProxyError(400, "A WebSocket handshake has no body.")
@@ -4248,7 +4292,7 @@ class Exchange:
         )
         self.body.in_chunks = asked.framing.kind == CHUNKED
         request += self.body.at_hand()
-        await self._forward(route, self.around.upstreams.take(route, self._is_replayable()), request, is_sent=False)
+        await self._forward(route, self.around.upstreams.take(route, self.asked.is_replayable), request, is_sent=False)
 
     async def _lead_back(self, route: Route) -> None:
         """Redirect a stray, once its body has come: a browser reads no answer before it has sent the whole of one."""
@@ -4258,14 +4302,10 @@ class Exchange:
         clean = self.around.gate.for_upstream(head, route)
         await self.answer(led_back(route._replace(query=query_of(clean.target))))
 
-    def _is_replayable(self) -> bool:
-        """Whether the request may be sent again where a connection turned out to be stale."""
-        return self.asked.head.method in _IDEMPOTENT and self.asked.framing == NO_BODY
-
     async def _forward(self, route: Route, pooled: Optional[Stream], request: bytes, is_sent: bool) -> None:
         """Exchange the request for its answer, on a pooled connection if there is one, on which it may be already."""
         unsent = b"" if is_sent else request
-        if pooled is None or not await self._exchange(route, pooled, unsent, self._is_replayable()):
+        if pooled is None or not await self._exchange(route, pooled, unsent, self.asked.is_replayable):
             await self._exchange(route, await self.around.upstreams.connect(route), request, False)
 
     async def _exchange(self, route: Route, upstream: Stream, request: bytes, replayable: bool) -> bool:
@@ -4341,7 +4381,7 @@ class Exchange:
                     await upstream.flush(self.config.stall_timeout, self.client)
                 except OSError:
                     return  # it takes no more; what it has to say is still heard
-            if not self.answered:
+            if not self.status:
                 upstream.read_deadline = upstream.now() + self.config.response_timeout
         except (ProxyError, Truncated, Stalled, OSError) as error:
             if isinstance(error, Stalled):
@@ -4378,7 +4418,7 @@ class Exchange:
             return False
         if self.client.pull and self.client.buffer:  # behind a chunked body, and out of its owner's reach
             return False
-        return self.keep_alive and not self.around.stopping.is_set()
+        return self.keep_alive and not self.around.watch.is_stopping
 
     async def _relay(self, route: Route, upstream: Stream, answered: Answered) -> bool:
         """Pass the answer on, piece by piece as it comes; whether the upstream's connection may be used again."""
@@ -4396,18 +4436,13 @@ class Exchange:
         data = body.at_hand()
         if self.asked.is_page and data:
             self.around.titles.note(route, answered.head, bare(data, body.in_chunks))
-        self._begin_answer(answered.head.status)
+        self.status = answered.head.status
         self.sent = body.count
         await self._to_client(answered.for_client + data, upstream)
         while not body.finished:
             await body.pass_on(pass_on, self._silence)
             await self._to_client(b"", upstream)
         return answered.is_reusable
-
-    def _begin_answer(self, status: int) -> None:
-        """Note that the final head goes out now."""
-        self.answered = True
-        self.status = status
 
     async def _to_client(self, data: bytes, upstream: Optional[Stream] = None) -> None:
         self.client.write(data)
@@ -4425,7 +4460,7 @@ class Exchange:
         self.client.on_end = None
         self.keep_alive = False
         await upstream.flush(self.config.stall_timeout)
-        self._begin_answer(answered.head.status)
+        self.status = answered.head.status
         await self._to_client(answered.for_client)
         self.tunnel = Tunnel(self.client, upstream, self.config.stall_timeout, self.around.tunnels)
 
@@ -4453,7 +4488,8 @@ class Tunnel:
     def __init__(self, client: Stream, upstream: Stream, timeout: float, tunnels: "Set[Tunnel]") -> None:
         self.timeout = timeout
         self.client, self.upstream = TunnelEnd(client, self), TunnelEnd(upstream, self)
-        self.client.other, self.upstream.other = self.upstream, self.client
+        self.client.leads_to(self.upstream)
+        self.upstream.leads_to(self.client)
         self.open = 2
         self.on_end: Optional[Callable[[], None]] = None
         self.tunnels = tunnels
@@ -4497,24 +4533,24 @@ class Tunnel:
 class TunnelEnd(asyncio.Protocol):
     """One side of a tunnel: what comes from it is written to the other, and its pace is the other's."""
 
-    __slots__ = ("ended", "other", "received", "stream", "transport", "tunnel", "watch")
+    __slots__ = ("ended", "other", "received", "stream", "tunnel", "watch", "write")
 
     def __init__(self, stream: Stream, tunnel: Tunnel) -> None:
         self.stream = stream
-        self.transport = stream.transport
         self.watch = stream.watch
         self.tunnel = tunnel
-        self.other = self
         self.received = 0
         self.ended = False
+
+    def leads_to(self, other: "TunnelEnd") -> None:
+        self.other = other
+        self.write = other.stream.transport.write
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
         self.watch.stirred = True
-        other = self.other
-        if not other.transport.is_closing():
-            other.transport.write(data)
-        if other.ended:
+        self.write(data)
+        if self.other.ended:
             self.stream.end_deadline = self.stream.now() + self.tunnel.timeout
 
     def pause_writing(self) -> None:
@@ -4584,7 +4620,6 @@ class PortProxy:
             *readers_of_heads(gate),
             upstreams,
             self._tunnels,
-            asyncio.Event(),
             Titles(),
             Lookout(),
         )
@@ -4662,7 +4697,7 @@ class PortProxy:
             server.close()
         for sock in self._sockets:
             sock.close()
-        around.stopping.set()
+        around.watch.is_stopping = True
         for client, exchange in list(self._clients.items()):
             if exchange is None:
                 client.close()
@@ -4744,9 +4779,9 @@ class PortProxy:
         nothing done, if that is so from the beginning."""
         raw = client.buffer
         end = raw.find(b"\r\n\r\n") + 4
-        if not 4 <= end == len(raw) <= min(_SHORT_BYTES, self.config.max_head_bytes):
+        if not 4 <= end == len(raw) <= _SHORT_BYTES or end > self.config.max_head_bytes:
             return False
-        if client.queued() or around.stopping.is_set():
+        if client.queued() or around.watch.is_stopping:
             return False
         try:
             exchange = Exchange(client, around.understand(raw, client.address, client.scheme), around)
@@ -4775,12 +4810,12 @@ class PortProxy:
         if upstream.ended or not exchange.finish(upstream):
             self._start_task(client, around, (exchange, upstream))
             return
-        self._clients[client] = None
         self._note_end(client, exchange)
         if not exchange.keep_alive:
             del self._clients[client]
             client.close()
         elif client.buffer:
+            self._clients[client] = None
             self._start_task(client, around)
         else:
             self._let_idle(client, around)
@@ -4801,9 +4836,9 @@ class PortProxy:
         """The requests of one client's connection that come one right behind the other."""
         is_kept = False  # the connection, in our care
         try:
-            while (begun or not around.stopping.is_set()) and await self._serve_request(client, around, begun=begun):
+            while (begun or not around.watch.is_stopping) and await self._serve_request(client, around, begun=begun):
                 begun = None
-                if client.is_quiet() and not around.stopping.is_set():
+                if client.is_quiet() and not around.watch.is_stopping:
                     self._let_idle(client, around)
                     is_kept = True
                     return
@@ -4879,7 +4914,7 @@ class PortProxy:
         if exchange is None:
             logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
             client.write(_plain_answer(error))
-        elif exchange.answered:
+        elif exchange.status:
             exchange.keep_alive = False
             exchange.cut_short()
         else:
@@ -4918,7 +4953,7 @@ class PortProxy:
             "client": exchange.asked.visit.address or "-",
             "method": head.method,
             "target": path + ("?..." if mark else ""),
-            "app": exchange.place,
+            "app": exchange.taken.authority if exchange.taken else "-",
             "status": exchange.status or "gone",
             "bytes": tunnel.upstream.received if tunnel else exchange.sent,
             "seconds": round(client.now() - exchange.started, 3),

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import gc
 import gzip
 import hashlib
 import io
@@ -3910,6 +3911,47 @@ class TestStreams:
 
         assert background.do(look()) == [True, False, False, False]
 
+    @pytest.mark.parametrize("family, address", [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0)), (socket.AF_UNIX, "socket")])
+    @pytest.mark.parametrize("is_private_way", [True, False])
+    def test_accepting(self, tmp_path, monkeypatch, family, address, is_private_way):
+        """What comes of it is what `accept` gives, also where there is no other way."""
+
+        class Plain:
+            def __init__(self, sock):
+                self.family, self.accept = sock.family, sock.accept
+
+        monkeypatch.chdir(tmp_path)
+        with socket.socket(family) as listening, socket.socket(family) as there:
+            try:
+                listening.bind(address)
+            except OSError as error:
+                pytest.skip("no such address here: %s" % error)
+            listening.listen(1)
+            accept = port_proxy.accepting(listening if is_private_way else Plain(listening))
+            there.connect(listening.getsockname())
+            here, peername = accept()
+            with here:
+                there.send(b"x")
+                assert (type(here), here.family, here.type, here.recv(1)) == (socket.socket, family, socket.SOCK_STREAM, b"x")
+                assert peername == there.getsockname()
+            listening.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                accept()
+
+    def test_a_closed_connection_is_gone_at_once(self, proxy, upstream):
+        """It leaves no circle of objects, which only a search through all of memory would find."""
+        app = upstream(answering(*[OK] * 6))
+        proxy.get("/proxy/%d/" % app.port)
+        eventually(lambda: len(proxy.streams) == 1)
+        gc.disable()
+        try:
+            gc.collect()
+            for _ in range(5):
+                assert proxy.get("/proxy/%d/" % app.port, "Connection: close")[2] == b"ok"
+            eventually(lambda: not [one for one in gc.get_objects() if type(one) is port_proxy.SocketTransport and one.is_closing()])
+        finally:
+            gc.enable()
+
     def test_a_lost_connection_over_tls_has_nothing_queued(self, background):
         """3.6 fails when it is asked, which must not end the timer of all connections."""
 
@@ -4205,6 +4247,35 @@ class TestPromptLoop:
         loop.add_reader(here, explode)
         loop.run_forever()
         assert list(map(str, complaints)) == ["explodes"] * 3
+
+    def test_prompt_calls_are_made_when_the_readers_have_had_their_turn(self, loop, pair):
+        """In their order, those that they make in turn too; and one that raises is told of."""
+        here, there = pair
+        told = []
+        loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+
+        def explode(text):
+            raise RuntimeError(text)
+
+        def read():
+            here.recv(1)
+            loop.call_promptly(told.append, "first")
+            loop.call_promptly(explode, "explodes")
+            loop.call_promptly(lambda text: (told.append(text), loop.call_promptly(lambda _: (told.append("last"), loop.stop()), None)), "second")
+            told.append("read")
+
+        loop.add_reader(here, read)
+        there.send(b"x")
+        loop.run_forever()
+        assert told == ["read", "first", "explodes", "second", "last"]
+
+    def test_prompt_calls_from_anywhere_else_are_made_too(self, loop):
+        loop.call_promptly(lambda _: loop.stop(), None)
+        loop.run_forever()
+        loop.call_soon(loop.call_promptly, lambda _: loop.stop(), None)
+        loop.run_forever()
+        loop.call_promptly(lambda _: loop.call_soon(loop.stop), None)
+        loop.run_forever()
 
     @pytest.mark.parametrize("begin", [
         lambda loop, done: loop.call_soon(done), lambda loop, done: loop.call_later(0, done), lambda loop, done: loop.call_at(loop.time() + 0.01, done),
@@ -4936,14 +5007,24 @@ class TestPlainRequestsInAsynciosLoop(InAsynciosLoop, TestPlainRequests):
 class TestRemembering:
     """What short heads came to is remembered; that must not show but in time."""
 
-    def test_what_is_remembered(self):
+    @pytest.mark.parametrize("is_plain", [True, False])
+    def test_what_is_remembered(self, monkeypatch, is_plain):
         calls = []
-        remember = port_proxy.remembering(lambda raw, *others: calls.append((raw, others)) or len(calls))
-        assert [remember(b"a", 1), remember(b"a", 1), remember(b"a", 2), remember(b"b", 1), remember(b"a", 1)] == [1, 1, 2, 3, 1]
-        assert [remember(bytes(3000)), remember(bytes(3000))] == [4, 5]
-        for number in range(1000):
-            remember(b"%d" % number)
-        assert remember(b"a", 1) == 1006
+        for name in ("understand", "translate"):
+            monkeypatch.setattr(port_proxy, name, lambda gate, raw, *others: calls.append((raw, others)) or len(calls))
+        gate = port_proxy.Gate(port_proxy.Config())
+        gate.is_plain = is_plain
+        understand, translate = port_proxy.readers_of_heads(gate)
+        for remember, others in ((lambda raw, who: understand(raw, who, "http"), "ab"), (lambda raw, who: translate(raw, who, "route", True), "ab")):
+            del calls[:]
+            one, two = others
+            same = [remember(b"a", one), remember(b"a", one), remember(b"a", two), remember(b"b", one), remember(b"a", one)]
+            assert same == ([1, 1, 2, 3, 1] if is_plain else [1, 2, 3, 4, 5])
+            before = len(calls)
+            assert [remember(bytes(3000), one), remember(bytes(3000), one)] == [before + 1, before + 2]
+            for number in range(1000):
+                remember(b"%d" % number, one)
+            assert remember(b"a", one) == before + 1003
 
     def test_a_refusal_is_a_refusal_again(self, proxy):
         for _ in range(3):
