@@ -935,6 +935,7 @@ class Stream(asyncio.Protocol):
         "_is_stopped",
         "_is_writing_paused",
         "_room",
+        "_sock",
         "_use",
         "address",
         "buffer",
@@ -979,6 +980,7 @@ class Stream(asyncio.Protocol):
         self.transport = transport
         # Where the transport reads only what it is asked for: asks for at most so many bytes.
         self.pull: Optional[Callable[[int], None]] = getattr(transport, "pull", None)
+        self._sock = transport.get_extra_info("socket")
         peer = transport.get_extra_info("peername")
         self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""
         self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
@@ -1037,7 +1039,7 @@ class Stream(asyncio.Protocol):
     def _save_unread(self) -> None:
         """Read what the kernel still holds: an upstream that answers early and closes may have reset the connection
         before its answer was read, and transports stop reading when a write fails."""
-        sock = self.transport.get_extra_info("socket")
+        sock = self._sock
         if sock is None or self.scheme == "https":
             return
         try:
@@ -1122,11 +1124,11 @@ class Stream(asyncio.Protocol):
 
     def send(self, data: bytes, timeout: float) -> bool:
         """`write`, with `timeout` s for the peer to take it; whether it is ready for more, or else `flush` is due."""
-        transport = self.transport
-        if not transport.is_closing():
-            transport.write(data)
+        if self.transport.is_closing():
+            return False
+        self.transport.write(data)
         self.write_deadline = self.now() + timeout
-        return not (self._is_writing_paused or transport.is_closing())
+        return not self._is_writing_paused
 
     async def flush(self, timeout: float, source: Optional["Stream"] = None) -> None:
         """Wait until the peer has taken enough of what was written; OSError if it is gone or lets `timeout` s pass.
@@ -1161,7 +1163,7 @@ class Stream(asyncio.Protocol):
 
     def is_fresh(self) -> bool:
         """Whether nothing is under way: no byte that was not used, not even in the kernel, none to be sent, no end."""
-        return self.is_quiet() and not self.queued() and not _poll(self.transport, _READABLE)
+        return self.is_quiet() and not self.queued() and not _poll(self._sock, _READABLE)
 
     def expire(self, now: float) -> None:
         """Act on the deadlines that have passed, and on a reset of a connection that is not read; called by `Watch`."""
@@ -1173,7 +1175,7 @@ class Stream(asyncio.Protocol):
             self.end_deadline = self.write_deadline = FOREVER
             self.end(Stalled())
             self.abort()
-        elif self._is_unwatched() and _poll(self.transport, _HANG_UP if self.pull else 0):
+        elif self._is_unwatched() and _poll(self._sock, _HANG_UP if self.pull else 0):
             self.abort()
 
     def _is_unwatched(self) -> bool:
@@ -1210,7 +1212,7 @@ class Stream(asyncio.Protocol):
         """
         if not self.ended:
             self.end(ConnectionAbortedError(errno.ECONNABORTED, "the proxy gave the connection up"))
-        sock = self.transport.get_extra_info("socket")
+        sock = self._sock
         if self.end_is_delimiter and sock is not None and sock.family != _UNIX and sock.fileno() >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
@@ -1245,9 +1247,8 @@ _CAN_POLL = hasattr(select, "poll")  # not on Windows
 _HANG_UP = getattr(select, "POLLRDHUP", 0)  # the peer has ended its side; Linux alone tells
 
 
-def _poll(transport: asyncio.Transport, events: int) -> bool:
+def _poll(sock: Any, events: int) -> bool:
     """Whether the kernel has something to tell of a connection: a failure or hang-up, or one of `events`."""
-    sock = transport.get_extra_info("socket")
     number = -1 if sock is None or not _CAN_POLL else sock.fileno()
     if number < 0:
         return False
