@@ -8078,18 +8078,21 @@ class BenchSystem:
         config = {"nginx": NGINX, "haproxy": HAPROXY}.get(name)
         if config:
             (folder / "config").write_text(config.format(scratch=folder, port=self.port, upstream=upstream))
-        command = {
+        self.command = {
             "port_proxy": [sys.executable, PROGRAM, "--quiet", "--port", str(self.port)],
             "nginx": ["nginx", "-c", str(folder / "config"), "-p", str(folder)],
             "haproxy": ["haproxy", "-db", "-f", str(folder / "config")],
         }[name]
         self.prefix = "/proxy/%d" % upstream
+        self.start()
+
+    def start(self):
         begun = time.perf_counter()
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         pin(self.process.pid, -1)
         while not self.answers():
-            assert self.process.poll() is None, "%s does not run" % name
-            assert time.perf_counter() - begun < WAIT, "%s does not answer" % name
+            assert self.process.poll() is None, "%s does not run" % self.name
+            assert time.perf_counter() - begun < WAIT, "%s does not answer" % self.name
             time.sleep(0.001)
         self.started_in = (time.perf_counter() - begun) * 1000
 
@@ -8214,7 +8217,10 @@ def bench_upload(system, megabytes):
 
 
 def bench_idle(system, count, open_one):
-    """KiB that a proxy takes for each of `count` connections that idle."""
+    """KiB that a proxy takes for each of `count` connections that idle; it is started anew, since one that has had others
+    takes theirs."""
+    system.close()
+    system.start()
     open_one(system)[0].close()
     before = rss_kib(system.process.pid)
     wires = [open_one(system)[0] for _ in range(count)]
