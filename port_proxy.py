@@ -4105,18 +4105,16 @@ def readers_of_heads(
     return understand_or_recall, translate_or_recall
 
 
-_Begun = Tuple["Exchange", Optional[Stream]]  # with the connection on which the request has been sent
-
-
 class Exchange:
     """One request of a client, from its head to the last byte of its answer.
 
     status: that of the final head once it has gone out; all that is left on a failure then is to cut the answer short.
     keep_alive: the client's connection stands right behind the request and its answer, and may carry the next.
-    refusal: why `begin` did not let it in.  taken (the route), sent (bytes of the answer's body) and error are for the
-    log.
+    upstream: the connection on which `begin` has sent the request, while no task waits for its answer.  refusal: why
+    `begin` did not let it in.  taken (the route), sent (bytes of the answer's body) and error are for the log.
     """
 
+    upstream: Optional[Stream] = None
     taken: Optional[Route] = None
     status = 0
     sent = 0
@@ -4172,29 +4170,30 @@ class Exchange:
         view = PortsView(config.base, ports, self.around.titles.of(ports), hosts)
         await self.answer(ports_response(view, head))
 
-    def begin(self) -> Optional[Stream]:
-        """Send a plain request on a pooled connection, which is returned, without waiting for anything.
+    def begin(self) -> bool:
+        """Send a plain request on a pooled connection without waiting for anything, or note why it is refused.
 
-        None where that cannot be, which is left to `run`; or where the request is refused, which is left to `go_on`.
+        False, with nothing done, where that cannot be, which is left to `run`.
         """
         asked, route, upstreams = self.asked, self.asked.route, self.around.upstreams
         if not asked.is_plain or route is None:
-            return None
+            return False
         if not asked.is_admitted:
             if not upstreams.has_idle(route):
-                return None
+                return False
             try:
                 self.around.gate.check(asked.head, asked.visit, route)
                 check_route(route, self.config)
             except Exception as error:  # raised where errors become answers
                 self.refusal = error
-                return None
-        upstream = upstreams.take(route, asked.is_replayable)
-        if upstream is not None:
-            self.around.watch.stirred = True
-            self.taken = route
-            upstream.write(asked.for_upstream)
-        return upstream
+                return True
+        upstream = self.upstream = upstreams.take(route, asked.is_replayable)
+        if upstream is None:
+            return False
+        self.around.watch.stirred = True
+        self.taken = route
+        upstream.write(asked.for_upstream)
+        return True
 
     def finish(self, upstream: Stream) -> bool:
         """Pass on the answer to a request that `begin` has sent, if it has come whole.
@@ -4226,11 +4225,12 @@ class Exchange:
             upstream.abort()
         return True
 
-    async def go_on(self, upstream: Optional[Stream]) -> None:
+    async def go_on(self) -> None:
         """As `run`, for a request that `begin` has sent, or refused."""
         if self.refusal is not None:
             raise self.refusal
         assert self.asked.route is not None
+        upstream, self.upstream = self.upstream, None
         await self._forward(self.asked.route, upstream, self.asked.for_upstream, is_sent=True)
 
     async def answer_error(self, error: ProxyError) -> None:
@@ -4592,7 +4592,6 @@ class PortProxy:
         self._around: Optional[Surroundings] = None
         self._clients: Dict[Stream, Optional[Exchange]] = {}  # with the request that each one is at
         self._tasks: Dict[Stream, PromptTask] = {}  # of the clients that do not idle
-        self._prompt: Dict[Stream, Callable[[], None]] = {}  # clients served without one, and how to go on with each
         self._tunnels: Set[Tunnel] = set()
         self._sockets: List[socket.socket] = []
         self._were_given = False
@@ -4702,8 +4701,8 @@ class PortProxy:
         for client, exchange in list(self._clients.items()):
             if exchange is None:
                 client.close()
-        for go_on in list(self._prompt.values()):
-            go_on()  # which makes a task that can be waited for
+            elif exchange.upstream is not None:
+                self._go_on(exchange, exchange.upstream)  # which makes a task that can be waited for
         for tunnel in list(self._tunnels):
             tunnel.close()
         until = time.monotonic() + self.config.shutdown_timeout
@@ -4769,7 +4768,7 @@ class PortProxy:
         elif not self._serve_promptly(client, around):
             self._start_task(client, around)
 
-    def _start_task(self, client: Stream, around: Surroundings, begun: Optional[_Begun] = None) -> None:
+    def _start_task(self, client: Stream, around: Surroundings, begun: Optional[Exchange] = None) -> None:
         task = PromptTask(self._serve(client, around, begun), around.watch.loop)
         if not task.done():
             self._tasks[client] = task
@@ -4788,28 +4787,27 @@ class PortProxy:
             exchange = Exchange(client, around.understand(raw, client.address, client.scheme), around)
         except Exception:  # the task meets it again, where errors become answers
             return False
-        upstream = exchange.begin()
-        if upstream is None and exchange.refusal is None:
+        if not exchange.begin():
             return False
         client.drop(len(raw))
         self._clients[client] = exchange
+        upstream = exchange.upstream
         if upstream is None:
-            self._start_task(client, around, (exchange, None))
+            self._start_task(client, around, exchange)
             return True
         upstream.read_deadline = client.now() + self.config.response_timeout
-        go_on = self._prompt[client] = functools.partial(self._go_on, client, around, exchange, upstream)
-        upstream.on_data = upstream.on_end = client.on_end = go_on
+        upstream.on_data = upstream.on_end = client.on_end = functools.partial(self._go_on, exchange, upstream)
         return True
 
-    def _go_on(self, client: Stream, around: Surroundings, exchange: Exchange, upstream: Stream) -> None:
+    def _go_on(self, exchange: Exchange, upstream: Stream) -> None:
         """Go on with a request that is served promptly when something comes from its upstream, or the client ends."""
-        del self._prompt[client]
+        client, around = exchange.client, exchange.around
         upstream.on_data = upstream.on_end = client.on_end = None
         upstream.read_deadline = FOREVER
         if client.ended:
             exchange.leave(upstream)
         if upstream.ended or not exchange.finish(upstream):
-            self._start_task(client, around, (exchange, upstream))
+            self._start_task(client, around, exchange)
             return
         self._note_end(client, exchange)
         if not exchange.keep_alive:
@@ -4833,7 +4831,7 @@ class PortProxy:
         min(idle, key=lambda client: client.read_deadline).abort()
         return True
 
-    async def _serve(self, client: Stream, around: Surroundings, begun: Optional[_Begun] = None) -> None:
+    async def _serve(self, client: Stream, around: Surroundings, begun: Optional[Exchange] = None) -> None:
         """The requests of one client's connection that come one right behind the other."""
         is_kept = False  # the connection, in our care
         try:
@@ -4861,11 +4859,11 @@ class PortProxy:
         client: Stream,
         around: Surroundings,
         raw: bytes = b"",
-        begun: Optional[_Begun] = None,
+        begun: Optional[Exchange] = None,
     ) -> bool:
         """Answer the next request; whether another may follow.
 
-        raw: its head, where that was read already.  begun: its exchange, and the connection on which it was sent.
+        raw: its head, where that was read already.  begun: its exchange, where that has begun.
         """
         exchange = None
         try:
@@ -4877,8 +4875,8 @@ class PortProxy:
                 exchange = self._clients[client] = Exchange(client, asked, around)
                 await exchange.run()
             else:
-                exchange, upstream = begun
-                await exchange.go_on(upstream)
+                exchange = begun
+                await exchange.go_on()
         except ProxyError as error:
             await self._answer_error(client, exchange, error)
         except (ClientGone, Truncated, Stalled, OSError, asyncio.CancelledError):

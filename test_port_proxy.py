@@ -4807,7 +4807,7 @@ class TestPlainRequests:
     """Those that are served without a task, as long as nothing comes between."""
 
     def _is_prompt(self, proxy):
-        return bool(proxy.proxy._prompt) and not proxy.proxy._tasks
+        return any(exchange and exchange.upstream for exchange in list(proxy.proxy._clients.values())) and not proxy.proxy._tasks
 
     def _begin(self, proxy, upstream, wire, serve):
         """A request that is served promptly, up to where its upstream `serve`s it; the upstream."""
