@@ -498,8 +498,8 @@ class SocketTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         if not self._is_reading and not self._has_ended and not self._is_closing:
-            self._is_reading = True
             self._loop.add_reader(self._number, self._receive)
+            self._is_reading = True
 
     def _receive(self) -> None:
         try:
@@ -627,7 +627,7 @@ class PromptSelector(selectors.BaseSelector):
     which `select` otherwise keeps away from as long as only readers are to be called.  failed: told what one raised.
     """
 
-    def __init__(self, failed: Callable[[Exception], None]) -> None:
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
         self.readers: Dict[int, Callable[[], object]] = {}
         self.calls: List[Tuple[Callable[[Any], object], Any]] = []
         self.is_due = False
@@ -639,7 +639,11 @@ class PromptSelector(selectors.BaseSelector):
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         number = fileobj if isinstance(fileobj, int) else fileobj.fileno()
         key = self._keys[number] = selectors.SelectorKey(fileobj, number, events, data)
-        self._update(number)
+        try:
+            self._update(number)
+        except OSError:
+            del self._keys[number]
+            raise
         return key
 
     modify = register
@@ -653,7 +657,11 @@ class PromptSelector(selectors.BaseSelector):
     def watch(self, number: int, reader: Callable[[], object]) -> None:
         """Call `reader` whenever the socket can be read, until `ignore`."""
         self.readers[number] = reader
-        self._update(number)
+        try:
+            self._update(number)
+        except OSError:  # the kernel watches no more of them
+            del self.readers[number]
+            raise
 
     def ignore(self, number: int) -> bool:
         """Undo `watch`; whether there was something to undo."""
@@ -681,7 +689,7 @@ class PromptSelector(selectors.BaseSelector):
 
     def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
         """Call readers until something else is to be done, for at most `timeout` s; what asyncio itself looks after."""
-        ready: List[Tuple[selectors.SelectorKey, int]] = []
+        told: List[Tuple[int, int]] = []
         until = None if timeout is None else time.monotonic() + timeout
         reader_of = self.readers.get
         self.is_due = False
@@ -690,7 +698,9 @@ class PromptSelector(selectors.BaseSelector):
                 call, argument = self.calls.pop(0)
                 try:
                     call(argument)
-                except Exception as error:
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
                     self._failed(error)
             found = self._epoll.poll(0 if self.is_due else timeout, _MOST_AT_ONCE)
             for number, mask in found:
@@ -698,21 +708,25 @@ class PromptSelector(selectors.BaseSelector):
                 if reader is not None and mask != _CAN_WRITE:
                     try:
                         reader()
-                    except Exception as error:
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
                         self._failed(error)
                     if mask == _CAN_READ:
                         continue
-                key = self._keys.get(number)
                 events = 0 if mask == _CAN_READ else selectors.EVENT_WRITE
-                events |= 0 if mask == _CAN_WRITE else selectors.EVENT_READ
-                if key is not None and events & key.events:
-                    ready.append((key, events & key.events))
-            if ready or self.is_due or not found:
-                return ready
+                told.append((number, events | (0 if mask == _CAN_WRITE else selectors.EVENT_READ)))
+            if told or self.is_due or not found:
+                return self._ready(told)
             if until is not None:
                 timeout = until - time.monotonic()
                 if timeout <= 0:
-                    return ready
+                    return []
+
+    def _ready(self, told: List[Tuple[int, int]]) -> List[Tuple[selectors.SelectorKey, int]]:
+        """What asyncio itself looks after, of what the kernel has told; readers may have changed that since."""
+        pairs = [(self._keys[number], events) for number, events in told if number in self._keys]
+        return [(key, events & key.events) for key, events in pairs if events & key.events]
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
         return self._keys
@@ -740,6 +754,12 @@ class PromptLoop(asyncio.SelectorEventLoop):
     def remove_reader(self, fd: Any) -> bool:
         return self._prompt.ignore(fd if isinstance(fd, int) else fd.fileno())
 
+    def add_writer(self, fd: Any, callback: Any, *args: Any) -> None:  # type: ignore[override]
+        super().add_writer(fd if isinstance(fd, int) else fd.fileno(), callback, *args)
+
+    def remove_writer(self, fd: Any) -> bool:
+        return super().remove_writer(fd if isinstance(fd, int) else fd.fileno())
+
     def call_soon(self, *args: Any, **kwargs: Any) -> asyncio.Handle:  # type: ignore[override]
         self._prompt.is_due = True
         return super().call_soon(*args, **kwargs)
@@ -756,7 +776,7 @@ class PromptLoop(asyncio.SelectorEventLoop):
         self._prompt.is_due = True
         super().stop()
 
-    def _reader_failed(self, error: Exception) -> None:
+    def _reader_failed(self, error: BaseException) -> None:
         self.call_exception_handler({"message": "what came of a connection could not be taken", "exception": error})
 
 
@@ -1077,9 +1097,11 @@ class Stream(asyncio.Protocol):
                 self.pull(limit)
             self._let_go_on()
             self._arrival = Signal(loop=self.watch.loop)
-            self._use = use if not self.pull else None
+            use = self._use = None if self.pull else use
             try:
                 await self._arrival
+                if use is not self._use:  # it has had what it wants, whatever has come behind that meanwhile
+                    return True
             finally:
                 self._arrival = self._use = None
                 self.read_deadline = FOREVER
@@ -3913,6 +3935,8 @@ def _remember(table: Dict[Any, Any], key: Any, value: Any, most: int = _MAX_REME
 # Exchange: one request's whole way, and the tunnel behind a 101
 # ---------------------------------------------------------------------------------------------------------------------
 
+_SHORT_BYTES = 2048  # of heads that are remembered
+_REMEMBERED = 256
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())  # RFC 9110 section 9.2.2
 
 
@@ -3924,7 +3948,7 @@ class Asked(NamedTuple):
     is_page: a person wants to see a page; opens: one of its own, not in a frame.
     apps: the names of those that the browser says it opened last.  is_plain: all that is left is to ask the gate, and
     its upstream; is_admitted: and not even the gate.  for_upstream: the bytes of the head that the upstream gets; b""
-    where the gate has to be asked what may be in it.
+    where the gate has to be asked what may be in it.  is_short: it may be remembered, and what answers it.
     """
 
     head: RequestHead
@@ -3940,6 +3964,7 @@ class Asked(NamedTuple):
     is_plain: bool
     is_admitted: bool
     for_upstream: bytes
+    is_short: bool
 
 
 # Answers are remembered by what they answer: by the record, not by all that is in it.
@@ -4007,6 +4032,7 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
         is_plain,
         is_plain and route is not None and gate.admits_anyone(head, visit, route),
         for_upstream,
+        len(raw) <= _SHORT_BYTES,
     )
 
 
@@ -4064,10 +4090,6 @@ def final_bytes(head: ResponseHead, keep_alive: bool) -> bytes:
     return serialise_response(head)
 
 
-_SHORT_BYTES = 2048  # of heads that are remembered
-_REMEMBERED = 256
-
-
 class Surroundings(NamedTuple):
     """What all exchanges of one proxy share.
 
@@ -4100,7 +4122,8 @@ def readers_of_heads(
         return (understood if len(raw) <= _SHORT_BYTES else understand_here)(raw, address, scheme)
 
     def translate_or_recall(raw: bytes, asked: Asked, route: Route, keep_alive: bool) -> Answered:
-        return (translated if len(raw) <= _SHORT_BYTES else translate_here)(raw, asked, route, keep_alive)
+        is_short = asked.is_short and len(raw) <= _SHORT_BYTES
+        return (translated if is_short else translate_here)(raw, asked, route, keep_alive)
 
     return understand_or_recall, translate_or_recall
 
@@ -4206,16 +4229,16 @@ class Exchange:
             return False
         try:
             answered = self.around.translate(data[:end], self.asked, route, self._may_keep_alive())
+            if answered.head.status < 200 or answered.came_as.kind not in (LENGTH, NO_BODY.kind):
+                return False
+            if len(data) != end + answered.came_as.length:
+                return False
+            if self.asked.is_page:
+                self.around.titles.note(route, answered.head, data[end:])
         except Exception:  # `go_on` meets it again, where errors become answers
-            return False
-        if answered.head.status < 200 or answered.came_as.kind not in (LENGTH, NO_BODY.kind):
-            return False
-        if len(data) != end + answered.came_as.length:
             return False
         self.keep_alive = answered.keep_alive
         self.sent = answered.came_as.length
-        if self.asked.is_page:
-            self.around.titles.note(route, answered.head, data[end:])
         self.status = answered.head.status
         self.client.send(answered.for_client + data[end:], self._patience)
         upstream.drop(len(data))

@@ -8,6 +8,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import errno
 import functools
 import gc
 import gzip
@@ -835,6 +836,41 @@ class TestFraming:
             "refusal": ([b"a", b"b"], None, True), "failure": ([b"a"], 400, True), "body": ([b"a"], None, True), "malformed": ([b"a"], 400, True),
         }[end]  # fmt: skip
         assert background.do(talk()) == (True, got, [status], is_renewed, port_proxy.FOREVER)
+
+    @pytest.mark.parametrize("framing, last", [
+        (Framing(LENGTH, 7), b"hello"), (Framing(CHUNKED), b"5\r\nhello\r\n0\r\n\r\n"), (Framing(CHUNKED), b"5\r\nhello\r\n"),
+        (Framing(UNTIL_CLOSE), b"hello"), (Framing(LENGTH, 8), b"hello"),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("failure", [None, ConnectionResetError()])
+    def test_the_last_piece_and_the_end_come_at_once(self, background, framing, last, failure):
+        """As they do over TLS: whoever waits in a task of asyncio's has the piece first, then learns what the end means."""
+
+        async def talk():
+            stream = port_proxy.Stream(types.SimpleNamespace(loop=asyncio.get_event_loop()))
+            stream.pull = None
+            stream.data_received(b"2\r\na \r\n" if framing.kind == CHUNKED else b"a ")
+            body, got = Body(stream, framing, DEFAULT), []
+
+            async def read():
+                try:
+                    while not body.finished:
+                        got.append(await body.read())
+                except Exception as error:
+                    got.append(type(error))
+
+            waiting = asyncio.ensure_future(read())
+            await asyncio.sleep(0)
+            stream.data_received(last)
+            stream.end(failure)
+            await waiting
+            return got
+
+        is_whole = framing in (Framing(LENGTH, 7), Framing(UNTIL_CLOSE)) or last.endswith(b"0\r\n\r\n")
+        end = [type(failure or port_proxy.Truncated())]
+        if framing.kind == UNTIL_CLOSE:
+            end = [b""] if failure is None else end
+            is_whole = False
+        assert background.do(talk()) == [b"a ", b"hello"] + ([] if is_whole else end)
 
     def test_a_part_of_a_chunk_is_not_held_back(self):
         stream = port_proxy.Stream(None)
@@ -4222,13 +4258,74 @@ class TestPromptLoop:
         there.send(b"x")
         for reads, writes in ((True, True), (False, True), (True, False), (True, True), (False, False)):
             loop.add_reader(here, told.append, "read")
-            loop.add_writer(here.fileno(), told.append, "write")
+            loop.add_writer(here, told.append, "write")
             assert reads or loop.remove_reader(here)
-            assert writes or loop.remove_writer(here.fileno())
+            assert writes or loop.remove_writer(here)
             del told[:]
             for _ in range(3):
                 loop.run_until_complete(asyncio.sleep(0))
             assert set(told) == {name for name, is_wanted in (("read", reads), ("write", writes)) if is_wanted}
+
+    def test_what_the_kernel_does_not_watch_is_not_taken_for_watched(self, loop, pair):
+        """For lack of memory, say; what is asked for later finds no trace of it."""
+
+        class Refusing:
+            def register(self, *_):
+                raise OSError(errno.ENOSPC, "no space")
+
+        here, _ = pair
+        selector, transport = loop._prompt, port_proxy.SocketTransport.__new__(port_proxy.SocketTransport)
+        transport._loop, transport._number = loop, here.fileno()
+        transport._is_reading = transport._has_ended = transport._is_closing = False
+        kernel, selector._epoll = selector._epoll, Refusing()
+        for refused in (transport.resume_reading, lambda: loop.add_reader(here, print), lambda: loop.add_writer(here, print)):
+            with pytest.raises(OSError):
+                refused()
+        selector._epoll = kernel
+        assert (transport.is_reading(), loop.remove_reader(here), loop.remove_writer(here)) == (False, False, False)
+
+    @pytest.mark.parametrize("is_taken_out", [True, False])
+    def test_what_readers_change_holds_for_what_the_kernel_had_told(self, is_taken_out):
+        """One of three that are ready at once takes the others out of asyncio's care, or changes what they stand for."""
+        pairs = [socket.socketpair() for _ in range(3)]
+        selector = port_proxy.PromptSelector(print)
+
+        def read():
+            for here in (pairs[0][0], pairs[2][0]):
+                if is_taken_out:
+                    selector.unregister(here)
+                else:
+                    selector.modify(here, selectors.EVENT_READ, "new")
+
+        for here in (pairs[0][0], pairs[2][0]):
+            selector.register(here, selectors.EVENT_READ, "old")
+        selector.watch(pairs[1][0].fileno(), read)
+        for _, there in pairs:
+            there.send(b"x")
+        assert [key.data for key, _ in selector.select(WAIT)] == ([] if is_taken_out else ["new", "new"])
+        selector.close()
+        for sock in sum(pairs, ()):
+            sock.close()
+
+    def test_only_what_ends_the_program_gets_through(self, loop, pair):
+        here, there = pair
+        there.send(b"x")
+        complaints, errors = [], [asyncio.CancelledError(), GeneratorExit(), KeyboardInterrupt()]
+        loop.set_exception_handler(lambda _, context: complaints.append(type(context["exception"])))
+
+        def explode(_=None):
+            raise errors.pop(0)
+
+        loop.add_reader(here, explode)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_forever()
+        loop.remove_reader(here)
+        errors[:] = [asyncio.CancelledError(), GeneratorExit(), SystemExit()]
+        for _ in range(3):
+            loop.call_promptly(explode, None)
+        with pytest.raises(SystemExit):
+            loop.run_forever()
+        assert complaints == [asyncio.CancelledError, GeneratorExit] * 2
 
     def test_a_reader_that_raises_is_told_of(self, loop, pair):
         """The others are called all the same, and so is this one again."""
@@ -5015,9 +5112,10 @@ class TestRemembering:
         gate = port_proxy.Gate(port_proxy.Config())
         gate.is_plain = is_plain
         understand, translate = port_proxy.readers_of_heads(gate)
-        for remember, others in ((lambda raw, who: understand(raw, who, "http"), "ab"), (lambda raw, who: translate(raw, who, "route", True), "ab")):
+        asked = port_proxy.Asked(**dict.fromkeys(port_proxy.Asked._fields))
+        short = [asked._replace(is_short=True) for _ in range(2)]
+        for remember, (one, two) in ((lambda raw, who: understand(raw, who, "http"), "ab"), (lambda raw, who: translate(raw, who, "route", True), short)):
             del calls[:]
-            one, two = others
             same = [remember(b"a", one), remember(b"a", one), remember(b"a", two), remember(b"b", one), remember(b"a", one)]
             assert same == ([1, 1, 2, 3, 1] if is_plain else [1, 2, 3, 4, 5])
             before = len(calls)
@@ -5025,6 +5123,8 @@ class TestRemembering:
             for number in range(1000):
                 remember(b"%d" % number, one)
             assert remember(b"a", one) == before + 1003
+        # Which no other request comes to, even of the same bytes.
+        assert translate(b"a", asked, "route", True) != translate(b"a", asked, "route", True)
 
     def test_a_refusal_is_a_refusal_again(self, proxy):
         for _ in range(3):
