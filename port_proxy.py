@@ -67,8 +67,10 @@ from typing import (
     Iterable,
     List,
     Mapping,
+    Match,
     NamedTuple,
     Optional,
+    Pattern,
     Sequence,
     Set,
     Tuple,
@@ -1764,6 +1766,8 @@ def path_below(base: str, path: str) -> Optional[str]:
 
 def _leaves(path: str) -> bool:
     """Whether dot segments lead above `path`'s beginning, as a browser or a server in front of us would resolve it."""
+    if "/." not in path and "/%" not in path:
+        return False
     depth = 0
     for segment in path.split("/")[1:]:
         if _UP.fullmatch(segment):
@@ -3949,6 +3953,7 @@ class Asked(NamedTuple):
     apps: the names of those that the browser says it opened last.  is_plain: all that is left is to ask the gate, and
     its upstream; is_admitted: and not even the gate.  for_upstream: the bytes of the head that the upstream gets; b""
     where the gate has to be asked what may be in it.  is_short: it may be remembered, and what answers it.
+    like: one that differs in path and query alone, so that what answers it comes to the same; None where none is known.
     """
 
     head: RequestHead
@@ -3965,6 +3970,7 @@ class Asked(NamedTuple):
     is_admitted: bool
     for_upstream: bytes
     is_short: bool
+    like: Optional["Asked"] = None
 
 
 # Answers are remembered by what they answer: by the record, not by all that is in it.
@@ -4034,6 +4040,38 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
         for_upstream,
         len(raw) <= _SHORT_BYTES,
     )
+
+
+def target_apart(base: str) -> Pattern[bytes]:
+    """Takes the usual request's head apart: up to the prefix of an app, the prefix, path, query, and what is behind."""
+    return re.compile(
+        rb"([A-Z]+ (%s(?:/absolute)?/[!\"$-.0->@-~]+))(/[!\"$->@-~]*)((?:\?[!\"$-~]*)?)( HTTP/1\.1\r\n.*)"
+        % re.escape(base.encode("ascii")),
+        re.DOTALL,
+    )
+
+
+def understand_alike(gate: Gate, apart: Match[bytes], understand_like: Callable[[bytes], Asked]) -> Optional[Asked]:
+    """What a head that `target_apart` matched comes to, by what one for the root of the same app does.
+
+    None where path and query have more to say than where in the app it goes, or something is to be refused.
+    """
+    before, prefix, path, query, behind = [part.decode("latin-1") for part in apart.groups()]
+    target = prefix + path + query
+    if len(target) > gate.config.max_target_bytes or _leaves(path) or (gate.token and _query_tokens(target)):
+        return None
+    try:
+        like = understand_like((before + "/" + behind).encode("latin-1"))
+    except ProxyError:
+        return None
+    if like.route is None or like.route.prefix != prefix:
+        return None
+    route = like.route._replace(path=path, query=query)
+    for_upstream = like.for_upstream
+    if for_upstream:
+        fields = for_upstream[for_upstream.index(b"\r\n") :]
+        for_upstream = ("%s %s HTTP/1.1" % (like.head.method, route.target)).encode("ascii") + fields
+    return like._replace(head=like.head._replace(target=target), route=route, for_upstream=for_upstream, like=like)
 
 
 def query_of(target: str) -> str:
@@ -4113,19 +4151,29 @@ def readers_of_heads(
     """`understand` and `translate` for this gate, with a memory where they depend on nothing else: peers send the same
     short heads again and again, and making something of one costs more than all else in a small request."""
     understand_here, translate_here = functools.partial(understand, gate), functools.partial(translate, gate)
-    if not gate.is_plain:
-        return understand_here, translate_here
-    understood = functools.lru_cache(maxsize=_REMEMBERED)(understand_here)
-    translated = functools.lru_cache(maxsize=_REMEMBERED)(translate_here)
+    remember = functools.lru_cache(maxsize=_REMEMBERED)
+    understood_like, translated = remember(understand_here), remember(translate_here)
+    apart_of = target_apart(gate.config.base).fullmatch
+
+    def understand_new(raw: bytes, address: str, scheme: str) -> Asked:
+        apart = apart_of(raw)
+        alike = apart and understand_alike(gate, apart, lambda like: understood_like(like, address, scheme))
+        return alike or understand_here(raw, address, scheme)
+
+    understood = remember(understand_new)
 
     def understand_or_recall(raw: bytes, address: str, scheme: str) -> Asked:
         return (understood if len(raw) <= _SHORT_BYTES else understand_here)(raw, address, scheme)
 
     def translate_or_recall(raw: bytes, asked: Asked, route: Route, keep_alive: bool) -> Answered:
-        is_short = asked.is_short and len(raw) <= _SHORT_BYTES
-        return (translated if is_short else translate_here)(raw, asked, route, keep_alive)
+        if not asked.is_short or len(raw) > _SHORT_BYTES:
+            return translate_here(raw, asked, route, keep_alive)
+        like = asked.like
+        if like is not None and like.route is not None and route is asked.route:
+            return translated(raw, like, like.route, keep_alive)
+        return translated(raw, asked, route, keep_alive)
 
-    return understand_or_recall, translate_or_recall
+    return understand_or_recall, translate_or_recall if gate.is_plain else translate_here
 
 
 class Exchange:
@@ -4748,8 +4796,9 @@ class PortProxy:
         assert self._around is not None
         keep = False
         try:
-            understand_here, translate_here = readers_of_heads(gate)
-            around = self._around._replace(gate=gate, understand=understand_here, translate=translate_here)
+            # Without a memory, which would be for this one request alone, as the gate is.
+            read, translated = functools.partial(understand, gate), functools.partial(translate, gate)
+            around = self._around._replace(gate=gate, understand=read, translate=translated)
             keep = await self._serve_request(client, around, raw)
             if not keep and client in self._clients:
                 client.close()

@@ -5114,10 +5114,12 @@ class TestRemembering:
         understand, translate = port_proxy.readers_of_heads(gate)
         asked = port_proxy.Asked(**dict.fromkeys(port_proxy.Asked._fields))
         short = [asked._replace(is_short=True) for _ in range(2)]
-        for remember, (one, two) in ((lambda raw, who: understand(raw, who, "http"), "ab"), (lambda raw, who: translate(raw, who, "route", True), short)):
+        for remember, who_or_what_differs in ((lambda raw, who: understand(raw, who, "http"), "ab"), (lambda raw, who: translate(raw, who, "route", True), short)):
+            one, two = who_or_what_differs
             del calls[:]
             same = [remember(b"a", one), remember(b"a", one), remember(b"a", two), remember(b"b", one), remember(b"a", one)]
-            assert same == ([1, 1, 2, 3, 1] if is_plain else [1, 2, 3, 4, 5])
+            is_remembered = is_plain or who_or_what_differs is not short
+            assert same == ([1, 1, 2, 3, 1] if is_remembered else [1, 2, 3, 4, 5])
             before = len(calls)
             assert [remember(bytes(3000), one), remember(bytes(3000), one)] == [before + 1, before + 2]
             for number in range(1000):
@@ -5125,6 +5127,69 @@ class TestRemembering:
             assert remember(b"a", one) == before + 1003
         # Which no other request comes to, even of the same bytes.
         assert translate(b"a", asked, "route", True) != translate(b"a", asked, "route", True)
+
+    GATES = {
+        "open": (Config(), []),
+        "with a token": (Config(token="secret"), []),
+        "of a program": (Config(authorize=lambda head, visit, route: None), []),
+        "of the whole origin": (Config(whole_origin=True, domains=("localhost",)), []),
+        "at the root": (Config(base="/"), []),
+        "below a strange base": (Config(base="/user/a%40b.c+d/proxy"), []),
+        "behind a front": (Config(trusted_proxies=("127.0.0.0/8",), preserve_host=True), ["X-Forwarded-Proto: https", "X-Forwarded-For: 9.9.9.9", "X-Forwarded-Host: a.b"]),
+        "to TLS and other hosts": (Config(upstream_tls=("8080",), host_allowlist=("*",)), []),
+        "with short targets": (Config(max_target_bytes=40), []),
+    }  # fmt: skip
+    HEADS = [
+        ("GET", ()), ("HEAD", ()), ("get", ()), ("CONNECT", ()), ("OPTIONS", ("Origin: http://here:8888", "Access-Control-Request-Method: PUT")), ("POST", ("Content-Length: 3",)),
+        ("PUT", ("Transfer-Encoding: chunked",)), ("PUT", ("Content-Length: 3", "Content-Length: 4")), ("GET", HANDSHAKE), ("GET", ("Connection: close, X", "X: y")),
+        ("GET", ("Accept: text/html", "Sec-Fetch-Dest: document")), ("GET", ("Referer: http://here:8888/proxy/8080/a?b", "Cookie: a=b; port_proxy_8888=x; port_proxy_8888_app=9090")),
+        ("GET", ("Authorization: token secret",)), ("GET", ("Referer: http://here:8888/proxy/9090/x", "Sec-Fetch-Site: same-origin")), ("GET", ("X: \xe4",)),
+    ]  # fmt: skip
+    APPS = ["8080", "absolute/8080", "localhost:8080", "[::1]:8080", "absolute/a.b:1", "0", "99999", "x", "absolute", "%38080", ""]
+    PLACES = ["", "/", "/a", "//a", "/a/../b", "/..", "/%2e%2e", "/.", "/a.b/%2f", "?a", "/?", "/?a=b?c/../..", "/a?token=secret", "/?%74oken=secret&b", "/a?token=other", "/a b", "/a#b", "/\xe4", "/?\xe4", '/"|{}^`\\~!', "/" + 40 * "a"]
+
+    @pytest.mark.parametrize("kind", sorted(GATES))
+    def test_what_is_like_what_came_before(self, kind):
+        """Of requests that differ in their targets alone the second is understood by the first; it comes to what it would
+        have come to by itself."""
+        config, lines = self.GATES[kind]
+        config = port_proxy.checked_config(config._replace(port=0))
+        gate = port_proxy.TokenGate(config, True, 8888)
+        understand, translate = port_proxy.readers_of_heads(gate)
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nLocation: /x\r\nSet-Cookie: a=b; Path=/\r\nService-Worker-Allowed: /\r\nConnection: close\r\n\r\n"
+        alike = set()
+
+        def outcome(call, *arguments):
+            try:
+                return call(*arguments)
+            except ProxyError as error:
+                return error.status, error.detail, error.fields
+
+        for method, more in self.HEADS:
+            for app in self.APPS:
+                for place in self.PLACES:
+                    raw = request(method, "%s/%s%s" % (config.base, app, place), *more + tuple(lines))
+                    asked = outcome(understand, raw, "127.0.0.1", "http")
+                    expected = outcome(port_proxy.understand, gate, raw, "127.0.0.1", "http")
+                    if not isinstance(asked, port_proxy.Asked):
+                        assert asked == expected
+                        continue
+                    assert asked._replace(like=None) == expected
+                    alike |= {app} if asked.like else set()
+                    for keep_alive in (True, False) if asked.route else ():
+                        told = outcome(translate, answer, asked, asked.route, keep_alive)
+                        assert told == outcome(port_proxy.translate, gate, answer, asked, asked.route, keep_alive)
+        assert alike == {"8080", "absolute/8080", "localhost:8080", "[::1]:8080", "absolute/a.b:1"}
+
+    def test_an_answer_is_translated_for_the_route_that_was_taken(self):
+        """Which is not always that of the head: where that has none, one is looked for again."""
+        gate = port_proxy.TokenGate(port_proxy.checked_config(Config(port=0)), True, 8888)
+        understand, translate = port_proxy.readers_of_heads(gate)
+        asked = understand(request("GET", "/proxy/8080/a"), "127.0.0.1", "http")
+        other = asked.route._replace(prefix="/proxy/9090", port=9090)
+        raw = b"HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n"
+        told = [translate(raw, asked, route, True).for_client for route in (asked.route, other, asked.route)]
+        assert [b"Location: %s\r\n" % place in one for place, one in zip((b"/proxy/8080/x", b"/proxy/9090/x", b"/proxy/8080/x"), told)] == [True] * 3
 
     def test_a_refusal_is_a_refusal_again(self, proxy):
         for _ in range(3):
