@@ -12,12 +12,12 @@ this machine.  The standard library is all it needs, from CPython 3.6 on.
 
 The story of one request.  A client's bytes become a `RequestHead` (heads) or a refusal (errors); how its body is framed
 is settled once, strictly (framing).  The target names a `Route` (routes), or leaves open which app it means and is sent
-there (strays); it must be allowed (access).  The head for
-the upstream is written anew from what was understood (rewriting) and sent on a connection to it, fresh or pooled
-(upstream).  The body follows while the answer is already awaited; the answer's head is parsed as strictly, written anew
-and relayed piece by piece (exchange).  After a 101 the two connections are spliced (exchange).  The server (server)
-accepts, repeats this for every request of a connection, and is the one place that turns errors into answers (pages).
-What needs no waiting takes a short cut through the same steps: `Exchange.begin` and `finish`.
+there (strays); it must be allowed (access).  The head for the upstream is written anew from what was understood
+(rewriting) and sent on a connection to it, fresh or pooled (upstream).  The body follows while the answer is already
+awaited; the answer's head is parsed as strictly, written anew and relayed piece by piece (exchange).  After a 101 the
+two connections are spliced (exchange).  The server (server) accepts, repeats this for every request of a connection,
+and is the one place that turns errors into answers (pages).  What needs no waiting takes a short cut through the same
+steps: `Exchange.begin` and `finish`.
 
 Sections, each using only names above it: errors, configuration, heads, streams, framing, routes, rewriting, access,
 strays, ports, upstream, probe, pages, jupyterhub, exchange, server, jupyter, check, command line.
