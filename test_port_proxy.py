@@ -8114,6 +8114,14 @@ class TestBenchmark:
         finally:
             system.close()
 
+    def test_what_is_measured_has_a_processor_of_its_own(self):
+        """Also when whoever starts it keeps to the other one already."""
+        if len(CORES) < 2:
+            pytest.skip("this machine has one processor, or does not say")
+        run = "import os, test_port_proxy as tests; tests.pin(0, 0); tests.pin(0, -1); print(sorted(os.sched_getaffinity(0)))"
+        done = subprocess.run([sys.executable, "-c", run], stdout=subprocess.PIPE, timeout=WAIT, cwd=str(HERE), check=True)
+        assert done.stdout.decode().strip() == str(CORES[1:2])
+
     def test_it_runs_where_there_is_no_pytest(self):
         if not hasattr(os, "fork"):
             pytest.skip("the benchmark's upstream waits for its standard input, as Windows cannot")
@@ -8285,12 +8293,14 @@ class BenchSystem:
             self.process.wait(WAIT)
 
 
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def pin(pid, core):
     """Keep a process on one of the first two processors (0: the load, -1: what is measured), where there are two."""
-    with contextlib.suppress(AttributeError, OSError):
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) > 1:
-            os.sched_setaffinity(pid, {cores[:2][core]})
+    if len(CORES) > 1:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(pid, {CORES[:2][core]})
 
 
 def bench_requests(system, connections, seconds, size=200):
@@ -8483,7 +8493,7 @@ def bench_main(arguments=None):
         bench_upstream()
         return
     names = ["direct", "port_proxy"] + [name for name in ("nginx", "haproxy") if shutil.which(name)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(CORES) or os.cpu_count()
     load = "wrk" if shutil.which("wrk") else "its own load, which is what limits the fastest"
     print("CPython %s, %s, %d processors, %s" % (sys.version.split()[0], platform.platform(), cores, load), flush=True)
     bench(names, options.seconds, options.repeats)
