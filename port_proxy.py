@@ -67,7 +67,6 @@ from typing import (
     Iterable,
     List,
     Mapping,
-    Match,
     NamedTuple,
     Optional,
     Pattern,
@@ -275,7 +274,7 @@ class ReceivedFields(Tuple[Tuple[str, str], ...]):
 def field_values(fields: Fields, name: str) -> List[str]:
     """All values of the field called `name` (lower case), in order."""
     if type(fields) is ReceivedFields:
-        return fields.by_name.get(name, [])
+        return list(fields.by_name.get(name, ()))  # theirs to change: heads are remembered
     return [value for key, value in fields if key.lower() == name]
 
 
@@ -2130,7 +2129,9 @@ class Gate:
     """
 
     token = ""  # what clients must show, where that is one and the same for all
-    is_plain = False  # whether `check` is all of `admit`, and the rest depends on nothing but what it is given
+    # Whether `check` is all of `admit`, and the rest depends on nothing but what it is given.  What heads come to is
+    # remembered in any case: `token` and `app_cookie` stay as they are once the gate is there.
+    is_plain = False
     app_cookie = ""  # the name of the cookie that says which app a browser opened last; "" where none is to
 
     def __init__(self, config: Config) -> None:
@@ -2308,7 +2309,8 @@ class TokenGate(Gate):
             self.check(head, visit, route)
         except ProxyError:
             return False
-        return route.host in LOOPBACK_NAMES  # others are on the allowlist, which may be a function
+        # Others are on the allowlist; which may be a function, and then is asked every time.
+        return route.host in LOOPBACK_NAMES and not callable(self.config.host_allowlist)
 
     async def admit(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> None:
         if self.config.authorize is not None:
@@ -4043,7 +4045,8 @@ def understand(gate: Gate, raw: bytes, address: str, scheme: str) -> Asked:
 
 
 def target_apart(base: str) -> Pattern[bytes]:
-    """Takes the usual request's head apart: up to the prefix of an app, the prefix, path, query, and what is behind."""
+    """Takes the usual request's head apart: its beginning, which ends with the prefix of an app; that prefix; path;
+    query; and what is behind."""
     return re.compile(
         rb"([A-Z]+ (%s(?:/absolute)?/[!\"$-.0->@-~]+))(/[!\"$->@-~]*)((?:\?[!\"$-~]*)?)( HTTP/1\.1\r\n.*)"
         % re.escape(base.encode("ascii")),
@@ -4051,22 +4054,16 @@ def target_apart(base: str) -> Pattern[bytes]:
     )
 
 
-def understand_alike(gate: Gate, apart: Match[bytes], understand_like: Callable[[bytes], Asked]) -> Optional[Asked]:
-    """What a head that `target_apart` matched comes to, by what one for the root of the same app does.
+def understand_alike(gate: Gate, like: Asked, path: str, query: str) -> Optional[Asked]:
+    """What a head comes to that differs from that of `like` in nothing but this path and query for the same app.
 
-    None where path and query have more to say than where in the app it goes, or something is to be refused.
+    None where these have more to say than where in the app it goes, or something is to be refused.
     """
-    before, prefix, path, query, behind = [part.decode("latin-1") for part in apart.groups()]
-    target = prefix + path + query
+    assert like.route is not None
+    route = like.route._replace(path=path, query=query)
+    target = route.prefix + path + query
     if len(target) > gate.config.max_target_bytes or _leaves(path) or (gate.token and _query_tokens(target)):
         return None
-    try:
-        like = understand_like((before + "/" + behind).encode("latin-1"))
-    except ProxyError:
-        return None
-    if like.route is None or like.route.prefix != prefix:
-        return None
-    route = like.route._replace(path=path, query=query)
     for_upstream = like.for_upstream
     if for_upstream:
         fields = for_upstream[for_upstream.index(b"\r\n") :]
@@ -4152,13 +4149,22 @@ def readers_of_heads(
     short heads again and again, and making something of one costs more than all else in a small request."""
     understand_here, translate_here = functools.partial(understand, gate), functools.partial(translate, gate)
     remember = functools.lru_cache(maxsize=_REMEMBERED)
-    understood_like, translated = remember(understand_here), remember(translate_here)
+    translated = remember(translate_here)
     apart_of = target_apart(gate.config.base).fullmatch
+    likes: Dict[Tuple[bytes, bytes, str, str], Asked] = {}  # by all but path and query
 
     def understand_new(raw: bytes, address: str, scheme: str) -> Asked:
         apart = apart_of(raw)
-        alike = apart and understand_alike(gate, apart, lambda like: understood_like(like, address, scheme))
-        return alike or understand_here(raw, address, scheme)
+        if apart is None:
+            return understand_here(raw, address, scheme)
+        beginning, prefix, path, query, behind = apart.groups()
+        key = beginning, behind, address, scheme
+        like = likes.get(key)
+        alike = like and understand_alike(gate, like, path.decode("ascii"), query.decode("ascii"))
+        asked = alike or understand_here(raw, address, scheme)
+        if like is None and asked.route is not None and asked.route.prefix == prefix.decode("ascii"):
+            _remember(likes, key, asked, _REMEMBERED)
+        return asked
 
     understood = remember(understand_new)
 

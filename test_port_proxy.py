@@ -5169,8 +5169,9 @@ class TestRemembering:
             for app in self.APPS:
                 for place in self.PLACES:
                     raw = request(method, "%s/%s%s" % (config.base, app, place), *more + tuple(lines))
-                    asked = outcome(understand, raw, "127.0.0.1", "http")
-                    expected = outcome(port_proxy.understand, gate, raw, "127.0.0.1", "http")
+                    scheme = "https" if len(place) % 2 else "http"
+                    asked = outcome(understand, raw, "127.0.0.1", scheme)
+                    expected = outcome(port_proxy.understand, gate, raw, "127.0.0.1", scheme)
                     if not isinstance(asked, port_proxy.Asked):
                         assert asked == expected
                         continue
@@ -5185,11 +5186,44 @@ class TestRemembering:
         """Which is not always that of the head: where that has none, one is looked for again."""
         gate = port_proxy.TokenGate(port_proxy.checked_config(Config(port=0)), True, 8888)
         understand, translate = port_proxy.readers_of_heads(gate)
-        asked = understand(request("GET", "/proxy/8080/a"), "127.0.0.1", "http")
+        _, asked = (understand(request("GET", "/proxy/8080/" + path), "127.0.0.1", "http") for path in "ba")
         other = asked.route._replace(prefix="/proxy/9090", port=9090)
         raw = b"HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n"
         told = [translate(raw, asked, route, True).for_client for route in (asked.route, other, asked.route)]
         assert [b"Location: %s\r\n" % place in one for place, one in zip((b"/proxy/8080/x", b"/proxy/9090/x", b"/proxy/8080/x"), told)] == [True] * 3
+
+    def test_what_is_not_like_anything_is_understood_once(self, monkeypatch):
+        calls = []
+        gate = port_proxy.TokenGate(port_proxy.checked_config(Config(port=0)), True, 8888)
+        monkeypatch.setattr(port_proxy, "understand", lambda *arguments, understand=port_proxy.understand: calls.append(arguments) or understand(*arguments))
+        understand, _ = port_proxy.readers_of_heads(gate)
+        for number in range(1000):
+            understand(request("GET", "/proxy/8080/a", "X-Request-Id: %d" % number), "127.0.0.1", "http")
+            assert status_of_error(understand, request("GET", "/proxy/8080/a", "Host: %d" % number), "127.0.0.1", "http") == 400
+            assert understand(request("GET", "/proxy/nope/a?%d" % number), "127.0.0.1", "http").route is None
+            understand(request("GET", "/proxy/8080/?%d" % number, "X-Request-Id: %d" % number), "127.0.0.1", "http")
+        assert len(calls) == 3000
+
+    def test_what_a_program_makes_of_a_head_is_of_that_head_alone(self, start, upstream):
+        seen = []
+
+        async def authorize(head, visit, route):
+            seen.append(port_proxy.field_values(head.fields, "x-key").pop())
+
+        app = upstream(answering(*[OK] * 4))
+        proxy = start(authorize=authorize)
+        for path in "aabc":
+            assert status_of(proxy.get("/proxy/%d/%s" % (app.port, path), "X-Key: open sesame")) == 200
+        assert seen == ["open sesame"] * 4
+
+    def test_an_allowlist_that_is_a_function_is_asked_every_time(self, start, upstream):
+        """About this machine too, also where a connection is at hand."""
+        allowed = [True]
+        app = upstream(answering(*[OK] * 4))
+        proxy = start(host_allowlist=lambda host: allowed[0])
+        assert [status_of(proxy.get("/proxy/%d/%s" % (app.port, path))) for path in "aab"] == [200] * 3
+        allowed[0] = False
+        assert [status_of(proxy.get("/proxy/%d/%s" % (app.port, path))) for path in "abc"] == [403] * 3
 
     def test_a_refusal_is_a_refusal_again(self, proxy):
         for _ in range(3):
@@ -7234,6 +7268,7 @@ class TestInChromium:
         page.tell("history.pushState({}, '', '/deep/link')")
         eventually(lambda: any("/late" in message[0] for message in apps[1].messages))
         page.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[1].port))
+        page.until("!!document.body.dataset.report")  # leaving before would cut its upload short
         page.click("button")
         page.until("document.querySelector('#app').innerText === 'form of two: 0'")
         assert page.tell("location.pathname") == "/proxy/%d/form" % apps[1].port
