@@ -1014,14 +1014,6 @@ class Stream(asyncio.Protocol):
             return
         self.was_heard = True
         self.buffer = self.buffer + data if self.buffer else data
-        if self._arrival is not None:
-            self._arrived(self._arrival)
-        elif self.on_data:
-            self.on_data()
-        if len(self.buffer) > _MOST_QUEUED_BYTES and self._arrival is None:
-            self._stop()
-
-    def _arrived(self, arrival: Signal) -> None:
         failure = None
         if self._use is not None:
             try:
@@ -1030,7 +1022,12 @@ class Stream(asyncio.Protocol):
             except Exception as error:  # whoever waits here knows what to make of it
                 failure = error
             self._use = None
-        arrival.give(failure)
+        if self._arrival is not None:
+            self._arrival.give(failure)
+        elif self.on_data:
+            self.on_data()
+        if len(self.buffer) > _MOST_QUEUED_BYTES and self._arrival is None:
+            self._stop()
 
     def eof_received(self) -> bool:
         self.end()
@@ -1122,6 +1119,13 @@ class Stream(asyncio.Protocol):
         """At most the first `count` bytes of the buffer, which are used now."""
         data = self.buffer[:count]
         self.drop(count)
+        return data
+
+    def cut_all(self) -> bytes:
+        """As `cut`, of whatever is there."""
+        data, self.buffer = self.buffer, b""
+        if self._is_stopped:
+            self._let_go_on()
         return data
 
     def drop(self, count: int) -> None:
@@ -1496,24 +1500,24 @@ class Body:
 
     def at_hand(self) -> bytes:
         """As `read`, but only what is in the stream's buffer already: b"" also if that is nothing."""
-        if self.finished or not self.stream.buffer:
+        buffer = self.stream.buffer
+        if self.finished or not buffer:
             return b""
         if self.framing.kind == CHUNKED:
-            return self._take_chunks()
+            if self.in_chunks and self._part == "size" and self._is_one_chunk(buffer):
+                return self.stream.cut_all()
+            return self._take_chunks(buffer)
         if self.framing.kind == LENGTH:
             data = self.stream.cut(self._remaining)
             self._remaining -= len(data)
             self.finished = self._remaining == 0
         else:
-            data = self.stream.cut(len(self.stream.buffer))
+            data = self.stream.cut_all()
         self.count += len(data)
         return b"%x\r\n%s\r\n" % (len(data), data) if self.in_chunks else data
 
-    def _take_chunks(self) -> bytes:
+    def _take_chunks(self, buffer: bytes) -> bytes:
         """Take all whole parts of chunks, and the data of the last, from the buffer (RFC 9112 section 7.1)."""
-        buffer = self.stream.buffer
-        if self.in_chunks and self._part == "size" and self._is_one_chunk(buffer):
-            return self.stream.cut(len(buffer))
         given: List[Union[bytes, memoryview]] = []
         view, at, start = memoryview(buffer), 0, 0  # buffer[start:at] can be given as it came
         while at < len(buffer) and not self.finished:
@@ -1552,13 +1556,13 @@ class Body:
         return b"".join(given)
 
     def _is_one_chunk(self, buffer: bytes) -> bool:
-        """Whether it is exactly one, in canonical form, as an app's events come; it is counted then."""
-        end = buffer.find(b"\r\n", 0, 18)
-        try:
-            size = int(buffer[:end], 16)
-        except ValueError:
-            return False
-        if size < 1 or len(buffer) != end + 4 + size or b"%x" % size != buffer[:end] or not buffer.endswith(b"\r\n"):
+        """Whether it is exactly one, in canonical form, as an app's events come; it is counted then.
+
+        The size that its length tells of is compared, not read.  Where that is not sure, it may be one all the same.
+        """
+        size = len(buffer) - 4 - ((len(buffer) - 5).bit_length() + 3) // 4
+        line = b"%x\r\n" % size
+        if size < 1 or len(line) + size + 2 != len(buffer) or not buffer.startswith(line) or buffer[-2:] != b"\r\n":
             return False
         self.count += size
         return True
@@ -4295,7 +4299,7 @@ class Exchange:
         self.sent = answered.came_as.length
         self.status = answered.head.status
         self.client.send(answered.for_client + data[end:], self._patience)
-        upstream.drop(len(data))
+        upstream.cut_all()
         if answered.is_reusable:
             self.around.upstreams.give(route, upstream)
         else:
@@ -5003,10 +5007,10 @@ class PortProxy:
         if client.transport.can_write_eof():  # over TLS there is only a whole close
             client.end_writing()
         deadline = client.now() + self.config.linger_timeout
-        client.drop(len(client.buffer))
+        client.cut_all()
         try:
             while await client.more(deadline):
-                client.drop(len(client.buffer))
+                client.cut_all()
         except Stalled:
             pass
 

@@ -799,6 +799,16 @@ class TestFraming:
         else:
             assert decode(Framing(CHUNKED), pieces, in_chunks) == (sent + b"\r\nabc\r\n0\r\n\r\n" if in_chunks else b"abc", b"")
 
+    @pytest.mark.parametrize("size", [1, 15, 16, 17, 254, 255, 256, 4093, 4094, 4095, 4096, 65535, 65536])
+    @pytest.mark.parametrize("in_chunks", [True, False])
+    def test_a_chunk_of_any_size_that_comes_alone(self, size, in_chunks):
+        end = b"0\r\n\r\n"
+        data = (b"\n\r" * size)[:size]
+        whole = b"%x\r\n" % size + data
+        assert decode(Framing(CHUNKED), [whole + b"\r\n", end], in_chunks) == (whole + b"\r\n" + end if in_chunks else data, b"")
+        for wrong in (whole + b"\r\n\r\n", whole + b"\n\r\n", whole[:-1] + b"\r\n", whole + b"x\r\n", whole + b"x\n"):
+            assert status_of_error(decode, Framing(CHUNKED), [wrong, end, end], in_chunks) == 400
+
     @pytest.mark.parametrize("end", ["refusal", "failure", "body", "malformed"])
     def test_pieces_are_passed_on_as_they_come(self, background, end):
         """At once, and not to whom has had enough; with every one there is as much time again."""
