@@ -876,13 +876,10 @@ class PromptTask(asyncio.Future):  # type: ignore[type-arg]
         self._coroutine = coroutine
         self._call_soon = loop.call_soon
         self._awaited: Optional["asyncio.Future[Any]"] = None
-        self._is_running = self._is_to_end = False
+        self._is_to_end = False
         self._go_on()
 
     def _go_on(self, _: object = None) -> None:
-        if self._is_running or self.done():
-            return
-        self._is_running = True
         self._awaited = None
         try:
             if self._is_to_end:
@@ -904,8 +901,6 @@ class PromptTask(asyncio.Future):  # type: ignore[type-arg]
                 self._call_soon(self._go_on)
             else:
                 awaited.add_done_callback(self._go_on)
-        finally:
-            self._is_running = False
         if self._is_to_end and self._awaited is not None:  # cancelled while it ran
             self._is_to_end = False
             self.cancel()
