@@ -4912,7 +4912,7 @@ class PortProxy:
         """The requests of one client's connection that come one right behind the other."""
         is_kept = False  # the connection, in our care
         try:
-            while (begun or not around.watch.is_stopping) and await self._serve_request(client, around, begun=begun):
+            while (begun or not around.watch.is_stopping) and await self._serve_request(client, around, exchange=begun):
                 begun = None
                 if client.is_quiet() and not around.watch.is_stopping:
                     self._let_idle(client, around)
@@ -4932,19 +4932,14 @@ class PortProxy:
                 self._clients.pop(client, None)
 
     async def _serve_request(
-        self,
-        client: Stream,
-        around: Surroundings,
-        raw: bytes = b"",
-        begun: Optional[Exchange] = None,
+        self, client: Stream, around: Surroundings, raw: bytes = b"", exchange: Optional[Exchange] = None
     ) -> bool:
         """Answer the next request; whether another may follow.
 
-        raw: its head, where that was read already.  begun: its exchange, where that has begun.
+        raw: its head, where that was read already.  exchange: where it has begun.
         """
-        exchange = None
         try:
-            if begun is None:
+            if exchange is None:
                 raw = raw or await self._read_request(client)
                 if not raw:
                     return False
@@ -4952,7 +4947,6 @@ class PortProxy:
                 exchange = self._clients[client] = Exchange(client, asked, around)
                 await exchange.run()
             else:
-                exchange = begun
                 await exchange.go_on()
         except ProxyError as error:
             await self._answer_error(client, exchange, error)
