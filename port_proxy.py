@@ -3983,17 +3983,10 @@ def place_of(gate: Gate, head: RequestHead, visit: Visit) -> Optional[Route]:
 
     Raises ProxyError 404 if it means none, 400 as `find_route`.
     """
-    config = gate.config
     if head.target == "*":
         return None
-    if visit.app_port:
-        route = route_of_host(visit.app_port, head.target)
-    else:
-        found = _place_below(gate, head, visit)
-        if found is None:
-            return None
-        route = found
-    return route._replace(scheme="https") if speaks_tls(route, config.upstream_tls) else route
+    route = route_of_host(visit.app_port, head.target) if visit.app_port else _place_below(gate, head, visit)
+    return route._replace(scheme="https") if route and speaks_tls(route, gate.config.upstream_tls) else route
 
 
 def _place_below(gate: Gate, head: RequestHead, visit: Visit) -> Optional[Route]:
