@@ -4703,17 +4703,13 @@ class PortProxy:
     async def _listen(
         self, sock: socket.socket, tls: Optional[ssl.SSLContext], around: Surroundings
     ) -> Union[asyncio.AbstractServer, Acceptor]:
-        accepted = functools.partial(self._accepted, around)
-
-        def protocol() -> Stream:
-            return Stream(around.watch, accepted)
-
+        protocol = functools.partial(Stream, around.watch, functools.partial(self._accepted, around))
         loop = around.watch.loop
         if not tls and can_watch_sockets(loop):
             return Acceptor(loop, sock, protocol)
         if tls and sys.version_info < (3, 7):
-            inner, context = protocol, tls
-            return await loop.create_server(lambda: _timed_handshake(inner(), context, self.config, loop), sock=sock)
+            context = tls
+            return await loop.create_server(lambda: _timed_handshake(protocol(), context, self.config, loop), sock=sock)
         options: Dict[str, Any] = {"sock": sock, "ssl": tls, "backlog": _BACKLOG}
         if tls:
             options["ssl_handshake_timeout"] = self.config.head_timeout
