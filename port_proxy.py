@@ -4683,14 +4683,7 @@ class PortProxy:
         gate = HubGate(self.config, watch) if self.config.hub else TokenGate(self.config, self.is_private, self.port)
         upstreams = Upstreams(self.config, watch, addresses + list(ways_back))
         around = self._around = Surroundings(
-            self.config,
-            watch,
-            gate,
-            *readers_of_heads(gate),
-            upstreams,
-            self._tunnels,
-            Titles(),
-            Lookout(),
+            self.config, watch, gate, *readers_of_heads(gate), upstreams, self._tunnels, Titles(), Lookout()
         )
         try:
             for sock in self._sockets:
@@ -4791,8 +4784,9 @@ class PortProxy:
         keep = False
         try:
             # Without a memory, which would be for this one request alone, as the gate is.
-            read, translated = functools.partial(understand, gate), functools.partial(translate, gate)
-            around = self._around._replace(gate=gate, understand=read, translate=translated)
+            around = self._around._replace(
+                gate=gate, understand=functools.partial(understand, gate), translate=functools.partial(translate, gate)
+            )
             keep = await self._serve_request(client, around, raw)
             if not keep and client in self._clients:
                 client.close()
