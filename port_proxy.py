@@ -1058,10 +1058,8 @@ class Stream(asyncio.Protocol):
         try:
             with socket.fromfd(sock.fileno(), sock.family, sock.type) as copy:
                 copy.setblocking(False)
-                data = copy.recv(_RECEIVE_BYTES)
-                while data:
+                for data in iter(lambda: copy.recv(_RECEIVE_BYTES), b""):
                     self.data_received(data)
-                    data = copy.recv(_RECEIVE_BYTES)
         except OSError:  # nothing more
             pass
 
@@ -1258,8 +1256,7 @@ class Stream(asyncio.Protocol):
         self.transport.set_protocol(protocol)
         self._heir = protocol
         self.write_deadline = FOREVER  # that of a message; what comes now has none
-        earlier, self.buffer = self.buffer, b""
-        self._is_stopped = False
+        earlier = self.cut_all()
         self.resume_reading()
         return earlier
 
@@ -4849,7 +4846,7 @@ class PortProxy:
             return False
         if not exchange.begin():
             return False
-        client.drop(len(raw))
+        client.cut_all()
         self._clients[client] = exchange
         upstream = exchange.upstream
         if upstream is None:
