@@ -5025,8 +5025,8 @@ _MAY_BE_EMPTY_LINE = (b"", b"\r")  # what the first byte then is
 def _plain_answer(error: ProxyError) -> bytes:
     """The answer to what could not be understood as a request, after which the connection is closed."""
     response = error_response(error, False)
-    fields = response.fields + (("Connection", "close"),)
-    return serialise_response(ResponseHead(error.status, reason_phrase(error.status), "1.1", fields)) + response.body
+    head = ResponseHead(response.status, reason_phrase(response.status), "1.1", response.fields)
+    return final_bytes(head, False) + response.body
 
 
 _FULL = _plain_answer(ProxyError(503, "The proxy has as many connections as it may have.", (("Retry-After", "5"),)))
