@@ -931,7 +931,7 @@ async def limited(awaitable: Awaitable[_T], seconds: float) -> _T:
 
 
 class Stream(asyncio.Protocol):
-    """One peer's connection: the bytes that have come and were not used yet, its transport, its deadlines.
+    """One peer's connection: its bytes, its transport, its deadlines.
 
     accepted: called with the stream once it stands.
     buffer: bytes that have come and were not used yet.  ended: nothing more comes; failure: why, where that was no
@@ -3937,7 +3937,7 @@ def _remember(table: Dict[Any, Any], key: Any, value: Any, most: int = _MAX_REME
 # Exchange: one request's whole way, and the tunnel behind a 101
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SHORT_BYTES = 2048  # of heads that are remembered
+_SHORT_BYTES = 2048  # of heads that are remembered, so that a task may ask anew what they come to
 _REMEMBERED = 256
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())  # RFC 9110 section 9.2.2
 
@@ -4177,7 +4177,8 @@ class Exchange:
     status: that of the final head once it has gone out; all that is left on a failure then is to cut the answer short.
     keep_alive: the client's connection stands right behind the request and its answer, and may carry the next.
     upstream: the connection on which `begin` has sent the request, while no task waits for its answer.  refusal: why
-    `begin` did not let it in.  taken (the route), sent (bytes of the answer's body) and error are for the log.
+    `begin` did not let it in.  tunnel: what has both connections after a 101.  taken (the route), sent (bytes of the
+    answer's body) and error are for the log.
     """
 
     upstream: Optional[Stream] = None
@@ -4421,7 +4422,6 @@ class Exchange:
         A client that had ended its side before its request was sent on, as `nc` does, is given its answer all the same;
         but since it may as well be gone, an upstream that stays silent is not waited for as long.
         """
-
         if self.client.transport.is_closing():
             raise ClientGone()
         if self.client.ended:
@@ -4636,7 +4636,7 @@ class TunnelEnd(asyncio.Protocol):
         return self.stream.transport.can_write_eof()
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
-        self.stream.watch.forget(self.stream)
+        self.watch.forget(self.stream)
         self.tunnel.lost(self, exc is None and self.stream.failure is None)
 
 
