@@ -624,8 +624,8 @@ class PromptSelector(selectors.BaseSelector):
     """Linux's epoll for asyncio's loop, which calls the `readers` itself, each at once when its socket can be read.
 
     readers: by the socket's number; `watch` adds one.  calls: to be made, with an argument each, before the kernel is
-    asked again.  is_due: set when there is something new for the loop to do,
-    which `select` otherwise keeps away from as long as only readers are to be called.  failed: told what one raised.
+    asked again.  is_due: set when there is something new for the loop to do, which `select` otherwise keeps away from
+    as long as only readers are to be called.  failed: told what one raised.
     """
 
     def __init__(self, failed: Callable[[BaseException], None]) -> None:
@@ -4846,13 +4846,13 @@ class PortProxy:
             return False
         if not exchange.begin():
             return False
-        client.cut_all()
+        client.drop(len(raw))
         self._clients[client] = exchange
         upstream = exchange.upstream
         if upstream is None:
             self._start_task(client, around, exchange)
             return True
-        upstream.read_deadline = client.now() + self.config.response_timeout
+        upstream.read_deadline = exchange.started + self.config.response_timeout
         upstream.on_data = upstream.on_end = client.on_end = functools.partial(self._go_on, exchange, upstream)
         return True
 
