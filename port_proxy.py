@@ -4285,7 +4285,7 @@ class Exchange:
         self.sent = answered.came_as.length
         self.status = answered.head.status
         self.client.send(answered.for_client + data[end:], self._patience)
-        upstream.cut_all()
+        upstream.drop(len(data))
         if answered.is_reusable:
             self.around.upstreams.give(route, upstream)
         else:

@@ -1094,14 +1094,20 @@ class TestRoutesOnTheWire:
 
     def test_ipv6(self, proxy, upstream):
         """localhost is tried at 127.0.0.1 and then at ::1; an address in brackets is that address alone."""
-        try:
-            app = upstream(answering(OK), host="::1")
-        except OSError:
-            pytest.skip("this machine has no IPv6 loopback")
-        assert status_of(proxy.get("/proxy/%d/a" % app.port)) == 200
-        assert status_of(proxy.get("/proxy/[::1]:%d/b" % app.port)) == 200
-        assert status_of(proxy.get("/proxy/absolute/[::1]:%d/c" % app.port)) == 200
-        assert status_of(proxy.get("/proxy/127.0.0.1:%d/d" % app.port)) == 502
+        claim, is_alone = socket.socket(), False
+        with claim:
+            while not is_alone:  # somebody else, like the proxy itself, may have the same port at 127.0.0.1
+                try:
+                    app = upstream(answering(OK), host="::1")
+                except OSError:
+                    pytest.skip("this machine has no IPv6 loopback")
+                with contextlib.suppress(OSError):
+                    claim.bind(("127.0.0.1", app.port))
+                    is_alone = True
+            assert status_of(proxy.get("/proxy/%d/a" % app.port)) == 200
+            assert status_of(proxy.get("/proxy/[::1]:%d/b" % app.port)) == 200
+            assert status_of(proxy.get("/proxy/absolute/[::1]:%d/c" % app.port)) == 200
+            assert status_of(proxy.get("/proxy/127.0.0.1:%d/d" % app.port)) == 502
         assert [fields_of(message)["host"] for message in app.messages] == ["localhost:%d" % app.port] + ["[::1]:%d" % app.port] * 2
 
     @pytest.mark.parametrize("upgrade", [False, True])
@@ -2503,8 +2509,12 @@ OTHER_USER = 1234567
 LISTEN_AS = """\
 import os, socket, sys
 os.setuid(int(sys.argv[1]))
-listener = socket.socket(socket.AF_INET6 if ":" in sys.argv[2] else socket.AF_INET)
-listener.bind((sys.argv[2], 0)); listener.listen(5)
+while True:  # a proxy that is started later could have the same port at 127.0.0.1
+    listener, claim = socket.socket(socket.AF_INET6 if ":" in sys.argv[2] else socket.AF_INET), socket.socket()
+    listener.bind((sys.argv[2], 0)); listener.listen(5)
+    if sys.argv[2] != "::1": break
+    try: claim.bind(("127.0.0.1", listener.getsockname()[1])); break
+    except OSError: pass
 print(listener.getsockname()[1], flush=True)
 while True:
     wire = listener.accept()[0]
