@@ -97,14 +97,21 @@ class ProxyError(Exception):
     """A request that this proxy answers itself because it refuses it or cannot serve it.
 
     status: the HTTP status code of the answer; detail: one or more sentences for the person who reads it (plain text,
-    escaped where it is shown); fields: further (name, value) pairs of the answer's head.
+    escaped where it is shown); fields: further (name, value) pairs of the answer's head.  Raises ValueError for fields
+    that cannot stand in a head, such as a Location with a line break in it.
     """
 
     def __init__(self, status: int, detail: str, fields: Fields = ()) -> None:
         super().__init__(status, detail)
+        for name, value in fields:
+            if not _OWN_FIELD.fullmatch(name + ":" + value):
+                raise ValueError("the field %s has what cannot stand in a message's head" % ascii(name))
         self.status = status
         self.detail = detail
         self.fields = fields
+
+
+_OWN_FIELD = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
 
 
 class ClientGone(Exception):
@@ -1723,7 +1730,7 @@ def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
     """The allowlist's patterns, lower-cased and without brackets; ValueError for one that could never match a host."""
     normal = []
     for given in patterns:
-        pattern = given.strip("[]").lower()
+        pattern = (given[1:-1] if given[:1] + given[-1:] == "[]" else given).lower()
         if not _NAME_PATTERN.fullmatch(pattern) and not _ADDRESS_PATTERN.fullmatch(pattern):
             raise ValueError("an allowed host is a name, an address or a glob such as *.example.org, not %r" % given)
         normal.append(pattern)
@@ -1731,9 +1738,9 @@ def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
 
 
 def normal_domain(domain: str) -> str:
-    """A domain, lower-cased; ValueError if it is none."""
+    """A domain, lower-cased; ValueError if it is none, as a name is not whose end browsers take for an address."""
     normal = domain.lower()
-    if not _DOMAIN.fullmatch(normal):
+    if not _DOMAIN.fullmatch(normal) or normal.rpartition(".")[2].isdigit():
         raise ValueError("a domain is a name such as apps.example.org, not %r" % domain)
     return normal
 
@@ -5132,22 +5139,22 @@ def server_context(config: Config) -> ssl.SSLContext:
 
 def checked_config(config: Config) -> Config:
     """`config` in normal form; ValueError, in words for a person, for what makes no sense."""
+    _check_kinds(config)
     if not 0 <= config.port <= 65535:
         raise ValueError("the port must be a number from 0 to 65535, not %d" % config.port)
-    for name in ("host_allowlist", "domains", "allow_hostnames", "allow_origins", "trusted_proxies", "upstream_tls"):
-        if isinstance(getattr(config, name), str):
-            raise ValueError("%s is a sequence of strings, not a string" % name)
-    for name, default in zip(Config._fields, Config()):
-        value = getattr(config, name)
-        if type(default) in (int, float) and name != "port" and not value > 0:
-            raise ValueError("%s must be greater than 0, not %r" % (name, value))
+    for name, default in Config()._asdict().items():
+        if type(default) in (int, float) and name != "port" and not getattr(config, name) > 0:
+            raise ValueError("%s must be greater than 0, not %r" % (name, getattr(config, name)))
     if (config.keyfile or config.client_ca) and not config.certfile:
         raise ValueError("keyfile and client_ca are of no use without certfile")
     if config.token is not None and not re.fullmatch("[!-~]*", config.token):
         raise ValueError("the token must consist of visible ASCII characters without spaces")
     for proxy in config.trusted_proxies:
-        if proxy != "unix":
-            ipaddress.ip_network(proxy, False)
+        try:
+            if proxy != "unix":
+                ipaddress.ip_network(proxy, False)
+        except ValueError:
+            raise ValueError("a trusted proxy is an address, a network or unix, not %r" % proxy)
     for upstream in config.upstream_tls:
         try:
             find_route("", "/%s/" % upstream)
@@ -5167,6 +5174,34 @@ def checked_config(config: Config) -> Config:
         trusted_proxies=tuple(config.trusted_proxies),
         upstream_tls=tuple(upstream.lower() for upstream in config.upstream_tls),
     )
+
+
+def _check_kinds(config: Config) -> None:
+    """Raise ValueError if a field holds another kind of thing than it is for; what it holds is not told."""
+    for name, default in Config()._asdict().items():
+        value = getattr(config, name)
+        if (value is None and default is None) or (callable(value) and name in ("authorize", "host_allowlist")):
+            continue
+        kind = name if name in _KINDS else type(default).__name__
+        types, words = _KINDS[kind]
+        right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if not right or (kind == "tuple" and not all(isinstance(one, str) for one in value)):
+            raise ValueError("%s must be %s, not %s" % (name, words, type(value).__name__))
+
+
+# By a field's name, or else by the type of its default; None stands for a file that is not given.
+_KINDS: Dict[str, Tuple[Tuple[type, ...], str]] = {
+    "authorize": ((), "an asynchronous callable"),
+    "hub": ((Hub,), "a Hub"),
+    "token": ((str,), "a string"),
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a string"),
+    "tuple": ((tuple, list, set, frozenset), "a sequence of strings"),
+    "NoneType": ((str, os.PathLike), "a path"),
+}
+_KINDS["whole_origin"] = _KINDS["bool"]
 
 
 def _watch_interval(config: Config) -> float:

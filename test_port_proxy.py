@@ -500,13 +500,35 @@ class TestConfig:
             {"head_timeout": float("nan")}, {"host_allowlist": "a.example.org"}, {"host_allowlist": ["a b"]}, {"host_allowlist": [""]},
             {"host_allowlist": ["a:80"]}, {"host_allowlist": ["user@host"]}, {"host_allowlist": ["a[bc]d"]},
             {"allow_hostnames": "*.example.org"}, {"allow_origins": "*"}, {"trusted_proxies": "unix"}, {"upstream_tls": "8443"}, {"trusted_proxies": ["a"]}, {"base": "/a;b"},
-            {"keyfile": "a"}, {"token": "a b"}, {"token": "\xe4"},
+            {"keyfile": "a"}, {"token": "a b"}, {"token": "\xe4"}, {"host_allowlist": ["[::1"]}, {"host_allowlist": ["::1]"]}, {"domains": ["127.0.0.1"]},
         ],
         ids=case_id,
     )  # fmt: skip
     def test_refused(self, options):
         with pytest.raises(ValueError):
             PortProxy(Config(**options))
+
+    @pytest.mark.parametrize(
+        "field, value, says",
+        [
+            ("port", "80", "a whole number, not str"), ("port", True, "a whole number, not bool"), ("port", 80.0, "a whole number, not float"), ("port", None, "a whole number, not NoneType"),
+            ("head_timeout", "3", "a number, not str"), ("head_timeout", True, "a number, not bool"), ("bind", None, "a string, not NoneType"), ("base", b"/a", "a string, not bytes"),
+            ("whole_origin", "no", "True or False, not str"), ("preserve_host", 1, "True or False, not int"), ("any_owner", None, "True or False, not NoneType"),
+            ("token", 5, "a string, not int"), ("certfile", 5, "a path, not int"), ("authorize", "me", "an asynchronous callable, not str"), ("hub", {}, "a Hub, not dict"),
+            ("upstream_tls", (8443,), "a sequence of strings, not tuple"), ("domains", None, "a sequence of strings, not NoneType"), ("allow_origins", "*", "a sequence of strings, not str"),
+            ("host_allowlist", [b"a"], "a sequence of strings, not list"), ("trusted_proxies", 1, "a sequence of strings, not int"),
+        ],
+        ids=case_id,
+    )  # fmt: skip
+    def test_kinds_of_values(self, field, value, says):
+        """A mistake of a program is told as one, in place of going unnoticed: whole_origin="no" would mean yes."""
+        with pytest.raises(ValueError) as caught:
+            PortProxy(Config(**{field: value}))
+        assert str(caught.value) == "%s must be %s" % (field, says)
+
+    def test_kinds_that_will_do(self):
+        PortProxy(Config(head_timeout=3, host_allowlist=["a"], domains={"b"}, authorize=print, whole_origin=True, certfile=Path("a"), token="x"))
+        assert checked_config(Config(host_allowlist=["[FE80::1]", "a"])).host_allowlist == ("fe80::1", "a")
 
     def test_every_limit_is_an_option(self):
         named = {name for name, _, _ in port_proxy._LIMITS}
@@ -1940,6 +1962,17 @@ class TestAuthorize:
         assert status_of(start(authorize=authorize).get("/proxy/%d/" % app.port)) == 500
         assert start(authorize=authorize, token="any", bind="0.0.0.0").proxy.token == ""
         assert app.connections == 0
+
+    @pytest.mark.parametrize("field", [("Location", "/a\r\nX: y"), ("Location", "/a\ny"), ("Location", "/\u0142"), ("X: y\r\nZ", "a"), ("", "a"), ("X", "\0")], ids=case_id)
+    def test_its_fields_stay_what_they_are(self, start, field):
+        """What a visitor wrote and a gate puts into a Location, decoded, cannot become another field."""
+
+        async def authorize(head, visit, route):
+            raise ProxyError(302, "", (field,))
+
+        answer = start(authorize=authorize).get("/proxy/80/")
+        assert status_of(answer) == 500
+        assert not {"location", "x", "z"} & set(fields_of(answer))
 
 
 class TestTrustedProxies:
@@ -7800,7 +7833,7 @@ class TestJupyterConfiguration:
         finally:
             server.close()
 
-    @pytest.mark.parametrize("line, says", [("host_allowlist = 'a'", "host_allowlist is a sequence"), ("frob = 1", "frob"), ("head_timeout = -1", "head_timeout must be")])
+    @pytest.mark.parametrize("line, says", [("host_allowlist = 'a'", "host_allowlist must be a sequence"), ("frob = 1", "frob"), ("head_timeout = -1", "head_timeout must be")])
     def test_mistakes(self, tmp_path, line, says):
         server = start_jupyter(tmp_path, "c.PortProxy." + line)
         try:
