@@ -1737,12 +1737,16 @@ def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
     return tuple(normal)
 
 
+def is_domain(name: str) -> bool:
+    """Whether a name, in lower case, can be a domain; not if it ends so that browsers take it for an address."""
+    return bool(_DOMAIN.fullmatch(name)) and not name.rpartition(".")[2].isdigit()
+
+
 def normal_domain(domain: str) -> str:
-    """A domain, lower-cased; ValueError if it is none, as a name is not whose end browsers take for an address."""
-    normal = domain.lower()
-    if not _DOMAIN.fullmatch(normal) or normal.rpartition(".")[2].isdigit():
+    """A domain, lower-cased; ValueError if it is none."""
+    if not is_domain(domain.lower()):
         raise ValueError("a domain is a name such as apps.example.org, not %r" % domain)
-    return normal
+    return domain.lower()
 
 
 def is_home(base: str, target: str) -> bool:
@@ -2049,7 +2053,6 @@ def _without(suffix: str, text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
-_VISIBLE = re.compile("[!-~]+")
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
 _NO_REFERRER = ("Referrer-Policy", "no-referrer")
 _CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers know no way to ask for one, and show the page
@@ -2219,18 +2222,15 @@ class Gate:
         allowed = self.config.allow_origins
         if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
             return
-        advice = " Start the proxy with --allow-origin if it should be."
         if foreign and (head.method not in _SAFE or is_websocket(head) or visit.app_port):
-            name = foreign[0] if _VISIBLE.fullmatch(foreign[0]) else "null"
-            detail = "A page of another site, %s, may not do this here, which is %s."
-            raise ProxyError(403, detail % (name, visit.authority or "a server without a name") + advice)
+            raise _foreign(foreign[0], visit)
         in_frame = any(one != "document" for one in field_values(head.fields, "sec-fetch-dest"))
         is_foreign = _is_cross_site(head) or self._is_of_neighbour(head, visit)
         if is_foreign and (in_frame or not is_page_visit(head)):
             detail = (
                 "A page of another site may not use what is here, and the browser (Sec-Fetch-Site) says that one does."
             )
-            raise ProxyError(403, detail + advice)
+            raise ProxyError(403, detail + " Start the proxy with --allow-origin and its origin if it should be.")
 
     def _is_of_neighbour(self, head: RequestHead, visit: Visit) -> bool:
         """Whether the browser says that a page of another host of the same domain asks, which may be that of an app."""
@@ -2405,12 +2405,13 @@ class TokenGate(Gate):
     def _check_credentials(self, head: RequestHead, visit: Visit, route: Optional[Route]) -> bool:
         """Whether it is the cookie, which a browser sends on its own, that lets the request in."""
         signed_in = self._is_signed_in(head, visit)
-        shown = False
+        shown, wrong = False, ""
         if not signed_in:
             in_fields = [token for value in field_values(head.fields, "authorization") for token in _tokens_in(value)]
             # What a page of another site makes a browser ask for must not use up its user's tries.
             in_query = [] if _is_cross_site(head) and not is_page_visit(head) else _query_tokens(head.target)
             shown = self._try("fields", in_fields, visit) or self._try("query", in_query, visit)
+            wrong = "What came as a token is not the proxy's. " if in_fields or in_query else ""
         clean = self._without_token(head.target)
         if (signed_in or shown) and clean != head.target and is_page_visit(head):
             cookie = () if signed_in else (self._new_cookie(visit),)
@@ -2419,11 +2420,11 @@ class TokenGate(Gate):
         if signed_in or shown:
             return signed_in
         if is_websocket(head):
-            raise ProxyError(403, "A WebSocket needs a signed-in browser, or the proxy's token.")
+            raise ProxyError(403, wrong + "A WebSocket needs a signed-in browser, or the proxy's token.")
         if is_page_visit(head):
             prefix = route.prefix if route and route.strayed else ""
-            raise self._sign_in_needed("", prefix + head.target, visit)
-        raise ProxyError(401, "The proxy's token is needed, as 'Authorization: token TOKEN'.", _CHALLENGE)
+            raise self._sign_in_needed(wrong.strip(), prefix + head.target, visit)
+        raise ProxyError(401, wrong + "The proxy's token is needed, as 'Authorization: token TOKEN'.", _CHALLENGE)
 
     def _try(self, where: str, tokens: Sequence[str], visit: Visit) -> bool:
         """Whether one of `tokens` is right; ProxyError 429 for an address that has shown too many wrong ones.
@@ -2464,6 +2465,17 @@ def normal_origin(origin: str) -> str:
     if not match or match.group(3) or not is_authority(match.group(2)):
         raise ValueError("an origin is a scheme, host and port such as https://a.example.org, not %r" % origin)
     return "%s://%s" % (match.group(1), _without(_DEFAULT_PORTS[match.group(1)], match.group(2)))
+
+
+def _foreign(origin: str, visit: Visit) -> ProxyError:
+    here = visit.authority or "a server without a name"
+    try:
+        detail = "A page of another site, {0}, may not do this here, which is {1}."
+        detail += " Start the proxy with --allow-origin {0} if it should be."
+        return ProxyError(403, detail.format(normal_origin(origin), here))
+    except ValueError:  # null above all, as of a file or a sandbox
+        detail = "A page without an origin of its own may not do this here, which is %s."
+        return ProxyError(403, detail % here + " Start the proxy with --allow-origin * if any page may.")
 
 
 def _is_among(origin: str, allowed: Sequence[str]) -> bool:
@@ -2517,9 +2529,13 @@ def not_found(error: ProxyError, head: RequestHead, visit: Visit, config: Config
     """The answer to what no app is found for: our page, for who asks for the origin itself, or else what would help."""
     if head.target == "/" and config.whole_origin and is_page_visit(head):
         return ProxyError(302, "It is over there.", (("Location", config.base + "/"),))
-    url = host_form(8080, visit, config.domains)
-    advice = " Where links begin with a slash, call the app by a host of its own, such as %s." % url
-    return ProxyError(error.status, error.detail + (advice if url and error.status == 404 else ""), error.fields)
+    url, advice = host_form(8080, visit, config.domains), ""
+    port, _, domain = host_of(visit.authority).partition(".")
+    if config.domains and _PORT_NAME.fullmatch(port) and is_domain(domain):
+        advice = " For {0}.{1} to be port {0}, start the proxy with --domain {1}.".format(port, domain)
+    elif url:
+        advice = " Where links begin with a slash, call the app by a host of its own, such as %s." % url
+    return ProxyError(error.status, error.detail + (advice if error.status == 404 else ""), error.fields)
 
 
 def cannot_be_redirected(head: RequestHead) -> bool:
@@ -2674,7 +2690,13 @@ class Listener(NamedTuple):
     @property
     def is_local(self) -> bool:
         """Whether localhost leads to it."""
-        return any(address in ("0.0.0.0", "::", "127.0.0.1", "::1") for address in self.addresses)
+        return _leads_to("localhost", self.addresses)
+
+
+def _leads_to(host: str, addresses: Iterable[str]) -> bool:
+    """Whether one of LOOPBACK_NAMES leads to what listens at one of these addresses."""
+    family = {"127.0.0.1": ("127.0.0.1", "0.0.0.0", "::"), "::1": ("::1", "::")}
+    return any(one in family.get(host, ("127.0.0.1", "0.0.0.0", "::1", "::")) for one in addresses)
 
 
 def tcp_sockets(tables: Sequence[str] = _TABLES, port: Optional[int] = None) -> List[TcpSocket]:
@@ -2716,10 +2738,13 @@ def listeners() -> List[Listener]:
     return found
 
 
-def listens_elsewhere(port: int) -> Tuple[str, ...]:
-    """The addresses at which this port is listened on, by whomever, where localhost leads to none of them."""
+def listens_elsewhere(host: str, port: int) -> Tuple[str, ...]:
+    """The addresses at which this port is listened on, by whomever, where `host`, if it is one of LOOPBACK_NAMES, leads
+    to none of them."""
+    if host not in LOOPBACK_NAMES:
+        return ()
     addresses = tuple(_plain_text(one.address) for one in tcp_sockets(port=port) if one.state == _LISTEN)
-    return () if Listener(port, addresses, "").is_local else addresses
+    return () if _leads_to(host, addresses) else addresses
 
 
 def _user_name(user: int) -> str:
@@ -2805,7 +2830,7 @@ class Owners:
 
     def __init__(self) -> None:
         self._known: Dict[Tuple[str, int], Tuple[Optional[int], float]] = {}
-        self._elsewhere: Dict[int, Tuple[Tuple[str, ...], float]] = {}
+        self._elsewhere: Dict[Address, Tuple[Tuple[str, ...], float]] = {}
 
     def stranger(self, here: Address, there: Address) -> Optional[int]:
         """The user id of another ordinary user who holds the far end of a connection from `here` to `there`; None if it
@@ -2823,16 +2848,16 @@ class Owners:
         mine = getattr(os, "geteuid", int)()
         return owner if owner is not None and owner >= _FIRST_ORDINARY_USER and owner != mine else None
 
-    def elsewhere(self, port: int) -> Tuple[str, ...]:
+    def elsewhere(self, host: str, port: int) -> Tuple[str, ...]:
         """As `listens_elsewhere`."""
         begun = time.perf_counter()
-        addresses, until = self._elsewhere.get(port, ((), 0.0))
+        addresses, until = self._elsewhere.get((host, port), ((), 0.0))
         if begun >= until:
-            addresses = listens_elsewhere(port)
+            addresses = listens_elsewhere(host, port)
             now = time.perf_counter()
             if len(self._elsewhere) > 1000:
                 self._elsewhere.clear()
-            self._elsewhere[port] = addresses, now + 20 * (now - begun)
+            self._elsewhere[host, port] = addresses, now + 20 * (now - begun)
         return addresses
 
 
@@ -2900,11 +2925,16 @@ class NotListening(ProxyError):
 def _why_nobody_listens(route: Route, elsewhere: Sequence[str]) -> str:
     if not elsewhere:
         return "Nothing listens on %s. Is the app running, and is this its port?" % route.place
-    text = (
-        "The app on port {0} listens at {1} alone, not at localhost. Start it with 127.0.0.1 as the address to listen"
-        " on, or the proxy with --host-allowlist {1}, and open {1}:{0} in place of {0}."
-    )
-    return text.format(route.port, elsewhere[0])
+    text = "The app on port {0} listens at {1} alone, not at {2}. "
+    if elsewhere[0] in LOOPBACK_NAMES:
+        text += "Open {0} in place of {3}."
+    else:
+        text += (
+            "Start it with 127.0.0.1 as the address to listen on, or the proxy with --host-allowlist {1}, and open"
+            " {4} in place of {0}."
+        )
+    there = route._replace(host=elsewhere[0]).authority
+    return text.format(route.port, elsewhere[0], route.host, route.authority, there)
 
 
 class Upstreams:
@@ -2996,7 +3026,7 @@ class Upstreams:
                 502, "The host %s could not be found. Check its spelling, or this machine's name service." % route.host
             )
         except ConnectionRefusedError:
-            raise NotListening(route, self.owners.elsewhere(route.port) if route.host in LOOPBACK_NAMES else ())
+            raise NotListening(route, self.owners.elsewhere(route.host, route.port))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise ProxyError(503, "The proxy has no file descriptor left to connect with. Try again shortly.")
@@ -3179,9 +3209,19 @@ def is_tls_record(data: Union[bytes, bytearray]) -> bool:
 
 def tls_advice(route: Route) -> str:
     """What to do where an upstream speaks TLS, and nobody said so."""
-    name = route.port if route.host in LOOPBACK_NAMES else route.authority
-    text = "The app on %s speaks TLS. Start the proxy with --upstream-tls %s" % (route.place, name)
-    return text + (", and --insecure-upstream if its certificate is its own." if name == route.port else ".")
+    is_local = route.host in LOOPBACK_NAMES
+    text = "The app on %s speaks TLS. Start the proxy with --upstream-tls %s" % (route.place, _tls_name(route))
+    return text + (", and --insecure-upstream if its certificate is its own." if is_local else ".")
+
+
+def _perhaps_tls(route: Route) -> str:
+    if route.scheme == "https":
+        return ""
+    return " If it speaks TLS, start the proxy with --upstream-tls %s." % _tls_name(route)
+
+
+def _tls_name(route: Route) -> str:
+    return str(route.port) if route.host in LOOPBACK_NAMES else route.authority
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3491,18 +3531,19 @@ def waiting_response(error: ProxyError, port: int) -> Response:
 def sign_in_response(error: SignInNeeded) -> Response:
     """The page that asks for the token, and sends the person on to where they were going; or leads to that page."""
     asks = (
-        "<h1>Sign in</h1><p>%s</p><p>This proxy wants to know that you are its owner. Its token is in the address that"
+        "<h1>Sign in</h1>%s<p>This proxy wants to know that you are its owner. Its token is in the address that"
         ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s">'
         '<input type="hidden" name="next" value="%s"><label>Token <input type="password" name="token" required'
         ' autofocus autocomplete="current-password"></label> <button>Sign in</button></form>'
     )
     leads = (
-        "<h1>Sign in</h1><p>%s</p><p>This proxy wants to know that you are its owner. It asks for its token at an"
+        "<h1>Sign in</h1>%s<p>This proxy wants to know that you are its owner. It asks for its token at an"
         " address of its own only, which no app can look into, and leads back here.</p>"
         '<p><a href="%s">Sign in there</a></p>'
     )
-    said = (error.detail, error.action, error.target) if error.action else (error.detail, error.target)
-    body = (asks if error.action else leads) % tuple(map(html.escape, said))
+    said = "<p>%s</p>" % html.escape(error.detail) if error.detail else ""
+    places = (error.action, error.target) if error.action else (error.target,)
+    body = (asks if error.action else leads) % ((said,) + tuple(map(html.escape, places)))
     fields = error.fields + (("Cache-Control", "no-store"),)
     # Browsers hold this against the whole way of redirects behind the form, and apps may lead to a login elsewhere.
     return _page(error.status, "Sign in", body, fields, forms="*", frames="'none'")
@@ -4185,14 +4226,14 @@ class Exchange:
     keep_alive: the client's connection stands right behind the request and its answer, and may carry the next.
     upstream: the connection on which `begin` has sent the request, while no task waits for its answer.  refusal: why
     `begin` did not let it in.  tunnel: what has both connections after a 101.  taken (the route), sent (bytes of the
-    answer's body) and error are for the log.
+    answer's body) and trouble (in words, "" for none) are for the log.
     """
 
     upstream: Optional[Stream] = None
     taken: Optional[Route] = None
     status = 0
     sent = 0
-    error: Optional[ProxyError] = None
+    trouble = ""
     refusal: Optional[Exception] = None
     tunnel: Optional["Tunnel"] = None
     _silence = FOREVER  # how long an upstream may be silent in the middle of its answer
@@ -4309,7 +4350,8 @@ class Exchange:
 
     async def answer_error(self, error: ProxyError) -> None:
         """Answer with what was wrong, as a page for a person and as plain text for everyone else."""
-        told = self.error = self.around.gate.explain(error)
+        told = self.around.gate.explain(error)
+        self.trouble = told.detail if told.status >= 400 else ""
         if isinstance(error, SignInNeeded):
             await self.answer(sign_in_response(error))
         elif isinstance(error, NotListening) and self.asked.is_page:
@@ -4404,7 +4446,8 @@ class Exchange:
                 return False
             if not self._client_failure and await self._meets_tls(error, route, upstream):
                 raise ProxyError(502, tls_advice(route))
-            raise self._client_failure or _upstream_failure(error, route, upstream, self.config)
+            advice = "" if self.asked.is_page else _perhaps_tls(route)  # a page's visit was worth asking
+            raise self._client_failure or _upstream_failure(error, route, upstream, self.config, advice)
         finally:
             self.client.on_end = None
             if self._sending is not None:
@@ -4539,15 +4582,16 @@ class Exchange:
         self.tunnel = Tunnel(self.client, upstream, self.config.stall_timeout, self.around.tunnels)
 
 
-def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: Config) -> ProxyError:
-    """What a failure of the upstream means for the client, in words."""
+def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: Config, advice: str) -> ProxyError:
+    """What a failure of the upstream means for the client, in words; `advice` is for where it did not say anything."""
     if isinstance(error, ProxyError):
         return ProxyError(502, "What %s sent is not valid HTTP. %s" % (route.place, error.detail))
     if isinstance(error, Stalled):
         return ProxyError(504, "No answer came from %s within %g seconds." % (route.place, config.response_timeout))
     ended = "closed the connection" if isinstance(error, Truncated) else "broke the connection off"
-    before = "in the middle of its answer" if upstream.was_heard else "without an answer"
-    return ProxyError(502, "The app on %s %s %s." % (route.place, ended, before))
+    if not upstream.was_heard:
+        return ProxyError(502, "The app on %s %s without an answer.%s" % (route.place, ended, advice))
+    return ProxyError(502, "The app on %s %s in the middle of its answer." % (route.place, ended))
 
 
 class Tunnel:
@@ -4937,7 +4981,13 @@ class PortProxy:
                 await exchange.go_on()
         except ProxyError as error:
             await self._answer_error(client, exchange, error)
-        except (ClientGone, Truncated, Stalled, OSError, asyncio.CancelledError):
+        except (ClientGone, Truncated, Stalled, OSError):
+            if exchange is not None and exchange.status:
+                exchange.trouble = "The client did not take it to the end."
+            raise
+        except asyncio.CancelledError:
+            if exchange is not None:
+                exchange.trouble = "The proxy was told to stop."
             raise
         except Exception as error:  # a mistake of ours; the request is lost, the proxy goes on
             logger.error("internal error: %r", error)
@@ -4972,6 +5022,7 @@ class PortProxy:
             logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
             client.write(_plain_answer(error))
         elif exchange.status:
+            exchange.trouble = error.detail
             exchange.keep_alive = False
             exchange.cut_short()
         else:
@@ -5019,8 +5070,8 @@ class PortProxy:
         if tunnel:
             told["bytes_received"] = tunnel.client.received
             line = line.replace(" bytes,", " bytes and back %(bytes_received)d,")
-        if exchange.error:
-            told["error"] = exchange.error.detail
+        if exchange.trouble:
+            told["error"] = exchange.trouble
             line += ": %(error)s"
         logger.info(line, told, extra={"request": told})
 
@@ -5123,18 +5174,42 @@ def _timed_handshake(
 
 
 def server_context(config: Config) -> ssl.SSLContext:
-    """How TLS is spoken to clients, from TLS 1.2 on; OSError or ssl.SSLError for files that will not do."""
+    """How TLS is spoken to clients, from TLS 1.2 on; OSError for files that cannot be read, ValueError in words for a
+    person for those that will not do."""
+    for path in filter(None, (config.certfile, config.keyfile, config.client_ca)):
+        with open(path, "rb") as file:  # which tells of each one what is wrong with it; OpenSSL does not
+            file.read(1)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(config.certfile or "", config.keyfile)
+    _load_certificate(context, config.certfile or "", config.keyfile)
     if config.client_ca:
-        context.load_verify_locations(config.client_ca)
+        _load_authorities(context, config.client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[str]) -> None:
+    """Load what can be read; OpenSSL asks for a pass phrase on the terminal where the key has one."""
+    where = keyfile or certfile
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except OSError as error:
+        _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certfile)
+        if not isinstance(error, ssl.SSLError) or error.reason in ("BAD_DECRYPT", "BAD_PASSWORD_READ"):
+            raise ValueError("the key in %s has a pass phrase, and that was not given" % where)
+        advice = "" if keyfile else "; if that is in a file of its own, name it with --keyfile"
+        raise ValueError("%s does not hold the key (PEM) of the certificate in %s%s" % (where, certfile, advice))
+
+
+def _load_authorities(context: ssl.SSLContext, path: str) -> None:
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise ValueError("%s does not hold a certificate (PEM) that can be used: %s" % (path, error.reason or error))
 
 
 def checked_config(config: Config) -> Config:
@@ -5576,6 +5651,10 @@ _GOES_PAST = (
     " something is missing elsewhere, tell the app the address that it is called by, as webpack-dev-server is told by"
     " --client-web-socket-url auto://0.0.0.0:0/ws."
 )
+_OWN_PORT = (
+    "Port %d is the proxy's own, and no app can be reached there. If an app has it, say with --port where the proxy"
+    " listens, or is to."
+)
 _LEAVING = (
     "Links that begin with a slash leave the prefix, and nothing leads them back: use the app's own host, its flag for"
     " the path it lives under, or --whole-origin yes."
@@ -5640,8 +5719,11 @@ async def check_port(port: int, config: Config) -> Report:
     """Look at a port of this machine; it is asked for its first page, and for a WebSocket."""
     watch = Watch(asyncio.get_event_loop(), _watch_interval(config))
     upstreams = Upstreams(config, watch, ())
+    report = _listening_at(port, config.base)
     try:
-        return await _checked(_listening_at(port, config.base), upstreams)
+        if port == config.port:
+            return report._replace(problems=(_OWN_PORT % port,))
+        return await _checked(report, upstreams)
     finally:
         await watch.close(1.0)
 
@@ -5661,9 +5743,9 @@ async def _checked(report: Report, upstreams: Upstreams) -> Report:
     try:
         answer = await ask(upstreams, route, patience=_PAGE_SECONDS)
     except ProxyError as error:
-        if error.status != 502 or isinstance(error, NotListening):
+        if error.status != 502 or isinstance(error, NotListening) or route.scheme == "https":
             return report._replace(problems=(error.detail,))
-        if route.scheme == "http" and await speaks_tls_there(upstreams, route):
+        if await speaks_tls_there(upstreams, route):
             return report._replace(speaks="https", problems=(tls_advice(route),))
         return report._replace(speaks="other", problems=("It does not answer HTTP.",))
     report = report._replace(ok=True, speaks=route.scheme, status=answer.head.status)
@@ -5748,7 +5830,9 @@ async def _status(upstreams: Upstreams, route: Route, fields: Fields) -> int:
 
 
 def _forms_of(port: int, config: Config) -> List[str]:
-    """The addresses of a port by which this machine's own browser reaches it."""
+    """The addresses of a port by which this machine's own browser reaches it; a path where the proxy takes any port."""
+    if not config.port:
+        return ["%s/%d/" % (config.base, port)]
     name = "localhost:%d" % config.port
     scheme = "https" if config.certfile else "http"
     host = host_form(port, Visit("127.0.0.1", scheme, name), config.domains)
@@ -6028,7 +6112,7 @@ def _token(arguments: argparse.Namespace) -> Optional[str]:
     if arguments.no_token:
         return ""
     if arguments.token_file:
-        with open(arguments.token_file, encoding="ascii") as file:
+        with open(arguments.token_file, encoding="latin-1") as file:  # what else is in it is told later
             given = file.read().strip()
         if not given:
             raise ValueError("there is no token in %s" % arguments.token_file)
@@ -6062,6 +6146,25 @@ def _banner(proxy: PortProxy) -> str:
         local = "localhost" if proxy.is_private or config.bind in ("", "0.0.0.0", "::") else config.bind
         lines.append("On your own machine, first:  ssh -N -L {0}:{1}:{0} {2}".format(proxy.port, local, away))
     return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    """Print, or tell it on stderr where nobody takes what is printed: closed, a pipe that was left, a full disk."""
+    out = sys.stdout
+    try:
+        if out is None:
+            raise OSError(errno.EBADF, "stdout is closed")
+        coding = out.encoding or "ascii"
+        print(text.encode(coding, "backslashreplace").decode(coding), file=out, flush=True)
+    except OSError:
+        if out is not None:  # or else Python complains about it on the way out
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        _complain(text)
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _ssh_destination(environment: Mapping[str, str]) -> str:
@@ -6108,13 +6211,12 @@ async def _run(config: Config, quiet: bool) -> int:
     try:
         await proxy.start(_inherited_sockets() or None)
     except (OSError, ValueError) as error:
-        sys.stderr.write("port_proxy: %s\n" % _why_not_listening(error, config))
+        _complain("port_proxy: " + _why_not_listening(error, config))
         return 2
     if not quiet or proxy.token != (config.token or ""):  # a token that nobody has seen would be of no use
-        print(_banner(proxy), flush=True)
+        _say(_banner(proxy))
     if config.token == "" and not proxy.is_private and not config.hub:
-        warning = "port_proxy: anybody who can reach %s can use every port of this machine (--no-token)\n"
-        sys.stderr.write(warning % config.bind)
+        _complain("port_proxy: anybody who can reach %s can use every port of this machine (--no-token)" % config.bind)
     await stop.wait()
     await proxy.close()
     if hasattr(signal, "pthread_sigmask"):  # on the way out, being told again changes nothing
@@ -6124,9 +6226,7 @@ async def _run(config: Config, quiet: bool) -> int:
 
 async def _check(port: int, config: Config, as_json: bool) -> int:
     report = await check_port(port, config)
-    coding = sys.stdout.encoding or "ascii"
-    text = json.dumps(report._asdict(), indent=1) if as_json else report_text(report)
-    print(text.encode(coding, "backslashreplace").decode(coding))
+    _say(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
     return 0 if report.ok else 1
 
 
@@ -6153,14 +6253,12 @@ class _JsonLines(logging.Formatter):
 
 def _why_not_listening(error: Exception, config: Config) -> str:
     where = "port %d of %s" % (config.port, config.bind)
-    if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
-        return "%s does not hold a certificate that can be used: %s" % (config.certfile, error)
-    if (
-        isinstance(error, (FileNotFoundError, PermissionError))
-        and config.certfile
-        and not config.bind.startswith(_UNIX_PREFIX)
-    ):
-        return "cannot read %s: %s" % (" or ".join(filter(None, (config.certfile, config.keyfile))), error.strerror)
+    if isinstance(error, UnicodeError):
+        return _NO_ADDRESS % config.bind
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.filename:  # of a certificate or key
+        return "cannot read %s: %s" % (error.filename, error.strerror)
     if config.bind.startswith(_UNIX_PREFIX):
         return "cannot listen on %s: %s" % (config.bind, error.strerror or error)
     if error.errno == errno.EADDRINUSE and config.hub:
@@ -6173,8 +6271,11 @@ def _why_not_listening(error: Exception, config: Config) -> str:
     if error.errno == errno.EACCES:
         return "%s may not be used without further rights; choose one above 1023 with --port" % where
     if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, None):  # None: asyncio from 3.13 on
-        return "%s is no address of this machine; see --bind" % config.bind
+        return _NO_ADDRESS % config.bind
     return "cannot listen on %s: %s" % (where, os.strerror(error.errno) if error.errno else error)
+
+
+_NO_ADDRESS = "%s is no address of this machine; see --bind"
 
 
 class _LoopComplaints:

@@ -13,6 +13,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import html
 import io
 import json
 import logging
@@ -1486,6 +1487,14 @@ class TestToken:
             assert (b"<form" in answer[2]) == (method == "GET" and "Accept: text/html" in lines)
         assert app.connections == 0
 
+    @pytest.mark.parametrize("shown, told", [((), False), (("Authorization: token wrong",), True), (("Authorization: Digest a",), False)])
+    @pytest.mark.parametrize("lines", [(), SAFE_LINES, HANDSHAKE], ids=["program", "page", "WebSocket"])
+    def test_a_wrong_token_is_called_one(self, proxy, app, shown, told, lines):
+        said = b"What came as a token is not the proxy's."
+        for query, is_told in (("", told), ("?token=wrong", True)):
+            body = html.unescape(proxy.get("/proxy/%d/%s" % (app.port, query), *lines + shown)[2].decode()).encode()
+            assert (said in body, b"<p></p>" in body, b"wrong" in body.replace(query.encode() or b"-", b"")) == (is_told, False, False)
+
     def test_from_the_address_to_a_cookie(self, proxy, app):
         """A page visit with the token ends at the clean address, signed in; the app sees neither."""
         target = "/proxy/%d/a?x=%%2F&token=%s&token=its-own&y" % (app.port, TOKEN)
@@ -1752,6 +1761,15 @@ class TestHostForm:
         with pytest.raises(ValueError, match="a domain is a name"):
             checked_config(Config(domains=[domain]))
 
+    @pytest.mark.parametrize("host, options, advice", [
+        ("8080.vm:1", {}, "For 8080.vm to be port 8080, start the proxy with --domain vm."), ("8080.A.example", {}, "--domain a.example."), ("8080.127.0.0.1", {}, None),
+        ("99999999.vm", {}, None), ("8080.a_b", {}, None), ("vm", {}, None), ("8080", {}, None), ("8080.vm", {"domains": ()}, None),
+    ])  # fmt: skip
+    def test_a_name_that_could_be_a_port_is_told_of(self, start, host, options, advice):
+        said = start(**options).ask(at(host, "GET", "/x", "Sec-Fetch-Mode: cors"))[2].decode()
+        assert said.startswith("404 Not Found\nNo port is named here.")
+        assert advice in said if advice else "--domain" not in said
+
     def test_not_under_a_hub(self):
         arguments = port_proxy._parser().parse_args(["--domain", "apps.example.org"])
         environment = dict(HUB_ENVIRONMENT, JUPYTERHUB_SERVICE_URL="http://127.0.0.1:1/")
@@ -1916,7 +1934,17 @@ class TestOrigin:
         with caplog.at_level(logging.INFO, "port_proxy"):
             answer = proxy.ask(request("POST", "/proxy/1/", "Origin: http://evil"))
             eventually(lambda: "http://evil, may not do this here, which is here:8888" in caplog.text)
-        assert b"--allow-origin" in answer[2]
+        assert b"Start the proxy with --allow-origin http://evil if it should be." in answer[2]
+
+    @pytest.mark.parametrize("origin, advice", [("HTTPS://Evil.example:443", "--allow-origin https://evil.example if"), ("null", "--allow-origin * if any"), ("http://a<b", "--allow-origin * if any"), ("\xe4", "--allow-origin * if any")])
+    def test_the_advice_can_be_taken(self, start, origin, advice):
+        """It names no origin that the option would refuse, and nothing but an origin that was checked."""
+        raw = request("POST", "/proxy/1/", "Origin: " + origin)
+        answer = start().ask(raw)
+        assert status_of(answer) == 403
+        assert advice in answer[2].decode()
+        option = re.search("--allow-origin ([^ ]+) if", answer[2].decode()).group(1)
+        assert status_of(start(allow_origins=[option]).ask(raw)) == 502
 
     @pytest.mark.parametrize("origin, normal", [("HTTPS://A.example:443", "https://a.example"), ("http://a:8080", "http://a:8080"), ("http://[::1]:80", "http://[::1]"), ("https://a:80", "https://a:80")])
     def test_normal_origin(self, origin, normal):
@@ -2263,9 +2291,10 @@ class TestPorts:
             found = self.mine()[port]
             assert (found.addresses, found.is_local) == ((told,), is_local)
             assert 0 <= time.time() - found.started < 86400
-            assert port_proxy.listens_elsewhere(port) == (() if is_local else (told,))
+            for host, reached in (("localhost", is_local), ("127.0.0.1", is_local and told != "::1"), ("::1", told in ("::1", "::")), ("db1.example.org", True)):
+                assert port_proxy.listens_elsewhere(host, port) == (() if reached else (told,))
         assert port not in self.mine()
-        assert port_proxy.listens_elsewhere(port) == ()
+        assert port_proxy.listens_elsewhere("localhost", port) == ()
 
     def test_of_others_and_of_the_system_nothing_is_shown(self, monkeypatch):
         row = "   0: 0100007F:%04X 00000000:0000 0A 00000000:00000000 00:00000000 00000000 %5d        0 %d 1 0 100 0 0 10 0\n"
@@ -2809,10 +2838,20 @@ class TestPages:
             assert b"listens at 127.0.0.2 alone, not at localhost" in said
             assert b"--host-allowlist 127.0.0.2" in said
 
+    @needs_proc
+    def test_who_listens_at_the_other_loopback_address_is_told(self, proxy, upstream):
+        app = upstream(answering(OK))
+        said = proxy.get("/proxy/[::1]:%d/" % app.port)[2].decode()
+        assert "The app on port {0} listens at 127.0.0.1 alone, not at ::1. Open {0} in place of [::1]:{0}.".format(app.port) in said
+
+    def test_an_ipv6_address_is_named_as_it_is_asked_for(self):
+        said = port_proxy.NotListening(STRIPPED, ("2001:db8::7",)).detail
+        assert said.endswith("with --host-allowlist 2001:db8::7, and open [2001:db8::7]:8080 in place of 8080.")
+
     def test_looking_for_it_never_costs_more_than_a_twentieth_of_the_time(self, proxy, monkeypatch):
         looked, clock = [], [0.0]
 
-        def look(port):
+        def look(host, port):
             looked.append(port)
             clock[0] += 0.05
             return ("192.0.2.7",)
@@ -2820,14 +2859,14 @@ class TestPages:
         monkeypatch.setattr(port_proxy, "listens_elsewhere", look)
         monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
         owners = port_proxy.Owners()
-        assert [owners.elsewhere(port) for port in (80, 80, 81, 80)] == [("192.0.2.7",)] * 4
+        assert [owners.elsewhere("localhost", port) for port in (80, 80, 81, 80)] == [("192.0.2.7",)] * 4
         assert looked == [80, 81]
         clock[0] = 1.2
-        owners.elsewhere(80)
+        owners.elsewhere("localhost", 80)
         assert looked == [80, 81, 80]
         for port in range(2000):
-            owners._elsewhere[port] = (), 0.0
-        owners.elsewhere(3000)
+            owners._elsewhere["localhost", port] = (), 0.0
+        owners.elsewhere("localhost", 3000)
         assert len(owners._elsewhere) == 1
 
     def test_who_speaks_tls_is_told(self, proxy, upstream):
@@ -2841,7 +2880,8 @@ class TestPages:
         app = upstream(serve)
         for app.is_curt, lines, told in ((False, (), True), (False, NAVIGATION, True), (True, NAVIGATION, True), (True, (), False)):
             answer = proxy.get("/proxy/%d/" % app.port, *lines)
-            assert (status_of(answer), b"--upstream-tls %d" % app.port in without_tags(answer[2])) == (502, told)
+            assert (status_of(answer), b"speaks TLS. Start the proxy with --upstream-tls %d" % app.port in without_tags(answer[2])) == (502, told)
+        assert b"without an answer. If it speaks TLS, start the proxy with --upstream-tls %d." % app.port in answer[2]
         other = upstream(lambda wire, app: wire.more())
         assert b"--upstream-tls" not in proxy.get("/proxy/%d/" % other.port, *NAVIGATION)[2]
 
@@ -5634,6 +5674,35 @@ class TestTls:
         with proxy.wire() as wire, contextlib.suppress(ConnectionResetError):
             assert wire.rest() == b""
 
+    @pytest.mark.parametrize(
+        "options, says",
+        [
+            ({"certfile": "junk"}, "junk does not hold a certificate (PEM) that can be used: .*"), ({"certfile": "junk", "keyfile": "key.pem"}, "junk does not hold a certificate .*"),
+            ({"certfile": "cert.pem"}, "cert.pem does not hold the key (PEM) of the certificate in cert.pem; if that is in a file of its own, name it with --keyfile"),
+            ({"certfile": "cert.pem", "keyfile": "junk"}, "junk does not hold the key (PEM) of the certificate in cert.pem"),
+            ({"certfile": "cert.pem", "keyfile": "rsa.pem"}, "rsa.pem does not hold the key (PEM) of the certificate in cert.pem"),
+            ({"certfile": "cert.pem", "keyfile": "ec.pem"}, "ec.pem does not hold the key (PEM) of the certificate in cert.pem"),
+            ({"certfile": "cert.pem", "keyfile": "locked.pem"}, "the key in locked.pem has a pass phrase, and that was not given"),
+            ({"certfile": "both.pem", "client_ca": "junk"}, "junk does not hold a certificate .*"), ({"certfile": "both.pem", "client_ca": "key.pem"}, "key.pem does not hold a certificate .*"),
+            ({"certfile": "gone"}, "cannot read gone: No such file or directory"), ({"certfile": "."}, "cannot read .: Is a directory"),
+            ({"certfile": "cert.pem", "keyfile": "gone"}, "cannot read gone: .*"), ({"certfile": "both.pem", "client_ca": "gone"}, "cannot read gone: .*"),
+        ],
+        ids=case_id,
+    )  # fmt: skip
+    def test_files_that_will_not_do(self, certificate, options, says):
+        """What is wrong is told of the file that it is wrong with, and nobody is asked who does not sit at a terminal."""
+        (certificate / "junk").write_text("hello\n")
+        for command in ("genrsa -out rsa.pem 2048", "ecparam -name prime256v1 -genkey -noout -out ec.pem", "pkey -in key.pem -aes256 -passout pass:abcd -out locked.pem"):
+            subprocess.run([shutil.which("openssl")] + command.split(), cwd=str(certificate), check=True, stderr=subprocess.DEVNULL, timeout=WAIT)
+        arguments = [one for name, value in options.items() for one in ("--" + name.replace("_", "-"), value)]
+        done = subprocess.run(
+            [sys.executable, PROGRAM, "--port", "0"] + arguments, cwd=str(certificate), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, timeout=WAIT,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert re.fullmatch("port_proxy: " + re.escape(says).replace(r"\.\*", ".*"), done.stderr.decode().rstrip("\n").split("\n")[-1])
+        assert b"Traceback" not in done.stderr
+
     def test_old_versions_are_refused(self, certificate):
         context = port_proxy.server_context(Config(certfile=str(certificate / "both.pem")))
         if sys.version_info >= (3, 7):
@@ -5818,6 +5887,41 @@ class TestLog:
             eventually(lambda: len(lines()) == 2)
         assert re.fullmatch(r"127\.0\.0\.1 GET /proxy/{0}/a\?\.\.\. -> localhost:{0} 200, 2 bytes, [0-9.]+ s".format(app.port), lines()[0])
         assert not any("secret" in record.getMessage() for record in caplog.records)
+
+    def test_what_went_wrong_is_told(self, start, upstream, caplog):
+        """An answer that was cut short does not look like one that was not, and a sign-in is no error."""
+        cut = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc"
+
+        def serve(wire, app):
+            wire.message()
+            wire.send(b"" if app.connections > 3 else cut)
+            assert app.connections == 1 or app.let_go.wait(WAIT)
+
+        app, proxy = upstream(serve), start(token=TOKEN, shutdown_timeout=0.1)
+        target, shown = "/proxy/%d/" % app.port, "Authorization: token " + TOKEN
+
+        def told():
+            return [(record.request["status"], record.request.get("error")) for record in caplog.records if hasattr(record, "request")]
+
+        with caplog.at_level(logging.INFO, "port_proxy"), contextlib.ExitStack() as stack:
+            assert status_of(proxy.get("/proxy/?token=" + TOKEN, *SAFE_LINES)) == 302
+            with proxy.wire() as wire:
+                wire.send(request("GET", target, shown))
+                assert wire.rest().endswith(b"abc")
+            with proxy.wire() as wire:
+                wire.send(request("GET", target, shown))
+                wire.until(b"abc")
+            eventually(lambda: len(told()) == 3)
+            wires = [stack.enter_context(proxy.wire()) for _ in range(2)]
+            for wire in wires:
+                wire.send(request("GET", target, shown))
+                eventually(functools.partial(lambda wire: app.connections == 3 + wires.index(wire), wire))
+            wires[0].until(b"abc")
+            proxy.close()
+            app.let_go.set()
+        broken = "The app on port %d of this machine closed the connection in the middle of its answer." % app.port
+        assert told()[:3] == [(302, None), (200, broken), (200, "The client did not take it to the end.")]
+        assert set(told()[3:]) == {(200, "The proxy was told to stop."), ("gone", "The proxy was told to stop.")}
 
     def test_one_line_for_a_tunnel_when_it_ends(self, proxy, upstream, caplog):
         app = upstream(lambda wire, app: (wire.message(), wire.send(SWITCHING + b"abc"), wire.rest()))
@@ -6476,8 +6580,8 @@ def serve_examined(page, fussy=False, redirect=b""):
 
 
 class TestCheck:
-    def check(self, background, port, **options):
-        return background.do(port_proxy.check_port(port, checked_config(Config(**options))))
+    def check(self, background, examined, **options):
+        return background.do(port_proxy.check_port(examined, checked_config(Config(**options))))
 
     def test_an_app_in_good_health(self, background, upstream):
         app = upstream(serve_examined(b"<title>My app</title><a href=there><img src='//elsewhere/a'><a href=https://a/b>"))
@@ -6581,6 +6685,34 @@ class TestCheck:
             assert says in report.problems[0]
             assert says in port_proxy.report_text(report)
 
+    def test_what_is_in_the_way_of_tls(self, background, upstream, certificate):
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(str(certificate / "both.pem"))
+
+        def serve(wire, app):
+            with contextlib.suppress(OSError):
+                wire.sock = context.wrap_socket(wire.sock, server_side=True)
+                answering(OK)(wire, app)
+
+        secret, plain = upstream(serve), upstream(lambda wire, app: (wire.more(), wire.send(OK)))
+        for port, says in ((secret.port, "--insecure-upstream accepts any"), (plain.port, "Does it speak TLS? See --upstream-tls.")):
+            report = self.check(background, port, upstream_tls=[str(port)])
+            assert (report.ok, report.speaks, report.use) == (False, "", ())
+            assert says in report.problems[0]
+        report = self.check(background, secret.port, upstream_tls=[str(secret.port)], insecure_upstream=True)
+        assert (report.ok, report.speaks, report.status) == (True, "https", 200)
+
+    def test_the_proxys_own_port(self, background, upstream):
+        app = upstream(answering(OK))
+        report = self.check(background, app.port, port=app.port)
+        assert (report.ok, report.use, app.connections) == (False, (), 0)
+        assert "Port %d is the proxy's own" % app.port in report.problems[0]
+
+    def test_no_address_is_made_up_where_the_proxy_takes_any_port(self, background, upstream):
+        app = upstream(serve_examined(b""))
+        report = self.check(background, app.port, port=0)
+        assert (report.ok, report.use) == (True, ["/proxy/%d/" % app.port])
+
     @needs_proc
     def test_an_app_on_another_address(self, background, upstream):
         app = upstream(answering(OK), host="127.0.0.2")
@@ -6679,7 +6811,8 @@ class TestCommandLine:
         [
             (("--base", "proxy"), "the base must be a path"), (("--port", "65536"), "a number from 0 to 65535"), (("--port", "x"), "invalid int value"),
             (("--host-allowlist", "a b"), "an allowed host is"), (("--head-timeout", "0"), "head_timeout must be greater than 0"), (("--bind", "192.0.2.1"), "no address of this machine"),
-            (("--bind", "nowhere.invalid"), "no address of this machine"), (("--verbose", "--quiet"), "not allowed with"), (("--frob",), "unrecognized arguments"),
+            (("--bind", "nowhere.invalid"), "no address of this machine"), (("--bind", "a..b"), "a..b is no address of this machine"),
+            (("--trusted-proxy", "foo"), "a trusted proxy is an address, a network or unix, not 'foo'"), (("--token-file", sys.executable), "the token must consist of visible ASCII"), (("--verbose", "--quiet"), "not allowed with"), (("--frob",), "unrecognized arguments"),
         ],
     )  # fmt: skip
     def test_mistakes(self, options, says):
@@ -6718,6 +6851,32 @@ class TestCommandLine:
         process.terminate()
         output, _ = process.communicate(timeout=WAIT)
         assert tells or output == b""
+
+    @pytest.mark.parametrize("place", ["closed", "a full disk", "a pipe that was left"])
+    def test_what_cannot_be_printed_is_told_on_stderr(self, place):
+        """The proxy serves all the same, and its owner learns the token."""
+        if place == "closed":
+            pytest.importorskip("resource")  # and so no Windows
+            how = {"preexec_fn": lambda: os.close(1)}
+        elif place == "a full disk":
+            if not os.path.exists("/dev/full"):
+                pytest.skip("this system has no /dev/full")
+            how = {"stdout": os.open("/dev/full", os.O_WRONLY)}
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            how = {"stdout": writer}
+        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--token"], stderr=subprocess.PIPE, **how)
+        if "stdout" in how:
+            os.close(how["stdout"])
+        port, token = re.search(r"open http://127\.0\.0\.1:(\d+)/proxy/\?token=(\S+)\n", process.stderr.readline().decode()).groups()
+        assert process.stderr.readline().startswith(b"It reaches every port")
+        with Wire.to(int(port)) as wire:
+            wire.send(request("GET", "/proxy/", "Authorization: token " + token))
+            assert status_of(wire.message()) == 200
+        process.terminate()
+        assert process.communicate(timeout=WAIT)[1] == b""
+        assert process.returncode == 0
 
     def test_a_warning_where_everybody_may_come_in(self):
         process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--no-token", "--bind", "0.0.0.0", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
