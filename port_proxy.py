@@ -4699,7 +4699,8 @@ class TunnelEnd(asyncio.Protocol):
 class PortProxy:
     """The proxy itself: `await PortProxy(config).start()`, then `await proxy.close()`; several can live in one loop.
 
-    Raises ValueError for a configuration that makes no sense; `start` raises OSError where the address cannot be had.
+    Raises ValueError for a configuration that makes no sense; `start` raises it for certificates that will not do, and
+    OSError where a file cannot be read or the address cannot be had.
     Logs to the logger "port_proxy" and configures none.
     """
 

@@ -484,6 +484,22 @@ class TestFile:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+    def test_what_the_readme_says_to_embed_runs(self):
+        code = re.search(r"## Embedding.*?```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+        if sys.version_info < (3, 7):
+            code = re.sub(r"asyncio\.run\(serve\(\)\)  # Python 3\.6: ", "", code)
+        done = subprocess.run([sys.executable, "-c", code.replace("sleep(3600)", "sleep(0)")], cwd=str(HERE), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=WAIT)
+        assert re.fullmatch(rb"http://127\.0\.0\.1:(\d+)/proxy/ \1\r?\n", done.stdout)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    def test_the_readme_names_every_field_that_is_not_called_as_its_option(self):
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        embedding = readme[readme.index("## Embedding") :]
+        options = {action.dest for action in port_proxy._parser()._actions}
+        for name in set(Config._fields) - options - {"hub"}:
+            assert name + "`" in embedding or name + "=" in embedding
+
+
 class TestConfig:
     @pytest.mark.parametrize(
         "given, normal",
