@@ -6151,15 +6151,13 @@ def _banner(proxy: PortProxy) -> str:
 
 def _say(text: str) -> None:
     """Print, or tell it on stderr where nobody takes what is printed: closed, a pipe that was left, a full disk."""
-    out = sys.stdout
+    if sys.stdout is None:
+        _complain(text)
+        return
+    coding = sys.stdout.encoding or "ascii"
     try:
-        if out is None:
-            raise OSError(errno.EBADF, "stdout is closed")
-        coding = out.encoding or "ascii"
-        print(text.encode(coding, "backslashreplace").decode(coding), file=out, flush=True)
+        print(text.encode(coding, "backslashreplace").decode(coding), flush=True)
     except OSError:
-        if out is not None:  # or else Python complains about it on the way out
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         _complain(text)
 
 

@@ -6885,6 +6885,8 @@ class TestCommandLine:
         process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--token"], stderr=subprocess.PIPE, **how)
         if "stdout" in how:
             os.close(how["stdout"])
+        give_up = threading.Timer(WAIT, process.kill)
+        give_up.start()
         port, token = re.search(r"open http://127\.0\.0\.1:(\d+)/proxy/\?token=(\S+)\n", process.stderr.readline().decode()).groups()
         assert process.stderr.readline().startswith(b"It reaches every port")
         with Wire.to(int(port)) as wire:
@@ -6892,6 +6894,7 @@ class TestCommandLine:
             assert status_of(wire.message()) == 200
         process.terminate()
         assert process.communicate(timeout=WAIT)[1] == b""
+        give_up.cancel()
         assert process.returncode == 0
 
     def test_a_warning_where_everybody_may_come_in(self):
