@@ -104,7 +104,7 @@ class ProxyError(Exception):
     def __init__(self, status: int, detail: str, fields: Fields = ()) -> None:
         super().__init__(status, detail)
         for name, value in fields:
-            if not _OWN_FIELD.fullmatch(name + ":" + value):
+            if not _OWN_FIELD.fullmatch("%s:%s" % (name, value)):
                 raise ValueError("the field %s has what cannot stand in a message's head" % ascii(name))
         self.status = status
         self.detail = detail
@@ -2398,7 +2398,8 @@ class TokenGate(Gate):
             known = known or (not self.is_private and host == socket.gethostname().lower())
         if not known and not any(fnmatch.fnmatchcase(host, name) for name in self.config.allow_hostnames):
             name = "The name %s, by which this request came, is not known to lead here." % host
-            raise ProxyError(403, name + " Start the proxy with --allow-hostname %s if it does." % host)
+            advice = " Start the proxy with --allow-hostname %s if it does." % host
+            raise ProxyError(403, name + (advice if _PLAIN_HOST.fullmatch(host) else ""))
         if len(self._known_names) < _MAX_NAMES:
             self._known_names.add(authority)
 
@@ -2459,6 +2460,11 @@ class TokenGate(Gate):
         return "Set-Cookie", "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s" % (self.cookie_name, session, path, secure)
 
 
+# What may be copied into a shell; nobody who means well is called otherwise.
+_PLAIN_HOST = re.compile(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]")
+_PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
+
+
 def normal_origin(origin: str) -> str:
     """An origin in lower case and without its scheme's default port; ValueError if it is none."""
     match = _HTTP_URL.fullmatch(origin.lower())
@@ -2469,13 +2475,12 @@ def normal_origin(origin: str) -> str:
 
 def _foreign(origin: str, visit: Visit) -> ProxyError:
     here = visit.authority or "a server without a name"
-    try:
+    if _PLAIN_ORIGIN.fullmatch(origin.lower()):
         detail = "A page of another site, {0}, may not do this here, which is {1}."
         detail += " Start the proxy with --allow-origin {0} if it should be."
         return ProxyError(403, detail.format(normal_origin(origin), here))
-    except ValueError:  # null above all, as of a file or a sandbox
-        detail = "A page without an origin of its own may not do this here, which is %s."
-        return ProxyError(403, detail % here + " Start the proxy with --allow-origin * if any page may.")
+    detail = "A page without a proper origin may not do this here, which is %s."  # null, as of a file or a sandbox
+    return ProxyError(403, detail % here + " Start the proxy with --allow-origin '*' if any page may.")
 
 
 def _is_among(origin: str, allowed: Sequence[str]) -> bool:
@@ -2531,7 +2536,7 @@ def not_found(error: ProxyError, head: RequestHead, visit: Visit, config: Config
         return ProxyError(302, "It is over there.", (("Location", config.base + "/"),))
     url, advice = host_form(8080, visit, config.domains), ""
     port, _, domain = host_of(visit.authority).partition(".")
-    if config.domains and _PORT_NAME.fullmatch(port) and is_domain(domain):
+    if config.domains and is_domain(domain) and port_in_host(visit.authority, (domain,)):
         advice = " For {0}.{1} to be port {0}, start the proxy with --domain {1}.".format(port, domain)
     elif url:
         advice = " Where links begin with a slash, call the app by a host of its own, such as %s." % url
@@ -2925,16 +2930,17 @@ class NotListening(ProxyError):
 def _why_nobody_listens(route: Route, elsewhere: Sequence[str]) -> str:
     if not elsewhere:
         return "Nothing listens on %s. Is the app running, and is this its port?" % route.place
-    text = "The app on port {0} listens at {1} alone, not at {2}. "
-    if elsewhere[0] in LOOPBACK_NAMES:
+    there = next((one for one in elsewhere if one in LOOPBACK_NAMES), elsewhere[0])
+    text = "The app on port {0} listens at {5} alone, not at {2}. "
+    if there in LOOPBACK_NAMES:
         text += "Open {0} in place of {3}."
     else:
         text += (
             "Start it with 127.0.0.1 as the address to listen on, or the proxy with --host-allowlist {1}, and open"
             " {4} in place of {0}."
         )
-    there = route._replace(host=elsewhere[0]).authority
-    return text.format(route.port, elsewhere[0], route.host, route.authority, there)
+    place = route._replace(host=there).authority
+    return text.format(route.port, there, route.host, route.authority, place, " and ".join(elsewhere))
 
 
 class Upstreams:
@@ -4586,6 +4592,8 @@ def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: 
     """What a failure of the upstream means for the client, in words; `advice` is for where it did not say anything."""
     if isinstance(error, ProxyError):
         return ProxyError(502, "What %s sent is not valid HTTP. %s" % (route.place, error.detail))
+    if isinstance(error, Stalled) and upstream.was_heard:
+        return ProxyError(504, "The app on %s fell silent in the middle of its answer." % route.place)
     if isinstance(error, Stalled):
         return ProxyError(504, "No answer came from %s within %g seconds." % (route.place, config.response_timeout))
     ended = "closed the connection" if isinstance(error, Truncated) else "broke the connection off"
@@ -4983,11 +4991,9 @@ class PortProxy:
         except ProxyError as error:
             await self._answer_error(client, exchange, error)
         except (ClientGone, Truncated, Stalled, OSError):
-            if exchange is not None and exchange.status:
-                exchange.trouble = "The client did not take it to the end."
             raise
         except asyncio.CancelledError:
-            if exchange is not None:
+            if exchange is not None and around.watch.is_stopping:
                 exchange.trouble = "The proxy was told to stop."
             raise
         except Exception as error:  # a mistake of ours; the request is lost, the proxy goes on
@@ -5177,9 +5183,6 @@ def _timed_handshake(
 def server_context(config: Config) -> ssl.SSLContext:
     """How TLS is spoken to clients, from TLS 1.2 on; OSError for files that cannot be read, ValueError in words for a
     person for those that will not do."""
-    for path in filter(None, (config.certfile, config.keyfile, config.client_ca)):
-        with open(path, "rb") as file:  # which tells of each one what is wrong with it; OpenSSL does not
-            file.read(1)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -5200,8 +5203,12 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
         context.load_cert_chain(certfile, keyfile)
     except OSError as error:
         _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certfile)
-        if not isinstance(error, ssl.SSLError) or error.reason in ("BAD_DECRYPT", "BAD_PASSWORD_READ"):
-            raise ValueError("the key in %s has a pass phrase, and that was not given" % where)
+        _check_readable(where)
+        reason = getattr(error, "reason", "BAD_PASSWORD_READ")
+        if reason in ("BAD_PASSWORD_READ", "BAD_DECRYPT"):
+            raise ValueError("the pass phrase of the key in %s was not given" % where)
+        if reason not in (None, "KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+            raise ValueError("the certificate in %s cannot be used with its key: %s" % (certfile, reason))
         advice = "" if keyfile else "; if that is in a file of its own, name it with --keyfile"
         raise ValueError("%s does not hold the key (PEM) of the certificate in %s%s" % (where, certfile, advice))
 
@@ -5209,8 +5216,16 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
 def _load_authorities(context: ssl.SSLContext, path: str) -> None:
     try:
         context.load_verify_locations(path)
-    except ssl.SSLError as error:
-        raise ValueError("%s does not hold a certificate (PEM) that can be used: %s" % (path, error.reason or error))
+    except OSError as error:
+        _check_readable(path)
+        reason = getattr(error, "reason", None) or error
+        raise ValueError("%s does not hold a certificate (PEM) that can be used: %s" % (path, reason))
+
+
+def _check_readable(path: str) -> None:
+    """Raise OSError, with the name that OpenSSL leaves out, for a file that cannot be read; a pipe is left alone."""
+    if not stat.S_ISFIFO(os.stat(path).st_mode):
+        open(path, "rb").close()
 
 
 def checked_config(config: Config) -> Config:
@@ -5491,8 +5506,11 @@ class JupyterGate(Gate):
         return name.startswith(_JUPYTER_COOKIES) and name != of_the_app
 
     def explain(self, error: ProxyError) -> ProxyError:
-        text = error.detail.replace("--allow-origin", "c.ServerApp.allow_origin")
-        text = re.sub("--([a-z-]+)", lambda option: "c.PortProxy." + option.group(1).replace("-", "_"), text)
+        text, advice, rest = error.detail.partition(" Start the proxy with --allow-origin")
+        if advice and self._allows_any_origin():
+            advice, rest = " A program may send it with a token of Jupyter's.", ""
+        text = (text + advice + rest).replace(" --allow-origin", " c.ServerApp.allow_origin")
+        text = _OPTION.sub(lambda option: "c.PortProxy." + option.group()[2:].replace("-", "_"), text)
         return ProxyError(error.status, re.sub("([Ss])tart the proxy with", r"\1et", text), error.fields)
 
     def for_client(self, head: ResponseHead, route: Route) -> ResponseHead:
@@ -5509,6 +5527,24 @@ class JupyterGate(Gate):
         if _XSRF in names and any(self.owns_cookie(name, route) for name in names):
             del pairs[len(names) - 1 - names[::-1].index(_XSRF)]
         return super()._without_cookies(";".join(pairs), route)
+
+
+def _from_jupyter(name: str, value: Any) -> Any:
+    """A value of Jupyter's configuration for a field of Config: on its command line all are strings until somebody
+    knows better, and what is appended (LazyConfigValue) has to be told what to."""
+    if not hasattr(value, "get_value"):
+        return value
+    default = getattr(Config(), name, "")
+    if not isinstance(value, str):
+        return [str(one) for one in value] if isinstance(value, list) else value.get_value(list(default))
+    text = str(value)
+    if isinstance(default, (tuple, list)):
+        return tuple(one.strip() for one in text.split(","))
+    if isinstance(default, bool) or name == "whole_origin":
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if isinstance(default, (int, float)):
+        return type(default)(text)
+    return text
 
 
 def _jupyter_server_extension_points() -> List[Dict[str, str]]:
@@ -5529,7 +5565,8 @@ def _load_jupyter_server_extension(server: Any) -> None:
     base = server.base_url.rstrip("/") + "/proxy"
     trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
     try:
-        config = Config(base=base, trusted_proxies=trusted)._replace(**server.config.get("PortProxy", {}))
+        told = {name: _from_jupyter(name, value) for name, value in server.config.get("PortProxy", {}).items()}
+        config = Config(base=base, trusted_proxies=trusted)._replace(**told)
         proxy = PortProxy(config._replace(domains=(), whole_origin=False))  # the origin is Jupyter's
     except (TypeError, ValueError) as error:
         server.log.error("port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s", base, error)
@@ -5652,6 +5689,7 @@ _GOES_PAST = (
     " something is missing elsewhere, tell the app the address that it is called by, as webpack-dev-server is told by"
     " --client-web-socket-url auto://0.0.0.0:0/ws."
 )
+_COVER_LOCALHOST = ("", "localhost", "127.0.0.1", "0.0.0.0", "::")
 _OWN_PORT = (
     "Port %d is the proxy's own, and no app can be reached there. If an app has it, say with --port where the proxy"
     " listens, or is to."
@@ -5722,7 +5760,7 @@ async def check_port(port: int, config: Config) -> Report:
     upstreams = Upstreams(config, watch, ())
     report = _listening_at(port, config.base)
     try:
-        if port == config.port:
+        if port == config.port and config.bind in _COVER_LOCALHOST:
             return report._replace(problems=(_OWN_PORT % port,))
         return await _checked(report, upstreams)
     finally:
@@ -6154,16 +6192,19 @@ def _say(text: str) -> None:
     if sys.stdout is None:
         _complain(text)
         return
-    coding = sys.stdout.encoding or "ascii"
     try:
-        print(text.encode(coding, "backslashreplace").decode(coding), flush=True)
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        coding = sys.stdout.encoding or "ascii"
+        _say(text.encode(coding, "backslashreplace").decode(coding))
     except OSError:
         _complain(text)
 
 
 def _complain(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def _ssh_destination(environment: Mapping[str, str]) -> str:
@@ -6256,7 +6297,7 @@ def _why_not_listening(error: Exception, config: Config) -> str:
         return _NO_ADDRESS % config.bind
     if not isinstance(error, OSError):
         return str(error)
-    if error.filename:  # of a certificate or key
+    if error.filename and error.filename in (config.certfile, config.keyfile, config.client_ca):
         return "cannot read %s: %s" % (error.filename, error.strerror)
     if config.bind.startswith(_UNIX_PREFIX):
         return "cannot listen on %s: %s" % (config.bind, error.strerror or error)

@@ -23,6 +23,7 @@ import random
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -1779,7 +1780,7 @@ class TestHostForm:
 
     @pytest.mark.parametrize("host, options, advice", [
         ("8080.vm:1", {}, "For 8080.vm to be port 8080, start the proxy with --domain vm."), ("8080.A.example", {}, "--domain a.example."), ("8080.127.0.0.1", {}, None),
-        ("99999999.vm", {}, None), ("8080.a_b", {}, None), ("vm", {}, None), ("8080", {}, None), ("8080.vm", {"domains": ()}, None),
+        ("99999999.vm", {}, None), ("70000.vm", {}, None), ("8080.a_b", {}, None), ("vm", {}, None), ("8080", {}, None), ("8080.vm", {"domains": ()}, None),
     ])  # fmt: skip
     def test_a_name_that_could_be_a_port_is_told_of(self, start, host, options, advice):
         said = start(**options).ask(at(host, "GET", "/x", "Sec-Fetch-Mode: cors"))[2].decode()
@@ -1952,14 +1953,14 @@ class TestOrigin:
             eventually(lambda: "http://evil, may not do this here, which is here:8888" in caplog.text)
         assert b"Start the proxy with --allow-origin http://evil if it should be." in answer[2]
 
-    @pytest.mark.parametrize("origin, advice", [("HTTPS://Evil.example:443", "--allow-origin https://evil.example if"), ("null", "--allow-origin * if any"), ("http://a<b", "--allow-origin * if any"), ("\xe4", "--allow-origin * if any")])
+    @pytest.mark.parametrize("origin, advice", [("HTTPS://Evil.example:443", "--allow-origin https://evil.example if"), ("null", "--allow-origin '*' if any"), ("http://a<b", "--allow-origin '*' if any"), ("\xe4", "--allow-origin '*' if any"), ("http://a;reboot;$(id)", "--allow-origin '*' if any")])
     def test_the_advice_can_be_taken(self, start, origin, advice):
-        """It names no origin that the option would refuse, and nothing but an origin that was checked."""
+        """It names no origin that the option would refuse, and nothing that a shell would make something else of."""
         raw = request("POST", "/proxy/1/", "Origin: " + origin)
         answer = start().ask(raw)
         assert status_of(answer) == 403
         assert advice in answer[2].decode()
-        option = re.search("--allow-origin ([^ ]+) if", answer[2].decode()).group(1)
+        (option,) = shlex.split(re.search("--allow-origin ([^ ]+) if", answer[2].decode()).group(1))
         assert status_of(start(allow_origins=[option]).ask(raw)) == 502
 
     @pytest.mark.parametrize("origin, normal", [("HTTPS://A.example:443", "https://a.example"), ("http://a:8080", "http://a:8080"), ("http://[::1]:80", "http://[::1]"), ("https://a:80", "https://a:80")])
@@ -2012,11 +2013,14 @@ class TestAuthorize:
         """What a visitor wrote and a gate puts into a Location, decoded, cannot become another field."""
 
         async def authorize(head, visit, route):
-            raise ProxyError(302, "", (field,))
+            raise ProxyError(302, "", (("Retry-After", 5), field))
 
         answer = start(authorize=authorize).get("/proxy/80/")
         assert status_of(answer) == 500
         assert not {"location", "x", "z"} & set(fields_of(answer))
+        field = "Location", "/\xe4 b"
+        answer = start(authorize=authorize).get("/proxy/80/")
+        assert (status_of(answer), fields_of(answer)["location"], fields_of(answer)["retry-after"]) == (302, "/\xe4 b", "5")
 
 
 class TestTrustedProxies:
@@ -2857,10 +2861,15 @@ class TestPages:
     @needs_proc
     def test_who_listens_at_the_other_loopback_address_is_told(self, proxy, upstream):
         app = upstream(answering(OK))
-        said = proxy.get("/proxy/[::1]:%d/" % app.port)[2].decode()
+        answer = proxy.get("/proxy/[::1]:%d/" % app.port)
+        if b"No connection to" in answer[2]:
+            pytest.skip("this machine has no IPv6 loopback")
+        said = answer[2].decode()
         assert "The app on port {0} listens at 127.0.0.1 alone, not at ::1. Open {0} in place of [::1]:{0}.".format(app.port) in said
 
     def test_an_ipv6_address_is_named_as_it_is_asked_for(self):
+        both = port_proxy.NotListening(STRIPPED._replace(host="127.0.0.1"), ("127.0.0.2", "::1")).detail
+        assert both == "The app on port 8080 listens at 127.0.0.2 and ::1 alone, not at 127.0.0.1. Open 8080 in place of 127.0.0.1:8080."
         said = port_proxy.NotListening(STRIPPED, ("2001:db8::7",)).detail
         assert said.endswith("with --host-allowlist 2001:db8::7, and open [2001:db8::7]:8080 in place of 8080.")
 
@@ -5698,7 +5707,7 @@ class TestTls:
             ({"certfile": "cert.pem", "keyfile": "junk"}, "junk does not hold the key (PEM) of the certificate in cert.pem"),
             ({"certfile": "cert.pem", "keyfile": "rsa.pem"}, "rsa.pem does not hold the key (PEM) of the certificate in cert.pem"),
             ({"certfile": "cert.pem", "keyfile": "ec.pem"}, "ec.pem does not hold the key (PEM) of the certificate in cert.pem"),
-            ({"certfile": "cert.pem", "keyfile": "locked.pem"}, "the key in locked.pem has a pass phrase, and that was not given"),
+            ({"certfile": "cert.pem", "keyfile": "locked.pem"}, "the pass phrase of the key in locked.pem was not given"),
             ({"certfile": "both.pem", "client_ca": "junk"}, "junk does not hold a certificate .*"), ({"certfile": "both.pem", "client_ca": "key.pem"}, "key.pem does not hold a certificate .*"),
             ({"certfile": "gone"}, "cannot read gone: No such file or directory"), ({"certfile": "."}, "cannot read .: Is a directory"),
             ({"certfile": "cert.pem", "keyfile": "gone"}, "cannot read gone: .*"), ({"certfile": "both.pem", "client_ca": "gone"}, "cannot read gone: .*"),
@@ -5718,6 +5727,19 @@ class TestTls:
         assert (done.returncode, done.stdout) == (2, b"")
         assert re.fullmatch("port_proxy: " + re.escape(says).replace(r"\.\*", ".*"), done.stderr.decode().rstrip("\n").split("\n")[-1])
         assert b"Traceback" not in done.stderr
+
+    def test_files_that_are_pipes(self, certificate):
+        """As a shell makes them of programs that unlock a key: what they hold can be read once."""
+        if not os.path.exists("/dev/fd"):
+            pytest.skip("this system has no /dev/fd")
+        pipes = [os.pipe() for _ in range(2)]
+        for (_, writer), name in zip(pipes, ("cert.pem", "key.pem")):
+            with os.fdopen(writer, "wb") as file:
+                file.write((certificate / name).read_bytes())
+        certfile, keyfile = ("/dev/fd/%d" % reader for reader, _ in pipes)
+        assert port_proxy.server_context(Config(certfile=certfile, keyfile=keyfile))
+        for reader, _ in pipes:
+            os.close(reader)
 
     def test_old_versions_are_refused(self, certificate):
         context = port_proxy.server_context(Config(certfile=str(certificate / "both.pem")))
@@ -5906,38 +5928,48 @@ class TestLog:
 
     def test_what_went_wrong_is_told(self, start, upstream, caplog):
         """An answer that was cut short does not look like one that was not, and a sign-in is no error."""
-        cut = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc"
 
         def serve(wire, app):
-            wire.message()
-            wire.send(b"" if app.connections > 3 else cut)
-            assert app.connections == 1 or app.let_go.wait(WAIT)
+            target = wire.message()[0].split(" ")[1]
+            app.messages.append(target)
+            wire.send(b"" if target == "/mute" else b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")
+            assert target == "/cut" or app.let_go.wait(WAIT)
 
         app, proxy = upstream(serve), start(token=TOKEN, shutdown_timeout=0.1)
-        target, shown = "/proxy/%d/" % app.port, "Authorization: token " + TOKEN
+
+        def ask(wire, path):
+            wire.send(request("GET", "/proxy/%d%s" % (app.port, path), "Authorization: token " + TOKEN))
+            return wire
 
         def told():
             return [(record.request["status"], record.request.get("error")) for record in caplog.records if hasattr(record, "request")]
 
-        with caplog.at_level(logging.INFO, "port_proxy"), contextlib.ExitStack() as stack:
+        with caplog.at_level(logging.INFO, "port_proxy"), proxy.wire() as held, proxy.wire() as mute:
             assert status_of(proxy.get("/proxy/?token=" + TOKEN, *SAFE_LINES)) == 302
             with proxy.wire() as wire:
-                wire.send(request("GET", target, shown))
-                assert wire.rest().endswith(b"abc")
-            with proxy.wire() as wire:
-                wire.send(request("GET", target, shown))
-                wire.until(b"abc")
+                assert ask(wire, "/cut").rest().endswith(b"abc")
+            with proxy.wire() as wire:  # a client that has enough, as of a stream of events, is no trouble
+                ask(wire, "/held").until(b"abc")
             eventually(lambda: len(told()) == 3)
-            wires = [stack.enter_context(proxy.wire()) for _ in range(2)]
-            for wire in wires:
-                wire.send(request("GET", target, shown))
-                eventually(functools.partial(lambda wire: app.connections == 3 + wires.index(wire), wire))
-            wires[0].until(b"abc")
+            ask(held, "/held").until(b"abc")
+            ask(mute, "/mute")
+            eventually(lambda: "/mute" in app.messages)
             proxy.close()
             app.let_go.set()
         broken = "The app on port %d of this machine closed the connection in the middle of its answer." % app.port
-        assert told()[:3] == [(302, None), (200, broken), (200, "The client did not take it to the end.")]
+        assert told()[:3] == [(302, None), (200, broken), (200, None)]
         assert set(told()[3:]) == {(200, "The proxy was told to stop."), ("gone", "The proxy was told to stop.")}
+
+    def test_an_app_that_falls_silent_in_its_answer(self, start, upstream, caplog):
+        app = upstream(lambda wire, app: (wire.message(), wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc"), wire.rest()))
+        proxy = start(keep_alive_timeout=0.2)
+        with caplog.at_level(logging.INFO, "port_proxy"), proxy.wire() as wire:
+            with proxy.held():
+                wire.send(request("GET", "/proxy/%d/" % app.port))
+                wire.end()  # it may as well be gone
+            assert wire.rest().endswith(b"abc")
+            eventually(lambda: caplog.records)
+        assert caplog.records[0].request["error"] == "The app on port %d of this machine fell silent in the middle of its answer." % app.port
 
     def test_one_line_for_a_tunnel_when_it_ends(self, proxy, upstream, caplog):
         app = upstream(lambda wire, app: (wire.message(), wire.send(SWITCHING + b"abc"), wire.rest()))
@@ -6458,6 +6490,42 @@ class TestJupyterGate:
         else:
             assert status_of_error(background.do, gate.admit(head, VISIT, None)) == 403
 
+    @pytest.mark.parametrize(
+        "origin, allow_origin, says",
+        [
+            ("https://xn--e1afmkfd.example", "", ", https://xn--e1afmkfd.example, may not do this here, which is here:8888. Set c.ServerApp.allow_origin https://xn--e1afmkfd.example if it should be."),
+            ("null", "", "Set c.ServerApp.allow_origin '*' if any page may."), ("null", "*", "which is here:8888. A program may send it with a token of Jupyter's."),
+        ],
+    )  # fmt: skip
+    def test_its_advice_is_jupyters(self, background, origin, allow_origin, says):
+        handler = Handler()
+        handler.allow_origin, handler.allow_origin_pat = allow_origin, None
+        gate = port_proxy.JupyterGate(DEFAULT, handler)
+        with pytest.raises(ProxyError) as caught:
+            background.do(gate.admit(RequestHead("POST", "/", "here:8888", "1.1", (("Origin", origin),)), VISIT, None))
+        assert gate.explain(caught.value).detail.endswith(says)
+        other = ProxyError(403, "It is not on the allowlist. Start the proxy with --host-allowlist xn--a.b if it may be reached.")
+        assert gate.explain(other).detail == "It is not on the allowlist. Set c.PortProxy.host_allowlist xn--a.b if it may be reached."
+
+    @pytest.mark.parametrize(
+        "field, line, value",
+        [
+            ("any_owner", "True", True), ("preserve_host", "false", False), ("whole_origin", "no", "no"), ("any_owner", "yes", "yes"), ("head_timeout", "3", 3.0), ("max_fields", "7", 7),
+            ("host_allowlist", "a, b", ("a", "b")), ("base", "/x", "/x"), ("frob", "1", "1"), ("host_allowlist", ["a", "b"], ["a", "b"]),
+        ],
+    )  # fmt: skip
+    def test_what_the_command_line_of_jupyter_says(self, field, line, value):
+        """There all is text until a configurable class has said what it is to be (traitlets' DeferredConfigString)."""
+        deferred = type("Deferred", (type(line),), {"get_value": None})(line)
+        found = port_proxy._from_jupyter(field, deferred)
+        assert (found, type(found)) == (value, type(value))
+        assert port_proxy._from_jupyter(field, value) is value
+
+    def test_what_the_configuration_of_jupyter_appends(self):
+        lazy = type("Lazy", (), {"get_value": lambda self, initial: initial + ["a"]})()
+        assert port_proxy._from_jupyter("host_allowlist", lazy) == ["a"]
+        assert port_proxy._from_jupyter("domains", lazy) == ["localhost", "a"]
+
     def test_tokens_of_a_hub_around_it(self, background):
         """All are cut, also where the request came in by another, or by cookie; what the Hub does not know is the app's."""
         gate = port_proxy.JupyterGate(DEFAULT, Handler(hub_knows=["one", "two", "three"]))
@@ -6723,6 +6791,8 @@ class TestCheck:
         report = self.check(background, app.port, port=app.port)
         assert (report.ok, report.use, app.connections) == (False, (), 0)
         assert "Port %d is the proxy's own" % app.port in report.problems[0]
+        for bind in ("unix:/a", "127.0.0.5"):
+            assert self.check(background, app.port, port=app.port, bind=bind).ok
 
     def test_no_address_is_made_up_where_the_proxy_takes_any_port(self, background, upstream):
         app = upstream(serve_examined(b""))
@@ -6882,7 +6952,8 @@ class TestCommandLine:
             reader, writer = os.pipe()
             os.close(reader)
             how = {"stdout": writer}
-        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--token"], stderr=subprocess.PIPE, **how)
+        environment = {name: value for name, value in os.environ.items() if name != "SSH_CONNECTION"}
+        process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--token"], stderr=subprocess.PIPE, env=environment, **how)
         if "stdout" in how:
             os.close(how["stdout"])
         give_up = threading.Timer(WAIT, process.kill)
@@ -6896,6 +6967,11 @@ class TestCommandLine:
         assert process.communicate(timeout=WAIT)[1] == b""
         give_up.cancel()
         assert process.returncode == 0
+
+    def test_a_complaint_that_nobody_can_hear(self):
+        pytest.importorskip("resource")  # and so no Windows
+        done = subprocess.run([sys.executable, PROGRAM, "--bind", "192.0.2.1"], stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2), timeout=WAIT)
+        assert (done.returncode, done.stdout) == (2, b"")
 
     def test_a_warning_where_everybody_may_come_in(self):
         process = subprocess.Popen([sys.executable, PROGRAM, "--port", "0", "--no-token", "--bind", "0.0.0.0", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
