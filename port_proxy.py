@@ -225,6 +225,7 @@ _FIELD_SECTION = re.compile(r"(?:%s:[\t -~\x80-\xff]*\r\n)*\r\n" % TOKEN)
 _ABSOLUTE_FORM = re.compile(r"(?:http|https)://([^/?]*)(/[^?]*)?(\?.*)?", re.IGNORECASE)
 # RFC 3986 section 3.2.2 without user information; an IPvFuture literal has never been seen.
 _AUTHORITY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_RESPONSE_BEGINS = b"HTTP/"
 # What can never be right, wherever a head breaks off: control bytes, and CR or LF apart from each other.
 _ILLEGAL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 
@@ -354,6 +355,8 @@ def check_partial_head(head: bytes, start: int, is_request: bool, config: Config
             _parse_request_line(head[:end].decode("latin-1"))
         elif end < 0 and len(head) > config.max_target_bytes:
             raise ProxyError(414, "The request line is longer than %d bytes." % config.max_target_bytes)
+    elif not head.startswith(_RESPONSE_BEGINS[: len(head)]):
+        raise ProxyError(400, "It does not begin with HTTP/.")
     if len(head) > config.max_head_bytes:
         raise ProxyError(431, "The message head is longer than %d bytes." % config.max_head_bytes)
 
@@ -1673,9 +1676,11 @@ def find_route(base: str, target: str) -> Optional[Route]:
         return None
     match = _ROUTE.fullmatch(rest) if rest else None
     named = _TARGET.fullmatch(match.group(2)) if match else None
-    if not match or not named or int(named.group(3)) > 65535:
+    if not match or not named:
         raise ProxyError(404, "No port is named here. " + forms(base))
     name, literal, port = named.groups()
+    if int(port) > 65535:
+        raise ProxyError(404, "There is no port %s; the last one is 65535." % port)
     if literal and not _is_ipv6(literal):
         raise ProxyError(400, "What stands in brackets is not an IPv6 address.")
     rest_of_path = match.group(3) or ""
@@ -2223,7 +2228,7 @@ class Gate:
         if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
             return
         if foreign and (head.method not in _SAFE or is_websocket(head) or visit.app_port):
-            raise _foreign(foreign[0], visit)
+            raise _foreign(foreign[0], visit, bool(self.config.trusted_proxies))
         in_frame = any(one != "document" for one in field_values(head.fields, "sec-fetch-dest"))
         is_foreign = _is_cross_site(head) or self._is_of_neighbour(head, visit)
         if is_foreign and (in_frame or not is_page_visit(head)):
@@ -2473,11 +2478,13 @@ def normal_origin(origin: str) -> str:
     return "%s://%s" % (match.group(1), _without(_DEFAULT_PORTS[match.group(1)], match.group(2)))
 
 
-def _foreign(origin: str, visit: Visit) -> ProxyError:
+def _foreign(origin: str, visit: Visit, has_server_in_front: bool) -> ProxyError:
     here = visit.authority or "a server without a name"
     if _PLAIN_ORIGIN.fullmatch(origin.lower()):
         detail = "A page of another site, {0}, may not do this here, which is {1}."
         detail += " Start the proxy with --allow-origin {0} if it should be."
+        if has_server_in_front:
+            detail += " If that is this site, the server in front of the proxy has to pass Host on as it came."
         return ProxyError(403, detail.format(normal_origin(origin), here))
     detail = "A page without a proper origin may not do this here, which is %s."  # null, as of a file or a sandbox
     return ProxyError(403, detail % here + " Start the proxy with --allow-origin '*' if any page may.")
@@ -2795,14 +2802,15 @@ def _program(pid: int) -> str:
             words = file.read().split("\0")[:-1]
     except OSError:
         return ""
-    name = os.path.basename(words[0]) if words else ""
     rest = words[1:]
+    # Some write all of their arguments, or what they do, into the first.
+    name = os.path.basename("".join(words[:1]) if any(rest) else "".join(words[:1]).split(" ")[0])
     while rest and rest[0] in _PLAIN_OPTIONS:
         rest = rest[2:] if rest[0] in ("-X", "-W") else rest[1:]
     script = os.path.basename("".join(rest[1:2] if rest[:1] == ["-m"] else rest[:1]))
     if _INTERPRETER.match(name) and _PLAIN_NAME.fullmatch(script):
         return script
-    return name.split(" ")[0].rstrip(":")  # some write all of their arguments, or what they do, into the first
+    return name.split(" ")[0].rstrip(":")
 
 
 def _started(pid: int) -> float:
@@ -3271,18 +3279,25 @@ _PAGE = (
 _PORTS_SCRIPT = """
 const list = document.querySelector('.ports'), told = document.querySelector('[role=status]')
 const filter = document.querySelector('#filter'), none = document.querySelector('#none')
+const nothing = none.textContent, lost = 'The proxy does not answer.'
+const said = one => [...one.childNodes].map(part => part.className === 'ways' ? '' : part.textContent).join(' ')
 function sift() {
   const wanted = filter.value.trim().toLowerCase()
-  for (const one of list.children) one.hidden = !one.textContent.toLowerCase().includes(wanted)
+  for (const one of list.children) one.hidden = !said(one).toLowerCase().includes(wanted)
   filter.closest('label').hidden = list.children.length < 8 && !wanted
-  none.hidden = list.children.length > 0
+  none.hidden = [...list.children].some(one => !one.hidden)
+  none.textContent = list.children.length ? 'There is no port here with that in its line.' : nothing
 }
 async function look() {
   try {
     const answer = document.hidden ? null : await fetch('?list', {cache: 'no-store', redirect: 'error'})
     if (answer && !answer.ok) told.textContent = 'Load this page anew to see what is new.'
-    else if (answer) merge(new DOMParser().parseFromString(await answer.text(), 'text/html').body)
-  } catch (error) { told.textContent = 'The proxy does not answer.' }
+    else if (answer) {
+      const body = new DOMParser().parseFromString(await answer.text(), 'text/html').body
+      if (told.textContent === lost) told.textContent = ''
+      merge(body)
+    }
+  } catch (error) { told.textContent = lost }
   setTimeout(look, 3000)
 }
 function merge(body) {
@@ -3456,7 +3471,8 @@ def _ports_page(view: PortsView, fields: Fields) -> Response:
         '<ul class="ports">{items}</ul>'
         '<p id="none"{hidden}>{nothing}</p>'
         '<form method="get" action="{base}/"><label>Another port <input name="port" inputmode="numeric" required'
-        ' pattern="[1-9][0-9]*" placeholder="8080" autocomplete="off"></label><button>Open</button></form>'
+        ' pattern=" *[1-9][0-9]{{0,4}} *" title="a number from 1 to 65535" placeholder="8080" autocomplete="off">'
+        "</label><button>Open</button></form>"
         "<details><summary>Forms of an address</summary><table>{rows}</table></details>"
     )
     hidden = " hidden" if view.ports else ""
@@ -3544,7 +3560,7 @@ def sign_in_response(error: SignInNeeded) -> Response:
     )
     leads = (
         "<h1>Sign in</h1>%s<p>This proxy wants to know that you are its owner. It asks for its token at an"
-        " address of its own only, which no app can look into, and leads back here.</p>"
+        " address of its own only, which no app can look into, and leads back to the app's front page.</p>"
         '<p><a href="%s">Sign in there</a></p>'
     )
     said = "<p>%s</p>" % html.escape(error.detail) if error.detail else ""
@@ -4452,7 +4468,8 @@ class Exchange:
                 return False
             if not self._client_failure and await self._meets_tls(error, route, upstream):
                 raise ProxyError(502, tls_advice(route))
-            advice = "" if self.asked.is_page else _perhaps_tls(route)  # a page's visit was worth asking
+            # A page's visit was worth asking.
+            advice = " Its log may say why." if self.asked.is_page else _perhaps_tls(route)
             raise self._client_failure or _upstream_failure(error, route, upstream, self.config, advice)
         finally:
             self.client.on_end = None
@@ -5694,6 +5711,12 @@ _OWN_PORT = (
     "Port %d is the proxy's own, and no app can be reached there. If an app has it, say with --port where the proxy"
     " listens, or is to."
 )
+_REDIRECTS = 5  # in a row
+_ROUND = "It redirects from one place to the next and never shows a page."
+_TO_TLS = (
+    "It redirects to https at its own address, which the proxy leads back to it, and so on for ever. Switch that off in"
+    " the app; or serve HTTPS (--certfile), if the app goes by X-Forwarded-Proto."
+)
 _LEAVING = (
     "Links that begin with a slash leave the prefix, and nothing leads them back: use the app's own host, its flag for"
     " the path it lives under, or --whole-origin yes."
@@ -5810,19 +5833,22 @@ async def _checked(report: Report, upstreams: Upstreams) -> Report:
 
 async def _followed(report: Report, route: Route, answer: Answer, upstreams: Upstreams) -> Tuple[Report, Answer]:
     """The page that redirects of a port to itself lead to."""
-    for _ in range(3):
+    for _ in range(_REDIRECTS):
         location = "".join(field_values(answer.head.fields, "location")[:1])
+        if not 300 <= answer.head.status < 400 or not location:
+            return report, answer
         own = "%s://%s/" % (route.scheme, route.authority)
         path = location[len(own) - 1 :] if location.startswith(own) else location
-        if not 300 <= answer.head.status < 400 or not _LOCAL_TARGET.fullmatch(path):
-            break
         report = report._replace(redirect=path.partition("?")[0])
+        if not _LOCAL_TARGET.fullmatch(path):
+            is_upgrade = location.startswith("https://%s/" % route.authority)
+            return report._replace(problems=report.problems + ((_TO_TLS,) if is_upgrade else ())), answer
         try:
             there = route_of_host(route.port, path)._replace(scheme=route.scheme)
             answer = await ask(upstreams, there, patience=_PAGE_SECONDS)
         except ProxyError as error:
             return report._replace(problems=(error.detail,)), answer
-    return report, answer
+    return report._replace(problems=report.problems + (_ROUND,)), answer
 
 
 async def _what_goes_past(report: Report, route: Route, page: Answer, upstreams: Upstreams) -> str:

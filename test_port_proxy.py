@@ -1953,6 +1953,12 @@ class TestOrigin:
             eventually(lambda: "http://evil, may not do this here, which is here:8888" in caplog.text)
         assert b"Start the proxy with --allow-origin http://evil if it should be." in answer[2]
 
+    def test_a_server_in_front_that_keeps_the_name_to_itself(self, start):
+        """nginx sends its own target as Host unless it is told; our own pages then look foreign."""
+        raw = request("POST", "/proxy/1/", "Origin: https://public.example")
+        assert b"has to pass Host on" in start(trusted_proxies=["127.0.0.1"]).ask(raw)[2]
+        assert b"has to pass Host on" not in start().ask(raw)[2]
+
     @pytest.mark.parametrize("origin, advice", [("HTTPS://Evil.example:443", "--allow-origin https://evil.example if"), ("null", "--allow-origin '*' if any"), ("http://a<b", "--allow-origin '*' if any"), ("\xe4", "--allow-origin '*' if any"), ("http://a;reboot;$(id)", "--allow-origin '*' if any")])
     def test_the_advice_can_be_taken(self, start, origin, advice):
         """It names no origin that the option would refuse, and nothing that a shell would make something else of."""
@@ -2338,6 +2344,8 @@ class TestPorts:
             (["/usr/bin/python3", "-m", "http.server", "--secret=x"], "http.server"), (["python3.11", "-u", "-X", "dev", "/srv/app.py", "--token", "x"], "app.py"), (["/usr/bin/node", "/a/b/vite.js"], "vite.js"),
             (["/opt/code-server", "--auth", "x"], "code-server"), (["python3", "-c", "print('secret')"], "python3"), (["node", "-e", "const PASSWORD='hunter2'"], "node"),
             (["perl", "-Mstrict", "-e", "my $k='sk-secret'"], "perl"), (["bash", "-lc", "secret=x serve"], "bash"), (["java", "-cp", "x.jar", "Main"], "java"), (["python3", "-m"], "python3"), (["python3", "my secret.py"], "python3"), (["python3"], "python3"), (["nginx: master process /usr/sbin/nginx"], "nginx"), ([], ""),
+            (["nginx: master process nginx -c /etc/secret.conf", "", ""], "nginx"), (["nginx: master process nginx -p /a/ -c b"], "nginx"), (["puma 6.4.0 (tcp://0.0.0.0:3000) [app]"], "puma"),
+            (["postgres: worker db=//u:s3cret@h/n"], "postgres"), (["/opt/my app/bin/serve", "--secret"], "serve"), ([""], ""),
         ],
     )  # fmt: skip
     def test_the_name_of_a_program(self, monkeypatch, arguments, name):
@@ -2484,6 +2492,23 @@ class TestUpstream:
         monkeypatch.setattr(port_proxy, "_ends_of", lambda stream: (("127.0.0.1", app.port),) * 2)
         answer = proxy.get("/proxy/%d/" % app.port)
         assert (status_of(answer), b"Nothing listens" in answer[2]) == (502, True)
+
+    @pytest.mark.parametrize("greeting", [b"SSH-2.0-x\r\n", b"220 smtp\r\n", b"-ERR\r\n", b"H", b"HTTP\r\n", b"\r\nHTTP/1.1 200 OK\r\n\r\n"], ids=case_id)
+    @pytest.mark.parametrize("ends", [True, False])
+    def test_what_is_not_http_is_told_at_once(self, proxy, upstream, greeting, ends):
+        """Whether it closes behind its greeting, as Redis does, or waits for more, as mail servers do."""
+        app = upstream(lambda wire, app: (wire.send(greeting), wire.until(b"\r\n\r\n"), ends or app.let_go.wait(WAIT)))
+        if greeting == b"H" and not ends:
+            pytest.skip("it may still become an answer")
+        answer = proxy.get("/proxy/%d/" % app.port)
+        said = b"in the middle of its answer" if greeting == b"H" else b"What port %d of this machine sent is not valid HTTP." % app.port
+        assert (status_of(answer), said in answer[2]) == (502, True)
+        app.let_go.set()
+
+    def test_what_an_app_that_closes_may_say_is_in_its_log(self, proxy, upstream):
+        app = upstream(lambda wire, app: wire.until(b"\r\n\r\n"))
+        answer = proxy.get("/proxy/%d/" % app.port, "Accept: text/html", "Sec-Fetch-Mode: navigate")
+        assert b"closed the connection without an answer. Its log may say why." in answer[2]
 
     @pytest.mark.parametrize("host", ["a..b", "a" * 64])
     def test_a_name_that_cannot_be_looked_up(self, start, host):
@@ -6738,6 +6763,16 @@ class TestCheck:
         report = self.check(background, app.port)
         assert (report.ok, report.redirect, len(report.problems)) == (True, "/x", 1)
 
+    @pytest.mark.parametrize("location, redirect, says", [
+        ("/x?secret", "/x", "never shows a page"), ("http://localhost:PORT/", "/", "never shows a page"), ("https://localhost:PORT/a?secret", "https://localhost:PORT/a", "It redirects to https at its own address"),
+        ("http://localhost:1/x?secret", "http://localhost:1/x", None), ("//elsewhere.example/x", "//elsewhere.example/x", None),
+    ])  # fmt: skip
+    def test_redirects_that_lead_nowhere(self, background, upstream, location, redirect, says):
+        app = upstream(lambda wire, app: (wire.message(), wire.send(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % location.replace("PORT", str(app.port)).encode())))
+        report = self.check(background, app.port)
+        assert (report.ok, report.redirect, len(report.problems)) == (True, redirect.replace("PORT", str(app.port)), 1 if says else 0)
+        assert not says or says in report.problems[0]
+
     def test_an_app_that_says_nothing(self, background, upstream, monkeypatch):
         monkeypatch.setattr(port_proxy, "_PAGE_SECONDS", 0.2)
         app = upstream(lambda wire, app: wire.rest())
@@ -7462,6 +7497,10 @@ class TestInChromium:
             page.type("app 0")
             page.until("[...document.querySelectorAll('.ports li')].filter(one => !one.hidden).length === 1")
             page.tell("document.querySelector('#filter').value = ''; document.querySelector('#filter').dispatchEvent(new Event('input'))")
+            page.type("own host")  # which every line has, as what a link is called
+            page.until("document.querySelector('#none').innerText === 'There is no port here with that in its line.'")
+            page.tell("document.querySelector('#filter').value = ''; document.querySelector('#filter').dispatchEvent(new Event('input'))")
+            assert page.tell("document.querySelector('#none').hidden")
             new = upstream(serve_page(b"new"))
             page.until("!!document.querySelector('#p%d')" % new.port)
             assert re.match("(New|Gone): port [0-9]+", page.tell("document.querySelector('[role=status]').innerText"))
@@ -7477,6 +7516,14 @@ class TestInChromium:
         assert TOKEN not in seen
         assert "ticket" not in seen
         assert "port_proxy_" not in seen
+
+    @needs_proc
+    def test_ports_page_while_the_proxy_is_away(self, page, proxy):
+        page.open("http://localhost:%d/proxy/" % proxy.port)
+        page.tell("{ const real = fetch; window.away = true; window.fetch = (...what) => away ? Promise.reject('away') : real(...what) }; 1")
+        page.until("document.querySelector('[role=status]').innerText === 'The proxy does not answer.'")
+        page.tell("away = false")
+        page.until("document.querySelector('[role=status]').innerText !== 'The proxy does not answer.'")
 
     @needs_proc
     def test_ports_page_by_keyboard_and_without_script(self, page, upstream):
