@@ -2232,10 +2232,12 @@ class Gate:
         in_frame = any(one != "document" for one in field_values(head.fields, "sec-fetch-dest"))
         is_foreign = _is_cross_site(head) or self._is_of_neighbour(head, visit)
         if is_foreign and (in_frame or not is_page_visit(head)):
+            if foreign:
+                raise _foreign(foreign[0], visit, bool(self.config.trusted_proxies))
             detail = (
                 "A page of another site may not use what is here, and the browser (Sec-Fetch-Site) says that one does."
             )
-            raise ProxyError(403, detail + " Start the proxy with --allow-origin and its origin if it should be.")
+            raise ProxyError(403, detail + _ANY_PAGE)
 
     def _is_of_neighbour(self, head: RequestHead, visit: Visit) -> bool:
         """Whether the browser says that a page of another host of the same domain asks, which may be that of an app."""
@@ -2466,7 +2468,7 @@ class TokenGate(Gate):
 
 
 # What may be copied into a shell; nobody who means well is called otherwise.
-_PLAIN_HOST = re.compile(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]")
+_PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
 _PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
 
 
@@ -2478,6 +2480,9 @@ def normal_origin(origin: str) -> str:
     return "%s://%s" % (match.group(1), _without(_DEFAULT_PORTS[match.group(1)], match.group(2)))
 
 
+_ANY_PAGE = " Start the proxy with --allow-origin '*' if any page may."
+
+
 def _foreign(origin: str, visit: Visit, has_server_in_front: bool) -> ProxyError:
     here = visit.authority or "a server without a name"
     if _PLAIN_ORIGIN.fullmatch(origin.lower()):
@@ -2487,7 +2492,7 @@ def _foreign(origin: str, visit: Visit, has_server_in_front: bool) -> ProxyError
             detail += " If that is this site, the server in front of the proxy has to pass Host on as it came."
         return ProxyError(403, detail.format(normal_origin(origin), here))
     detail = "A page without a proper origin may not do this here, which is %s."  # null, as of a file or a sandbox
-    return ProxyError(403, detail % here + " Start the proxy with --allow-origin '*' if any page may.")
+    return ProxyError(403, detail % here + _ANY_PAGE)
 
 
 def _is_among(origin: str, allowed: Sequence[str]) -> bool:
@@ -3280,6 +3285,7 @@ _PORTS_SCRIPT = """
 const list = document.querySelector('.ports'), told = document.querySelector('[role=status]')
 const filter = document.querySelector('#filter'), none = document.querySelector('#none')
 const nothing = none.textContent, lost = 'The proxy does not answer.'
+const stale = 'Load this page anew to see what is new.'
 const said = one => [...one.childNodes].map(part => part.className === 'ways' ? '' : part.textContent).join(' ')
 function sift() {
   const wanted = filter.value.trim().toLowerCase()
@@ -3291,10 +3297,10 @@ function sift() {
 async function look() {
   try {
     const answer = document.hidden ? null : await fetch('?list', {cache: 'no-store', redirect: 'error'})
-    if (answer && !answer.ok) told.textContent = 'Load this page anew to see what is new.'
+    if (answer && !answer.ok) told.textContent = stale
     else if (answer) {
       const body = new DOMParser().parseFromString(await answer.text(), 'text/html').body
-      if (told.textContent === lost) told.textContent = ''
+      if ([lost, stale].includes(told.textContent)) told.textContent = ''
       merge(body)
     }
   } catch (error) { told.textContent = lost }
@@ -4468,9 +4474,7 @@ class Exchange:
                 return False
             if not self._client_failure and await self._meets_tls(error, route, upstream):
                 raise ProxyError(502, tls_advice(route))
-            # A page's visit was worth asking.
-            advice = " Its log may say why." if self.asked.is_page else _perhaps_tls(route)
-            raise self._client_failure or _upstream_failure(error, route, upstream, self.config, advice)
+            raise self._client_failure or self._in_words(error, route, upstream)
         finally:
             self.client.on_end = None
             if self._sending is not None:
@@ -4480,6 +4484,22 @@ class Exchange:
             elif self.tunnel is None:
                 upstream.abort()
         return True
+
+    def _in_words(self, error: Exception, route: Route, upstream: Stream) -> ProxyError:
+        """What a failure of the upstream means for the client."""
+        if isinstance(error, ProxyError):
+            return ProxyError(502, "What %s sent is not valid HTTP. %s" % (route.place, error.detail))
+        if isinstance(error, Stalled):
+            if self.status:
+                return ProxyError(504, "The app on %s fell silent in the middle of its answer." % route.place)
+            patience = min(self.config.response_timeout, self._silence)
+            return ProxyError(504, "No answer came from %s within %g seconds." % (route.place, patience))
+        ended = "closed the connection" if isinstance(error, Truncated) else "broke the connection off"
+        if upstream.was_heard:
+            return ProxyError(502, "The app on %s %s in the middle of its answer." % (route.place, ended))
+        # A page's visit was worth asking whether it speaks TLS.
+        advice = " Its log may say why." if self.asked.is_page else _perhaps_tls(route)
+        return ProxyError(502, "The app on %s %s without an answer.%s" % (route.place, ended, advice))
 
     async def _meets_tls(self, error: Exception, route: Route, upstream: Stream) -> bool:
         """Whether an upstream failed because it speaks TLS: it says so, or says nothing, and a person wants to know."""
@@ -4603,20 +4623,6 @@ class Exchange:
         self.status = answered.head.status
         await self._to_client(answered.for_client)
         self.tunnel = Tunnel(self.client, upstream, self.config.stall_timeout, self.around.tunnels)
-
-
-def _upstream_failure(error: Exception, route: Route, upstream: Stream, config: Config, advice: str) -> ProxyError:
-    """What a failure of the upstream means for the client, in words; `advice` is for where it did not say anything."""
-    if isinstance(error, ProxyError):
-        return ProxyError(502, "What %s sent is not valid HTTP. %s" % (route.place, error.detail))
-    if isinstance(error, Stalled) and upstream.was_heard:
-        return ProxyError(504, "The app on %s fell silent in the middle of its answer." % route.place)
-    if isinstance(error, Stalled):
-        return ProxyError(504, "No answer came from %s within %g seconds." % (route.place, config.response_timeout))
-    ended = "closed the connection" if isinstance(error, Truncated) else "broke the connection off"
-    if not upstream.was_heard:
-        return ProxyError(502, "The app on %s %s without an answer.%s" % (route.place, ended, advice))
-    return ProxyError(502, "The app on %s %s in the middle of its answer." % (route.place, ended))
 
 
 class Tunnel:
@@ -5114,11 +5120,18 @@ def _plain_answer(error: ProxyError) -> bytes:
 _FULL = _plain_answer(ProxyError(503, "The proxy has as many connections as it may have.", (("Retry-After", "5"),)))
 
 
+def _places(config: Config) -> List[Any]:
+    """Where a configuration says to listen, as `socket.getaddrinfo` tells; none for a Unix socket."""
+    if config.bind.startswith(_UNIX_PREFIX):
+        return []
+    return socket.getaddrinfo(config.bind or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+
+
 def _bind(config: Config) -> List[socket.socket]:
     """Sockets bound as the configuration says; OSError where that cannot be."""
     if config.bind.startswith(_UNIX_PREFIX):
         return [_bind_unix(config.bind[len(_UNIX_PREFIX) :])]
-    found = socket.getaddrinfo(config.bind or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = _places(config)
     sockets: List[socket.socket] = []
     try:
         for family, kind, protocol, _, place in dict.fromkeys(found):
@@ -5219,8 +5232,10 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
     try:
         context.load_cert_chain(certfile, keyfile)
     except OSError as error:
+        if _is_pipe(certfile) or _is_pipe(where):  # and so read once and for all
+            raise ValueError("the certificate in %s cannot be used with the key in %s: %s" % (certfile, where, error))
         _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certfile)
-        _check_readable(where)
+        open(where, "rb").close()
         reason = getattr(error, "reason", "BAD_PASSWORD_READ")
         if reason in ("BAD_PASSWORD_READ", "BAD_DECRYPT"):
             raise ValueError("the pass phrase of the key in %s was not given" % where)
@@ -5234,15 +5249,14 @@ def _load_authorities(context: ssl.SSLContext, path: str) -> None:
     try:
         context.load_verify_locations(path)
     except OSError as error:
-        _check_readable(path)
+        if not _is_pipe(path):
+            open(path, "rb").close()  # its error has the name, which OpenSSL leaves out
         reason = getattr(error, "reason", None) or error
         raise ValueError("%s does not hold a certificate (PEM) that can be used: %s" % (path, reason))
 
 
-def _check_readable(path: str) -> None:
-    """Raise OSError, with the name that OpenSSL leaves out, for a file that cannot be read; a pipe is left alone."""
-    if not stat.S_ISFIFO(os.stat(path).st_mode):
-        open(path, "rb").close()
+def _is_pipe(path: str) -> bool:
+    return stat.S_ISFIFO(os.stat(path).st_mode)
 
 
 def checked_config(config: Config) -> Config:
@@ -5524,7 +5538,7 @@ class JupyterGate(Gate):
 
     def explain(self, error: ProxyError) -> ProxyError:
         text, advice, rest = error.detail.partition(" Start the proxy with --allow-origin")
-        if advice and self._allows_any_origin():
+        if advice and (rest.startswith(" '*'") or self._allows_any_origin()):  # which would not help
             advice, rest = " A program may send it with a token of Jupyter's.", ""
         text = (text + advice + rest).replace(" --allow-origin", " c.ServerApp.allow_origin")
         text = _OPTION.sub(lambda option: "c.PortProxy." + option.group()[2:].replace("-", "_"), text)
@@ -5552,15 +5566,18 @@ def _from_jupyter(name: str, value: Any) -> Any:
     if not hasattr(value, "get_value"):
         return value
     default = getattr(Config(), name, "")
-    if not isinstance(value, str):
-        return [str(one) for one in value] if isinstance(value, list) else value.get_value(list(default))
+    if isinstance(value, list):
+        return [str(one) for one in value]
+    if not isinstance(value, str):  # which is what merely looking at a field makes of it, too
+        return value.get_value(list(default)) if isinstance(default, tuple) else default
     text = str(value)
-    if isinstance(default, (tuple, list)):
+    if isinstance(default, tuple):
         return tuple(one.strip() for one in text.split(","))
     if isinstance(default, bool) or name == "whole_origin":
         return {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(default, (int, float)):
-        return type(default)(text)
+        with contextlib.suppress(ValueError):  # what is no number is told of with its field's name
+            return type(default)(text)
     return text
 
 
@@ -5706,13 +5723,14 @@ _GOES_PAST = (
     " something is missing elsewhere, tell the app the address that it is called by, as webpack-dev-server is told by"
     " --client-web-socket-url auto://0.0.0.0:0/ws."
 )
-_COVER_LOCALHOST = ("", "localhost", "127.0.0.1", "0.0.0.0", "::")
 _OWN_PORT = (
     "Port %d is the proxy's own, and no app can be reached there. If an app has it, say with --port where the proxy"
     " listens, or is to."
 )
 _REDIRECTS = 5  # in a row
-_ROUND = "It redirects from one place to the next and never shows a page."
+_ROUND = "It redirected %d times in a row and showed no page; to a browser, which keeps cookies, it may." % _REDIRECTS
+_OWN_ORIGIN = r"(https?)://(?:localhost|127\.0\.0\.1|\[::1\]):%d(?=[/?]|\Z)"
+_USER_INFORMATION = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*:)?//[^/]*@")
 _TO_TLS = (
     "It redirects to https at its own address, which the proxy leads back to it, and so on for ever. Switch that off in"
     " the app; or serve HTTPS (--certfile), if the app goes by X-Forwarded-Proto."
@@ -5780,12 +5798,12 @@ class Report(NamedTuple):
 async def check_port(port: int, config: Config) -> Report:
     """Look at a port of this machine; it is asked for its first page, and for a WebSocket."""
     watch = Watch(asyncio.get_event_loop(), _watch_interval(config))
-    upstreams = Upstreams(config, watch, ())
-    report = _listening_at(port, config.base)
+    own: List[Address] = []
+    with contextlib.suppress(OSError, UnicodeError):  # an address that the proxy could not listen on either
+        own = [place[4][:2] for place in _places(config)]
+    upstreams = Upstreams(config, watch, own)
     try:
-        if port == config.port and config.bind in _COVER_LOCALHOST:
-            return report._replace(problems=(_OWN_PORT % port,))
-        return await _checked(report, upstreams)
+        return await _checked(_listening_at(port, config.base), upstreams)
     finally:
         await watch.close(1.0)
 
@@ -5805,6 +5823,8 @@ async def _checked(report: Report, upstreams: Upstreams) -> Report:
     try:
         answer = await ask(upstreams, route, patience=_PAGE_SECONDS)
     except ProxyError as error:
+        if error.status == 508:
+            return report._replace(problems=(_OWN_PORT % report.port,))
         if error.status != 502 or isinstance(error, NotListening) or route.scheme == "https":
             return report._replace(problems=(error.detail,))
         if await speaks_tls_there(upstreams, route):
@@ -5833,22 +5853,26 @@ async def _checked(report: Report, upstreams: Upstreams) -> Report:
 
 async def _followed(report: Report, route: Route, answer: Answer, upstreams: Upstreams) -> Tuple[Report, Answer]:
     """The page that redirects of a port to itself lead to."""
-    for _ in range(_REDIRECTS):
-        location = "".join(field_values(answer.head.fields, "location")[:1])
+    own = re.compile(_OWN_ORIGIN % report.port, re.IGNORECASE)
+    for left in range(_REDIRECTS, -1, -1):
+        location = "".join(field_values(answer.head.fields, "location")[:1]).partition("#")[0]
         if not 300 <= answer.head.status < 400 or not location:
-            return report, answer
-        own = "%s://%s/" % (route.scheme, route.authority)
-        path = location[len(own) - 1 :] if location.startswith(own) else location
-        report = report._replace(redirect=path.partition("?")[0])
+            break
+        match = own.match(location)
+        is_here = match and match.group(1).lower() == route.scheme
+        path = (location[match.end() :] or "/") if match and is_here else location
+        report = report._replace(redirect=_USER_INFORMATION.sub(r"\1//", path.partition("?")[0]))
         if not _LOCAL_TARGET.fullmatch(path):
-            is_upgrade = location.startswith("https://%s/" % route.authority)
-            return report._replace(problems=report.problems + ((_TO_TLS,) if is_upgrade else ())), answer
+            problems = (_TO_TLS,) if match and not is_here and route.scheme == "http" else ()
+            return report._replace(problems=report.problems + problems), answer
+        if not left:
+            return report._replace(problems=report.problems + (_ROUND,)), answer
         try:
             there = route_of_host(route.port, path)._replace(scheme=route.scheme)
             answer = await ask(upstreams, there, patience=_PAGE_SECONDS)
         except ProxyError as error:
             return report._replace(problems=(error.detail,)), answer
-    return report._replace(problems=report.problems + (_ROUND,)), answer
+    return report, answer
 
 
 async def _what_goes_past(report: Report, route: Route, page: Answer, upstreams: Upstreams) -> str:

@@ -1953,6 +1953,18 @@ class TestOrigin:
             eventually(lambda: "http://evil, may not do this here, which is here:8888" in caplog.text)
         assert b"Start the proxy with --allow-origin http://evil if it should be." in answer[2]
 
+    def test_without_an_origin_only_any_can_be_let_in(self, start):
+        image = request("GET", "/proxy/1/a.png", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Dest: image")
+        assert b"Start the proxy with --allow-origin '*' if any page may." in start().ask(image)[2]
+        assert status_of(start(allow_origins=["*"]).ask(image)) == 502
+        fetched = request("GET", "/proxy/1/a", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Dest: empty", "Origin: https://a.example")
+        assert b"--allow-origin https://a.example if" in start().ask(fetched)[2]
+        assert status_of(start(allow_origins=["https://a.example"]).ask(fetched)) == 502
+
+    def test_a_name_that_looks_like_an_option_is_no_advice(self, start):
+        answer = start(allow_hostnames=()).ask(request("GET", "/proxy/1/").replace(b"here:8888", b"--no-token"))
+        assert (status_of(answer), b"--allow-hostname" in answer[2]) == (403, False)
+
     def test_a_server_in_front_that_keeps_the_name_to_itself(self, start):
         """nginx sends its own target as Host unless it is told; our own pages then look foreign."""
         raw = request("POST", "/proxy/1/", "Origin: https://public.example")
@@ -5753,18 +5765,24 @@ class TestTls:
         assert re.fullmatch("port_proxy: " + re.escape(says).replace(r"\.\*", ".*"), done.stderr.decode().rstrip("\n").split("\n")[-1])
         assert b"Traceback" not in done.stderr
 
-    def test_files_that_are_pipes(self, certificate):
+    @pytest.mark.parametrize("names, fits", [(("cert.pem", "key.pem"), True), (("cert.pem", "cert.pem"), False), (("key.pem", "key.pem"), False)])
+    def test_files_that_are_pipes(self, certificate, names, fits):
         """As a shell makes them of programs that unlock a key: what they hold can be read once."""
         if not os.path.exists("/dev/fd"):
             pytest.skip("this system has no /dev/fd")
         pipes = [os.pipe() for _ in range(2)]
-        for (_, writer), name in zip(pipes, ("cert.pem", "key.pem")):
+        for (_, writer), name in zip(pipes, names):
             with os.fdopen(writer, "wb") as file:
                 file.write((certificate / name).read_bytes())
         certfile, keyfile = ("/dev/fd/%d" % reader for reader, _ in pipes)
-        assert port_proxy.server_context(Config(certfile=certfile, keyfile=keyfile))
-        for reader, _ in pipes:
-            os.close(reader)
+        try:
+            with contextlib.ExitStack() as stack:
+                if not fits:
+                    stack.enter_context(pytest.raises(ValueError, match="the certificate in %s cannot be used with the key in %s: " % (certfile, keyfile)))
+                assert port_proxy.server_context(Config(certfile=certfile, keyfile=keyfile))
+        finally:
+            for reader, _ in pipes:
+                os.close(reader)
 
     def test_old_versions_are_refused(self, certificate):
         context = port_proxy.server_context(Config(certfile=str(certificate / "both.pem")))
@@ -5987,7 +6005,7 @@ class TestLog:
 
     def test_an_app_that_falls_silent_in_its_answer(self, start, upstream, caplog):
         app = upstream(lambda wire, app: (wire.message(), wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc"), wire.rest()))
-        proxy = start(keep_alive_timeout=0.2)
+        proxy = start(keep_alive_timeout=2)
         with caplog.at_level(logging.INFO, "port_proxy"), proxy.wire() as wire:
             with proxy.held():
                 wire.send(request("GET", "/proxy/%d/" % app.port))
@@ -5995,6 +6013,15 @@ class TestLog:
             assert wire.rest().endswith(b"abc")
             eventually(lambda: caplog.records)
         assert caplog.records[0].request["error"] == "The app on port %d of this machine fell silent in the middle of its answer." % app.port
+
+    def test_an_app_that_falls_silent_before_its_answer(self, start, upstream):
+        """What it said in between is no answer."""
+        app = upstream(lambda wire, app: (wire.message(), wire.send(b"HTTP/1.1 103 Early Hints\r\n\r\n"), wire.rest()))
+        with start(response_timeout=0.2).wire() as wire:
+            wire.send(request("GET", "/proxy/%d/" % app.port))
+            assert status_of(wire.message(no_body=True)) == 103
+            answer = wire.message()
+        assert (status_of(answer), b"No answer came from port %d of this machine within 0.2 seconds." % app.port in answer[2]) == (504, True)
 
     def test_one_line_for_a_tunnel_when_it_ends(self, proxy, upstream, caplog):
         app = upstream(lambda wire, app: (wire.message(), wire.send(SWITCHING + b"abc"), wire.rest()))
@@ -6519,7 +6546,7 @@ class TestJupyterGate:
         "origin, allow_origin, says",
         [
             ("https://xn--e1afmkfd.example", "", ", https://xn--e1afmkfd.example, may not do this here, which is here:8888. Set c.ServerApp.allow_origin https://xn--e1afmkfd.example if it should be."),
-            ("null", "", "Set c.ServerApp.allow_origin '*' if any page may."), ("null", "*", "which is here:8888. A program may send it with a token of Jupyter's."),
+            ("null", "", "which is here:8888. A program may send it with a token of Jupyter's."), ("null", "*", "which is here:8888. A program may send it with a token of Jupyter's."),
         ],
     )  # fmt: skip
     def test_its_advice_is_jupyters(self, background, origin, allow_origin, says):
@@ -6536,7 +6563,7 @@ class TestJupyterGate:
         "field, line, value",
         [
             ("any_owner", "True", True), ("preserve_host", "false", False), ("whole_origin", "no", "no"), ("any_owner", "yes", "yes"), ("head_timeout", "3", 3.0), ("max_fields", "7", 7),
-            ("host_allowlist", "a, b", ("a", "b")), ("base", "/x", "/x"), ("frob", "1", "1"), ("host_allowlist", ["a", "b"], ["a", "b"]),
+            ("head_timeout", "x", "x"), ("max_fields", "7.5", "7.5"), ("host_allowlist", "a, b", ("a", "b")), ("base", "/x", "/x"), ("frob", "1", "1"), ("host_allowlist", ["a", "b"], ["a", "b"]),
         ],
     )  # fmt: skip
     def test_what_the_command_line_of_jupyter_says(self, field, line, value):
@@ -6550,6 +6577,8 @@ class TestJupyterGate:
         lazy = type("Lazy", (), {"get_value": lambda self, initial: initial + ["a"]})()
         assert port_proxy._from_jupyter("host_allowlist", lazy) == ["a"]
         assert port_proxy._from_jupyter("domains", lazy) == ["localhost", "a"]
+        for name in ("any_owner", "head_timeout", "token", "base"):  # looked at, and no more
+            assert port_proxy._from_jupyter(name, lazy) == getattr(DEFAULT, name)
 
     def test_tokens_of_a_hub_around_it(self, background):
         """All are cut, also where the request came in by another, or by cookie; what the Hub does not know is the app's."""
@@ -6764,14 +6793,25 @@ class TestCheck:
         assert (report.ok, report.redirect, len(report.problems)) == (True, "/x", 1)
 
     @pytest.mark.parametrize("location, redirect, says", [
-        ("/x?secret", "/x", "never shows a page"), ("http://localhost:PORT/", "/", "never shows a page"), ("https://localhost:PORT/a?secret", "https://localhost:PORT/a", "It redirects to https at its own address"),
-        ("http://localhost:1/x?secret", "http://localhost:1/x", None), ("//elsewhere.example/x", "//elsewhere.example/x", None),
+        ("/x?secret", "/x", "5 times in a row"), ("http://localhost:PORT/", "/", "5 times in a row"), ("http://127.0.0.1:PORT#a", "/", "5 times in a row"),
+        ("https://localhost:PORT/a?secret", "https://localhost:PORT/a", "It redirects to https at its own address"), ("https://LOCALHOST:PORT", "https://LOCALHOST:PORT", "It redirects to https at its own address"),
+        ("http://localhost:1/x?secret", "http://localhost:1/x", None), ("//elsewhere.example/x", "//elsewhere.example/x", None), ("https://localhost:PORT0/", "https://localhost:PORT0/", None),
+        ("https://user:secret@sso.example/a#secret", "https://sso.example/a", None), ("//user:secret@sso.example?secret", "//sso.example", None),
     ])  # fmt: skip
     def test_redirects_that_lead_nowhere(self, background, upstream, location, redirect, says):
         app = upstream(lambda wire, app: (wire.message(), wire.send(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % location.replace("PORT", str(app.port)).encode())))
         report = self.check(background, app.port)
         assert (report.ok, report.redirect, len(report.problems)) == (True, redirect.replace("PORT", str(app.port)), 1 if says else 0)
         assert not says or says in report.problems[0]
+
+    def test_the_page_behind_as_many_redirects_as_are_followed(self, background, upstream):
+        def serve(wire, app):
+            target = wire.message()[0].split(" ")[1]
+            there = {"/": "/1", "/1": "/2", "/2": "/3", "/3": "/4", "/4": "/5"}.get(target, "")
+            wire.send(b"HTTP/1.1 %s\r\nContent-Type: text/html\r\nContent-Length: 16\r\n\r\n<title>A</title>" % (("302 Found\r\nLocation: " + there) if there else "200 OK").encode())
+
+        report = self.check(background, upstream(serve).port)
+        assert (report.redirect, report.title, report.problems) == ("/5", "A", ())
 
     def test_an_app_that_says_nothing(self, background, upstream, monkeypatch):
         monkeypatch.setattr(port_proxy, "_PAGE_SECONDS", 0.2)
@@ -6822,11 +6862,20 @@ class TestCheck:
         assert (report.ok, report.speaks, report.status) == (True, "https", 200)
 
     def test_the_proxys_own_port(self, background, upstream):
-        app = upstream(answering(OK))
-        report = self.check(background, app.port, port=app.port)
-        assert (report.ok, report.use, app.connections) == (False, (), 0)
-        assert "Port %d is the proxy's own" % app.port in report.problems[0]
-        for bind in ("unix:/a", "127.0.0.5"):
+        """Told by the address, as a request would find it, and not by the number alone."""
+
+        def serve(wire, app):
+            with contextlib.suppress(OSError):  # it is hung up on
+                if wire.more():
+                    app.happened.set()
+                    wire.send(OK)
+
+        app = upstream(serve)
+        for bind in ("127.0.0.1", "0.0.0.0", "", "LOCALHOST", "127.1"):
+            report = self.check(background, app.port, port=app.port, bind=bind)
+            assert (report.ok, report.use, app.happened.is_set()) == (False, (), False)
+            assert re.match("Port %d is the proxy's own, .* say with --port" % app.port, report.problems[0])
+        for bind in ("unix:/a", "127.0.0.5", "nowhere.invalid", "a..b"):
             assert self.check(background, app.port, port=app.port, bind=bind).ok
 
     def test_no_address_is_made_up_where_the_proxy_takes_any_port(self, background, upstream):
@@ -7524,6 +7573,10 @@ class TestInChromium:
         page.until("document.querySelector('[role=status]').innerText === 'The proxy does not answer.'")
         page.tell("away = false")
         page.until("document.querySelector('[role=status]').innerText !== 'The proxy does not answer.'")
+        page.tell("{ const real = fetch; window.away = true; window.fetch = (...what) => away ? Promise.resolve(new Response('', {status: 502})) : real(...what) }; 1")
+        page.until("document.querySelector('[role=status]').innerText === 'Load this page anew to see what is new.'")
+        page.tell("away = false")
+        page.until("document.querySelector('[role=status]').innerText !== 'Load this page anew to see what is new.'")
 
     @needs_proc
     def test_ports_page_by_keyboard_and_without_script(self, page, upstream):
