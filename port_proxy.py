@@ -74,7 +74,9 @@ from typing import (
     Optional,
     Sequence,
     Set,
+    TextIO,
     Tuple,
+    TypeVar,
     Union,
 )
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
@@ -96,22 +98,49 @@ now = time.monotonic  # the clock of all deadlines, in seconds
 # They are raised where they are found.  `PortProxy` turns each into a response, in one place.
 
 
+# How advice in an error calls the options: as the command line does.  Jupyter has other names.
+COMMAND_LINE_TERMS = {
+    "Start": "Start the proxy with",
+    "start": "start the proxy with",
+    "allow_hostnames": "--allow-hostname",
+    "allow_origins": "--allow-origin",
+    "any_owner": "--any-owner",
+    "domains": "--domain",
+    "host_allowlist": "--host-allowlist",
+    "insecure_upstream": "--insecure-upstream",
+    "upstream_tls": "--upstream-tls",
+}
+
+
 class ProxyError(Exception):
     """A request that the proxy answers itself, because it refuses it or cannot serve it.
 
     status: the HTTP status code.  detail: sentences for the person who reads the response (plain
     text, escaped where it is shown).  fields: further (name, value) pairs of the response head.
+    advice: a sentence about the options that would help, as a template for `str.format` with
+    the keys of COMMAND_LINE_TERMS and "value"; it is added to `detail`.
     Raises ValueError for a field that cannot stand in a head, such as a value with a line break.
     """
 
-    def __init__(self, status: int, detail: str, fields: Fields = ()) -> None:
+    def __init__(
+        self, status: int, detail: str, fields: Fields = (), advice: str = "", value: str = ""
+    ) -> None:
         super().__init__(status, detail)
-        for name, value in fields:
-            if not _OWN_FIELD.fullmatch("%s:%s" % (name, value)):
+        for name, content in fields:
+            if not _OWN_FIELD.fullmatch("%s:%s" % (name, content)):
                 raise ValueError("the field %s cannot stand in a message head" % ascii(name))
         self.status = status
-        self.detail = detail
+        self.detail = self._reason = detail
         self.fields = fields
+        self._advice = advice
+        self._value = value
+        self.phrase_advice(COMMAND_LINE_TERMS)
+
+    def phrase_advice(self, terms: Mapping[str, str]) -> None:
+        """Write the advice in `detail` with the given names of the options."""
+        if self._advice:
+            advice = self._advice.format(value=self._value, **terms)
+            self.detail = "%s %s" % (self._reason, advice)
 
 
 _OWN_FIELD = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
@@ -132,113 +161,222 @@ class TimedOut(Exception):
 # --------------------------------------------------------------------------------------------------
 # Configuration
 # --------------------------------------------------------------------------------------------------
-# Every limit and timeout, once, with its reason.
+# Each option stands here twice.  `Config` has its type, its default and the reason for that;
+# `OPTIONS` has its name on the command line, the kind of its values and its line of help.  Checking
+# a Config, the command line, Jupyter's configuration and the test of the README read that table.
+# `checked_config` (section Server) adds the checks that need the grammar of routes and origins.
 
 
 class Hub(NamedTuple):
-    """The JupyterHub that started this server, as it says in the server's environment (`hub_in`)."""
+    """The JupyterHub that started this server, as read from the environment by `hub_in`."""
 
-    prefix: str  # the path of this server, such as /user/ana, below which the proxy's base lies
-    user: str  # whose server it is
+    prefix: str  # the path of this server, such as /user/ana; the proxy's base lies below it
+    user: str  # the owner of this server
     api_url: str
-    api_token: str  # the server's own, which is also the secret of its OAuth client
+    api_token: str  # of this server; also the secret of its OAuth client
     client_id: str
-    authorize_url: str  # where browsers sign in
-    callback_url: str  # where they come back to, sent as the Hub gave it
-    access_scopes: FrozenSet[str]  # one of them, or access:servers, lets in
-    server_name: str = ""  # that of a named server
-    home: str = ""  # where the prefix itself leads; the proxy's base by default
+    authorize_url: str  # browsers sign in there
+    callback_url: str  # browsers return to it; sent as the Hub gave it
+    access_scopes: FrozenSet[str]  # each of them gives access, as access:servers does
+    server_name: str = ""  # of a named server
+    home: str = ""  # the prefix redirects to it; "" for the proxy's base
     activity_url: str = ""
     activity_interval: float = 300.0  # seconds
-    is_secure: bool = False  # known to be served over HTTPS, whatever reaches us
-    host_cookies: bool = False  # cookies get the __Host- prefix, and with it the path /
-    cookie_options: Tuple[
-        Tuple[str, str], ...
-    ] = ()  # further attributes of cookies; "" for one without a value
+    is_secure: bool = False  # the Hub's public URL has the scheme https
+    host_cookies: bool = False  # cookies get the prefix __Host-, and so the path /
+    cookie_options: Tuple[Tuple[str, str], ...] = ()  # attributes of cookies; "" for no value
 
 
 class Config(NamedTuple):
-    """What one proxy does; immutable, checked by `PortProxy`, which raises ValueError for what makes no sense.
+    """What one proxy does; immutable.  `PortProxy` checks it, and raises ValueError for mistakes.
 
-    Sizes are in bytes, times in seconds.  There is no cap on a body and no total timeout on a request that moves.
+    Sizes are in bytes, times in seconds.  Bodies have no limit, and a request that makes progress
+    has no total timeout.
     """
 
-    base: str = "/proxy"  # the path all forms live under; "/" for none
-    bind: str = "127.0.0.1"  # address or name to listen on
-    port: int = 8888  # 0 takes any free one
-    # Hosts besides this machine's loopback names: exact names and addresses, globs ("*.example.org"); or a callable
-    # that is given the host as written, lower-cased and without brackets, and decides alone.
+    base: str = "/proxy"  # path prefix of all addresses; "/" for none
+    bind: str = "127.0.0.1"  # address or name to listen on, or "unix:PATH"
+    port: int = 8888  # 0 takes any free port
+    # Hosts besides this machine's loopback names: names, addresses and globs ("*.example.org"); or
+    # a function that takes the host (in lower case, without brackets) and decides about all hosts.
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
-    preserve_host: bool = False  # pass the client's Host to the upstream instead of the target's
-    domains: Sequence[str] = (
-        "localhost",
-    )  # where the host is <port>.<domain>, it names the port; not under a Hub
-    # Whether every path of our origin is ours, so that what leaves an app's prefix (/static/app.js) can be led back to
-    # it, and our cookies may be sent to all paths.  None: where base is the default or the root, and no proxy in front.
+    preserve_host: bool = False  # send the client's Host to the upstream instead of the target's
+    domains: Sequence[str] = ("localhost",)  # <port>.<domain> is that port; none under a Hub
+    # Whether all paths of our origin are ours.  Then unprefixed requests are led back to their app,
+    # and our cookies are sent to all paths.  None: if base is the default or the root, and
+    # trusted_proxies is empty.
     whole_origin: Optional[bool] = None
 
-    # Who may come in.  token: None asks for none where only this machine's users can connect, and makes a random one
-    # elsewhere; "any" makes one everywhere; "" never asks for one.
+    # None: a random token, but none if only this machine's users can connect.  "any": a random
+    # token.  "": no token.
     token: Optional[str] = None
-    allow_hostnames: Sequence[
-        str
-    ] = ()  # further names that a proxy without a token answers to: exact, globs, "*"
-    allow_origins: Sequence[
-        str
-    ] = ()  # further origins whose pages may use it: "https://a.example.org", "*"
-    allow_preflight: bool = False  # let CORS preflights, which carry no credentials, reach the apps
-    # Instead of all that: `await authorize(head, visit, route)`, asked once per request and Upgrade before anything is
-    # connected; it admits by returning, refuses by raising ProxyError(status, detail), and redirects by raising
-    # ProxyError(302, "", (("Location", url),)).  `route` is None for the proxy's own page.
+    allow_hostnames: Sequence[str] = ()  # further names of a proxy without a token; globs, "*"
+    allow_origins: Sequence[str] = ()  # further origins: "https://a.example.org", "*"
+    allow_preflight: bool = False  # CORS preflights, which carry no credentials, reach the apps
+    # Replaces all of that: `await authorize(head, visit, route)` runs once per request and Upgrade,
+    # before anything is connected.  It admits by returning, refuses by raising ProxyError(status,
+    # detail), and redirects by raising ProxyError(302, "", (("Location", url),)).  `route` is None
+    # for the proxy's own pages.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
-    hub: Optional[Hub] = (
-        None  # instead of all that too: sign-in by the JupyterHub that started this server
-    )
-    trusted_proxies: Sequence[
-        str
-    ] = ()  # addresses or networks whose X-Forwarded fields are believed, or "unix"
-    certfile: Optional[str] = None  # PEM, serves HTTPS; with the key in it, or in keyfile
+    hub: Optional[Hub] = None  # replaces all of that too: users sign in at the Hub
+    trusted_proxies: Sequence[str] = ()  # addresses, networks or "unix": keep their X-Forwarded
+    certfile: Optional[str] = None  # PEM, with the key in it or in keyfile; serves HTTPS
     keyfile: Optional[str] = None
-    client_ca: Optional[str] = (
-        None  # PEM: only clients with a certificate that one of these signed may connect
-    )
+    client_ca: Optional[str] = None  # PEM; clients need a certificate that one of these signed
     upstream_tls: Sequence[str] = ()  # "PORT" or "HOST:PORT" of upstreams that speak TLS
-    insecure_upstream: bool = False  # do not verify the certificates of those on this machine
-    any_owner: bool = (
-        False  # also reach ports of this machine on which another ordinary user listens
-    )
+    insecure_upstream: bool = False  # do not verify the certificates of this machine's upstreams
+    any_owner: bool = False  # also reach ports on which another ordinary user listens
 
-    max_connections: int = 8192  # of clients; an idle one makes room for a new one
-    max_tunnels: int = 6144  # WebSockets, so that requests have room beside them
+    max_connections: int = 8192  # of clients; an idle one is closed for a new one
+    max_tunnels: int = 6144  # WebSockets; leaves room for requests
     max_head_bytes: int = 65536  # cookies of a whole hub fit; Node allows 16 KiB, nginx 32 KiB
     max_target_bytes: int = 16384  # OAuth and notebook URLs fit; nginx and Apache allow 8 KiB
     max_fields: int = 200  # Apache allows 100
     max_chunk_line_bytes: int = 4096  # 15 digits and any sensible extension
     max_trailer_bytes: int = 16384  # trailers are read only to be dropped
     max_interim_responses: int = 32  # 1xx heads before the final one; a server sends one or two
+    max_idle_upstreams: int = 1024  # pooled connections to all upstreams together
 
-    head_timeout: float = 30.0  # from a head's first byte to its last, however slowly they drip
-    keep_alive_timeout: float = (
-        120.0  # a client's connection between requests; browsers close sooner
-    )
+    head_timeout: float = 30.0  # from the first byte of a head to its last, at any rate
+    keep_alive_timeout: float = 120.0  # between requests; browsers close sooner
     connect_timeout: float = 10.0  # all addresses of a host together
-    response_timeout: float = (
-        3600.0  # from the request's last byte to the response's head; models think for long
-    )
-    stall_timeout: float = (
-        3600.0  # a client that neither sends its body on nor takes the response's
-    )
-    linger_timeout: float = (
-        5.0  # reading on behind an early answer, so that the client gets to see it
-    )
-    shutdown_timeout: float = 5.0  # for requests that run when the proxy is told to stop
+    response_timeout: float = 3600.0  # from the end of the request to a head; models take long
+    stall_timeout: float = 3600.0  # a client neither sends its body nor takes the response's
+    linger_timeout: float = 5.0  # reading after an early response, so that the client receives it
+    shutdown_timeout: float = 5.0  # for running requests when the proxy is stopped
+    idle_upstream_timeout: float = 4.0  # Node and uvicorn close after 5 s, without warning
 
-    max_idle_upstreams: int = (
-        1024  # pooled connections to all upstreams together; as many as were used at once
-    )
-    idle_upstream_timeout: float = (
-        4.0  # below the 5 s of Node and uvicorn, which close without warning
-    )
+
+class Kind(NamedTuple):
+    """The values that an option takes, as errors describe them, and their types."""
+
+    words: str
+    types: Tuple[type, ...]  # for a number, the last one reads it from text
+
+
+_STRING = Kind("a string", (str,))
+_FILE = Kind("a path", (str, os.PathLike))
+SWITCH = Kind("True or False", (bool,))
+INTEGER = Kind("a whole number", (int,))
+SECONDS = Kind("a number", (int, float))
+STRINGS = Kind("a sequence of strings", (tuple, list, set, frozenset))
+
+
+class Option(NamedTuple):
+    """A field of Config as users see it."""
+
+    flag: str  # the name on the command line, and in errors
+    field: str
+    kind: Kind
+    metavar: str
+    help: str
+
+
+def _option(flag: str, kind: Kind, metavar: str, text: str, field: str = "") -> Option:
+    """The option for `field`, whose name by default is that of the flag."""
+    return Option(flag, field or flag.lstrip("-").replace("-", "_"), kind, metavar, text)
+
+
+GENERAL_OPTIONS = (
+    _option("--port", INTEGER, "N", "port to listen on, 0 for any free one"),
+    _option("--bind", _STRING, "ADDRESS", "address to listen on, or unix:PATH"),
+    _option("--base", _STRING, "PATH", "path prefix of all addresses"),
+    _option("--host-allowlist", STRINGS, "HOST", "also reach this host: name, address or glob"),
+    _option("--domain", STRINGS, "NAME", "also reach port 8080 as 8080.NAME", "domains"),
+    _option("--whole-origin", SWITCH, "", "lead requests without the prefix back to their app"),
+    _option(
+        "--preserve-host", SWITCH, "", "send the browser's Host to the app, not localhost:PORT"
+    ),
+)
+ACCESS_OPTIONS = (
+    _option(
+        "--allow-hostname",
+        STRINGS,
+        "NAME",
+        "accept this name, or glob, in the Host header",
+        "allow_hostnames",
+    ),
+    _option(
+        "--allow-origin",
+        STRINGS,
+        "ORIGIN",
+        "let pages of this origin use the apps; * for any",
+        "allow_origins",
+    ),
+    _option(
+        "--trusted-proxy",
+        STRINGS,
+        "ADDRESS",
+        "trust the X-Forwarded headers of this server",
+        "trusted_proxies",
+    ),
+    _option("--upstream-tls", STRINGS, "[HOST:]PORT", "connect to this upstream with TLS"),
+    _option(
+        "--insecure-upstream", SWITCH, "", "do not verify certificates of this machine's ports"
+    ),
+    _option("--allow-preflight", SWITCH, "", "let CORS preflights reach the apps without a token"),
+    _option("--any-owner", SWITCH, "", "also reach ports of this machine's other users"),
+    _option("--certfile", _FILE, "FILE", "serve HTTPS with this certificate (PEM)"),
+    _option("--keyfile", _FILE, "FILE", "the key, if --certfile does not contain it"),
+    _option("--client-ca", _FILE, "FILE", "require a client certificate signed by one of these"),
+)
+LIMIT_OPTIONS = (
+    _option("--max-head-bytes", INTEGER, "BYTES", "longest head of a request or response"),
+    _option("--max-target-bytes", INTEGER, "BYTES", "longest request target"),
+    _option("--max-fields", INTEGER, "COUNT", "most fields in a head"),
+    _option("--max-chunk-line-bytes", INTEGER, "BYTES", "longest first line of a chunk"),
+    _option("--max-trailer-bytes", INTEGER, "BYTES", "longest trailers"),
+    _option("--max-interim-responses", INTEGER, "COUNT", "most 1xx responses before the final one"),
+    _option("--max-connections", INTEGER, "COUNT", "most connections of clients"),
+    _option("--max-tunnels", INTEGER, "COUNT", "most open WebSockets"),
+    _option("--max-idle-upstreams", INTEGER, "COUNT", "most idle connections kept to apps"),
+    _option("--head-timeout", SECONDS, "SECONDS", "for the whole head of a request"),
+    _option("--keep-alive-timeout", SECONDS, "SECONDS", "between requests on a connection"),
+    _option("--connect-timeout", SECONDS, "SECONDS", "for a connection to an app"),
+    _option("--response-timeout", SECONDS, "SECONDS", "for the head of a response"),
+    _option("--stall-timeout", SECONDS, "SECONDS", "for a client that stalls a body"),
+    _option("--linger-timeout", SECONDS, "SECONDS", "for reading on after an early response"),
+    _option("--idle-upstream-timeout", SECONDS, "SECONDS", "for an idle connection to an app"),
+    _option("--shutdown-timeout", SECONDS, "SECONDS", "for running requests at shutdown"),
+)
+_FIELDS_ALONE = (  # no option takes their value; errors name the field
+    _option("token", _STRING, "", ""),
+    _option("authorize", Kind("an asynchronous callable", ()), "", ""),
+    _option("hub", Kind("a Hub", (Hub,)), "", ""),
+)
+OPTIONS = {
+    option.field: option
+    for option in GENERAL_OPTIONS + ACCESS_OPTIONS + LIMIT_OPTIONS + _FIELDS_ALONE
+}
+
+
+def check_values(config: Config) -> None:
+    """Raise ValueError for a value of the wrong type, a number out of range, or a missing option.
+
+    A value of the wrong type is not repeated: it may be a secret.
+    """
+    defaults = Config()
+    for field, option in OPTIONS.items():
+        value, kind = getattr(config, field), option.kind
+        if value is None and getattr(defaults, field) is None:
+            continue
+        if field in ("authorize", "host_allowlist") and callable(value):
+            continue
+        is_right = isinstance(value, kind.types) and (kind is SWITCH or not isinstance(value, bool))
+        if not is_right or (kind is STRINGS and not all(isinstance(item, str) for item in value)):
+            text = "%s must be %s, not %s"
+            raise ValueError(text % (option.flag, kind.words, type(value).__name__))
+    if not 0 <= config.port <= 65535:
+        raise ValueError("--port must be a number from 0 to 65535, not %d" % config.port)
+    for option in LIMIT_OPTIONS:
+        value = getattr(config, option.field)
+        if not value > 0:  # which NaN is not, either
+            raise ValueError("%s must be greater than 0, not %r" % (option.flag, value))
+    for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
+        if getattr(config, option.field) and not config.certfile:
+            raise ValueError("%s needs --certfile" % option.flag)
+    if config.token is not None and not re.fullmatch("[!-~]*", config.token):
+        raise ValueError("the token must consist of visible ASCII characters without spaces")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +389,7 @@ class Config(NamedTuple):
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _UNSPECIFIED = ("0.0.0.0", "::")  # some apps call themselves by the address they listen on
 _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end the Path of a cookie
-_BELOW_BASE = re.compile(r"(/absolute)?/([^/?]*)(/[^?]*)?(\?.*)?")
+_BELOW_BASE = re.compile(r"(/absolute)?/([^/?]*)(/[^?\r\n]*)?(\?.*)?")
 _UPSTREAM = re.compile(
     r"(?:(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252})|\[([0-9A-Fa-f:.]{2,45})\]):)?([1-9][0-9]{0,4})"
 )
@@ -483,9 +621,8 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
 _FIELD_LINE = re.compile(r"%s:[\t -~\x80-\xff]*" % TOKEN)
-# Finds the name of each valid line of a field section in lower case.  A line that is not valid is
-# not found: the number of names then differs from the number of lines.
-_FIELD_NAMES = re.compile(r"^([!#$%&'*+\-.^_`|~0-9a-z]+):[\t -~\x80-\xff]*\r$", re.MULTILINE)
+_NAMES = re.compile(r"%s(?:\n%s)*" % (TOKEN, TOKEN))  # field names, a line each
+_LEGAL = bytes(byte for byte in range(256) if (byte >= 32 and byte != 127) or byte in b"\t\r\n")
 _ABSOLUTE_FORM = re.compile(r"(?:http|https)://([^/?]*)(/[^?]*)?(\?.*)?", re.IGNORECASE)
 # RFC 3986 section 3.2.2, without user information and IPvFuture.
 _AUTHORITY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -515,15 +652,23 @@ class Headers:
         self.index = dict(zip(keys, lines))
 
     @classmethod
-    def parse(cls, section: str, config: Config) -> "Headers":
+    def parse(cls, section: bytes, config: Config) -> "Headers":
         """Parse a field section up to its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
-        keys = _FIELD_NAMES.findall(section.lower())
-        if len(keys) != section.count("\n") - 1:
-            raise ProxyError(400, _explain_field_section(section))
+        lines = section.decode("latin-1").split("\r\n")[:-2]
+        try:
+            keys = [line[: line.index(":")] for line in lines]
+        except ValueError:
+            raise ProxyError(400, _explain_field_section(lines))
+        is_legal = not section.translate(None, _LEGAL) and (
+            section.count(b"\r") == section.count(b"\n") == len(lines) + 1
+        )
+        names = "\n".join(keys)
+        if not is_legal or (keys and not _NAMES.fullmatch(names)):
+            raise ProxyError(400, _explain_field_section(lines))
         if len(keys) > config.max_fields:
             text = "The message head has more than %d fields." % config.max_fields
             raise ProxyError(431, text)
-        return cls(keys, section.split("\r\n")[:-2])
+        return cls(names.lower().split("\n") if keys else [], lines)
 
     def get(self, name: str) -> str:
         """The last value of the field `name` (lower case), "" if it is missing."""
@@ -555,8 +700,8 @@ class Headers:
         return tuple((name, value.strip(" \t")) for name, _, value in split)
 
 
-def _explain_field_section(section: str) -> str:
-    for line in section.split("\r\n"):
+def _explain_field_section(lines: List[str]) -> str:
+    for line in lines:
         if line and not _FIELD_LINE.fullmatch(line):
             if line[0] in " \t":
                 return "A field line is folded or begins with white space (RFC 9112 section 5.2)."
@@ -750,7 +895,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     """
     text = head.decode("latin-1")
     method, target, minor, end = parse_request_line(text, config)
-    headers = Headers.parse(text[end:], config)
+    headers = Headers.parse(head[end:], config)
     hosts = headers.get_all("host")
     if len(hosts) > 1 or (minor == "1" and not hosts):
         text = "A request must have exactly one Host field; this one has %d." % len(hosts)
@@ -851,7 +996,7 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
     if not match:
         raise ProxyError(400, "The status line is not one of HTTP/1.0 or HTTP/1.1.")
     minor, status, reason = match.groups()
-    headers = Headers.parse(text[match.end() :], config)
+    headers = Headers.parse(head[match.end() :], config)
     connection = headers.tokens("connection")
     framing = response_framing(headers, minor, int(status), method)
     is_reusable = minor == "1" and "close" not in connection
@@ -907,7 +1052,8 @@ def cookie_name(cookie: str) -> str:
 
 def cookie_values(headers: Headers, name: str) -> List[str]:
     """All values of the cookie `name` in a request."""
-    pairs = [pair.strip(" \t") for value in headers.get_all("cookie") for pair in value.split(";")]
+    values = [value for value in headers.get_all("cookie") if name in value]
+    pairs = [pair.strip(" \t") for value in values for pair in value.split(";")]
     return [pair[len(name) + 1 :] for pair in pairs if pair.startswith(name + "=")]
 
 
@@ -915,8 +1061,9 @@ def cookie_values(headers: Headers, name: str) -> List[str]:
 # Bodies
 # --------------------------------------------------------------------------------------------------
 # Decoders without I/O (RFC 9112 sections 6 and 7).  `feed(data)` returns the data of the body in
-# `data`, in pieces.  `finished` says whether the body has ended; `rest` then holds the bytes behind
-# its end.  `end()` is told that the connection has ended.
+# `data`, in pieces.  `finished` says whether the body has ended.  `rest` holds the bytes of `data`
+# that were not used: those behind the end of the body, or those that must be fed again because they
+# are too many pieces.  `end()` is told that the connection has ended.
 
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 # At most 15 digits: parsers differ on larger sizes, and nobody has so much to send.
@@ -928,6 +1075,8 @@ _CHUNK_LINE = re.compile(
 )
 _CHUNK_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?")
 _TRAILER_LINE = re.compile(_FIELD_LINE.pattern.encode("latin-1"))
+
+_MAX_PIECES = 2000  # at a time: a flood of small chunks must leave other requests their turns
 
 Pieces = List[Union[bytes, memoryview]]
 
@@ -1003,9 +1152,9 @@ class ChunkedDecoder:
         """The body data in `data`."""
         if self._partial:
             data, self._partial = self._partial + data, b""
-        view, at = memoryview(data), 0
+        view, at, self.rest = memoryview(data), 0, b""
         pieces = []  # type: Pieces
-        while at < len(data) and not self.finished:
+        while at < len(data) and not self.finished and len(pieces) < _MAX_PIECES:
             if self._state == "data":
                 piece = view[at : at + self._remaining]
                 pieces.append(piece)
@@ -1090,7 +1239,7 @@ _UNIX = getattr(socket, "AF_UNIX", None)
 
 # The states of a client connection.  One to an upstream is either ACTIVE or, in the pool, IDLE.
 IDLE = "idle"  # waits for a request, without a task
-READING_HEAD = "reading head"  # not admitted yet
+READING_HEAD = "reading head"
 ACTIVE = "active"  # serves a request
 CLOSING = "closing"  # no further request is served
 
@@ -1243,6 +1392,10 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.transport.is_closing():
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
+    def can_carry_more(self) -> bool:
+        """Whether another request can follow the one that has been read."""
+        return True
+
     def queued(self) -> int:
         """How many bytes wait for the peer to take them."""
         try:
@@ -1265,14 +1418,15 @@ class Connection(asyncio.StreamReaderProtocol):
         if time > self.read_deadline and not self.queued():  # a peer with unsent data is not idle
             self.read_deadline = FOREVER
             self.end(TimedOut())
-        if (time > self.write_deadline and self.queued()) or has_failed(self.transport):
+        if time > self.write_deadline:
+            self.write_deadline = FOREVER
+            if self.queued():
+                self.end(TimedOut())
+                self.abort()
+        if has_failed(self.transport):
             self.abort()
 
     # Ending.
-
-    def end_writing(self) -> None:
-        """Send what is queued, then end our side, as far as the transport can."""
-        end_writing(self.transport)
 
     def close(self) -> None:
         """Send what is queued, for as long as the last `drain` allowed or else a minute, and close."""
@@ -1294,25 +1448,30 @@ class Connection(asyncio.StreamReaderProtocol):
 
 
 _READABLE = getattr(select, "POLLIN", 0)
+_RESET = getattr(select, "POLLERR", 0)
 
 
-def poll(transport: Any, events: int) -> bool:
-    """Whether the kernel reports a failure or hang-up of a connection, or one of `events`."""
+def poll(transport: Any, events: int) -> int:
+    """Those of `events` that the kernel reports for a connection, and POLLERR and POLLHUP; 0 for
+    none."""
     sock = transport.get_extra_info("socket")
     if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):  # not on Windows
-        return False
+        return 0
     question = select.poll()
     question.register(sock.fileno(), events)
-    return bool(question.poll(0))
+    return sum(found for _, found in question.poll(0))
 
 
-def has_failed(transport: Any) -> bool:
-    """Whether a connection that is not being read, because of back-pressure, was reset."""
+def has_failed(transport: Any, events: int = -1) -> bool:
+    """Whether a connection that is not being read, because of back-pressure, was reset.
+
+    events: those that count as a failure, if they are not all that `poll` reports.
+    """
     try:
         is_paused = not transport.is_closing() and not transport.is_reading()
     except (AttributeError, RuntimeError):  # not in 3.6; and as in `Connection.queued`
         return False
-    return is_paused and poll(transport, 0)
+    return bool(is_paused and poll(transport, 0) & events)
 
 
 def end_writing(transport: Any) -> None:
@@ -1355,7 +1514,10 @@ class Deadlines:
         self._timer = self.loop.call_later(self.interval, self._tick)
         time = now()
         for connection in list(self.connections):
-            connection.expire(time)
+            try:
+                connection.expire(time)
+            except Exception as error:  # the others keep their deadlines
+                logger.error("internal error: %r", error)
         if self.is_active and self.on_activity:
             self.on_activity()
         self.is_active = False
@@ -1440,6 +1602,8 @@ class Body:
         Raises ProxyError 400 if the body is malformed, Truncated if it breaks off, TimedOut if
         nothing comes for `timeout` seconds, OSError if the connection fails.
         """
+        if self._source.buffer:  # more pieces than one turn may have
+            await asyncio.sleep(0)
         self._source.read_deadline = now() + timeout
         data = await self._source.read()
         self._source.read_deadline = FOREVER
@@ -1454,9 +1618,8 @@ class Body:
         pieces = decoder.feed(data)  # type: Pieces
         size = sum(map(len, pieces))
         self.count += size
-        if decoder.finished:
-            self.finished = True
-            self._source.buffer = decoder.rest
+        self.finished = decoder.finished
+        self._source.buffer = decoder.rest
         if self.in_chunks:
             if size:
                 pieces = [b"%x\r\n" % size] + pieces + [b"\r\n"]
@@ -1786,9 +1949,9 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
     url, advice = host_form(8080, request.client, config.domains), ""
     port, _, domain = host_of(request.client.authority).partition(".")
     if config.domains and is_domain(domain) and port_in_host(request.client.authority, (domain,)):
-        advice = " For {0}.{1} to be port {0}, start the proxy with --domain {1}."
-        advice = advice.format(port, domain)
-    elif url:
+        advice = "For %s.{value} to be port %s, {start} {domains} {value}." % (port, port)
+        return ProxyError(404, error.detail, error.fields, advice, domain)
+    if url:
         advice = " If an app's links begin with a slash, open it at a host of its own, such as %s."
         advice = advice % url
     return ProxyError(404, error.detail + advice, error.fields)
@@ -1929,113 +2092,201 @@ def _copies(value: str, route: Route, cookie: str) -> List[str]:
 # --------------------------------------------------------------------------------------------------
 # Local sockets
 # --------------------------------------------------------------------------------------------------
-# Which programs listen on this machine, and which user owns a port, as Linux reports in /proc and by
-# netlink.  On other systems nothing is found.
-_LISTEN = "0A"  # the state of a listening socket in /proc/net/tcp
+# Which programs of this user listen on this machine, and which user owns a port.  Linux reports
+# both in /proc (proc(5)), and the owner of a single socket also by netlink (sock_diag(7)), which is
+# much faster on a machine with many sockets.  Other systems report neither: nothing is found there.
+# `LocalSockets` caches the results.
+
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
-_FIRST_COMMON_PORT = 1024  # below are the system's own services
-_INTERPRETER = re.compile(
-    r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*\Z"
+_ROW = (  # of such a table: local address, local port, remote port, state, user id, inode
+    r"^ *[0-9]+: ([0-9A-F]+):(%s) [0-9A-F]+:([0-9A-F]{4}) (%s) \S+ \S+ \S+ +([0-9]+) +[0-9]+"
+    r" ([0-9]+) "
 )
-
-
-_PLAIN_OPTIONS = (
-    "-u -E -I -s -S -O -OO -B -b -q -v -X -W".split()
-)  # of Python; behind others there may be code
+_LISTEN = "0A"  # the state TCP_LISTEN
+_FIRST_COMMON_PORT = 1024  # system services listen below
+_FIRST_ORDINARY_USER = 1000  # root and system services have lower ids
+_ANY_ADDRESS = ("0.0.0.0", "::")
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
+_INTERPRETER = re.compile(
+    r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*"
+)
+_PYTHON_FLAGS = "-u -E -I -s -S -O -OO -B -b -q -v -X -W".split()  # code may follow other flags
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,60}")
 
 
 class TcpSocket(NamedTuple):
-    """A row of the kernel's table; the address as that spells it, the peer with its port."""
+    """A TCP socket of this machine; `address` and `port` are its own end."""
 
     address: str
     port: int
-    peer: str
-    state: str
+    peer_port: int
+    is_listening: bool
     user: int
     inode: str
 
 
 class Listener(NamedTuple):
-    """A program of this user's that listens on a port.
+    """A program of this user that listens on a port.
 
-    addresses: where it does, as text; inode: names the socket for as long as it lives; started: when the program was,
-    in seconds since the epoch, 0.0 where that is not told.
+    started: when the program started, in seconds since the epoch; 0.0 if that is unknown.
     """
 
     port: int
     addresses: Tuple[str, ...]
-    inode: str
-    pid: int = 0
-    program: str = ""
-    started: float = 0.0
-
-    @property
-    def is_local(self) -> bool:
-        """Whether localhost leads to it."""
-        return _leads_to("localhost", self.addresses)
+    program: str
+    pid: int
+    started: float
 
 
-def _leads_to(host: str, addresses: Iterable[str]) -> bool:
-    """Whether one of LOOPBACK_NAMES leads to what listens at one of these addresses."""
-    family = {"127.0.0.1": ("127.0.0.1", "0.0.0.0", "::"), "::1": ("::1", "::")}
-    return any(one in family.get(host, ("127.0.0.1", "0.0.0.0", "::1", "::")) for one in addresses)
+class LocalSockets:
+    """Cached lookups of the sockets of this machine.
+
+    The tables list every socket, so that a lookup can take tenths of a second.  A result is used
+    for twenty times as long as its lookup took: lookups then take a twentieth of the time at most.
+    """
+
+    def __init__(self) -> None:
+        # Results with the time until which they are used.
+        self._results = {}  # type: Dict[Any, Tuple[Any, float]]
+
+    def other_owner(self, here: Address, there: Address) -> Optional[int]:
+        """The user id of another ordinary user who owns the far end of a connection on this machine.
+
+        None if the owner is this user, root or a system service, or is unknown.
+        """
+        owner = self._cached(("owner", there), functools.partial(_find_owner, here, there))
+        if owner is None or owner < _FIRST_ORDINARY_USER or owner == getattr(os, "geteuid", int)():
+            return None
+        return int(owner)
+
+    def listening_elsewhere(self, host: str, port: int) -> Sequence[str]:
+        """The addresses that listen on a port, if `host` is in LOOPBACK_NAMES and reaches none."""
+        if host not in LOOPBACK_NAMES:
+            return ()
+        addresses = self._cached(
+            ("addresses", port), lambda: listening_addresses(tcp_sockets(port=port))
+        )  # type: Tuple[str, ...]
+        return () if reaches_any(host, addresses) else addresses
+
+    async def listeners(self, loop: asyncio.AbstractEventLoop) -> List[Listener]:
+        """What `find_listeners` finds; it runs in a thread, and at most once a second."""
+        look_up = functools.partial(loop.run_in_executor, None, find_listeners)
+        found = self._cached("listeners", look_up, 1.0)  # type: asyncio.Future[List[Listener]]
+        return await asyncio.shield(found)
+
+    def _cached(self, key: Any, look_up: Callable[[], Any], seconds: float = 0.0) -> Any:
+        """The result for `key`, looked up again if it is too old and no lookup is running."""
+        begun = time.perf_counter()
+        result, until = self._results.get(key, (None, 0.0))
+        is_running = isinstance(result, asyncio.Future) and not result.done()
+        if begun >= until and not is_running:
+            if len(self._results) > 1000:
+                self._results.clear()
+            result = look_up()
+            ended = time.perf_counter()
+            self._results[key] = result, ended + max(seconds, 20 * (ended - begun))
+        return result
+
+
+def find_listeners() -> List[Listener]:
+    """The programs of this user that listen, by port; system services are left out."""
+    user = getattr(os, "geteuid", int)()
+    by_port = {}  # type: Dict[int, List[TcpSocket]]
+    for one in tcp_sockets():
+        if one.user == user and one.port >= _FIRST_COMMON_PORT:
+            by_port.setdefault(one.port, []).append(one)
+    if not by_port:
+        return []
+    pids = _pids_by_inode({one.inode for sockets in by_port.values() for one in sockets})
+    found = []
+    for port, sockets in sorted(by_port.items()):
+        pid = next((pids[one.inode] for one in sockets if one.inode in pids), None)
+        if pid is not None:  # else a container on the same network may hold it
+            addresses = listening_addresses(sockets)
+            found.append(Listener(port, addresses, _program(pid), pid, _started(pid)))
+    return found
+
+
+def listening_addresses(sockets: Iterable[TcpSocket]) -> Tuple[str, ...]:
+    """The addresses of the listening ones of these sockets, each once."""
+    return tuple(dict.fromkeys(one.address for one in sockets if one.is_listening))
+
+
+def reaches_any(host: str, addresses: Iterable[str]) -> bool:
+    """Whether `host`, one of LOOPBACK_NAMES, reaches a socket that listens at these addresses."""
+    reached = {"127.0.0.1": ("127.0.0.1", "0.0.0.0", "::"), "::1": ("::1", "::")}
+    reached["localhost"] = reached["127.0.0.1"] + ("::1",)
+    return any(address in reached[host] for address in addresses)
 
 
 def tcp_sockets(tables: Sequence[str] = _TABLES, port: Optional[int] = None) -> List[TcpSocket]:
-    """The sockets at a local port, or all that listen where none is given; IPv4 in front of IPv6."""
-    wanted = "[0-9A-F]{4}" if port is None else "%04X" % port
-    state = _LISTEN if port is None else ".."
-    row = r"^ *[0-9]+: ([0-9A-F]+):(%s) ([0-9A-F]+:[0-9A-F]{4}) (%s) \S+ \S+ \S+ +([0-9]+) +[0-9]+ ([0-9]+) "
-    found: List[TcpSocket] = []
-    for name in tables:
-        try:
-            with open(name, encoding="ascii") as table:
-                rows = re.findall(row % (wanted, state), table.read(), re.M)
-        except (OSError, ValueError):
-            continue
-        found += [
-            TcpSocket(a, int(p, 16), peer, s, int(user), inode)
-            for a, p, peer, s, user, inode in rows
-        ]
-    return found
-
-
-def ports_are_told() -> bool:
-    """Whether this system says who listens where."""
-    return os.path.exists(_TABLES[0])
-
-
-def listeners() -> List[Listener]:
-    """What programs of this user listen on, by port; the system's own services are left out."""
-    mine = getattr(os, "geteuid", int)()
-    by_port: Dict[int, List[TcpSocket]] = {}
-    for one in tcp_sockets():
-        if one.user == mine and one.port >= _FIRST_COMMON_PORT:
-            by_port.setdefault(one.port, []).append(one)
-    holders = _holders({one.inode for sockets in by_port.values() for one in sockets})
+    """The sockets at a local port, or all listening ones if it is None; IPv4 before IPv6."""
+    wanted = ("[0-9A-F]{4}", _LISTEN) if port is None else ("%04X" % port, "..")
+    rows = re.compile(_ROW % wanted, re.MULTILINE)
     found = []
-    for port, sockets in sorted(by_port.items()):
-        pid = next((holders[one.inode] for one in sockets if one.inode in holders), 0)
-        if not pid:  # of another container on the same network, say
-            continue
-        addresses = tuple(dict.fromkeys(_plain_text(one.address) for one in sockets))
-        found.append(Listener(port, addresses, sockets[0].inode, pid, _program(pid), _started(pid)))
+    for table in tables:
+        for address, own, peer, state, user, inode in rows.findall(_read(table)):
+            ports, is_listening = (int(own, 16), int(peer, 16)), state == _LISTEN
+            found.append(TcpSocket(_address(address), *ports, is_listening, int(user), inode))
     return found
 
 
-def listens_elsewhere(host: str, port: int) -> Tuple[str, ...]:
-    """The addresses at which this port is listened on, by whomever, where `host`, if it is one of LOOPBACK_NAMES, leads
-    to none of them."""
-    if host not in LOOPBACK_NAMES:
-        return ()
-    addresses = tuple(
-        _plain_text(one.address) for one in tcp_sockets(port=port) if one.state == _LISTEN
-    )
-    return () if _leads_to(host, addresses) else addresses
+@functools.lru_cache(maxsize=256)
+def _address(text: str) -> str:
+    """An address from its spelling in a table: 32-bit words in the machine's byte order."""
+    count = len(text) // 8
+    words = struct.unpack(">%dI" % count, bytes.fromhex(text))
+    return plain_address(str(ipaddress.ip_address(struct.pack("=%dI" % count, *words))))
 
 
-def _user_name(user: int) -> str:
+def _find_owner(here: Address, there: Address) -> Optional[int]:
+    """The user id of the socket at the far end of the connection from `here`; None if unknown.
+
+    A connection that the app has not accepted yet has user id 0: then its listener decides.
+    """
+    is_ipv6 = ":" in there[0]
+    owner = _ask_kernel(here, there) or _ask_kernel((_ANY_ADDRESS[is_ipv6], 0), there)
+    if owner is not None:
+        return owner
+    # A socket of IPv6 may serve IPv4 too, but not the other way round.
+    sockets = tcp_sockets(_TABLES[1:] if is_ipv6 else _TABLES, there[1])
+    for one in sockets:
+        is_accepted = one.user and not one.is_listening
+        if is_accepted and (one.address, one.peer_port) == (there[0], here[1]):
+            return one.user
+    # A listener at the very address precedes one for all addresses.
+    for addresses in (there[:1], _ANY_ADDRESS):
+        for one in sockets:
+            if one.is_listening and one.address in addresses:
+                return one.user
+    return None
+
+
+def _ask_kernel(here: Address, there: Address) -> Optional[int]:
+    """The user id of the socket at `there` that is connected to `here`, by netlink; None if unknown.
+
+    If the port of `here` is 0, it is the socket that listens at `there`.
+    """
+    family = socket.AF_INET6 if ":" in there[0] else socket.AF_INET
+    packed = [ipaddress.ip_address(end[0]).packed for end in (there, here)]
+    # struct inet_diag_req_v2: in any state, on any interface, with any cookie.
+    query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+    query += struct.pack("!HH16s16s", there[1], here[1], *packed) + b"\0" * 4 + b"\xff" * 8
+    header = struct.pack("=IHHII", 16 + len(query), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+            kernel.setblocking(False)
+            kernel.send(header + query)
+            reply = kernel.recv(4096)
+    except (AttributeError, OSError):  # not Linux, or netlink is not allowed
+        return None
+    if len(reply) < 84 or struct.unpack_from("=H", reply, 4)[0] != _SOCK_DIAG_BY_FAMILY:
+        return None
+    return int(struct.unpack_from("=I", reply, 80)[0])  # inet_diag_msg.idiag_uid
+
+
+def user_name(user: int) -> str:
+    """The name of a user id, or "number N"."""
     try:
         import pwd
 
@@ -2044,269 +2295,191 @@ def _user_name(user: int) -> str:
         return "number %d" % user
 
 
-def _plain_text(address: str) -> str:
-    """An address, from what /proc/net/tcp makes of it: 32-bit words in the machine's byte order."""
-    words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
-    return plain_address(str(ipaddress.ip_address(struct.pack("=%dI" % len(words), *words))))
-
-
-def _holders(inodes: Set[str]) -> Dict[str, int]:
-    """The first process that holds each of these sockets, as far as we may look."""
-    found: Dict[str, int] = {}
-    for pid in sorted(int(name) for name in _names("/proc") if name.isdigit()) if inodes else ():
-        for descriptor in _names("/proc/%d/fd" % pid):
-            try:
-                target = os.readlink("/proc/%d/fd/%s" % (pid, descriptor))
-            except OSError:  # it is gone
-                continue
-            if target.startswith("socket:[") and target[8:-1] in inodes:
-                found.setdefault(target[8:-1], pid)
+def _pids_by_inode(inodes: Set[str]) -> Dict[str, int]:
+    """The lowest process id that holds each socket, as far as this user may look."""
+    found = {}  # type: Dict[str, int]
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        folder = "/proc/%d/fd/" % pid
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            for descriptor in os.listdir(folder):
+                with contextlib.suppress(OSError):  # closed meanwhile
+                    target = os.readlink(folder + descriptor)
+                    if target.startswith("socket:[") and target[8:-1] in inodes:
+                        found.setdefault(target[8:-1], pid)
     return found
 
 
-def _names(folder: str) -> List[str]:
+def _read(name: str) -> str:
+    """The text of a file in /proc; "" if it is gone or may not be read."""
     try:
-        return os.listdir(folder)
+        with open(name, encoding="utf-8", errors="replace") as file:
+            return file.read()
     except OSError:
-        return []
+        return ""
 
 
 def _program(pid: int) -> str:
-    """What a person would call a process; its further arguments, which may hold secrets, are left out."""
-    try:
-        with open("/proc/%d/cmdline" % pid, encoding="utf-8", errors="replace") as file:
-            words = file.read().split("\0")[:-1]
-    except OSError:
-        return ""
-    rest = words[1:]
-    # Some write all of their arguments, or what they do, into the first.
-    name = os.path.basename("".join(words[:1]) if any(rest) else "".join(words[:1]).split(" ")[0])
-    while rest and rest[0] in _PLAIN_OPTIONS:
+    """A short name for a process: its script if an interpreter runs one, else its program.
+
+    Other arguments may hold secrets and are left out.
+    """
+    words = _read("/proc/%d/cmdline" % pid).split("\0")[:-1] or [""]
+    command, rest = words[0], words[1:]
+    if not any(rest):  # some programs write all of their arguments into the first
+        command = command.split(" ")[0]
+    name = os.path.basename(command)
+    while rest and rest[0] in _PYTHON_FLAGS:
         rest = rest[2:] if rest[0] in ("-X", "-W") else rest[1:]
-    script = os.path.basename("".join(rest[1:2] if rest[:1] == ["-m"] else rest[:1]))
-    if _INTERPRETER.match(name) and _PLAIN_NAME.fullmatch(script):
+    if rest[:1] == ["-m"]:
+        rest = rest[1:]
+    script = os.path.basename(rest[0]) if rest else ""
+    if _INTERPRETER.fullmatch(name) and _PLAIN_NAME.fullmatch(script):
         return script
     return name.split(" ")[0].rstrip(":")
 
 
 def _started(pid: int) -> float:
+    """When a process started, in seconds since the epoch; 0.0 if that is unknown."""
     try:
-        with open("/proc/%d/stat" % pid, encoding="utf-8", errors="replace") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        with open("/proc/uptime", encoding="ascii") as file:
-            uptime = float(file.read().split()[0])
-    except (OSError, ValueError, IndexError):
+        ticks = int(_read("/proc/%d/stat" % pid).rpartition(")")[2].split()[19])
+        uptime = float(_read("/proc/uptime").split()[0])
+    except (ValueError, IndexError):
         return 0.0
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
-
-
-_FIRST_ORDINARY_USER = 1000  # below are root and the system's own services
-
-
-class Owners:
-    """Who listens on the ports of this machine, as Linux tells.
-
-    Where its kernel does not answer questions about single sockets, there is the table of all of them, and a look at
-    that takes as long as the machine has sockets, up to tenths of a second; what it said is believed for twenty times
-    as long as it took, so that looking never costs more than a twentieth of the time.
-    """
-
-    def __init__(self) -> None:
-        self._known: Dict[Tuple[str, int], Tuple[Optional[int], float]] = {}
-        self._elsewhere: Dict[Address, Tuple[Tuple[str, ...], float]] = {}
-
-    def stranger(self, here: Address, there: Address) -> Optional[int]:
-        """The user id of another ordinary user who holds the far end of a connection from `here` to `there`; None if it
-        is our own, root's or a system service's, or if the system does not tell."""
-        begun = time.perf_counter()
-        owner, until = self._known.get(there, (None, 0.0))
-        if begun >= until:
-            owner = _told_owner(here, there)
-            if owner is None:
-                owner = _owner(here, there)
-            now = time.perf_counter()
-            if len(self._known) > 1000:
-                self._known.clear()
-            self._known[there] = owner, now + 20 * (now - begun)
-        mine = getattr(os, "geteuid", int)()
-        return (
-            owner if owner is not None and owner >= _FIRST_ORDINARY_USER and owner != mine else None
-        )
-
-    def elsewhere(self, host: str, port: int) -> Tuple[str, ...]:
-        """As `listens_elsewhere`."""
-        begun = time.perf_counter()
-        addresses, until = self._elsewhere.get((host, port), ((), 0.0))
-        if begun >= until:
-            addresses = listens_elsewhere(host, port)
-            now = time.perf_counter()
-            if len(self._elsewhere) > 1000:
-                self._elsewhere.clear()
-            self._elsewhere[host, port] = addresses, now + 20 * (now - begun)
-        return addresses
-
-
-def _told_owner(here: Address, there: Address) -> Optional[int]:
-    """As `_owner`, asked of the kernel; None where it does not tell."""
-    accepted = _told_user(here, there)
-    nowhere = ("::" if ":" in there[0] else "0.0.0.0", 0)
-    return accepted or _told_user(
-        nowhere, there
-    )  # 0, root's, is also that of one that nobody has accepted yet
-
-
-def _told_user(here: Address, there: Address) -> Optional[int]:
-    """The user id of the socket at `there` that is connected to `here`, or that listens where this has no port; None
-    if there is none, or if the kernel does not answer (sock_diag(7))."""
-    family = socket.AF_INET6 if ":" in there[0] else socket.AF_INET
-    packed = (ipaddress.ip_address(end[0]).packed for end in (there, here))
-    ends = (
-        struct.pack("!HH16s16s", there[1], here[1], *packed) + b"\0" * 4 + b"\xff" * 8
-    )  # any interface and cookie
-    question = (
-        struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + ends
-    )  # in any state
-    header = struct.pack("=IHHII", 16 + len(question), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
-    try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
-            kernel.setblocking(False)
-            kernel.send(header + question)
-            answer = kernel.recv(4096)
-    except (AttributeError, OSError):
-        return None
-    if len(answer) < 84 or struct.unpack_from("=H", answer, 4)[0] != _SOCK_DIAG_BY_FAMILY:
-        return None
-    return int(struct.unpack_from("=I", answer, 80)[0])
-
-
-_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
-
-
-def _owner(here: Address, there: Address) -> Optional[int]:
-    """The user id of the socket that `here` is connected to, or of the one that listens for it, by the table."""
-    is_mapped = "." in there[0]  # a socket of IPv6 may serve IPv4 too, and not the other way round
-    exact = {_hexadecimal(there[0]), _hexadecimal("::ffff:" + there[0]) if is_mapped else ""}
-    listening: List[
-        Tuple[bool, int]
-    ] = []  # the ones for that very address precede those for all addresses
-    for one in tcp_sockets(_TABLES if is_mapped else _TABLES[1:], there[1]):
-        is_exact = one.address in exact
-        if is_exact and one.peer.endswith(":%04X" % here[1]) and one.state != _LISTEN and one.user:
-            return one.user  # accepted: this is the socket itself
-        if one.state == _LISTEN and (is_exact or not one.address.strip("0")):
-            listening.append((not is_exact, one.user))
-    listening.sort(key=lambda found: found[0])  # stable: IPv4 stays in front of IPv6
-    return listening[0][1] if listening else None
-
-
-def _hexadecimal(address: str) -> str:
-    """An address as /proc/net/tcp spells it: 32-bit words in the machine's byte order."""
-    packed = ipaddress.ip_address(address).packed
-    words = struct.unpack("=%dI" % (len(packed) // 4), packed)
-    return "".join("%08X" % word for word in words)
 
 
 # --------------------------------------------------------------------------------------------------
 # Pages
 # --------------------------------------------------------------------------------------------------
-# The responses of the proxy itself: HTML for people, JSON and plain text for programs.  The pages
-# load nothing from elsewhere; a Content-Security-Policy allows their own style and script alone.
+# The responses of the proxy itself: HTML for people, JSON and plain text for programs.  Pages load
+# nothing from elsewhere: a Content-Security-Policy allows only their own style and script, by hash.
+# They work without the script.  The page of ports shows one PortEntry for each port.
 
 _STYLE = """\
-:root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d9e0e7;--ground:#f6f8fa;--card:#fff;--link:#0b5cad}
-@media(prefers-color-scheme:dark){
-:root{--ink:#e3e8ee;--soft:#98a5b3;--line:#303a45;--ground:#13181e;--card:#1b222a;--link:#7db7f5}}
+:root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d9e0e7;--ground:#f6f8fa;
+--card:#fff;--link:#0b5cad}
+@media(prefers-color-scheme:dark){:root{--ink:#e3e8ee;--soft:#98a5b3;--line:#303a45;--ground:#13181e;
+--card:#1b222a;--link:#7db7f5}}
 *{box-sizing:border-box}[hidden]{display:none!important}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);overflow-wrap:anywhere}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);
+overflow-wrap:anywhere}
 main{max-width:46rem;margin:0 auto;padding:2rem .6rem}
 h1{font-size:1.4rem;line-height:1.3;margin:0 0 .5rem}p{margin:.5rem 0}a{color:var(--link)}
-code{font-family:ui-monospace,monospace}.option{white-space:nowrap}.soft,summary{color:var(--soft)}summary{cursor:pointer}
+code{font-family:ui-monospace,monospace}.option{white-space:nowrap}
+.soft,summary{color:var(--soft)}summary{cursor:pointer}
 :focus-visible{outline:2px solid var(--link);outline-offset:2px}
-form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:end;margin:1rem 0}label{flex:1 1 12rem;color:var(--soft)}
-input,button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--soft);border-radius:.4rem;
-padding:.4rem .7rem}input{display:block;width:100%}
+form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:end;margin:1rem 0}
+label{flex:1 1 12rem;color:var(--soft)}
+input,button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--soft);
+border-radius:.4rem;padding:.4rem .7rem}input{display:block;width:100%}
 button{cursor:pointer;background:var(--link);border-color:var(--link);color:var(--card)}
 .ports{list-style:none;padding:0;margin:1rem 0}
-.ports li{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.7rem 1rem;margin:.5rem 0;
-transition:opacity .6s}.ports .gone{opacity:.35}
+.ports li{background:var(--card);border:1px solid var(--line);border-radius:.5rem;
+padding:.7rem 1rem;margin:.5rem 0;transition:opacity .6s}.ports .gone{opacity:.35}
 .port{font-weight:600;font-size:1.15rem;margin-right:.6rem}
 .ways a{display:inline-block;margin-right:1rem;font-size:.9rem}
 td{padding:.2rem 1.2rem .2rem 0;vertical-align:top}
-@media(prefers-reduced-motion:no-preference){.pulse::after{content:"";display:inline-block;width:.6em;height:.6em;
-margin-left:.5em;border-radius:50%;background:var(--link);animation:pulse 2s infinite}}
+@media(prefers-reduced-motion:no-preference){.pulse::after{content:"";display:inline-block;
+width:.6em;height:.6em;margin-left:.5em;border-radius:50%;background:var(--link);
+animation:pulse 2s infinite}}
 @keyframes pulse{50%{opacity:.2}}
 """
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
+<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
+<body><main>{body}</main>{script}</body></html>
+"""
 _POLICY = (
-    "default-src 'none'; img-src data:; style-src 'sha256-%s'; script-src %s; connect-src 'self'; base-uri 'none';"
-    " form-action %s; frame-ancestors %s"
+    "default-src 'none'; img-src data:; style-src %s; script-src %s; connect-src 'self';"
+    " base-uri 'none'; form-action %s; frame-ancestors %s"
 )
-_PAGE = (
-    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    '<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style>{head}</head>\n'
-    "<body><main>{body}</main>{script}</body></html>\n"
-)
-# Fetches the list anew; what is new comes in at its place, what is gone fades, what has the keyboard's focus stays.
+_PORTS_PAGE = """\
+<h1>Ports of this machine</h1><p class="soft" role="status"></p>
+<label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>
+<ul class="ports">{items}</ul><p id="none"{hidden}>{nothing}</p>
+<form action="{base}/"><label>Another port <input name="port" inputmode="numeric" required \
+pattern=" *[1-9][0-9]{{0,4}} *" title="a number from 1 to 65535" placeholder="8080" \
+autocomplete="off"></label><button>Open</button></form>
+<details><summary>Forms of an address</summary><table>{forms}</table></details>"""
+_PORT_ITEM = """\
+<li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>\
+<div class="ways">{links}</div></li>
+"""
+# Fetches the list every three seconds.  New ports are inserted at their places; a port that is gone
+# fades and leaves with the next list; the entry with the keyboard's focus stays as it is.
 _PORTS_SCRIPT = """
-const list = document.querySelector('.ports'), told = document.querySelector('[role=status]')
+const list = document.querySelector('.ports'), notice = document.querySelector('[role=status]')
 const filter = document.querySelector('#filter'), none = document.querySelector('#none')
 const nothing = none.textContent, lost = 'The proxy does not answer.'
-const stale = 'Load this page anew to see what is new.'
-const said = one => [...one.childNodes].map(part => part.className === 'ways' ? '' : part.textContent).join(' ')
+const outdated = 'This list is out of date. Reload the page.'
+const portOf = item => 'port ' + item.querySelector('.port').textContent
+const textOf = item => [...item.childNodes].filter(part => part.className !== 'ways')
+  .map(part => part.textContent).join(' ').toLowerCase()
 function sift() {
-  const wanted = filter.value.trim().toLowerCase()
-  for (const one of list.children) one.hidden = !said(one).toLowerCase().includes(wanted)
-  filter.closest('label').hidden = list.children.length < 8 && !wanted
-  none.hidden = [...list.children].some(one => !one.hidden)
-  none.textContent = list.children.length ? 'There is no port here with that in its line.' : nothing
+  const wanted = filter.value.trim().toLowerCase(), items = [...list.children]
+  for (const item of items) item.hidden = !textOf(item).includes(wanted)
+  filter.closest('label').hidden = items.length < 8 && !wanted
+  none.hidden = items.some(item => !item.hidden)
+  none.textContent = items.length ? 'No port matches.' : nothing
 }
-async function look() {
-  try {
-    const answer = document.hidden ? null : await fetch('?list', {cache: 'no-store', redirect: 'error'})
-    if (answer && !answer.ok) told.textContent = stale
-    else if (answer) {
-      const body = new DOMParser().parseFromString(await answer.text(), 'text/html').body
-      if ([lost, stale].includes(told.textContent)) told.textContent = ''
-      merge(body)
-    }
-  } catch (error) { told.textContent = lost }
-  setTimeout(look, 3000)
-}
-function merge(body) {
-  const before = new Map([...list.children].map(one => [one.id, one]))
-  let at = null
-  for (const one of [...body.querySelectorAll('li')].reverse()) {
-    const old = before.get(one.id)
-    before.delete(one.id)
-    if (old && (old.contains(document.activeElement) || old.innerHTML === one.innerHTML)) {
+function merge(items) {
+  const before = new Map([...list.children].map(item => [item.id, item]))
+  let next = null
+  for (const item of items.reverse()) {
+    const old = before.get(item.id)
+    before.delete(item.id)
+    if (old && (old.contains(document.activeElement) || old.innerHTML === item.innerHTML)) {
       old.className = ''
-      at = old
+      next = old
       continue
     }
-    if (!old) told.textContent = 'New: port ' + one.querySelector('.port').textContent
-    old ? old.replaceWith(one) : list.insertBefore(one, at)
-    at = one
+    if (!old) notice.textContent = 'New: ' + portOf(item)
+    list.insertBefore(item, next)
+    if (old) old.remove()
+    next = item
   }
-  for (const one of before.values()) {
-    if (one.className !== 'gone') {
-      told.textContent = 'Gone: port ' + one.querySelector('.port').textContent
-      one.className = 'gone'
-      setTimeout(() => { if (one.className === 'gone') { one.remove(); sift() } }, 6000)
-    }
+  for (const old of before.values()) {
+    if (old.className === 'gone') old.remove()
+    else notice.textContent = 'Gone: ' + portOf(old)
+    old.className = 'gone'
   }
   sift()
 }
+async function refresh() {
+  try {
+    const options = {cache: 'no-store', redirect: 'error'}
+    const response = document.hidden ? null : await fetch('?list', options)
+    if (response && !response.ok) notice.textContent = outdated
+    else if (response) {
+      const page = new DOMParser().parseFromString(await response.text(), 'text/html')
+      if ([lost, outdated].includes(notice.textContent)) notice.textContent = ''
+      merge([...page.querySelectorAll('li')])
+    }
+  } catch (error) { notice.textContent = lost }
+  setTimeout(refresh, 3000)
+}
 filter.addEventListener('input', sift)
 sift()
-setTimeout(look, 1500)
+setTimeout(refresh, 1500)
 """
-# Asks for the head of this very page, ever more seldom, until somebody else than the proxy answers.
+_WAITING_PAGE = """\
+<noscript><meta http-equiv="refresh" content="5"></noscript>
+<h1 class="pulse">Waiting for port {port}</h1><p>{detail}</p>
+<p>This page opens the app as soon as it responds.</p>
+<div id="help"><p>If nothing happens:</p><ul>
+<li>Does the log of the app show an error, or another port?</li>
+<li>Does the app listen on 127.0.0.1 or 0.0.0.0, and not only on another address?</li>
+<li>On the machine, run <code>python3 port_proxy.py --check {port}</code> to examine the port.</li>
+</ul></div><p class="soft">502 &middot; port_proxy</p>"""
+# Requests the head of this page, less and less often, until a response is not the proxy's own.
 _WAITING_SCRIPT = """
 let pause = 1000, since = Date.now()
 async function look() {
   try {
-    const how = {method: 'HEAD', cache: 'no-store', redirect: 'manual'}
-    const answer = document.hidden ? null : await fetch(location.href, how)
-    if (answer && answer.headers.get('Port-Proxy') !== 'waiting') return location.reload()
+    const options = {method: 'HEAD', cache: 'no-store', redirect: 'manual'}
+    const response = document.hidden ? null : await fetch(location.href, options)
+    if (response && response.headers.get('Port-Proxy') !== 'waiting') return location.reload()
   } catch (error) {}
   if (Date.now() - since > 20000) document.querySelector('#help').hidden = false
   pause = Math.min(pause * 1.3, 8000)
@@ -2315,48 +2488,67 @@ async function look() {
 document.querySelector('#help').hidden = true
 setTimeout(look, pause)
 """
-_TITLE_BYTES = 65536  # of a page in which its title is looked for
+_SIGN_IN_FORM = """\
+<h1>Sign in</h1>{detail}<p>Enter the token of this proxy. It was printed when the proxy started, \
+in the address after <code>?token=</code>.</p><form method="post" action="{action}">\
+<input type="hidden" name="next" value="{target}"><label>Token <input type="password" name="token" \
+required autofocus autocomplete="current-password"></label> <button>Sign in</button></form>"""
+_SIGN_IN_LINK = """\
+<h1>Sign in</h1>{detail}<p>This proxy asks for its token only at its own address, where no app can \
+read it. You then come back to the front page of this app.</p>\
+<p><a href="{target}">Sign in there</a></p>"""
+_SAME_PATH = "the same for an app that is configured to use this whole path"
 _FORMS = (
-    ("/8080/", "port 8080 of this machine; the app sees the path behind the port"),
-    ("/absolute/8080/", "the same for an app that is told to live under this whole path"),
+    ("/8080/", "port 8080 of this machine; the app receives the path after the port"),
+    ("/absolute/8080/", _SAME_PATH),
     ("/db1.example.org:8080/", "port 8080 of a host that --host-allowlist allows"),
-    (
-        "/absolute/db1.example.org:8080/",
-        "the same for an app that is told to live under this whole path",
-    ),
+    ("/absolute/db1.example.org:8080/", _SAME_PATH),
 )
+_LINK_NAMES = {"host": "own host", "stripped": "prefix stripped", "absolute": "prefix kept"}
+_OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
+_TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
+_TITLE_BYTES = 65536  # the part of a page that is searched for its title
+CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers show no password dialog for this scheme
 
 
 class NotListening(ProxyError):
-    """Nobody accepts connections at the route's port yet: a page visit gets a page that waits."""
+    """Nothing accepts connections at the route's port yet; page visits get a page that waits.
+
+    elsewhere: the addresses at which the port is listened on instead.
+    """
 
     def __init__(self, route: Route, elsewhere: Sequence[str]) -> None:
-        detail = _why_nobody_listens(route, elsewhere)
-        super().__init__(502, detail, (("Retry-After", "2"), ("Port-Proxy", "waiting")))
+        text, advice, address = (
+            "Nothing listens on %s. Is the app running, and is this its port?",
+            "",
+            "",
+        )
+        text %= route.place
+        if elsewhere:
+            text = "The app on port %d listens on %s only, not on %s."
+            text %= route.port, " and ".join(elsewhere), route.host
+            advice, address = _how_to_reach(route, elsewhere)
+        fields = (("Retry-After", "2"), ("Port-Proxy", "waiting"))
+        super().__init__(502, text, fields, advice, address)
         self.route = route
 
 
-def _why_nobody_listens(route: Route, elsewhere: Sequence[str]) -> str:
-    if not elsewhere:
-        return "Nothing listens on %s. Is the app running, and is this its port?" % route.place
-    there = next((one for one in elsewhere if one in LOOPBACK_NAMES), elsewhere[0])
-    place = authority_of(there, route.port)
-    text = "The app on port %d listens at %s alone, not at %s."
-    text %= route.port, " and ".join(elsewhere), route.host
-    if there in LOOPBACK_NAMES:
-        return text + " Open %d in place of %s." % (route.port, route.authority)
+def _how_to_reach(route: Route, addresses: Sequence[str]) -> Tuple[str, str]:
+    """The advice of the error, and its value."""
+    if any(address in LOOPBACK_NAMES for address in addresses):
+        return "Open %d instead of %s." % (route.port, route.authority), ""
     advice = (
-        " Start it with 127.0.0.1 as the address to listen on, or the proxy with --host-allowlist"
-        " %s, and open %s in place of %d."
+        "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value} and open"
+        " %s instead of %d."
     )
-    return text + advice % (there, place, route.port)
+    return advice % (authority_of(addresses[0], route.port), route.port), addresses[0]
 
 
 class SignInNeeded(ProxyError):
     """A page visit without a valid token.
 
-    It is answered with the sign-in page, which sends the token to the path `action` and leads on to
-    `target`.  If `action` is "", the page only links to `target`, where the token is asked for.
+    The sign-in page sends the token to the path `action`, which redirects to `target`.  If `action`
+    is "", the page only links to `target`, where the token is asked for.
     """
 
     def __init__(self, detail: str, target: str, action: str) -> None:
@@ -2365,212 +2557,127 @@ class SignInNeeded(ProxyError):
         self.action = action
 
 
-# Browsers do not know this scheme, so they show the page instead of asking for a password.
-CHALLENGE = (("WWW-Authenticate", "Bearer"),)
+class PortEntry(NamedTuple):
+    """A port on the page of ports.
 
+    title: that of the last page visited there, "" if unknown.  links: by form, the best first.
+    """
 
-def error_response(error: ProxyError, as_html: bool) -> LocalResponse:
-    """The response that says what was wrong; nothing of the request is in it but a checked name."""
-    phrase = reason_phrase(error.status)
-    fields = error.fields + (("Cache-Control", "no-store"),)
-    if not as_html:
-        return _response(
-            error.status, "text/plain", "%d %s\n%s\n" % (error.status, phrase, error.detail), fields
-        )
-    body = '<h1>%s</h1><p>%s</p><p class="soft">%d &middot; port_proxy</p>'
-    return _page(
-        error.status,
-        phrase,
-        body % (html.escape(phrase), _marked(error.detail), error.status),
-        fields,
-    )
-
-
-def _marked(detail: str) -> str:
-    """What an error says, with the options in it as what they are."""
-    return _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(detail))
-
-
-_OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
-
-
-class PortsView(NamedTuple):
-    """What the page at the base shows; by port: the title of the page that it served last, as far as one is known, and
-    how its own host is reached, "" where it has none."""
-
-    base: str
-    ports: Sequence[Listener]
-    titles: Mapping[int, str]
-    ways: Mapping[int, str]
-
-
-class Lookout:
-    """Who listens on this machine, looked up once a second at most, however many ask."""
-
-    def __init__(self) -> None:
-        self._found: Optional["asyncio.Future[List[Listener]]"] = None
-        self._since = 0.0
-
-    async def listeners(self, loop: asyncio.AbstractEventLoop) -> List[Listener]:
-        """As `listeners`, without holding the loop up."""
-        now = time.monotonic()
-        if self._found is None or (self._found.done() and now - self._since > 1.0):
-            self._since = now
-            self._found = loop.run_in_executor(None, listeners)
-        return await asyncio.shield(self._found)
+    listener: Listener
+    title: str
+    links: Dict[str, str]
 
 
 class Titles:
-    """The titles of pages that went by, by port of this machine: nothing is asked for them."""
+    """The titles of visited pages, by port of this machine; no request is made for them."""
 
     def __init__(self) -> None:
-        self._seen: Dict[int, Tuple[str, float]] = {}  # with the time, in seconds since the epoch
+        # With the time of the visit, in seconds since the epoch.
+        self._seen = {}  # type: Dict[int, Tuple[str, float]]
 
     def note(self, route: Route, response: Response, data: bytes) -> None:
-        """Remember the title in the beginning of a page, if there is one."""
-        title = (
-            title_in(response.headers, data)
-            if route.host == "localhost" and response.status == 200
-            else ""
-        )
-        if title:
-            self._seen[route.port] = title, time.time()
+        """Keep the title of a page that begins with `data`, if it has one."""
+        if route.host == "localhost" and response.status == 200:
+            title = title_in(response.headers, data)
+            if title:
+                self._seen[route.port] = title, time.time()
 
-    def of(self, ports: Sequence[Listener]) -> Dict[int, str]:
-        """The titles of those that have not been started anew since."""
-        found = ((one, self._seen.get(one.port, ("", 0.0))) for one in ports)
-        return {one.port: title for one, (title, seen) in found if title and seen >= one.started}
+    def get(self, listener: Listener) -> str:
+        """The title of the last page that this program served, or ""."""
+        title, seen = self._seen.get(listener.port, ("", 0.0))
+        return title if seen >= listener.started else ""
 
 
 def title_in(headers: Headers, data: bytes) -> str:
-    """The title of an HTML page, of which `data` is the beginning; "" where none can be read in it."""
-    kind = "".join(headers.get_all("content-type")[:1]).lower()
+    """The title of an HTML page that begins with `data`; "" if it cannot be read."""
+    media_type = "".join(headers.get_all("content-type")[:1]).lower()
     coding = "".join(headers.get_all("content-encoding")).lower()
-    if "html" not in kind or coding not in ("", "gzip", "deflate"):
+    if "html" not in media_type or coding not in ("", "gzip", "deflate"):
         return ""
-    if coding:
-        try:
-            data = zlib.decompressobj(47).decompress(
-                data, _TITLE_BYTES
-            )  # either of the two, told by its head
-        except zlib.error:
-            return ""
-    match = _TITLE.search(data[:_TITLE_BYTES].decode("utf-8", "replace"))
     try:
+        if coding:  # 47: the head of the data tells which of the two it is
+            data = zlib.decompressobj(47).decompress(data, _TITLE_BYTES)
+        match = _TITLE.search(data[:_TITLE_BYTES].decode("utf-8", "replace"))
         title = html.unescape(match.group(1)) if match else ""
-    except ValueError:  # a character's number of thousands of digits
+    except (zlib.error, ValueError):  # ValueError: a character reference of thousands of digits
         return ""
-    return "".join(one if one.isprintable() else " " for one in " ".join(title.split())[:100])
+    title = " ".join(title.split())[:100]
+    return "".join(letter if letter.isprintable() else " " for letter in title)
 
 
-_TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
+def port_links(base: str, port: int, host_url: str) -> Dict[str, str]:
+    """The URLs of a port, by form, the best first.  host_url: that of its own host, or ""."""
+    links = {"host": host_url} if host_url else {}
+    links["stripped"] = "%s/%d/" % (base, port)
+    links["absolute"] = "%s/absolute/%d/" % (base, port)
+    return links
 
 
-def wants_json(headers: Headers) -> bool:
-    """Whether a program asks for data."""
-    return any("application/json" in value.lower() for value in headers.get_all("accept"))
-
-
-def ports_response(view: PortsView, request: Request) -> LocalResponse:
-    """The answer at the base: the ports that somebody may want to open, and the forms of an address."""
-    fields = (("Cache-Control", "no-store"), ("Vary", "Accept"))
-    if request.target.endswith("?list"):
-        return _response(
-            200,
-            "text/html",
-            _port_items(view),
-            fields + (("Content-Security-Policy", _policy("")),),
-        )
+def ports_response(base: str, entries: Sequence[PortEntry], request: Request) -> LocalResponse:
+    """The response at the base: the ports to open, and the forms of an address."""
+    fields = (("Vary", "Accept"),)
+    if request.target.endswith("?list"):  # the script of the page
+        policy = _policy("", forms="'none'")
+        return _response(200, "text/html", "".join(map(_port_item, entries)), fields + policy)
     if request.is_navigation:
-        return _ports_page(view, fields)
-    if wants_json(request.headers):
-        ports = [_port_data(view, one) for one in view.ports]
-        return _response(
-            200, "application/json", json.dumps({"ports": ports}, indent=1) + "\n", fields
-        )
-    lines = ["%-40s %s\n" % (view.base + form, meaning) for form, meaning in _FORMS]
-    lines += [
-        "\n%-40s %s" % ("%s/%d/" % (view.base, one.port), _summary(one)) for one in view.ports
-    ]
-    text = "port_proxy: every port of this machine through this one\n\n" + "".join(lines) + "\n"
-    return _response(200, "text/plain", text, fields)
+        body = _ports_page(base, entries)
+        return _page(200, "Ports of this machine", body, fields, _PORTS_SCRIPT)
+    if any("application/json" in value.lower() for value in request.headers.get_all("accept")):
+        data = {"ports": [_port_data(entry) for entry in entries]}
+        return _response(200, "application/json", json.dumps(data, indent=1) + "\n", fields)
+    lines = ["port_proxy: every port of this machine through this one", ""]
+    lines += ["%-40s %s" % (base + form, meaning) for form, meaning in _FORMS]
+    lines.append("")
+    lines += ["%-40s %s" % (one.links["stripped"], _summary(one.listener)) for one in entries]
+    return _response(200, "text/plain", "\n".join(lines) + "\n", fields)
 
 
-def _ports_page(view: PortsView, fields: Fields) -> LocalResponse:
+def _ports_page(base: str, entries: Sequence[PortEntry]) -> str:
     row = "<tr><td><code>%s</code><td>%s"
-    rows = "".join(
-        row % (html.escape(view.base + form), html.escape(text)) for form, text in _FORMS
+    nothing = "None of your programs listens on a port. New ones appear here."
+    if not os.path.exists(_TABLES[0]):
+        nothing = "This system does not report which ports are in use."
+    return _PORTS_PAGE.format(
+        items="".join(map(_port_item, entries)),
+        hidden=" hidden" if entries else "",
+        nothing=nothing,
+        base=html.escape(base),
+        forms="".join(row % (html.escape(base + form), meaning) for form, meaning in _FORMS),
     )
-    body = (
-        '<h1>Ports of this machine</h1><p class="soft" role="status"></p>'
-        '<label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>'
-        '<ul class="ports">{items}</ul>'
-        '<p id="none"{hidden}>{nothing}</p>'
-        '<form method="get" action="{base}/"><label>Another port <input name="port" inputmode="numeric" required'
-        ' pattern=" *[1-9][0-9]{{0,4}} *" title="a number from 1 to 65535" placeholder="8080" autocomplete="off">'
-        "</label><button>Open</button></form>"
-        "<details><summary>Forms of an address</summary><table>{rows}</table></details>"
+
+
+def _port_item(entry: PortEntry) -> str:
+    port, links = entry.listener.port, []
+    for form, url in entry.links.items():
+        name = _LINK_NAMES[form]
+        values = (html.escape(url), port, name, name)
+        links.append('<a href="%s" aria-label="port %d, %s">%s</a> ' % values)
+    return _PORT_ITEM.format(
+        port=port,
+        best=html.escape(next(iter(entry.links.values()))),
+        title=html.escape(entry.title),
+        about=html.escape(_summary(entry.listener)),
+        links="".join(links),
     )
-    hidden = " hidden" if view.ports else ""
-    nothing = "No program of yours listens on a port. Once one does, it appears here."
-    if not ports_are_told():
-        nothing = "This system does not tell which ports are in use."
-    items, base = _port_items(view), html.escape(view.base)
-    text = body.format(items=items, hidden=hidden, nothing=nothing, base=base, rows=rows)
-    return _page(200, "Ports of this machine", text, fields, _PORTS_SCRIPT)
 
 
-def _port_items(view: PortsView) -> str:
-    item = (
-        '<li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>'
-        '<div class="ways">{ways}</div></li>\n'
-    )
-    way = '<a href="%s" aria-label="port %d, %s">%s</a> '
-    items = []
-    for one in view.ports:
-        links = _links(view, one)
-        ways = "".join(
-            way % (html.escape(url), one.port, _WAYS[name], _WAYS[name])
-            for name, url in links.items()
-        )
-        best = html.escape(links.get("host") or links["stripped"])
-        title, about = html.escape(view.titles.get(one.port, "")), html.escape(_summary(one))
-        items.append(item.format(port=one.port, best=best, title=title, about=about, ways=ways))
-    return "".join(items)
+def _port_data(entry: PortEntry) -> Dict[str, Any]:
+    """An entry for programs; unknown values are null."""
+    data = entry.listener._asdict()  # type: Dict[str, Any]
+    started = data.pop("started")
+    data["seconds"] = int(time.time() - started) if started else None
+    return dict(data, title=entry.title or None, links=entry.links)
 
 
-_WAYS = {"host": "own host", "stripped": "prefix stripped", "absolute": "prefix kept"}
-
-
-def _links(view: PortsView, one: Listener) -> Dict[str, str]:
-    """The addresses of a port here, by form; the best comes first."""
-    host = view.ways.get(one.port, "")
-    stripped, absolute = ("%s/%s%d/" % (view.base, form, one.port) for form in ("", "absolute/"))
-    return dict({"host": host} if host else {}, stripped=stripped, absolute=absolute)
-
-
-def _port_data(view: PortsView, one: Listener) -> Dict[str, Any]:
-    """A port as programs get it."""
-    seconds = int(time.time() - one.started) if one.started else None
-    data = {
-        "port": one.port,
-        "addresses": one.addresses,
-        "program": one.program,
-        "pid": one.pid,
-        "seconds": seconds,
-    }
-    return dict(data, title=view.titles.get(one.port), links=_links(view, one))
-
-
-def _summary(one: Listener) -> str:
-    """A port in a line for a person: its program, how long that runs, and what keeps it from being reached."""
-    parts = [one.program, _for_how_long(time.time() - one.started) if one.started else ""]
-    if not one.is_local:
-        parts.append("listens at %s alone, not at localhost" % ", ".join(one.addresses))
+def _summary(listener: Listener) -> str:
+    """A line for people: the program, its age, and why localhost does not reach it."""
+    parts = [listener.program, _age(time.time() - listener.started) if listener.started else ""]
+    if not reaches_any("localhost", listener.addresses):
+        parts.append("listens on %s only, not on localhost" % ", ".join(listener.addresses))
     return " \u00b7 ".join(filter(None, parts))
 
 
-def _for_how_long(seconds: float) -> str:
+def _age(seconds: float) -> str:
     for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= unit:
             count = int(seconds // unit)
@@ -2578,52 +2685,37 @@ def _for_how_long(seconds: float) -> str:
     return "just started"
 
 
+def error_response(error: ProxyError, as_html: bool) -> LocalResponse:
+    """A page or plain text for an error; it repeats nothing of the request but a checked name."""
+    phrase = reason_phrase(error.status)
+    if not as_html:
+        text = "%d %s\n%s\n" % (error.status, phrase, error.detail)
+        return _response(error.status, "text/plain", text, error.fields)
+    body = '<h1>%s</h1><p>%s</p><p class="soft">%d &middot; port_proxy</p>'
+    body %= phrase, _detail(error), error.status
+    return _page(error.status, phrase, body, error.fields)
+
+
 def waiting_response(error: ProxyError, port: int) -> LocalResponse:
-    """The page for a person whose app does not listen yet: it opens the app as soon as that answers."""
-    body = (
-        '<h1 class="pulse">Waiting for port {port}</h1><p>{detail}</p><p>This page opens the app by itself as soon as'
-        ' it answers.</p><div id="help"><p>If nothing comes:</p><ul>'
-        "<li>Does the log of the app show an error, or another port?</li>"
-        "<li>Does it listen on 127.0.0.1 or 0.0.0.0, rather than on another address alone?</li>"
-        "<li>On the machine, <code>python3 port_proxy.py --check {port}</code> looks at the port and says what it"
-        " finds.</li>"
-        '</ul></div><p class="soft">502 &middot; port_proxy</p>'
-    )
-    text = body.format(port=port, detail=_marked(error.detail))
-    reload = '<noscript><meta http-equiv="refresh" content="5"></noscript>'
-    fields = error.fields + (("Cache-Control", "no-store"),)
-    return _page(error.status, "Waiting for port %d" % port, text, fields, _WAITING_SCRIPT, reload)
+    """The page that opens an app as soon as it listens."""
+    body = _WAITING_PAGE.format(port=port, detail=_detail(error))
+    title = "Waiting for port %d" % port
+    return _page(error.status, title, body, error.fields, _WAITING_SCRIPT)
 
 
 def sign_in_response(error: SignInNeeded) -> LocalResponse:
-    """The page that asks for the token, and sends the person on to where they were going; or leads to that page."""
-    asks = (
-        "<h1>Sign in</h1>%s<p>This proxy wants to know that you are its owner. Its token is in the address that"
-        ' it printed when it was started, behind <code>?token=</code>.</p><form method="post" action="%s">'
-        '<input type="hidden" name="next" value="%s"><label>Token <input type="password" name="token" required'
-        ' autofocus autocomplete="current-password"></label> <button>Sign in</button></form>'
-    )
-    leads = (
-        "<h1>Sign in</h1>%s<p>This proxy wants to know that you are its owner. It asks for its token at an"
-        " address of its own only, which no app can look into, and leads back to the app's front page.</p>"
-        '<p><a href="%s">Sign in there</a></p>'
-    )
-    said = "<p>%s</p>" % html.escape(error.detail) if error.detail else ""
-    places = (error.action, error.target) if error.action else (error.target,)
-    body = (asks if error.action else leads) % ((said,) + tuple(map(html.escape, places)))
-    fields = error.fields + (("Cache-Control", "no-store"),)
-    # Browsers hold this against the whole way of redirects behind the form, and apps may lead to a login elsewhere.
-    return _page(error.status, "Sign in", body, fields, forms="*", frames="'none'")
+    """The page that asks for the token, or links to the page that does."""
+    detail = "<p>%s</p>" % html.escape(error.detail) if error.detail else ""
+    target, action = html.escape(error.target), html.escape(error.action)
+    template = _SIGN_IN_FORM if action else _SIGN_IN_LINK
+    body = template.format(detail=detail, target=target, action=action)
+    return _page(error.status, "Sign in", body, error.fields, is_sign_in=True)
 
 
 def redirect_response(location: str) -> LocalResponse:
     """A temporary redirect to a path of ours."""
-    return _response(
-        302,
-        "text/plain",
-        "Here, with a slash behind the port.\n",
-        (("Location", location), ("Cache-Control", "no-store")),
-    )
+    text = "Redirecting to the address with a slash after the port.\n"
+    return _response(302, "text/plain", text, (("Location", location),))
 
 
 def reason_phrase(status: int) -> str:
@@ -2634,46 +2726,43 @@ def reason_phrase(status: int) -> str:
         return "Error"
 
 
+def _detail(error: ProxyError) -> str:
+    """The detail of an error as HTML; options in it are set as code."""
+    return _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
+
+
 def _page(
-    status: int,
-    title: str,
-    body: str,
-    fields: Fields = (),
-    script: str = "",
-    head: str = "",
-    forms: str = "'self'",
-    frames: str = "'self'",
+    status: int, title: str, body: str, fields: Fields, script: str = "", is_sign_in: bool = False
 ) -> LocalResponse:
-    """forms, frames: where the page's forms may lead, and what may have it in a frame (Content-Security-Policy)."""
+    """A page with its policy.
+
+    Browsers apply form-action to all redirects after the form, and an app may redirect to a login
+    elsewhere: the sign-in form may lead anywhere.  No page may show it in a frame.
+    """
     element = "<script>%s</script>" % script if script else ""
-    text = _PAGE.format(
-        title=html.escape(title), style=_STYLE, head=head, body=body, script=element
-    )
-    return _response(
-        status,
-        "text/html",
-        text,
-        fields + (("Content-Security-Policy", _policy(script, forms, frames)),),
-    )
+    text = _PAGE.format(title=html.escape(title), style=_STYLE, body=body, script=element)
+    forms, frames = ("*", "'none'") if is_sign_in else ("'self'", "'self'")
+    return _response(status, "text/html", text, fields + _policy(script, forms, frames))
 
 
-def _policy(script: str, forms: str = "'none'", frames: str = "'self'") -> str:
-    style, code = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (_STYLE, script)
-    )
-    return _POLICY % (style, "'sha256-%s'" % code if script else "'none'", forms, frames)
+def _policy(script: str, forms: str, frames: str = "'self'") -> Fields:
+    hashes = []
+    for text in (_STYLE, script):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        hashes.append("'sha256-%s'" % digest if text else "'none'")
+    return (("Content-Security-Policy", _POLICY % (*hashes, forms, frames)),)
 
 
-def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> LocalResponse:
+def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalResponse:
     body = text.encode()
-    ours = (
+    own_fields = (
         ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
         ("Content-Type", media_type + "; charset=utf-8"),
         ("X-Content-Type-Options", "nosniff"),
         ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),
     )
-    return LocalResponse(status, ours + fields, body)
+    return LocalResponse(status, own_fields + fields, body)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2698,7 +2787,7 @@ class Upstreams:
         self.config = config
         self.deadlines = deadlines
         self.listening = listening
-        self.owners = Owners()
+        self.sockets = LocalSockets()
         self._contexts = {}  # type: Dict[bool, ssl.SSLContext]
         self._idle = {}  # type: Dict[str, List[Tuple[Connection, float]]]
         self._idle_count = 0
@@ -2762,12 +2851,12 @@ class Upstreams:
         except asyncio.TimeoutError:  # an OSError from 3.11 on
             raise _connect_timeout(route, self.config)
         except (ssl.SSLError, ssl.CertificateError) as error:
-            raise ProxyError(502, _tls_failure(route, error))
+            raise _tls_failure(route, error)
         except (socket.gaierror, UnicodeError):  # the second: a name that cannot be looked up
             text = "The host %s could not be found. Check its spelling, or this machine's name service."
             raise ProxyError(502, text % route.host)
         except ConnectionRefusedError:
-            raise NotListening(route, self.owners.elsewhere(route.host, route.port))
+            raise NotListening(route, self.sockets.listening_elsewhere(route.host, route.port))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 text = "The proxy has no file descriptor left to connect with. Try again shortly."
@@ -2825,17 +2914,18 @@ class Upstreams:
             text = "Port %d is the proxy's own: the request would go round for ever." % there[1]
             raise ProxyError(508, text)
         if not self.config.any_owner and ipaddress.ip_address(there[0]).is_loopback:
-            owner = self.owners.stranger(here, there)
+            owner = self.sockets.other_owner(here, there)
             if owner is not None:
-                raise ProxyError(403, _whose_port(there[1], owner))
+                raise _foreign_port(there[1], owner)
 
 
-def _whose_port(port: int, owner: int) -> str:
+def _foreign_port(port: int, owner: int) -> ProxyError:
     text = (
         "Port %d of this machine belongs to another user, %s. Its pages could use your other apps as"
-        " you. If you trust it, start the proxy with --any-owner."
+        " you."
     )
-    return text % (port, _user_name(owner))
+    advice = "If you trust it, {start} {any_owner}."
+    return ProxyError(403, text % (port, user_name(owner)), (), advice)
 
 
 def upstream_context(verified: bool) -> ssl.SSLContext:
@@ -2847,12 +2937,13 @@ def upstream_context(verified: bool) -> ssl.SSLContext:
     return context
 
 
-def _tls_failure(route: Route, error: Exception) -> str:
+def _tls_failure(route: Route, error: Exception) -> ProxyError:
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-        advice = " --insecure-upstream accepts any on this machine." if route.is_local else ""
-        return "The certificate of %s could not be verified.%s" % (route.place, advice)
-    text = "No TLS connection to %s could be made. Does it speak TLS? See --upstream-tls."
-    return text % route.place
+        text = "The certificate of %s could not be verified." % route.place
+        advice = "{insecure_upstream} accepts any on this machine." if route.is_local else ""
+        return ProxyError(502, text, (), advice)
+    text = "No TLS connection to %s could be made. Does it speak TLS?" % route.place
+    return ProxyError(502, text, (), "See {upstream_tls}.")
 
 
 def _reaches(here: Address, there: Address, listening: Address) -> bool:
@@ -2948,13 +3039,12 @@ def is_tls_record(data: bytes) -> bool:
     return data[:2] in (b"\x15\x03", b"\x16\x03")
 
 
-def tls_advice(route: Route) -> str:
-    """What to do if an upstream speaks TLS and the proxy was not told."""
-    text = "The app on %s speaks TLS. Start the proxy with --upstream-tls %s"
-    text %= route.place, _tls_name(route)
-    return text + (
-        ", and --insecure-upstream if its certificate is its own." if route.is_local else "."
-    )
+def speaks_tls(route: Route) -> ProxyError:
+    """The error if an upstream speaks TLS and the proxy was not told."""
+    own_certificate = ", and {insecure_upstream} if its certificate is its own" * route.is_local
+    advice = "{Start} {upstream_tls} {value}%s." % own_certificate
+    text = "The app on %s speaks TLS." % route.place
+    return ProxyError(502, text, (), advice, _tls_name(route))
 
 
 def _tls_name(route: Route) -> str:
@@ -2964,15 +3054,19 @@ def _tls_name(route: Route) -> str:
 # --------------------------------------------------------------------------------------------------
 # Access control
 # --------------------------------------------------------------------------------------------------
-# A gate decides once per request, before any upstream is touched, for every method and for Upgrades
-# alike.  It also removes our own credentials from what an app receives.  `TokenGate` is the gate of
-# a proxy that stands alone; JupyterHub and Jupyter have gates of their own below.
+# A gate decides about each request before any upstream is touched, for every method and for
+# Upgrades alike.  `authorize` returns, or raises the error that answers the request.  A gate also
+# removes our own credentials from requests to apps.  `TokenGate` protects a proxy that stands
+# alone; JupyterHub and Jupyter have gates of their own below.
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
 _NO_REFERRER = ("Referrer-Policy", "no-referrer")
 # A path, and not "//host"; no backslash, which browsers take for a slash.
 _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')
+# Hosts and origins in this form are safe to copy into a shell; no real name looks otherwise.
+_PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
+_PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
 ANY_TOKEN = "any"  # as Config.token: make one at random
 COOKIE_PREFIX = "port_proxy_"  # the port follows, since browsers do not keep ports apart
 ENTRANCE = "/.well-known/port-proxy"  # our only path at an app's own host (RFC 8615)
@@ -2980,33 +3074,45 @@ _MAX_SESSIONS = 1000
 _MAX_NAMES = 100
 _MAX_TICKETS = 1000
 _TICKET_SECONDS = 30.0  # from the ports page to an app's host
-_MAX_SOURCES = 1000  # addresses whose wrong tokens are remembered
-_TRIES = 10.0  # wrong tokens that an address has before it must wait; one comes back each second
+_MAX_SOURCES = 1000  # addresses whose wrong tokens are counted
+_TRIES = 10.0  # wrong tokens before an address must wait; it regains one each second
 
 ReadForm = Callable[[], Awaitable[bytes]]
 
 
-def remember(table: Dict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Add the latest entry to a bounded dictionary; beyond `most`, the earliest goes."""
-    table.pop(key, None)
-    table[key] = value
-    while len(table) > most:
-        del table[next(iter(table))]
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+class BoundedDict(Dict[_Key, _Value]):
+    """A dictionary of the latest `size` entries; setting a key makes its entry the latest."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def __setitem__(self, key: _Key, value: _Value) -> None:
+        self.pop(key, None)
+        super().__setitem__(key, value)
+        if len(self) > self.size:
+            del self[next(iter(self))]
 
 
 def check_route(route: Route, config: Config) -> None:
     """ProxyError 403 if the host of a route is not on the allowlist."""
     if not is_allowed(route.host, config.host_allowlist):
-        advice = "Start the proxy with --host-allowlist %s to allow it." % route.host
-        raise ProxyError(403, "The host %s is not on the allowlist. %s" % (route.host, advice))
+        text = "The host %s is not on the allowlist." % route.host
+        advice = "{Start} {host_allowlist} {value} to allow it."
+        raise ProxyError(403, text, (), advice, route.host)
 
 
 class Gate:
-    """What all kinds of gate have in common."""
+    """What all gates share: removing our credentials, and refusing foreign origins."""
 
-    token = ""  # what clients must show, if it is the same for all
+    token = ""  # for everybody; "" if there is none
     app_cookie = ""  # the name of the cookie that names the last app; "" for none
-    cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # one is in the name of each of ours
+    cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # each cookie of ours has one
+    terms = COMMAND_LINE_TERMS  # the names of options in errors
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -3019,15 +3125,15 @@ class Gate:
         return None
 
     async def authorize(self, request: Request) -> None:
-        """Return if the request may come in; raise the ProxyError that answers it otherwise."""
+        """Return to admit the request; raise the ProxyError that answers it otherwise."""
         raise NotImplementedError
 
     async def close(self) -> None:
-        """End what the gate does in the background."""
+        """End the gate's background tasks."""
 
-    def explain(self, error: ProxyError) -> ProxyError:
-        """The error with the names that its reader knows the options by."""
-        return error
+    def response_lines(self, status: int) -> Sequence[str]:
+        """Header lines that the gate adds to a response of an app."""
+        return ()
 
     def owns_token(self, token: str) -> bool:
         """Whether a token in a request is ours, and not the app's."""
@@ -3035,12 +3141,13 @@ class Gate:
 
     def owns_authorization(self, value: str) -> bool:
         """Whether the value of an Authorization field holds a token of ours."""
-        return any(map(self.owns_token, tokens_in(value)))
+        match = _TOKEN_FIELD.fullmatch(value)
+        return match is not None and self.owns_token(match.group(1))
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
-        """Whether a cookie is ours, or that of another proxy like this one under the same host name.
+        """Whether a cookie belongs to us, or to another port_proxy under the same host name.
 
-        Browsers do not keep ports apart.  If the app behind `route` is such a proxy itself, its own
+        Browsers do not keep ports apart.  If the app behind `route` is a port_proxy itself, its own
         cookies stay.
         """
         if not name.startswith(COOKIE_PREFIX):
@@ -3072,48 +3179,78 @@ class Gate:
             return url
         return path + (mark + "&".join(kept) if kept else "") + hash_mark + fragment
 
-    def response_lines(self, status: int) -> Sequence[str]:
-        """Header lines that the gate adds to a response of an app."""
-        return ()
+    def location_without_token(self, request: Request) -> str:
+        """The target without our token, for a redirect of a page visit; "" if it holds none.
+
+        After the redirect, the token is neither in the address bar nor in a Referer.
+        """
+        clean = self.strip_query(request.target)
+        if clean == request.target or not request.is_page_visit:
+            return ""
+        return "/." + clean if _OTHER_HOST.match(clean) else clean
 
     def check_origin(self, request: Request) -> None:
-        """Refuse cross-site requests that a page makes a browser send; ProxyError 400 or 403."""
+        """Refuse cross-site requests that a page makes a browser send; ProxyError 403."""
         headers, client = request.headers, request.client
-        sites = headers.get_all("sec-fetch-site")
-        if "origin" not in headers.index and sites in ([], ["same-origin"], ["none"]):
+        sites, has_origin = headers.get_all("sec-fetch-site"), "origin" in headers.index
+        if not has_origin and sites in ([], ["same-origin"], ["none"]):
             return
-        origins = headers.get_all("origin")
-        if origins == ["null"] and "same-origin" in sites:  # a form of a page without referrer
-            origins = []
-        foreign = [origin for origin in origins if not is_own_origin(origin, client.authority)]
-        allowed = self.config.allow_origins
-        if "*" in allowed or (foreign and _is_among(foreign[0], allowed)):
+        origin, allowed = headers.get("origin").lower(), self.config.allow_origins
+        is_own_form = origin == "null" and "same-origin" in sites  # of a page without referrer
+        is_foreign = has_origin and not request.is_own_origin and not is_own_form
+        origin = normal_origin(origin) if _PLAIN_ORIGIN.fullmatch(origin) else ""
+        if "*" in allowed or (is_foreign and origin in allowed):
             return
-        if foreign and (request.method not in _SAFE or request.is_websocket or client.app_port):
-            raise _foreign(foreign[0], client, bool(self.config.trusted_proxies))
+        is_safe = request.method in _SAFE and not request.is_websocket and not client.app_port
+        # Apps at hosts of their own are the same site to a browser, but foreign to each other.
         among_apps = client.app_port or host_of(client.authority) in self.config.domains
-        if not ("cross-site" in sites or (among_apps and "same-site" in sites)):
-            return
+        is_cross_site = "cross-site" in sites or ("same-site" in sites and among_apps)
         in_frame = any(dest != "document" for dest in headers.get_all("sec-fetch-dest"))
-        if request.is_page_visit and not in_frame:
+        is_opened = request.is_page_visit and not in_frame
+        if (not is_foreign or is_safe) and (not is_cross_site or is_opened):
             return
-        if foreign:
-            raise _foreign(foreign[0], client, bool(self.config.trusted_proxies))
-        text = "A page of another site tried to use this address (Sec-Fetch-Site)."
-        raise ProxyError(403, text + _ANY_PAGE)
+        here = client.authority or "a server without a name"
+        if not is_foreign:
+            text, origin = "A page of another site tried to use this address (Sec-Fetch-Site).", ""
+        elif not origin:  # such as "null", of a file or a sandbox
+            text = "A page without a proper origin may not use this address (%s)." % here
+        else:
+            text = "A page of another site, %s, may not use this address (%s)." % (origin, here)
+        raise ProxyError(403, text, (), self.origin_advice(origin), origin)
+
+    def origin_advice(self, origin: str) -> str:
+        """The advice of an error that refuses pages of `origin`, "" if it has no proper one."""
+        if not origin:
+            return "{Start} {allow_origins} '*' if any page may."
+        advice = "{Start} {allow_origins} {value} if it may."
+        if self.config.trusted_proxies:
+            advice += " If that is this site, the server in front must pass Host on unchanged."
+        return advice
+
+
+class WrongTokens(NamedTuple):
+    """The wrong tokens from one address, in one place of its requests.
+
+    left: the tries that were left at the time `since`.  recent: hashes of the last ones.
+    """
+
+    left: float
+    since: float
+    recent: FrozenSet[int]
 
 
 class TokenGate(Gate):
     """The gate of a proxy that stands alone.
 
-    With a token: it admits a request that shows the token, and a browser that has shown it once and
-    got a cookie with a random session id.  Without: it admits whoever can connect, as long as Host
-    is a name that only this machine has, so that no foreign page can make its own name lead here.
-    If a browser comes in on its own, by cookie or because all is open, pages of other sites cannot
-    use it (`check_origin`).
+    With a token, it admits requests that show the token, and browsers that have shown it once and
+    got a cookie with a random session id.  Without, Host must be a name that only this machine has,
+    so that no foreign page can point its own name here.  Requests that a browser can send on its
+    own, with a cookie or because all is open, must not come from foreign pages.
 
     Browsers send no cookie from one host to another, so every app's host has a session of its own.
     A browser that is signed in at our host gets there with a ticket, which is valid once.
+
+    is_private: only this machine's users can connect.  port: ours, 0 for a Unix socket.
     """
 
     def __init__(self, config: Config, is_private: bool, port: int) -> None:
@@ -3125,38 +3262,39 @@ class TokenGate(Gate):
         if token is None:
             token = "" if is_private else ANY_TOKEN
         self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
-        self._sessions = {}  # type: Dict[str, str]  # by session id: the host that it is for
-        self._tickets = {}  # type: Dict[str, Tuple[int, float]]  # the app's port, and the deadline
-        # By address and place: the tries left, when that was so, hashes of the last wrong tokens.
-        self._wrong = {}  # type: Dict[Tuple[str, str], Tuple[float, float, FrozenSet[int]]]
-        self._known_names = {}  # type: Dict[str, None]  # authorities that have passed
+        # By session id: the host that it is for.  By ticket: the app's port, and the deadline.
+        self._sessions = BoundedDict(_MAX_SESSIONS)  # type: BoundedDict[str, str]
+        self._tickets = BoundedDict(_MAX_TICKETS)  # type: BoundedDict[str, Tuple[int, float]]
+        self._wrong = BoundedDict(_MAX_SOURCES)  # type: BoundedDict[Tuple[str, str], WrongTokens]
+        self._check_host_once = functools.lru_cache(_MAX_NAMES)(self._check_host)
 
     async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
         client, (path, _, query) = request.client, request.target.partition("?")
-        is_ours = path == ENTRANCE if client.app_port else is_home(self.config.base, path)
-        if not is_ours:
-            return None
-        if self.token and request.method == "POST" and not client.app_port:
-            self.check_origin(request)
-            self._sign_in(await read_form(), client)
         sent = dict(parse_qsl(query)) if request.method == "GET" else {}
-        if self.token and client.app_port:
-            self.check_origin(request)
-            raise self._enter(sent.get("ticket", ""), request)
-        if not client.app_port and _PORT_NAME.fullmatch(sent.get("open", "")):
-            await self.authorize(request)
-            raise self._redirect_to_host(int(sent["open"]), client)
+        if client.app_port:
+            if path == ENTRANCE and self.token:
+                self.check_origin(request)
+                raise self._enter(sent.get("ticket", ""), request)
+        elif is_home(self.config.base, path):
+            if self.token and request.method == "POST":
+                self.check_origin(request)
+                self._sign_in(await read_form(), client)
+            if _PORT_NAME.fullmatch(sent.get("open", "")):
+                await self.authorize(request)
+                raise self._redirect_to_host(int(sent["open"]), client)
         return None
 
     async def authorize(self, request: Request) -> None:
-        preflight = self.config.allow_preflight and is_preflight(request)
+        asks = {"origin", "access-control-request-method"} <= request.headers.index.keys()
+        preflight = self.config.allow_preflight and request.method == "OPTIONS" and asks
         if self.config.authorize is not None:
             await self.config.authorize(request, request.client, request.route)
         elif not self.token:
+            # A foreign page may choose X-Forwarded-Host, but not Host.
             for authority in {request.authority, request.client.authority}:
-                self._check_host(authority)  # a page cannot choose the first, but may the second
+                self._check_host_once(host_of(authority))
         elif preflight or not self._check_credentials(request):
-            return  # a token in the request itself is no accident
+            return  # a page of another site does not know the token
         if not preflight:
             self.check_origin(request)
 
@@ -3167,101 +3305,50 @@ class TokenGate(Gate):
         ours = name == self.cookie_name or name.startswith(self.cookie_name + "_app")
         return ours or super().owns_cookie(name, route)
 
-    def _sign_in(self, form: bytes, client: ClientInfo) -> None:
-        """Raise the redirect to where the person was going, or the sign-in page again."""
-        sent = dict(parse_qsl(form.decode("latin-1")))
-        target = sent.get("next", "")
-        if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
-            target = self.config.base + "/"
-        if not self._try("form", [sent.get("token", "").strip()], client):
-            raise self._sign_in_needed("That is not the token.", target, client)
-        raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(client)))
+    # Without a token.
 
-    def _sign_in_needed(self, detail: str, target: str, client: ClientInfo) -> SignInNeeded:
-        """At an app's host no token is asked for: the app's pages could read what is typed there."""
-        if not client.app_port:
-            return SignInNeeded(detail, target, self.config.base + "/")
-        host = host_of(client.authority)
-        port = client.authority[len(host) :]
-        ours = "%s://%s%s" % (client.scheme, host.partition(".")[2], port)
-        return SignInNeeded(detail, "%s%s/?open=%d" % (ours, self.config.base, client.app_port), "")
-
-    def _redirect_to_host(self, port: int, client: ClientInfo) -> ProxyError:
-        """The redirect to the host of a port, with a ticket if one must be signed in there."""
-        url = host_form(port, client, self.config.domains)
-        if not url or port > 65535:
-            text = "By this name of the proxy no app has a host of its own. Start the proxy with"
-            raise ProxyError(404, text + " --domain, and a name whose subdomains lead here.")
-        if self.token:
-            ticket = secrets.token_urlsafe(32)
-            remember(self._tickets, ticket, (port, now() + _TICKET_SECONDS), _MAX_TICKETS)
-            url += ENTRANCE[1:] + "?ticket=" + ticket
-        return ProxyError(303, "Redirecting.", (("Location", url), _NO_REFERRER))
-
-    def _enter(self, ticket: str, request: Request) -> ProxyError:
-        """The redirect into an app's host for a browser with a ticket for it."""
-        client = request.client
-        port, until = self._tickets.pop(ticket, (0, 0.0))
-        if port != client.app_port or now() > until:
-            detail = "This sign-in link was used or has expired." if ticket else ""
-            return self._sign_in_needed(detail, "/", client)
-        cookie = () if self._is_signed_in(request) else (self._new_cookie(client),)
-        return ProxyError(303, "Signed in.", (("Location", "/"), _NO_REFERRER) + cookie)
-
-    def _is_signed_in(self, request: Request) -> bool:
-        # A look-up by hash: how long it takes reveals nothing about 256 random bits.
-        host = host_of(request.client.authority)
-        sessions = cookie_values(request.headers, self.cookie_name)
-        return any(self._sessions.get(session) == host for session in sessions)
-
-    def _check_host(self, authority: str) -> None:
-        """ProxyError 403 for a name that a foreign page could have made lead here."""
-        if authority in self._known_names:
-            return
-        host = host_of(authority)
-        domains = self.config.domains
-        try:
-            address = ipaddress.ip_address(host.strip("[]"))
-            known = (
-                address.is_loopback or not self.is_private
-            )  # nobody can make an address lead here
-        except ValueError:
-            known = host in ("", "localhost") or host.endswith(".localhost")
-            known = known or any(host == one or host.endswith("." + one) for one in domains)
-            known = known or (not self.is_private and host == socket.gethostname().lower())
+    def _check_host(self, host: str) -> None:
+        """Refuse a host name that a foreign page could have pointed here; ProxyError 403."""
         patterns = self.config.allow_hostnames
-        if not known and not any(fnmatch.fnmatchcase(host, pattern) for pattern in patterns):
-            advice = " Start the proxy with --allow-hostname %s if it leads here." % host
-            text = "The host name %s is not allowed." % host
-            raise ProxyError(403, text + (advice if _PLAIN_HOST.fullmatch(host) else ""))
-        if len(self._known_names) < _MAX_NAMES:
-            self._known_names[authority] = None
+        if not self._is_own_host(host) and not any(fnmatch.fnmatchcase(host, p) for p in patterns):
+            advice = "{Start} {allow_hostnames} {value} if it leads here."
+            advice = advice if _PLAIN_HOST.fullmatch(host) else ""
+            raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
+
+    def _is_own_host(self, host: str) -> bool:
+        try:  # no page can point an address here
+            return ipaddress.ip_address(host.strip("[]")).is_loopback or not self.is_private
+        except ValueError:
+            is_ours = host in ("", "localhost") or host.endswith(".localhost")
+        if not self.is_private and host == socket.gethostname().lower():
+            is_ours = True
+        return is_ours or any(host == d or host.endswith("." + d) for d in self.config.domains)
+
+    # With a token.
 
     def _check_credentials(self, request: Request) -> bool:
-        """Whether the cookie, which browsers send on their own, lets the request in.
+        """Whether a cookie admits the request, which browsers send on their own.
 
         False if a token does.  ProxyError 302, 401, 403 or 429 otherwise.
         """
-        client, headers = request.client, request.headers
         signed_in = self._is_signed_in(request)
-        shown, wrong = False, ""
         if not signed_in:
-            fields = headers.get_all("authorization")
-            in_fields = [token for value in fields for token in tokens_in(value)]
-            # What a foreign page makes a browser ask for must not use up its user's tries.
-            is_foreign = "cross-site" in headers.get_all("sec-fetch-site")
-            in_query = (
-                [] if is_foreign and not request.is_page_visit else query_tokens(request.target)
-            )
-            shown = self._try("fields", in_fields, client) or self._try("query", in_query, client)
-            wrong = "Invalid token. " if in_fields or in_query else ""
-        clean = self.strip_query(request.target)
-        if (signed_in or shown) and clean != request.target and request.is_page_visit:
-            cookie = () if signed_in else (self._new_cookie(client),)
-            location = "/." + clean if _OTHER_HOST.match(clean) else clean
+            self._check_tokens(request)
+        location = self.location_without_token(request)
+        if location:
+            cookie = () if signed_in else (self._new_cookie(request.client),)
             raise ProxyError(302, "Signed in.", (("Location", location),) + cookie)
-        if signed_in or shown:
-            return signed_in
+        return signed_in
+
+    def _check_tokens(self, request: Request) -> None:
+        """Refuse a request without a valid token; ProxyError 401, 403 or 429."""
+        client, in_fields = request.client, authorization_tokens(request.headers)
+        # A foreign page must not use up the tries of a browser's user.
+        is_foreign = "cross-site" in request.headers.get_all("sec-fetch-site")
+        in_query = [] if is_foreign and not request.is_page_visit else query_tokens(request.target)
+        if self._try("fields", in_fields, client) or self._try("query", in_query, client):
+            return
+        wrong = "Invalid token. " if in_fields or in_query else ""
         if request.is_websocket:
             text = "A WebSocket needs a signed-in browser, or the proxy's token."
             raise ProxyError(403, wrong + text)
@@ -3271,47 +3358,84 @@ class TokenGate(Gate):
         text = "The proxy's token is needed, as 'Authorization: token TOKEN'."
         raise ProxyError(401, wrong + text, CHALLENGE)
 
-    def _try(self, where: str, tokens: Sequence[str], client: ClientInfo) -> bool:
-        """Whether one of `tokens` is right; ProxyError 429 after too many wrong ones.
+    def _try(self, place: str, tokens: Sequence[str], client: ClientInfo) -> bool:
+        """Whether one of `tokens` is ours; ProxyError 429 after too many wrong ones.
 
-        They are counted by the place where they stand, and the same wrong one counts once: an app's
-        own token, sent again and again to a proxy that was started anew, keeps nobody out.
+        Wrong tokens are counted by address and by their place in the request.  The same one counts
+        once: an app's own token, sent again and again to a restarted proxy, locks nobody out.
         """
-        time = now()
-        left, since, last = self._wrong.pop((client.address, where), (_TRIES, time, frozenset()))
+        key, time = (client.address, place), now()
+        left, since, recent = self._wrong.get(key) or WrongTokens(_TRIES, time, frozenset())
         left = min(_TRIES, left + time - since)
-        seen = {hash(token) for token in tokens}
-        is_new = not seen <= last
-        if tokens and is_new and left < 1:
-            self._wrong[client.address, where] = left, time, last
-            text = "Too many wrong tokens came from there. Try again shortly."
+        hashes = frozenset(map(hash, tokens))
+        is_right = any(map(self.owns_token, tokens))
+        if hashes <= recent:
+            return is_right
+        if left < 1:
+            text = "Too many wrong tokens came from your address. Try again shortly."
             raise ProxyError(429, text, (("Retry-After", "5"),))
-        right = any(map(self.owns_token, tokens))
-        if tokens and is_new and not right:
-            left, last = left - 1, frozenset(seen if len(last) >= _TRIES else seen | last)
-        if left < _TRIES:
-            remember(self._wrong, (client.address, where), (left, time, last), _MAX_SOURCES)
-        return right
+        if not is_right:
+            recent = hashes if len(recent) >= _TRIES else hashes | recent
+            self._wrong[key] = WrongTokens(left - 1, time, recent)
+        return is_right
+
+    def _is_signed_in(self, request: Request) -> bool:
+        # A look-up by hash: its duration reveals nothing about 256 random bits.
+        host = host_of(request.client.authority)
+        sessions = cookie_values(request.headers, self.cookie_name)
+        return any(self._sessions.get(session) == host for session in sessions)
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
         session = secrets.token_urlsafe(32)
-        remember(self._sessions, session, host_of(client.authority), _MAX_SESSIONS)
+        self._sessions[session] = host_of(client.authority)
         secure = "; Secure" if client.scheme == "https" else ""
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
         text = "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s"
         return "Set-Cookie", text % (self.cookie_name, session, path, secure)
 
+    def _sign_in(self, form: bytes, client: ClientInfo) -> None:
+        """Raise the redirect to the page that the form names, or the sign-in page again."""
+        sent = dict(parse_qsl(form.decode("latin-1")))
+        target = sent.get("next", "")
+        if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
+            target = self.config.base + "/"
+        if not self._try("form", [sent.get("token", "").strip()], client):
+            raise self._sign_in_needed("Invalid token.", target, client)
+        raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(client)))
 
-def is_preflight(request: Request) -> bool:
-    """Whether this is a CORS preflight, which never carries credentials."""
-    headers = request.headers
-    is_question = "access-control-request-method" in headers.index and "origin" in headers.index
-    return request.method == "OPTIONS" and is_question
+    def _sign_in_needed(self, detail: str, target: str, client: ClientInfo) -> SignInNeeded:
+        """An app's host gets no form for the token: the app's pages could read the input."""
+        if not client.app_port:
+            return SignInNeeded(detail, target, self.config.base + "/")
+        host = host_of(client.authority)
+        port = client.authority[len(host) :]
+        ours = "%s://%s%s" % (client.scheme, host.partition(".")[2], port)
+        return SignInNeeded(detail, "%s%s/?open=%d" % (ours, self.config.base, client.app_port), "")
 
+    # Apps at hosts of their own.
 
-# Safe to copy into a shell; no real name looks otherwise.
-_PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
-_PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
+    def _redirect_to_host(self, port: int, client: ClientInfo) -> ProxyError:
+        """The redirect to the host of a port, with a ticket if the proxy has a token."""
+        url = host_form(port, client, self.config.domains)
+        if not url or port > 65535:
+            text = "Apps have no host of their own at this name of the proxy."
+            advice = "{Start} {domains}, and a name whose subdomains lead here."
+            raise ProxyError(404, text, (), advice)
+        if self.token:
+            ticket = secrets.token_urlsafe(32)
+            self._tickets[ticket] = port, now() + _TICKET_SECONDS
+            url += ENTRANCE[1:] + "?ticket=" + ticket
+        return ProxyError(303, "Redirecting.", (("Location", url), _NO_REFERRER))
+
+    def _enter(self, ticket: str, request: Request) -> ProxyError:
+        """The redirect to an app's front page at its host, for a browser with a ticket for it."""
+        client = request.client
+        port, deadline = self._tickets.pop(ticket, (0, 0.0))
+        if port != client.app_port or now() > deadline:
+            detail = "This sign-in link was used or has expired." if ticket else ""
+            return self._sign_in_needed(detail, "/", client)
+        cookie = () if self._is_signed_in(request) else (self._new_cookie(client),)
+        return ProxyError(303, "Signed in.", (("Location", "/"), _NO_REFERRER) + cookie)
 
 
 def normal_origin(origin: str) -> str:
@@ -3323,128 +3447,123 @@ def normal_origin(origin: str) -> str:
     return "%s://%s" % (match.group(1), _without(_DEFAULT_PORTS[match.group(1)], match.group(2)))
 
 
-_ANY_PAGE = " Start the proxy with --allow-origin '*' if any page may."
-
-
-def _foreign(origin: str, client: ClientInfo, has_server_in_front: bool) -> ProxyError:
-    here = client.authority or "a server without a name"
-    if not _PLAIN_ORIGIN.fullmatch(origin.lower()):  # null, of a file or a sandbox
-        text = "A page without a proper origin may not use this address (%s)." % here
-        return ProxyError(403, text + _ANY_PAGE)
-    text = (
-        "A page of another site, {0}, may not use this address ({1}). Start the proxy with"
-        " --allow-origin {0} if it may."
-    ).format(normal_origin(origin), here)
-    if has_server_in_front:
-        text += " If that is this site, the server in front must pass Host on unchanged."
-    return ProxyError(403, text)
-
-
-def _is_among(origin: str, allowed: Sequence[str]) -> bool:
-    try:
-        return normal_origin(origin) in allowed
-    except ValueError:  # "null", for one
-        return False
-
-
 def query_tokens(target: str) -> List[str]:
     """The values of all `token` parameters in the query of a target."""
     parameters = [one.partition("=") for one in target.partition("?")[2].split("&")]
     return [unquote(value) for name, _, value in parameters if unquote(name) == "token"]
 
 
-def tokens_in(authorization: str) -> List[str]:
-    """The token in the value of an Authorization field, in a list; [] if it has none."""
-    match = _TOKEN_FIELD.fullmatch(authorization)
-    return [match.group(1)] if match else []
+def authorization_tokens(headers: Headers) -> List[str]:
+    """The tokens in all Authorization fields."""
+    matches = map(_TOKEN_FIELD.fullmatch, headers.get_all("authorization"))
+    return [match.group(1) for match in matches if match]
 
 
 # --------------------------------------------------------------------------------------------------
 # JupyterHub
 # --------------------------------------------------------------------------------------------------
-# If a JupyterHub started this server, the Hub decides who comes in.  Browsers sign in there by OAuth
-# (RFC 6749 section 4.1, RFC 7636); programs show a token of the Hub.  The server reports activity,
-# so that the Hub can stop servers that nobody uses.
+# If a JupyterHub started this server, the Hub decides about access.  Programs send a token of the
+# Hub.  Browsers sign in at the Hub (OAuth 2.0, RFC 6749 section 4.1, with PKCE, RFC 7636) and get a
+# cookie with a random session id; the token behind the session stays in memory.  `HubApi` calls the
+# Hub, and `HubGate` decides.  Activity is reported, so that the Hub can stop idle servers.
 
-_BELIEVED = 60.0  # seconds that the Hub's word on a token is believed
+_CACHE_SECONDS = 60.0  # that the Hub's response about a token is valid
 _LOGIN_SECONDS = 600  # that a person may take to sign in
 _MAX_REMEMBERED = 1000  # sessions and tokens, each
 _MAX_LOGINS = 10000  # under way; anybody can begin one
-_MAX_QUESTIONS = 64  # that the Hub is asked at once
+_MAX_PENDING = 64  # requests to the Hub at once
 _MAX_TOKENS = 8  # different ones in a request
-_HUB_PATIENCE = 10.0  # seconds for an answer of the Hub
-_HUB_SESSION = (
-    "jupyterhub-session-id"  # the Hub's own cookie, which it changes when somebody signs out
-)
+_HUB_TIMEOUT = 10.0  # seconds
 _HUB_COOKIES = "jupyterhub-"
-_HUB_TOKEN = re.compile(
-    "[!-~]{1,1024}"
-)  # anything else is an app's own, and must not get into the head of a request
+_HUB_SESSION = "jupyterhub-session-id"  # the Hub's own cookie, which a sign-out changes
+# Any other token is an app's own, and must not get into the head of a request.
+_HUB_TOKEN = re.compile("[!-~]{1,1024}")
 _OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
-
-
 _SHORTLY = (("Retry-After", "5"),)
 
 
 class HubUser(NamedTuple):
-    """Whom the Hub knows a token to stand for, and what the token may be used for."""
+    """The user that a token belongs to, and the scopes of the token."""
 
     name: str
     scopes: FrozenSet[str]
 
 
+class HubQuery(NamedTuple):
+    """A request to the Hub for the user of a token, and the time when it began."""
+
+    task: "asyncio.Task[Optional[HubUser]]"
+    since: float
+
+
 class HubLogin(NamedTuple):
-    """A login under way: where the person was going, what the Hub's code is exchanged with (RFC 7636), what the browser
-    must show that began it, and the moment from which on it is too late."""
+    """A login under way.
+
+    target: the page that the person opened.  verifier: proves to the Hub that we began the login
+    (RFC 7636).  browser: the value of the cookie that proves the same of the browser.
+    """
 
     target: str
     verifier: str
     browser: str
-    until: float
+    deadline: float
+
+
+class HubBrowser(NamedTuple):
+    """A browser that is signed in: its token, and the Hub session that the token is bound to."""
+
+    token: str
+    hub_session: Optional[str]
 
 
 class HubApi:
-    """What this server asks and tells the Hub; ProxyError 503 where the Hub cannot be asked."""
+    """The Hub's API.  Raises ProxyError 503 if the Hub does not answer properly."""
 
     def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
         self.hub = hub
         self.config = config
         self.deadlines = deadlines
-        self.under_way: Set["asyncio.Task[Any]"] = set()  # questions that are not answered yet
+        self.pending = set()  # type: Set[asyncio.Task[Optional[HubUser]]]
         self._version = ""
-        self._next_try = 0.0  # not before then is the version asked for again
-        self._context: Optional[ssl.SSLContext] = None
-        # By token and Hub session: so that a browser whose session is over is asked about anew, at once.
-        self._asked: Dict[Tuple[str, str], Tuple["asyncio.Task[Optional[HubUser]]", float]] = {}
+        self._next_try = 0.0  # no request for the version before then
+        self._context = None  # type: Optional[ssl.SSLContext]
+        # By token and Hub session, so that a browser that signs out of the Hub is looked up again
+        # at once.
+        self._users = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[Tuple[str, str], HubQuery]
 
     async def user_of(self, token: str, session: str) -> Optional[HubUser]:
-        """Whom a token stands for, None if the Hub does not know it; believed for a minute in that Hub session."""
+        """The user of a token in a Hub session; None if the Hub does not know the token."""
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        time = now()
-        asked, since = self._asked.get((token, session), (None, 0.0))
-        if (
-            asked is None
-            or time - since > _BELIEVED
-            or (asked.done() and (asked.cancelled() or asked.exception()))
-        ):
-            if len(self.under_way) >= _MAX_QUESTIONS:
-                raise ProxyError(
-                    503, "There are too many questions to the Hub. Try again shortly.", _SHORTLY
-                )
-            asked = asyncio.ensure_future(self._ask_user(token))
-            self.under_way.add(asked)
-            asked.add_done_callback(self._answered)
-            remember(self._asked, (token, session), (asked, time), _MAX_REMEMBERED)
-        return await asyncio.shield(asked)
+        query = self._users.get((token, session))
+        if query is None or now() - query.since > _CACHE_SECONDS or _has_failed(query.task):
+            if len(self.pending) >= _MAX_PENDING:
+                text = "There are too many requests to the Hub. Try again shortly."
+                raise ProxyError(503, text, _SHORTLY)
+            query = HubQuery(self.deadlines.loop.create_task(self._find_user(token)), now())
+            self.pending.add(query.task)
+            query.task.add_done_callback(self._note_end)
+            self._users[token, session] = query
+        return await asyncio.shield(query.task)
 
-    def _answered(self, asked: "asyncio.Task[Optional[HubUser]]") -> None:
-        self.under_way.discard(asked)
-        if not asked.cancelled():
-            asked.exception()  # whoever asked may have left, and then nobody else takes note of it
+    def _note_end(self, task: "asyncio.Task[Optional[HubUser]]") -> None:
+        self.pending.discard(task)
+        if not task.cancelled():
+            task.exception()  # all clients may have left: then nobody else retrieves it
+
+    async def _find_user(self, token: str) -> Optional[HubUser]:
+        url, lines = self.hub.api_url + "/user", ["Authorization: token " + token]
+        response, data = await self._call("GET", url, lines)
+        if response.status in (401, 403, 404):
+            return None
+        name, scopes = data.get("name"), data.get("scopes")
+        if response.status != 200 or not isinstance(name, str) or not isinstance(scopes, list):
+            text = "The Hub did not name the user of a token (%d)." % response.status
+            raise ProxyError(503, text, _SHORTLY)
+        return HubUser(name, frozenset(map(str, scopes)))
 
     async def token_for(self, code: str, verifier: str) -> str:
-        """The token that a code from a login stands for (RFC 6749 section 4.1.3); ProxyError 403 if it is no good."""
+        """Exchange a login's code for a token (RFC 6749 section 4.1.3); ProxyError 403."""
         form = {
             "client_id": self.hub.client_id,
             "client_secret": self.hub.api_token,
@@ -3453,92 +3572,73 @@ class HubApi:
             "redirect_uri": self.hub.callback_url,
             "code_verifier": verifier,
         }
-        kind = ["Content-Type: application/x-www-form-urlencoded"]
-        url = self.hub.api_url + "/oauth2/token"
-        status, _, answer = await self._call("POST", url, kind, urlencode(form))
-        token = answer.get("access_token")
-        if status != 200 or not isinstance(token, str):
+        url, lines = (
+            self.hub.api_url + "/oauth2/token",
+            ["Content-Type: application/x-www-form-urlencoded"],
+        )
+        response, data = await self._call("POST", url, lines, urlencode(form))
+        token = data.get("access_token")
+        if response.status != 200 or not isinstance(token, str):
             raise ProxyError(
-                403,
-                "The Hub did not take this sign-in for valid. Open %s/ again." % self.hub.prefix,
+                403, "The Hub rejected this sign-in. Open %s/ again." % self.hub.prefix
             )
         return token
 
     async def version(self) -> str:
-        """The Hub's version; ""  where it has just not been told."""
+        """The Hub's version; "" if a request for it has failed within the last five seconds."""
         if not self._version and now() >= self._next_try:
             self._next_try = now() + 5
-            _, headers, _ = await self._call("GET", self.hub.api_url + "/", [])
-            self._version = headers.get("x-jupyterhub-version")
+            response, _ = await self._call("GET", self.hub.api_url + "/", [])
+            self._version = response.headers.get("x-jupyterhub-version")
         return self._version
 
     async def report_activity(self, moment: str) -> None:
-        """Say that this server was last used at `moment` (ISO 8601, UTC)."""
+        """Report that this server was last used at `moment` (ISO 8601, UTC)."""
         server = {self.hub.server_name: {"last_activity": moment}}
         lines = ["Authorization: token " + self.hub.api_token, "Content-Type: application/json"]
         body = json.dumps({"servers": server, "last_activity": moment})
-        status, _, _ = await self._call("POST", self.hub.activity_url, lines, body)
-        if status >= 400:
-            raise ProxyError(503, "The Hub refused a report of activity (%d)." % status)
-
-    async def _ask_user(self, token: str) -> Optional[HubUser]:
-        status, _, answer = await self._call(
-            "GET", self.hub.api_url + "/user", ["Authorization: token " + token]
-        )
-        if status in (401, 403, 404):
-            return None
-        name, scopes = answer.get("name"), answer.get("scopes")
-        if status != 200 or not isinstance(name, str) or not isinstance(scopes, list):
-            raise ProxyError(503, "The Hub did not say who you are (%d)." % status, _SHORTLY)
-        return HubUser(name, frozenset(map(str, scopes)))
+        response, _ = await self._call("POST", self.hub.activity_url, lines, body)
+        if response.status >= 400:
+            raise ProxyError(503, "The Hub refused a report of activity (%d)." % response.status)
 
     async def _call(
         self, method: str, url: str, lines: List[str], body: str = ""
-    ) -> Tuple[int, Headers, Dict[str, Any]]:
-        """One request: the status, the headers, and the members of the JSON object in the body."""
+    ) -> Tuple[Response, Dict[str, Any]]:
+        """One request: the response, and the members of the JSON object in its body."""
         parts = urlsplit(url)
         own = ["%s %s HTTP/1.1" % (method, parts.path), "Host: " + parts.netloc]
-        own.append("Accept: application/json")
+        lines = own + ["Accept: application/json"] + lines
         try:
-            connection = await asyncio.wait_for(self._connect(url), _HUB_PATIENCE)
-            fetched = await fetch(
-                connection, own + lines, body.encode(), _HUB_PATIENCE, self.config
-            )
-            response = fetched.response
-            answer = json.loads(fetched.body.decode() or "{}") if response.status < 400 else {}
+            connection = await asyncio.wait_for(self._connect(url), _HUB_TIMEOUT)
+            fetched = await fetch(connection, lines, body.encode(), _HUB_TIMEOUT, self.config)
+            is_json = fetched.response.status < 400 and fetched.body
+            data = json.loads(fetched.body.decode()) if is_json else {}
         except (
             ProxyError, Truncated, TimedOut, OSError, asyncio.TimeoutError, ValueError
         ) as error:  # fmt: skip
             reason = getattr(error, "strerror", None) or type(error).__name__
-            logger.warning("the Hub could not be asked at %s: %s", url, reason)
-            text = "The Hub, which decides who may come in, does not answer. Try again shortly."
+            logger.warning("no valid response from the Hub at %s: %s", url, reason)
+            text = "The Hub, which decides about access, does not answer. Try again shortly."
             raise ProxyError(503, text, _SHORTLY)
-        return response.status, response.headers, answer if isinstance(answer, dict) else {}
+        return fetched.response, data if isinstance(data, dict) else {}
 
     async def _connect(self, url: str) -> Connection:
         parts = urlsplit(url)
         port = parts.port or int(_DEFAULT_PORTS[parts.scheme][1:])
-        tls = {"ssl": self._tls()} if parts.scheme == "https" else {}  # type: Dict[str, Any]
+        if parts.scheme == "https" and self._context is None:
+            # With internal TLS, the Hub has given us an authority and a certificate of our own.
+            self._context = ssl.create_default_context(cafile=self.config.client_ca)
+            if self.config.certfile:
+                self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
+        tls = {"ssl": self._context} if parts.scheme == "https" else {}  # type: Dict[str, Any]
         connection = Connection(self.deadlines)
         loop = self.deadlines.loop
         await loop.create_connection(lambda: connection, parts.hostname or "", port, **tls)
         return connection
 
-    def _tls(self) -> ssl.SSLContext:
-        """How the Hub is spoken to: where it gave us a certificate, with that, and if its authority signed its own."""
-        if self._context is None:
-            self._context = ssl.create_default_context(cafile=self.config.client_ca)
-            if self.config.certfile:
-                self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
-        return self._context
-
 
 class HubGate(Gate):
-    """The gate of a server that a JupyterHub started: its owner comes in, and whom the Hub gave access.
-
-    Programs show a token of the Hub.  Browsers are sent to the Hub to sign in (RFC 6749 section 4.1, RFC 7636) and get
-    a cookie with a random session id; the token that the Hub gives for them stays in memory.
-    """
+    """The gate of a server that a JupyterHub started: the Hub's scopes decide about access."""
 
     def __init__(self, config: Config, deadlines: Deadlines) -> None:
         super().__init__(config)
@@ -3549,18 +3649,16 @@ class HubGate(Gate):
         self.callback_path = urlsplit(self.hub.callback_url).path
         self.cookie_marks += (_HUB_COOKIES,)
         host = "__Host-" if self.hub.host_cookies else ""
-        self.cookie_name = (
-            host + COOKIE_PREFIX + hashlib.sha256(self.hub.prefix.encode()).hexdigest()[:16]
-        )
-        # By session id: the token, and the Hub session that it goes with, None for any.
-        self._sessions: Dict[str, Tuple[str, Optional[str]]] = {}
-        self._logins: Dict[str, HubLogin] = {}  # by state
-        self._ours: Dict[str, None] = {}  # tokens that the Hub knows
+        self.cookie_name = host + COOKIE_PREFIX + _short_hash(self.hub.prefix)
+        # By session id, by state, by token.
+        self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, HubBrowser]
+        self._logins = BoundedDict(_MAX_LOGINS)  # type: BoundedDict[str, HubLogin]
+        self._tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, None]  # the Hub's
         self._last_activity = ""
         deadlines.on_activity = self._note_activity
-        self._reporting = (
-            asyncio.ensure_future(self._report_activity()) if self.hub.activity_url else None
-        )
+        self._tasks = set()  # type: Set[asyncio.Task[None]]
+        if self.hub.activity_url:
+            self._tasks.add(deadlines.loop.create_task(self._report_activity()))
 
     async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
         if request.method not in ("GET", "HEAD"):
@@ -3576,70 +3674,70 @@ class HubGate(Gate):
         return None
 
     async def authorize(self, request: Request) -> None:
-        client, headers = request.client, request.headers
-        hub_session = "".join(cookie_values(headers, _HUB_SESSION)[:1])
+        hub_session = _hub_session(request)
         signed_in = await self._user_of_session(request, hub_session)
-        shown = await self._user_of_token(request, hub_session)
-        user = shown[1] if shown else signed_in
+        token, user = await self._user_of_token(request, hub_session)
+        user = user or signed_in
         if user is None:
             if request.is_websocket:
                 text = "A WebSocket needs a browser that is signed in at the Hub, or a token of it."
                 raise ProxyError(403, text)
             if request.is_page_visit:
-                raise self._begin_login(request.target, client)
+                raise self._begin_login(request.target, request.client)
             text = "Sign in at the Hub, or send a token of it as 'Authorization: token TOKEN'."
             raise ProxyError(403, text, CHALLENGE)
         self._check_access(user)
-        clean = self.strip_query(request.target)
-        if clean != request.target and request.is_page_visit:
+        location = self.location_without_token(request)
+        if location:
             cookie = ()  # type: Fields
-            if shown and not signed_in:
-                cookie = (self._new_session(shown[0], client, hub_session),)
-            raise ProxyError(302, "Signed in.", (("Location", clean),) + cookie)
-        if not shown:  # a browser sends the cookie on its own; a token is no accident
+            if token and not signed_in:
+                cookie = (self._new_session(token, request.client, hub_session),)
+            raise ProxyError(302, "Signed in.", (("Location", location),) + cookie)
+        if not token:  # a page of another site does not know one
             self.check_origin(request)
 
     async def _user_of_session(self, request: Request, hub_session: str) -> Optional[HubUser]:
-        """Who is signed in here in this browser, and at the Hub still."""
+        """The user that this browser has signed in as; None after a sign-out at the Hub."""
         for session in cookie_values(request.headers, self.cookie_name):
-            token, bound = self._sessions.get(session, ("", ""))
-            if token and bound in (None, hub_session):
-                user = await self.api.user_of(token, hub_session)
+            browser = self._sessions.get(session)
+            if browser and browser.hub_session in (None, hub_session):
+                user = await self.api.user_of(browser.token, hub_session)
                 if user is not None:
                     return user
-            self._sessions.pop(session, None)  # signed out
+            self._sessions.pop(session, None)
         return None
 
     async def _user_of_token(
         self, request: Request, hub_session: str
-    ) -> Optional[Tuple[str, HubUser]]:
-        """The first token of the Hub that is shown, and whose it is.  All are looked up: none may reach the app."""
-        fields = request.headers.get_all("authorization")
-        shown = [token for value in fields for token in tokens_in(value)]
+    ) -> Tuple[str, Optional[HubUser]]:
+        """The first token of the Hub that may admit the request, and its user; ("", None) if none.
+
+        All tokens in the request are looked up, since no token of the Hub may reach the app.
+        """
+        valid = authorization_tokens(request.headers)
         if "cross-site" not in request.headers.get_all("sec-fetch-site"):
-            shown += query_tokens(request.target)  # a foreign page could sign in somebody else here
-        found = None
+            # A link of a foreign page must not sign this browser in as another user.
+            valid += query_tokens(request.target)
+        found = "", None  # type: Tuple[str, Optional[HubUser]]
         for token in all_tokens(request):
             user = await self.api.user_of(token, hub_session)
             if user is not None:
-                remember(self._ours, token, None, _MAX_REMEMBERED)
-                found = found or ((token, user) if token in shown else None)
+                self._tokens[token] = None
+                if token in valid and not found[0]:
+                    found = token, user
         return found
 
     def owns_token(self, token: str) -> bool:
-        return token in self._ours or token == self.hub.api_token
+        return token in self._tokens or token == self.hub.api_token
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
-        return (
-            bare.startswith(_HUB_COOKIES)
-            or name == self.cookie_name
-            or super().owns_cookie(bare, route)
-        )
+        ours = bare.startswith(_HUB_COOKIES) or name == self.cookie_name
+        return ours or super().owns_cookie(bare, route)
 
     async def close(self) -> None:
         self.deadlines.on_activity = None
-        tasks = self.api.under_way | ({self._reporting} if self._reporting else set())
+        tasks = self.api.pending | self._tasks
         for task in tasks:
             task.cancel()
         if tasks:
@@ -3649,144 +3747,122 @@ class HubGate(Gate):
         if "access:servers" in user.scopes or user.scopes & self.hub.access_scopes:
             return
         logger.info("refused: %r has no access to the server of %r", user.name, self.hub.user)
-        raise ProxyError(
-            403,
-            "You are signed in as %s, who has no access to this server: it is that of %s. Sign in at the Hub as"
-            " somebody who has, or ask for access." % (user.name, self.hub.user),
+        text = (
+            "You are signed in as %s, but have no access to this server of %s. Sign in at the Hub"
+            " as another user, or ask for access."
         )
+        raise ProxyError(403, text % (user.name, self.hub.user))
 
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
-        """The redirect to the Hub, which comes back to `_end_login`."""
+        """The redirect to the Hub, which redirects the browser back to `_end_login`."""
         state, verifier, browser = (secrets.token_urlsafe(32) for _ in range(3))
-        path, mark, query_there = target.partition("?")
-        # Spelt as the cookie's Path is, for browsers compare the two undecoded.
-        target = self.hub.prefix + (path_below(self.hub.prefix, path) or "/") + mark + query_there
+        path, mark, query = target.partition("?")
+        # Browsers compare the cookie's Path undecoded, so the prefix is spelt as in the cookie.
+        target = self.hub.prefix + (path_below(self.hub.prefix, path) or "/") + mark + query
         if not _LOCAL_TARGET.fullmatch(target) or len(target) > 2048:
             target = self.hub.prefix + "/"
-        until = now() + _LOGIN_SECONDS
-        remember(self._logins, state, HubLogin(target, verifier, browser, until), _MAX_LOGINS)
-        challenge = (
-            base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest())
-            .decode()
-            .rstrip("=")
-        )
-        query = {
+        self._logins[state] = HubLogin(target, verifier, browser, now() + _LOGIN_SECONDS)
+        digest = hashlib.sha256(verifier.encode()).digest()
+        parameters = {
             "client_id": self.hub.client_id,
             "redirect_uri": self.hub.callback_url,
             "response_type": "code",
             "state": state,
-            "code_challenge": challenge,
+            "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
             "code_challenge_method": "S256",
         }
-        cookie = self._cookie(
-            self._login_cookie(state), browser, self.callback_path, client, _LOGIN_SECONDS
-        )
-        return ProxyError(
-            302,
-            "Sign in at the Hub.",
-            (("Location", self.hub.authorize_url + "?" + urlencode(query)), cookie),
-        )
+        location = self.hub.authorize_url + "?" + urlencode(parameters)
+        name = self._login_cookie(state)
+        cookie = self._cookie(name, browser, self.callback_path, client, _LOGIN_SECONDS)
+        return ProxyError(302, "Sign in at the Hub.", (("Location", location), cookie))
 
     async def _end_login(self, request: Request) -> None:
-        """Take what the Hub sent a browser back with; raises the redirect to where the person was going."""
+        """Raise the redirect to the page that the person opened, or ProxyError 403."""
         sent = dict(parse_qsl(request.target.partition("?")[2]))
         state = sent.get("state", "")
         login = self._logins.pop(state, None)
         name = self._login_cookie(state)
         again = " Open %s/ again." % self.hub.prefix
-        if login is None or now() > login.until:
-            raise ProxyError(
-                403, "This sign-in is over: it was used, or took longer than ten minutes." + again
-            )
-        shown = [value.encode("latin-1") for value in cookie_values(request.headers, name)]
-        if not any(hmac.compare_digest(value, login.browser.encode()) for value in shown):
-            raise ProxyError(
-                403, "This sign-in was begun in another browser, or cookies are blocked." + again
-            )
+        if login is None or now() > login.deadline:
+            raise ProxyError(403, "This sign-in was used or has expired." + again)
+        browsers = [value.encode("latin-1") for value in cookie_values(request.headers, name)]
+        if not any(hmac.compare_digest(value, login.browser.encode()) for value in browsers):
+            text = "This sign-in began in another browser, or cookies are blocked."
+            raise ProxyError(403, text + again)
         if "code" not in sent:
             error = sent.get("error", "")
             reason = error if _OAUTH_ERROR.fullmatch(error) else "no reason given"
             raise ProxyError(403, "The Hub did not sign you in: %s.%s" % (reason, again))
         token = await self.api.token_for(sent["code"], login.verifier)
-        user = await self.api.user_of(
-            token, "".join(cookie_values(request.headers, _HUB_SESSION)[:1])
-        )
+        user = await self.api.user_of(token, _hub_session(request))
         if user is None:
-            raise ProxyError(403, "The Hub did not say who you are." + again)
-        remember(self._ours, token, None, _MAX_REMEMBERED)
+            raise ProxyError(403, "The Hub did not name your user." + again)
+        self._tokens[token] = None
         self._check_access(user)
-        done = self._cookie(name, "", self.callback_path, request.client, 0)
-        raise ProxyError(
-            302,
-            "Signed in.",
-            (("Location", login.target), self._new_session(token, request.client), done),
-        )
+        session = self._new_session(token, request.client)
+        expired = self._cookie(name, "", self.callback_path, request.client, 0)
+        raise ProxyError(302, "Signed in.", (("Location", login.target), session, expired))
 
     async def _ready(self) -> LocalResponse:
-        """What the Hub looks for to see whether this server is up, and of the same version as itself."""
-        try:
+        """The Hub polls this until the server is up, and compares the version with its own."""
+        fields = (("Content-Type", "application/json"), ("Content-Length", "2"))  # type: Fields
+        with contextlib.suppress(ProxyError):  # the server is up in any case
             version = await self.api.version()
-        except ProxyError:  # we are up all the same
-            version = ""
-        fields = (("Content-Type", "application/json"), ("Content-Length", "2"))
-        return LocalResponse(
-            200, fields + ((("X-JupyterHub-Version", version),) if version else ()), b"{}"
-        )
+            fields += (("X-JupyterHub-Version", version),) if version else ()
+        return LocalResponse(200, fields, b"{}")
 
     def _new_session(
         self, token: str, client: ClientInfo, hub_session: Optional[str] = None
     ) -> Tuple[str, str]:
-        """The cookie of a new session.  The Hub forgets the token of a login when the person signs out there; one that
-        was shown lives on, and so its session is over here when that of the Hub is."""
+        """The cookie of a new session.
+
+        A sign-out at the Hub revokes the token of a login.  A token from the address lives on, so
+        its session is bound to the Hub session.
+        """
         session = secrets.token_urlsafe(32)
-        remember(self._sessions, session, (token, hub_session), _MAX_REMEMBERED)
+        self._sessions[session] = HubBrowser(token, hub_session)
         return self._cookie(self.cookie_name, session, self.hub.prefix + "/", client)
 
     def _login_cookie(self, state: str) -> str:
-        """The name of the cookie of one login; logins in several tabs do not meet."""
-        return "%s_%s" % (self.cookie_name, hashlib.sha256(state.encode()).hexdigest()[:16])
+        """The name of the cookie of one login; several tabs can sign in at once."""
+        return "%s_%s" % (self.cookie_name, _short_hash(state))
 
     def _cookie(
         self, name: str, value: str, path: str, client: ClientInfo, seconds: Optional[int] = None
     ) -> Tuple[str, str]:
-        attributes = {
-            "Path": "/" if self.hub.host_cookies else path,
-            "HttpOnly": "",
-            "SameSite": "Lax",
-        }
+        path = "/" if self.hub.host_cookies else path
+        attributes = {"Path": path, "HttpOnly": "", "SameSite": "Lax"}
         attributes.update(self.hub.cookie_options)
         if seconds is not None:
             attributes["Max-Age"] = str(seconds)
         if self.hub.host_cookies or self.hub.is_secure or client.scheme == "https":
             attributes["Secure"] = ""
-        parts = [
-            key + ("=" + attribute if attribute else "") for key, attribute in attributes.items()
-        ]
-        return "Set-Cookie", "; ".join(["%s=%s" % (name, value)] + parts)
+        parts = ["%s=%s" % (name, value)]
+        parts += [key + ("=" + text if text else "") for key, text in attributes.items()]
+        return "Set-Cookie", "; ".join(parts)
 
     def _note_activity(self) -> None:
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     async def _report_activity(self) -> None:
-        """Tell the Hub, once an interval, if there was any: what idles is stopped by it."""
+        """Report activity to the Hub once an interval, if there was any."""
         reported = ""
         while True:
             await asyncio.sleep(self.hub.activity_interval)
             moment = self._last_activity
             if moment != reported:
-                try:
+                with contextlib.suppress(ProxyError):  # it has been logged; tried again next time
                     await self.api.report_activity(moment)
                     reported = moment
-                except ProxyError:  # it has been logged; the next interval brings the next try
-                    pass
 
 
 def all_tokens(request: Request) -> List[str]:
-    """The different tokens in a request, wherever an app would find them; ProxyError 400 for far too
-    many."""
+    """The different tokens in a request, in each place where an app would find them.
+
+    Raises ProxyError 400 for too many.
+    """
     headers = request.headers
-    found = [token for value in headers.get_all("authorization") for token in tokens_in(value)]
-    found += query_tokens(request.target)
+    found = authorization_tokens(headers) + query_tokens(request.target)
     for value in headers.get_all("referer"):
         found += query_tokens(value.partition("#")[0])
     tokens = list(dict.fromkeys(found))
@@ -3794,6 +3870,19 @@ def all_tokens(request: Request) -> List[str]:
         text = "There are more than %d different tokens in this request." % _MAX_TOKENS
         raise ProxyError(400, text)
     return tokens
+
+
+def _has_failed(task: "asyncio.Task[Any]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+def _hub_session(request: Request) -> str:
+    """The browser's session at the Hub, "" if it has none."""
+    return "".join(cookie_values(request.headers, _HUB_SESSION)[:1])
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3849,7 +3938,6 @@ class Exchange:
                 return
         request = self.request = find_app(self.request, self.config, self.gate.app_cookie)
         await self.gate.authorize(request)
-        self.client.state = ACTIVE
         self.client.deadlines.is_active = True
         if request.route is not None:
             await self._serve(request.route)
@@ -3895,6 +3983,7 @@ class Exchange:
         is_reusable = False
         try:
             self._watch_client(upstream)
+            upstream.write_deadline = now() + self.config.stall_timeout
             upstream.write(pieces)
             if not self.body.finished:
                 self._sender = upstream.deadlines.loop.create_task(self._send_body(upstream))
@@ -3933,7 +4022,7 @@ class Exchange:
         """Data or EOF has come from the client."""
         if not client.ended:
             return
-        if client.failure is not None or client.transport.is_closing():
+        if client.failure is not None or not client.transport.can_write_eof():
             self._client_failure = self._client_failure or ClientGone()
             upstream.abort()
         else:
@@ -4041,7 +4130,7 @@ class Exchange:
 
         After an early response, the rest of the request body may never be read.
         """
-        is_read = self.body.finished and not self._is_sending()
+        is_read = self.body.finished and not self._is_sending() and self.client.can_carry_more()
         return self.keep_alive and is_read and not self.proxy.is_stopping
 
     async def _drain(self) -> None:
@@ -4074,11 +4163,8 @@ class Exchange:
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
-            if self.status and self.client.ended:
+            if self.status:  # only a client that has ended its side is waited for so briefly
                 return ClientGone()
-            if self.status:
-                text = "The app on %s stopped in the middle of its response."
-                return ProxyError(504, text % route.place)
             timeout = min(self.config.response_timeout, self._silence)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
@@ -4090,7 +4176,7 @@ class Exchange:
                 and await accepts_tls(self.proxy.upstreams, route)
             )
         ):
-            return ProxyError(502, tls_advice(route))
+            return speaks_tls(route)
         if isinstance(error, ProxyError):
             text = "The response of %s is not valid HTTP. %s"
             return ProxyError(502, text % (route.place, error.detail))
@@ -4101,8 +4187,8 @@ class Exchange:
         text = "The app on %s %s the connection without a response." % (route.place, ended)
         if is_page or route.scheme == "https":
             return ProxyError(502, text + " Its log may say why.")
-        advice = " If it speaks TLS, start the proxy with --upstream-tls %s." % _tls_name(route)
-        return ProxyError(502, text + advice)
+        advice = "If it speaks TLS, {start} {upstream_tls} {value}."
+        return ProxyError(502, text, (), advice, _tls_name(route))
 
     def cut_short(self) -> None:
         """End a response that cannot be finished, so that the client sees that it is incomplete."""
@@ -4129,15 +4215,15 @@ class Exchange:
     async def respond_error(self, error: ProxyError) -> None:
         """Say what was wrong: as a page to a person, as plain text to anybody else."""
         request = self.request
-        shown = self.gate.explain(error)
-        self.failure = shown.detail if shown.status >= 400 else ""
+        error.phrase_advice(self.gate.terms)
+        self.failure = error.detail if error.status >= 400 else ""
         if isinstance(error, SignInNeeded):
             await self.respond(sign_in_response(error))
         elif isinstance(error, NotListening) and request.is_page_visit:
-            await self.respond(waiting_response(shown, error.route.port))
+            await self.respond(waiting_response(error, error.route.port))
         else:
             as_html = request.is_navigation and request.method in ("GET", "HEAD", "POST")
-            await self.respond(error_response(shown, as_html))
+            await self.respond(error_response(error, as_html))
 
     async def _redirect_into_prefix(self) -> None:
         """Redirect an unprefixed request once its body has come; browsers read no response before."""
@@ -4153,14 +4239,16 @@ class Exchange:
             location = (route.prefix if route else config.base) + "/"
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
-        found = await self.proxy.lookout.listeners(self.client.deadlines.loop)
+        found = await self.proxy.upstreams.sockets.listeners(self.client.deadlines.loop)
         ports = [one for one in found if one.port not in own]
-        hosts = {one.port: host_form(one.port, client, config.domains) for one in ports}
-        if self.gate.token:  # the gate signs in there
-            sign_in = config.base + "/?open=%d"
-            hosts = {number: sign_in % number if url else "" for number, url in hosts.items()}
-        view = PortsView(config.base, ports, self.proxy.titles.of(ports), hosts)
-        await self.respond(ports_response(view, self.request))
+        entries = []
+        for one in ports:
+            host_url = host_form(one.port, client, config.domains)
+            if host_url and self.gate.token:  # the gate signs in there
+                host_url = "%s/?open=%d" % (config.base, one.port)
+            links = port_links(config.base, one.port, host_url)
+            entries.append(PortEntry(one, self.proxy.titles.get(one), links))
+        await self.respond(ports_response(config.base, entries, self.request))
 
     async def _read_form(self) -> bytes:
         """The whole body of a request to the gate."""
@@ -4305,8 +4393,11 @@ class TunnelEnd(asyncio.Protocol):
         self.tunnel.note_lost()
 
     def expire(self, time: float) -> None:
-        """Act on a deadline that has passed; called by Deadlines."""
-        if time > self.deadline or has_failed(self.transport):
+        """Act on a deadline that has passed; called by Deadlines.
+
+        A hang-up is no failure: after our EOF it may have data in front of it.
+        """
+        if time > self.deadline or has_failed(self.transport, _RESET):
             self.tunnel.abort()
 
     def abort(self) -> None:
@@ -4335,7 +4426,6 @@ class PortProxy:
         self.is_stopping = False
         self.tunnels = set()  # type: Set[Tunnel]
         self.titles = Titles()
-        self.lookout = Lookout()
         self._clients = set()  # type: Set[Connection]
         self._servers = []  # type: List[asyncio.AbstractServer]
         self._sockets = []  # type: List[socket.socket]
@@ -4428,7 +4518,8 @@ class PortProxy:
         if deadlines is None:
             return
         if self.config.bind.startswith(_UNIX_PREFIX) and self._owns_sockets:
-            _unlink(self.config.bind[len(_UNIX_PREFIX) :])
+            with contextlib.suppress(OSError):
+                os.unlink(self.config.bind[len(_UNIX_PREFIX) :])
         for server in self._servers:
             server.close()
         for sock in self._sockets:
@@ -4436,7 +4527,7 @@ class PortProxy:
         self.is_stopping = True
         until = now() + self.config.shutdown_timeout
         for client in list(self._clients):
-            if client.state in (IDLE, READING_HEAD):
+            if client.state is not ACTIVE:
                 client.close()
         for tunnel in list(self.tunnels):
             tunnel.close()
@@ -4471,7 +4562,6 @@ class PortProxy:
         Returns whether the connection may carry another request.  Otherwise it is closed.
         """
         self._clients.add(client)
-        client.state = ACTIVE
         keep = False
         try:
             request = await self._parse(client, head)
@@ -4570,10 +4660,11 @@ class PortProxy:
         """Answer bytes that are not a request, and close the connection."""
         logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
         client.write([local_response(error_response(error, False), keep_alive=False)])
-        await self._linger(client)
+        await self._linger(client, is_read=False)
 
     async def _serve_request(self, client: Connection, request: Request, gate: Gate) -> bool:
         """Serve a request; whether another may follow.  Errors become responses here alone."""
+        client.state = ACTIVE
         exchange = Exchange(self, gate, client, request)
         try:
             try:
@@ -4595,12 +4686,10 @@ class PortProxy:
         if exchange.tunnel is not None:
             client.state = CLOSING
             return False
-        if not exchange.body.finished:
-            await self._linger(client)
-        elif not exchange.keep_alive:
-            client.state = CLOSING
-            client.close()
-        return exchange.keep_alive and exchange.body.finished
+        if not exchange.keep_alive or not exchange.body.finished:
+            await self._linger(client, exchange.body.finished)
+            return False
+        return True
 
     async def _answer_error(self, exchange: Exchange, error: ProxyError) -> None:
         if exchange.status:
@@ -4609,21 +4698,23 @@ class PortProxy:
         else:
             await exchange.respond_error(error)
 
-    async def _linger(self, client: Connection) -> None:
-        """Close, but read on for a while if the client still sends.
+    async def _linger(self, client: Connection, is_read: bool) -> None:
+        """Close, but read on until the client has ended its side or `linger_timeout` has passed.
 
-        Closing at once would reset the connection, and could take the response from the client (RFC
-        9112 section 9.6).
+        Closing with unread data would reset the connection, and could take the response from the
+        client (RFC 9112 section 9.6).  TLS has no half-close: there we read on only if the request
+        was not read whole (is_read).
         """
         client.state = CLOSING
-        if client.transport.can_write_eof():  # over TLS there is no half-close
-            client.end_writing()
+        if client.transport.can_write_eof():
+            end_writing(client.transport)
+        elif is_read:
+            client.close()
+            return
         client.read_deadline = now() + self.config.linger_timeout
-        try:
+        with contextlib.suppress(TimedOut):
             while await client.read():
                 pass
-        except TimedOut:
-            pass
         client.close()
 
     # The access log.
@@ -4672,8 +4763,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
     """
     data = b""
     try:
-        if not client.has_unread:
-            client.read_deadline = now() + config.keep_alive_timeout
+        client.read_deadline = now() + config.keep_alive_timeout
         data = await client.read()
         for _ in range(2):
             while data == b"\r":
@@ -4705,33 +4795,34 @@ _FULL = local_response(
 )
 
 
+# Sockets and TLS.
+
+
 def _places(config: Config) -> List[Any]:
-    """Where a configuration says to listen, as `socket.getaddrinfo` tells; none for a Unix socket."""
+    """The addresses to listen on, as `socket.getaddrinfo` returns them; none for a Unix socket."""
     if config.bind.startswith(_UNIX_PREFIX):
         return []
-    return socket.getaddrinfo(
-        config.bind or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+    host = config.bind or None
+    return socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
 
 
 def _bind(config: Config) -> List[socket.socket]:
-    """Sockets bound as the configuration says; OSError where that cannot be."""
+    """Bound sockets for all addresses of the configuration.  Raises OSError."""
     if config.bind.startswith(_UNIX_PREFIX):
         return [_bind_unix(config.bind[len(_UNIX_PREFIX) :])]
-    found = _places(config)
-    sockets: List[socket.socket] = []
+    sockets = []  # type: List[socket.socket]
     try:
-        for family, kind, protocol, _, place in dict.fromkeys(found):
-            address: Tuple[Any, ...] = place
+        for family, kind, protocol, _, address in dict.fromkeys(_places(config)):
             sock = socket.socket(family, kind, protocol)
             sockets.append(sock)
-            if os.name == "posix":  # on Windows it would let others take the port over
+            if os.name == "posix":  # on Windows it would let another program take the port over
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if not config.port and len(sockets) > 1:  # any free port, but the same one everywhere
-                address = (address[0], sockets[0].getsockname()[1]) + address[2:]
-            sock.bind(address)
+            port = config.port
+            if not port and len(sockets) > 1:  # the free port that the first address got
+                port = sockets[0].getsockname()[1]
+            sock.bind((address[0], port) + address[2:])
     except BaseException:
         for sock in sockets:
             sock.close()
@@ -4740,46 +4831,41 @@ def _bind(config: Config) -> List[socket.socket]:
 
 
 def _bind_unix(path: str) -> socket.socket:
-    """A Unix socket that only its owner can connect to; one that a dead process of ours left behind is replaced."""
+    """A Unix socket that only its owner can connect to.  It replaces a dead socket of this user.
+
+    Raises OSError if there is another file, or a program listens there.
+    """
     if _UNIX is None:
         raise OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets")
-    with socket.socket(_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(_UNIX, socket.SOCK_STREAM) as client, contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+            raise OSError(errno.EEXIST, "%s exists and is not a socket of yours" % path)
+        client.settimeout(1.0)
         try:
-            found = os.lstat(path)
-            if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
-                raise OSError(errno.EEXIST, "%s exists and is not a socket of yours" % path)
-            probe.settimeout(1.0)
-            probe.connect(path)
-            raise OSError(errno.EADDRINUSE, "%s is in use by another program" % path)
+            client.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
-        except FileNotFoundError:
-            pass
+        else:
+            raise OSError(errno.EADDRINUSE, "%s is in use by another program" % path)
     sock = socket.socket(_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(path)
-        os.chmod(path, 0o600)  # nobody can connect before somebody listens
+        os.chmod(path, 0o600)  # nobody can connect yet: the socket does not listen
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
-
-
 def _is_private(sock: socket.socket) -> bool:
-    """Whether only this machine's users can connect; on a Unix socket, only its owner."""
+    """Whether only users of this machine can connect; for a Unix socket, only its owner."""
     name = sock.getsockname()
     if sock.family != _UNIX:
         return ipaddress.ip_address(name[0].partition("%")[0]).is_loopback
     try:
         return not os.stat(name).st_mode & 0o077
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # ValueError: an abstract socket, whose name begins with NUL
         return False
 
 
@@ -4789,7 +4875,7 @@ def _tls_protocol(
     timeout: float,
     loop: asyncio.AbstractEventLoop,
 ) -> Any:
-    """TLS with a deadline for the handshake, which asyncio does not have before 3.7."""
+    """A TLS protocol with a deadline for the handshake, which asyncio lacks before 3.7."""
     import asyncio.sslproto
 
     connection = make()
@@ -4807,8 +4893,10 @@ def _tls_protocol(
 
 
 def server_context(config: Config) -> ssl.SSLContext:
-    """How TLS is spoken to clients, from TLS 1.2 on; OSError for files that cannot be read, ValueError in words for a
-    person for those that will not do."""
+    """The TLS context for clients, from TLS 1.2 on.
+
+    Raises OSError for a file that cannot be read, ValueError for one that cannot be used.
+    """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -4823,140 +4911,117 @@ def server_context(config: Config) -> ssl.SSLContext:
 
 
 def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[str]) -> None:
-    """Load the certificate and its key; asks on the terminal for the pass phrase of the key."""
-    where = keyfile or certfile
-    asked = False
+    """Load a certificate and its key; asks on the terminal for the pass phrase of the key.
+
+    OpenSSL names neither the file nor its fault.  After a failure both files are read again, to
+    find which one is wrong.
+    """
+    key_path = keyfile or certfile
+    has_asked = False
 
     def ask() -> str:
-        nonlocal asked
-        asked = True
+        nonlocal has_asked
+        has_asked = True
         return _pass_phrase()
 
     try:
         context.load_cert_chain(certfile, keyfile, ask)
+        return
     except OSError as error:
-        if _is_pipe(certfile) or _is_pipe(where):  # and so read once and for all
-            raise ValueError(
-                "the certificate in %s cannot be used with the key in %s: %s"
-                % (certfile, where, error)
-            )
-        _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certfile)
-        open(where, "rb").close()
         reason = getattr(error, "reason", None)
-        if asked and reason in (None, "BAD_PASSWORD_READ", "BAD_DECRYPT"):
-            raise ValueError("the pass phrase of the key in %s was not given" % where)
-        if reason not in (
-            None,
-            "KEY_VALUES_MISMATCH",
-            "KEY_TYPE_MISMATCH",
-            "NO_CERTIFICATE_ASSIGNED",
-        ):
-            raise ValueError(
-                "the certificate in %s cannot be used with its key: %s" % (certfile, reason)
-            )
-        advice = "" if keyfile else "; if that is in a file of its own, name it with --keyfile"
-        raise ValueError(
-            "%s does not hold the key (PEM) of the certificate in %s%s" % (where, certfile, advice)
-        )
+        text = "the certificate in %s cannot be used with the key in %s: %s"
+        failure = text % (certfile, key_path, reason or error)
+        if _is_pipe(certfile) or _is_pipe(key_path):  # it cannot be read again
+            raise ValueError(failure)
+    _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certfile)
+    open(key_path, "rb").close()
+    if has_asked and reason in (None, "BAD_PASSWORD_READ", "BAD_DECRYPT"):
+        raise ValueError("the pass phrase of the key in %s was not given" % key_path)
+    if reason not in (None, "KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+        raise ValueError(failure)
+    text = "%s does not hold the key (PEM) of the certificate in %s" % (key_path, certfile)
+    raise ValueError(text + ("" if keyfile else "; name the file of the key with --keyfile"))
 
 
 def _pass_phrase() -> str:
-    """The pass phrase that a person types, "" for none; OpenSSL does not ask from CPython 3.15 on."""
+    """The pass phrase from the terminal, "" for none; from 3.15 on OpenSSL does not ask itself."""
     import getpass
 
     try:
         return getpass.getpass("Enter PEM pass phrase:")
     except (EOFError, AttributeError):  # AttributeError: there is no standard input
-        print(file=sys.stderr)  # ends the line of the question
+        print(file=sys.stderr)  # ends the line of the prompt
         return ""
 
 
 def _load_authorities(context: ssl.SSLContext, path: str) -> None:
+    """Trust the certificates in a file.  Raises OSError or ValueError, with the path."""
     try:
         context.load_verify_locations(path)
     except OSError as error:
         if not _is_pipe(path):
-            open(path, "rb").close()  # its error has the name, which OpenSSL leaves out
+            open(path, "rb").close()  # raises an OSError with the path, which OpenSSL leaves out
         reason = getattr(error, "reason", None) or error
-        raise ValueError(
-            "%s does not hold a certificate (PEM) that can be used: %s" % (path, reason)
-        )
+        raise ValueError("%s does not hold a usable certificate (PEM): %s" % (path, reason))
 
 
 def _is_pipe(path: str) -> bool:
     return stat.S_ISFIFO(os.stat(path).st_mode)
 
 
-def checked_config(config: Config) -> Config:
-    """`config` in normal form; ValueError, in words for a person, for what makes no sense."""
-    _check_kinds(config)
-    if not 0 <= config.port <= 65535:
-        raise ValueError("the port must be a number from 0 to 65535, not %d" % config.port)
-    for name, default in Config()._asdict().items():
-        if type(default) in (int, float) and name != "port" and not getattr(config, name) > 0:
-            raise ValueError("%s must be greater than 0, not %r" % (name, getattr(config, name)))
-    if (config.keyfile or config.client_ca) and not config.certfile:
-        raise ValueError("keyfile and client_ca are of no use without certfile")
-    if config.token is not None and not re.fullmatch("[!-~]*", config.token):
-        raise ValueError("the token must consist of visible ASCII characters without spaces")
-    for proxy in config.trusted_proxies:
+# Configuration, the part that needs the sections above.
+
+
+def _normal_origins(origins: Iterable[str]) -> Tuple[str, ...]:
+    return tuple(origin if origin == "*" else normal_origin(origin) for origin in origins)
+
+
+def _checked_proxies(proxies: Iterable[str]) -> Tuple[str, ...]:
+    for proxy in proxies:
         try:
             if proxy != "unix":
                 ipaddress.ip_network(proxy, False)
         except ValueError:
             raise ValueError("a trusted proxy is an address, a network or unix, not %r" % proxy)
-    for upstream in config.upstream_tls:
+    return tuple(proxies)
+
+
+def _normal_upstreams(upstreams: Iterable[str]) -> Tuple[str, ...]:
+    for upstream in upstreams:
         try:
             find_route("", "/%s/" % upstream)
         except ProxyError:
-            raise ValueError("an upstream that speaks TLS is PORT or HOST:PORT, not %r" % upstream)
-    base = normal_base(config.base)
-    plain = base in ("", Config().base) and not config.trusted_proxies
-    return config._replace(
-        base=base,
-        whole_origin=not config.hub
-        and (plain if config.whole_origin is None else config.whole_origin),
-        host_allowlist=config.host_allowlist
-        if callable(config.host_allowlist)
-        else normal_allowlist(config.host_allowlist),
-        domains=() if config.hub else tuple(map(normal_domain, config.domains)),
-        allow_hostnames=normal_allowlist(config.allow_hostnames),
-        allow_origins=tuple(
-            origin if origin == "*" else normal_origin(origin) for origin in config.allow_origins
-        ),
-        trusted_proxies=tuple(config.trusted_proxies),
-        upstream_tls=tuple(upstream.lower() for upstream in config.upstream_tls),
-    )
+            raise ValueError("an upstream is PORT or HOST:PORT, not %r" % upstream)
+    return tuple(upstream.lower() for upstream in upstreams)
 
 
-def _check_kinds(config: Config) -> None:
-    """Raise ValueError if a field holds another kind of thing than it is for; what it holds is not told."""
-    for name, default in Config()._asdict().items():
-        value = getattr(config, name)
-        if (value is None and default is None) or (
-            callable(value) and name in ("authorize", "host_allowlist")
-        ):
-            continue
-        kind = name if name in _KINDS else type(default).__name__
-        types, words = _KINDS[kind]
-        right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-        if not right or (kind == "tuple" and not all(isinstance(one, str) for one in value)):
-            raise ValueError("%s must be %s, not %s" % (name, words, type(value).__name__))
+_NORMALISERS = {
+    "base": normal_base,
+    "host_allowlist": normal_allowlist,
+    "domains": lambda domains: tuple(map(normal_domain, domains)),
+    "allow_hostnames": normal_allowlist,
+    "allow_origins": _normal_origins,
+    "trusted_proxies": _checked_proxies,
+    "upstream_tls": _normal_upstreams,
+}  # type: Dict[str, Callable[[Any], Any]]
 
 
-# By a field's name, or else by the type of its default; None stands for a file that is not given.
-_KINDS: Dict[str, Tuple[Tuple[type, ...], str]] = {
-    "authorize": ((), "an asynchronous callable"),
-    "hub": ((Hub,), "a Hub"),
-    "token": ((str,), "a string"),
-    "bool": ((bool,), "True or False"),
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "str": ((str,), "a string"),
-    "tuple": ((tuple, list, set, frozenset), "a sequence of strings"),
-    "NoneType": ((str, os.PathLike), "a path"),
-}
-_KINDS["whole_origin"] = _KINDS["bool"]
+def checked_config(config: Config) -> Config:
+    """`config` in normal form.  Raises ValueError, with the name of the option, for mistakes."""
+    check_values(config)
+    for field, normalise in _NORMALISERS.items():
+        value = getattr(config, field)
+        if not callable(value):
+            try:
+                config = config._replace(**{field: normalise(value)})
+            except ValueError as error:
+                raise ValueError("%s: %s" % (OPTIONS[field].flag, error))
+    if config.hub:
+        return config._replace(domains=(), whole_origin=False)
+    if config.whole_origin is None:
+        is_ours = config.base in ("", Config().base) and not config.trusted_proxies
+        return config._replace(whole_origin=is_ours)
+    return config
 
 
 def _tick_interval(config: Config) -> float:
@@ -4970,211 +5035,221 @@ def _tick_interval(config: Config) -> float:
 # --------------------------------------------------------------------------------------------------
 # Jupyter extension
 # --------------------------------------------------------------------------------------------------
-# Inside a running Jupyter server.  Jupyter authenticates each request and lends its connection to
-# one exchange.
+# Inside a running Jupyter server, a Tornado handler serves `<base>/proxy/`.  Jupyter authenticates
+# each request; then the handler lends Tornado's connection to one exchange.  `TornadoTransport` is
+# an asyncio transport on a Tornado stream.  It reads only on demand, so that no byte of the next
+# request is taken from Tornado, which gets the connection back afterwards.
 
-_JUPYTER_COOKIES = (
-    "username-"  # of people who are signed in; the host and port that the browser sees follow
-)
+_JUPYTER_COOKIES = "username-"  # of signed-in users; the host and port in the browser follow
 _XSRF = "_xsrf"
 _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
+_PULL_BYTES = 65536  # less than a StreamReader can hold, so that it never pauses us
+_HANG_UP = getattr(select, "POLLRDHUP", 0)  # EOF of the peer, even behind unread data; Linux only
 
 
 class LentConnection(Connection):
-    """A client connection that Tornado lends us: it is read only when a read is asked for, so that
-    no byte of the next request is taken from Tornado."""
+    """A client connection that belongs to Tornado.
+
+    body_left: bytes of the request body that Tornado still has, at most; no more are read at once.
+    """
+
+    body_left = sys.maxsize
 
     async def read(self) -> bytes:
         if not self.buffer and not self.has_unread:
-            self.transport.pull()
-        return await super().read()
+            self.transport.pull(min(self.body_left, _PULL_BYTES) or _PULL_BYTES)
+        data = await super().read()
+        self.body_left = max(0, self.body_left - len(data))
+        return data
+
+    def can_carry_more(self) -> bool:
+        return not self.buffer and not self.has_unread  # bytes cannot be returned to Tornado
 
     def expire(self, time: float) -> None:
         super().expire(time)
-        if poll(self.transport, _HANG_UP):  # while nothing is read, Tornado may not notice
+        if poll(self.transport, _HANG_UP):  # Tornado misses an EOF behind data that nobody reads
             self.abort()
 
 
-_HANG_UP = getattr(select, "POLLRDHUP", 0)  # the peer has ended its side; only on Linux
-_PULL_BYTES = 65536
-
-
 class TornadoTransport(asyncio.Transport):
-    """A Tornado stream, over TCP or TLS, as a transport for a `LentConnection`.
+    """A transport on a Tornado stream, over TCP or TLS, with a `LentConnection`.
 
-    It reads only what is asked for by `pull`, until `set_protocol` makes a tunnel of it.  Raises
-    OSError if the client has left.
+    It reads when `pull` is called; once a tunnel has set its protocol, it reads all the time.
+    Raises OSError if the client has left.
     """
 
-    def __init__(self, tornado: Any, deadlines: Deadlines) -> None:
-        sock = tornado.socket
+    def __init__(self, stream: Any, deadlines: Deadlines) -> None:
+        sock = stream.socket
         if sock is None:
             raise ConnectionResetError(errno.ECONNRESET, "the client has left")
         context = getattr(sock, "context", None)
         super().__init__({"socket": sock, "peername": sock.getpeername(), "sslcontext": context})
-        self.tornado = tornado
+        self._stream = stream
+        self._call_soon = deadlines.loop.call_soon
+        self._queued = 0  # bytes that Tornado has not sent yet
+        self._is_pulling = self._reads_on = False
+        self._is_paused = False  # the protocol was told to pause writing
+        self._is_closing = self._is_lost = False
         self.connection = LentConnection(deadlines)
-        self._loop = deadlines.loop
         self._protocol = self.connection  # type: Any
-        self._queued = 0
-        self._is_reading = self._is_tunnel = self._is_paused = self._is_closing = False
-        self._is_lost = self._writer_waits = False
-        tornado.set_close_callback(self._closed)
+        stream.set_close_callback(self._closed)
         self.connection.connection_made(self)
 
-    def pull(self) -> None:
-        """Ask for the next bytes, which `data_received` then gets."""
-        if self._is_reading or self._is_closing or self._is_lost:
+    def release(self) -> Any:
+        """The stream, for Tornado's next request; None, and it is closed, if it cannot be used."""
+        connection = self.connection
+        if self._is_pulling or self._is_closing or not connection.can_carry_more():
+            connection.close()
+            return None
+        connection.deadlines.discard(connection)
+        self._stream.set_close_callback(None)
+        return self._stream
+
+    # Reading.
+
+    def pull(self, size: int = _PULL_BYTES) -> None:
+        """Read the next bytes, at most `size`, for the protocol's `data_received`."""
+        if self._is_pulling or self._is_closing:
             return
         try:
-            future = self.tornado.read_bytes(_PULL_BYTES, partial=True)
+            future = self._stream.read_bytes(size, partial=True)
         except OSError:  # StreamClosedError
             self._lose()
             return
-        self._is_reading = True
-        future.add_done_callback(self._received)
+        self._is_pulling = True
+        future.add_done_callback(self._pulled)
 
-    def _received(self, future: "asyncio.Future[bytes]") -> None:
-        self._is_reading = False
+    def _pulled(self, future: "asyncio.Future[bytes]") -> None:
+        self._is_pulling = False
         if future.cancelled() or future.exception():
             self._lose()
             return
         self._protocol.data_received(future.result())
-        if self._is_tunnel and not self._is_paused:
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if self._reads_on:
             self.pull()
 
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol = protocol
+        self._reads_on = True
+        self._call_soon(self._read_on)  # behind the bytes that were read before
+
+    def is_reading(self) -> bool:
+        return self._is_pulling
+
+    def pause_reading(self) -> None:
+        self._reads_on = False
+
+    def resume_reading(self) -> None:
+        self._reads_on = True
+        self.pull()
+
+    # Writing.
+
+    def write(self, data: Union[bytes, bytearray, memoryview]) -> None:
+        if not data:
+            return
+        try:
+            future = self._stream.write(bytes(data))
+        except OSError:  # StreamClosedError; the close callback follows
+            return
+        if future.done():
+            return
+        self._queued += len(data)
+        future.add_done_callback(lambda _: self._sent(len(data)))
+        if self._queued > _PULL_BYTES and not self._is_paused:
+            self._is_paused = True
+            self._protocol.pause_writing()
+
+    def _sent(self, count: int) -> None:
+        self._queued -= count
+        if self._is_paused and self._queued <= _PULL_BYTES // 4:
+            self._is_paused = False
+            self._protocol.resume_writing()
+        if self._is_closing and not self._queued:
+            self._stream.close()
+
+    def get_write_buffer_size(self) -> int:
+        return self._queued
+
+    def can_write_eof(self) -> bool:
+        return False  # Tornado has no half-close
+
+    # Ending.
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def close(self) -> None:
+        self._is_closing = True
+        if not self._queued:
+            self._stream.close()
+
+    def abort(self) -> None:
+        self._is_closing = True
+        self._stream.close()
+
     def _closed(self) -> None:
-        if not self._is_reading:  # otherwise the bytes that were read before come first
+        if not self._is_pulling:  # otherwise the bytes that were read before come first
             self._lose()
 
     def _lose(self) -> None:
         if not self._is_lost:
             self._is_lost = self._is_closing = True
-            self._loop.call_soon(self._protocol.connection_lost, self.tornado.error)
+            self._call_soon(self._protocol.connection_lost, self._stream.error)
 
-    def release(self) -> Any:
-        """Give the Tornado stream back; None, and the connection is closed, if bytes behind the
-        request were taken from it."""
-        connection = self.connection
-        if self._is_reading or self._is_closing or connection.buffer or connection.has_unread:
-            connection.close()
-            return None
-        connection.deadlines.discard(connection)
-        self._is_lost = self._is_closing = True
-        self.tornado.set_close_callback(None)
-        return self.tornado
 
-    def write(self, data: Union[bytes, bytearray, memoryview]) -> None:
-        if self._is_lost or not data:
-            return
-        try:
-            future = self.tornado.write(bytes(data))
-        except OSError:  # StreamClosedError: the close callback follows
-            return
-        if not future.done():
-            self._queued += len(data)
-            future.add_done_callback(lambda _: self._sent(len(data)))
-            if self._queued > _PULL_BYTES and not self._writer_waits:
-                self._writer_waits = True
-                self._protocol.pause_writing()
-
-    def _sent(self, count: int) -> None:
-        self._queued -= count
-        if self._writer_waits and self._queued <= _PULL_BYTES // 4:
-            self._writer_waits = False
-            self._protocol.resume_writing()
-        if self._is_closing and not self._is_lost and not self._queued:
-            self.tornado.close()
-
-    def get_write_buffer_size(self) -> int:
-        return self._queued
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._protocol = protocol
-        self._is_tunnel = True
-        self._loop.call_soon(self.resume_reading)
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        return self._protocol  # type: ignore[no-any-return]
-
-    def is_reading(self) -> bool:
-        return self._is_reading
-
-    def pause_reading(self) -> None:
-        self._is_paused = True
-
-    def resume_reading(self) -> None:
-        self._is_paused = False
-        if self._is_tunnel:
-            self.pull()
-
-    def is_closing(self) -> bool:
-        return self._is_closing
-
-    def can_write_eof(self) -> bool:
-        return False  # Tornado closes both ways or none
-
-    def close(self) -> None:
-        self._is_closing = True
-        if not self._queued:
-            self.tornado.close()
-
-    def abort(self) -> None:
-        self._is_closing = True
-        self.tornado.close()
+# As `COMMAND_LINE_TERMS`.  Jupyter itself decides about origins.
+_JUPYTER_TERMS = {name: "c.PortProxy." + name for name in COMMAND_LINE_TERMS}
+_JUPYTER_TERMS.update(Start="Set", start="set", allow_origins="c.ServerApp.allow_origin")
 
 
 class JupyterGate(Gate):
-    """The gate of one request to a Jupyter server, which has let it in already, as `handler` knows.
+    """The gate for one request to a Jupyter server, which has authenticated it.
 
-    What is left is that pages of other sites cannot use the browser's cookie; and the cookies and tokens of Jupyter,
-    and of a Hub around it, that are none of the app's business.
+    It still refuses requests that a foreign page makes with the browser's cookie, and removes the
+    cookies and tokens of Jupyter, and of a Hub around it.  handler: Jupyter's, for the request.
     """
 
     def __init__(self, config: Config, handler: Any) -> None:
         super().__init__(config)
         self.handler = handler
-        provider = (
-            handler.settings.get("identity_provider") or handler
-        )  # before 2.0: the handler itself
-        self.hub_auth: Any = getattr(provider, "hub_auth", None)
-        self.by_token = bool(handler.token_authenticated)
-        self.tokens = [token for token in (handler.token, self._shown_to(provider)) if token]
+        # Before Jupyter Server 2.0, the handler is its own identity provider.
+        provider = handler.settings.get("identity_provider") or handler
+        self.hub_auth = getattr(provider, "hub_auth", None)  # type: Any
+        self.tokens = [handler.token] if handler.token else []
+        if handler.token_authenticated and self.hub_auth is None:
+            token = provider.get_token(handler) if hasattr(provider, "get_token") else None
+            self.tokens += [str(token)] if token else []
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
         self.cookie_name = get_name(handler)
         self.cookie_marks += (_HUB_COOKIES, _JUPYTER_COOKIES, self.cookie_name)
-
-    def _shown_to(self, provider: Any) -> Optional[str]:
-        """The token by which the request came in."""
-        if not self.by_token:
-            return None
-        if self.hub_auth is None and hasattr(provider, "get_token"):
-            return str(provider.get_token(self.handler))
-        return None
+        self.terms = _JUPYTER_TERMS
 
     async def authorize(self, request: Request) -> None:
         if self.hub_auth is not None:
-            await self._look_up_tokens(request)
-        if self.by_token:  # a token in the request is no accident
+            await self._find_hub_tokens(request)
+        if self.handler.token_authenticated:  # a foreign page has no token to send
             return
-        headers = request.headers
-        allowed = (
-            "origin" in headers.index and self.handler.check_origin()
-        )  # as Jupyter's options say
-        is_same_origin = "same-origin" in headers.get_all("sec-fetch-site")
-        is_unsafe = request.method not in _SAFE
-        if not allowed or (is_unsafe and self._allows_any_origin() and not is_same_origin):
+        # As Jupyter's own options say.
+        allowed = "origin" in request.headers.index and self.handler.check_origin()
+        if allowed and request.method not in _SAFE and self._allows_any_origin():
+            # Jupyter's own handlers require its XSRF token then.  Pages of apps do not have it.
+            allowed = "same-origin" in request.headers.get_all("sec-fetch-site")
+        if not allowed:
             self.check_origin(request)
 
-    async def _look_up_tokens(self, request: Request) -> None:
-        """Find out which of the tokens in a request are the Hub's; it answers most from a cache."""
+    async def _find_hub_tokens(self, request: Request) -> None:
+        """Find the tokens of the Hub in a request; the Hub's client has a cache."""
         for token in filter(_HUB_TOKEN.fullmatch, all_tokens(request)):
             try:
                 session = self.hub_auth.get_session_id(self.handler)
                 user = await self.hub_auth.user_for_token(token, session_id=session, sync=False)
-            except TypeError:  # before JupyterHub 2.4, which would block
+            except TypeError:  # before JupyterHub 2.4, whose call would block
                 return
-            except Exception as error:  # Tornado's own, or of the connection to the Hub
+            except Exception as error:  # of Tornado or of the connection to the Hub
                 logger.warning("the Hub could not be asked: %s", type(error).__name__)
                 text = "The Hub, which knows whose a token is, does not answer."
                 raise ProxyError(503, text, _SHORTLY)
@@ -5182,8 +5257,7 @@ class JupyterGate(Gate):
                 self.tokens.append(token)
 
     def _allows_any_origin(self) -> bool:
-        """Whether Jupyter's options let any origin in.  Its own handlers still ask for the XSRF token then, which no
-        app's page has."""
+        """Whether Jupyter allows requests of any origin, but requires its XSRF token with them."""
         handler = self.handler
         if handler.settings.get("disable_check_xsrf"):
             return False
@@ -5202,30 +5276,18 @@ class JupyterGate(Gate):
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
-        if (
-            name == self.cookie_name
-            or bare.startswith(_HUB_COOKIES)
-            or super().owns_cookie(name, route)
-        ):
+        if name == self.cookie_name or bare.startswith(_HUB_COOKIES):
             return True
-        of_the_app = _JUPYTER_COOKIES + re.sub(
-            "[^A-Za-z0-9]", "-", route.authority if route else ""
-        )  # if it is a Jupyter
-        return name.startswith(_JUPYTER_COOKIES) and name != of_the_app
+        if name.startswith(_JUPYTER_COOKIES):
+            # The app may be a Jupyter server, with a cookie of its own.
+            authority = route.authority if route else ""
+            return name != _JUPYTER_COOKIES + re.sub("[^A-Za-z0-9]", "-", authority)
+        return super().owns_cookie(name, route)
 
-    def explain(self, error: ProxyError) -> ProxyError:
-        text, advice, rest = error.detail.partition(" Start the proxy with --allow-origin")
-        if advice and (
-            rest.startswith(" '*'") or self._allows_any_origin()
-        ):  # which would not help
-            advice, rest = " A program may send it with a token of Jupyter's.", ""
-        text = (text + advice + rest).replace(" --allow-origin", " c.ServerApp.allow_origin")
-        text = _OPTION.sub(
-            lambda option: "c.PortProxy." + option.group()[2:].replace("-", "_"), text
-        )
-        return ProxyError(
-            error.status, re.sub("([Ss])tart the proxy with", r"\1et", text), error.fields
-        )
+    def origin_advice(self, origin: str) -> str:
+        if not origin or self._allows_any_origin():  # an option would not help
+            return "A program may send it with a token of Jupyter's."
+        return super().origin_advice(origin)
 
     def response_lines(self, status: int) -> Sequence[str]:
         """The cookies that Jupyter sets with this response."""
@@ -5235,8 +5297,11 @@ class JupyterGate(Gate):
         return ["Set-Cookie: " + cookie.OutputString(None) for cookie in cookies]
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
-        """Jupyter's XSRF cookie has the same name as that of any Tornado app, but the shortest path
-        of all, and so comes last (RFC 6265 section 5.4).  A browser that is signed in has it."""
+        """Also without Jupyter's XSRF cookie, which a signed-in browser sends.
+
+        Every Tornado app has one of that name.  Jupyter's has the shortest path of all, and so
+        comes last (RFC 6265 section 5.4).
+        """
         pairs = value.split(";")
         names = [cookie_name(pair) for pair in pairs]
         if _XSRF in names and any(self.owns_cookie(name, route) for name in names):
@@ -5244,71 +5309,76 @@ class JupyterGate(Gate):
         return super().strip_cookies(";".join(pairs), route)
 
 
-def _from_jupyter(name: str, value: Any) -> Any:
-    """A value of Jupyter's configuration for a field of Config: on its command line all are strings until somebody
-    knows better, and what is appended (LazyConfigValue) has to be told what to."""
-    if not hasattr(value, "get_value"):
-        return value
-    default = getattr(Config(), name, "")
-    if isinstance(value, list):
-        return [str(one) for one in value]
-    if not isinstance(value, str):  # which is what merely looking at a field makes of it, too
-        return value.get_value(list(default)) if isinstance(default, tuple) else default
-    text = str(value)
-    if isinstance(default, tuple):
-        return tuple(one.strip() for one in text.split(","))
-    if isinstance(default, bool) or name == "whole_origin":
-        return {"true": True, "false": False}.get(text.lower(), text)
-    if isinstance(default, (int, float)):
-        with contextlib.suppress(ValueError):  # what is no number is told of with its field's name
-            return type(default)(text)
-    return text
+async def _serve_handler(handler: Any, server: Any, proxy: "PortProxy") -> None:
+    """Serve the request of a Tornado handler, which Jupyter has authenticated."""
+    gate = JupyterGate(proxy.config, handler)
+    if _is_page_visit(handler.request, proxy.config):
+        handler.xsrf_token  # noqa: B018  reading it sets its cookie
+        clean = gate.strip_query(handler.request.uri)
+        if clean != handler.request.uri:  # Jupyter sets a session cookie with the redirect
+            handler.redirect(clean)
+            return
+    deadlines = await _start_proxy(server, proxy)
+    head = _head_from_tornado(handler.request)
+    stream = handler.detach()
+    try:
+        transport = TornadoTransport(stream, deadlines)
+    except OSError:  # the client has left
+        stream.close()
+        return
+    length = handler.request.headers.get("Content-Length", "")
+    if re.fullmatch("[0-9]+", length):
+        transport.connection.body_left = int(length)
+    address = transport.get_extra_info("peername")
+    if await proxy.serve_one(transport.connection, head, gate):
+        stream = transport.release()
+        if stream is not None:
+            server.http_server.handle_stream(stream, address)
 
 
-def _jupyter_server_extension_points() -> List[Dict[str, str]]:
-    return [{"module": __name__}]
+async def _start_proxy(server: Any, proxy: "PortProxy") -> Deadlines:
+    """Start the proxy at the first request: the event loop does not run before."""
+    if proxy.deadlines is None:
+        ways_back = [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)]
+        await proxy.start([], ways_back)
+    assert proxy.deadlines is not None
+    proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
+    return proxy.deadlines
 
 
-def _load_jupyter_server_extension(server: Any) -> None:
-    """Serve `<base>/proxy/` of a Jupyter server, which calls this where the module is among its extensions.
-
-    `c.PortProxy` in its configuration may hold what a `Config` has, host_allowlist above all.
-    """
-    import inspect
+def _note_activity(settings: Dict[str, Any]) -> None:
     from datetime import datetime, timezone
+
+    settings["api_last_activity"] = datetime.now(timezone.utc)
+
+
+def _is_page_visit(request: Any, config: Config) -> bool:
+    """Whether a Tornado request is a person's visit to a page."""
+    with contextlib.suppress(ProxyError):
+        return parse_request(_head_from_tornado(request), "", "http", config).is_page_visit
+    return False
+
+
+def _head_from_tornado(request: Any) -> bytes:
+    """The head that Tornado parsed; we parse it again, more strictly."""
+    lines = ["%s %s %s" % (request.method, request.uri, request.version)]
+    lines += ["%s: %s" % field for field in request.headers.get_all()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+class AnyMethod(Tuple[str, ...]):
+    """The methods that Tornado knows; but any method is among them."""
+
+    def __contains__(self, method: object) -> bool:
+        return True
+
+
+def _handler_class(server: Any, proxy: "PortProxy") -> Any:
+    """The class of the Tornado handlers for `<base>/proxy/`."""
+    import inspect
 
     from jupyter_server.base.handlers import JupyterHandler
     from tornado import web
-
-    base = server.base_url.rstrip("/") + "/proxy"
-    trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
-    try:
-        told = {
-            name: _from_jupyter(name, value)
-            for name, value in server.config.get("PortProxy", {}).items()
-        }
-        config = Config(base=base, trusted_proxies=trusted)._replace(**told)
-        proxy = PortProxy(
-            config._replace(domains=(), whole_origin=False)
-        )  # the origin is Jupyter's
-    except (TypeError, ValueError) as error:
-        server.log.error(
-            "port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s", base, error
-        )
-        return
-    settings = server.web_app.settings
-
-    def note_activity() -> None:
-        settings["api_last_activity"] = datetime.now(timezone.utc)
-
-    def is_page_visit(request: Any) -> bool:
-        with contextlib.suppress(ProxyError):
-            return parse_request(_head_from_tornado(request), "", "http", config).is_page_visit
-        return False
-
-    class AnyMethod(Tuple[str, ...]):
-        def __contains__(self, method: object) -> bool:
-            return True
 
     @web.stream_request_body
     class PortProxyHandler(JupyterHandler):  # type: ignore[misc]
@@ -5316,143 +5386,166 @@ def _load_jupyter_server_extension(server: Any) -> None:
 
         def set_default_headers(self) -> None:
             super().set_default_headers()
-            # Of answers that are given before the body is read, after which Tornado closes without saying so.
+            # Tornado closes, without notice, after a response that precedes the request body.
             self.set_header("Connection", "close")
 
         def check_xsrf_cookie(self) -> None:
-            """Left to the app, whose forms they are; what keeps other sites out is the gate's check of the origin."""
+            """Leave forms to the app; the gate checks the origin."""
 
         def data_received(self, chunk: bytes) -> None:
-            """Dropped: the body of a request that was refused."""
+            """Drop the body of a request that was refused."""
 
         def get_login_url(self) -> str:
-            if not is_page_visit(self.request):
+            if not _is_page_visit(self.request, proxy.config):
                 raise web.HTTPError(403, "Sign in first.")
             return str(super().get_login_url())
 
-        def __getattr__(self, name: str) -> Any:
-            method = self.__dict__["request"].method if "request" in self.__dict__ else ""
-            if name != method.lower() or not _PLAIN_METHOD.fullmatch(method):
-                raise AttributeError(name)
-            # Under the method's name Jupyter looks for an exemption from signing in.
-
         async def prepare(self) -> None:
-            if not _PLAIN_METHOD.fullmatch(self.request.method):  # it would be another attribute
+            method = self.request.method
+            if not _PLAIN_METHOD.fullmatch(method):  # Jupyter would read another attribute
                 self.set_status(405)
                 self.finish("405 Method Not Allowed\n")
                 return
+            if not hasattr(self, method.lower()):  # Jupyter reads it, but nobody calls it
+                setattr(self, method.lower(), None)
             result = super().prepare()
             if inspect.isawaitable(result):
                 await result
             if not self._finished:
-                web.authenticated(lambda handler: None)(self)  # some versions do not in `prepare`
-            if self._finished:  # redirected
+                web.authenticated(lambda handler: None)(self)  # not every version has done so
+            if self._finished:  # redirected to sign in
                 return
-            user = self.current_user
-            authorizer = settings.get("authorizer")
-            allowed = authorizer is None or authorizer.is_authorized(self, user, "execute", "proxy")
-            if not (await allowed if inspect.isawaitable(allowed) else allowed):
-                raise web.HTTPError(403)
-            await self._serve()
+            authorizer = self.settings.get("authorizer")
+            if authorizer is not None:
+                user = self.current_user
+                allowed = authorizer.is_authorized(self, user, "execute", "proxy")
+                if not (await allowed if inspect.isawaitable(allowed) else allowed):
+                    raise web.HTTPError(403)
+            await _serve_handler(self, server, proxy)
 
-        async def _serve(self) -> None:
-            gate = JupyterGate(proxy.config, self)
-            if is_page_visit(self.request):
-                self.xsrf_token  # noqa: B018  reading it sets its cookie
-                clean = gate.strip_query(self.request.uri)
-                if clean != self.request.uri:
-                    self.redirect(clean)  # with the cookie that a token in the address has earned
-                    return
-            if proxy.deadlines is None:
-                await proxy.start(
-                    [], [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)]
-                )
-            deadlines = proxy.deadlines
-            assert deadlines is not None
-            deadlines.on_activity = note_activity
-            head = _head_from_tornado(self.request)
-            tornado = self.detach()
-            try:
-                transport = TornadoTransport(tornado, deadlines)
-            except OSError:  # the client has left meanwhile
-                tornado.close()
-                return
-            address = transport.get_extra_info("peername")
-            if await proxy.serve_one(transport.connection, head, gate):
-                stream = transport.release()
-                if stream is not None:
-                    server.http_server.handle_stream(stream, address)
+    return PortProxyHandler
 
-    router = server.web_app
-    router.add_handlers(".*$", [(re.escape(base) + "(?:/.*)?", PortProxyHandler)])
-    rules = router.default_router.rules
-    rules.insert(0, rules.pop(-2))
+
+def _config_value(name: str, value: Any) -> Any:
+    """A field of Config from Jupyter's configuration; `checked_config` finds what is wrong with it.
+
+    traitlets hands over a LazyConfigValue for `append` and the like, and DeferredConfigString or
+    DeferredConfigList, whose items are strings, for its command line.
+    """
+    if name not in OPTIONS or not hasattr(value, "get_value"):
+        return value
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    kind, default = OPTIONS[name].kind, getattr(Config(), name)
+    if not isinstance(value, str):  # reading a field makes a LazyConfigValue, too
+        return value.get_value(list(default)) if kind is STRINGS else default
+    text = str(value)
+    if kind is STRINGS:
+        return tuple(item.strip() for item in text.split(","))
+    if kind is SWITCH:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind in (INTEGER, SECONDS):
+        with contextlib.suppress(ValueError):
+            return kind.types[-1](text)
+    return text
+
+
+def _jupyter_config(server: Any, base: str) -> Config:
+    """The configuration for a Jupyter server; TypeError or ValueError if c.PortProxy is no good."""
+    trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
+    given = server.config.get("PortProxy", {}).items()
+    fields = {name: _config_value(name, value) for name, value in given}
+    config = Config(base=base, trusted_proxies=trusted)._replace(**fields)
+    return config._replace(domains=(), whole_origin=False)  # the origin is Jupyter's
+
+
+def _jupyter_server_extension_points() -> List[Dict[str, str]]:
+    return [{"module": __name__}]
+
+
+def _load_jupyter_server_extension(server: Any) -> None:
+    """Serve `<base>/proxy/` of a Jupyter server; Jupyter calls this for an enabled extension.
+
+    `c.PortProxy` in its configuration may set the fields of `Config`, host_allowlist above all.
+    """
+    base = server.base_url.rstrip("/") + "/proxy"
+    try:
+        proxy = PortProxy(_jupyter_config(server, base))
+    except (TypeError, ValueError) as error:
+        text = "port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s"
+        server.log.error(text, base, error)
+        return
+    handler = _handler_class(server, proxy)
+    server.web_app.add_handlers(".*$", [(re.escape(base) + "(?:/.*)?", handler)])
+    rules = server.web_app.default_router.rules
+    rules.insert(0, rules.pop(-2))  # in front of those of other extensions
     logger.parent = getattr(server.log, "logger", server.log)
-    logger.setLevel(
-        logging.INFO if server.log_level in (logging.DEBUG, "DEBUG") else logging.WARNING
-    )  # as for its own
+    is_debugging = server.log_level in (logging.DEBUG, "DEBUG")
+    logger.setLevel(logging.INFO if is_debugging else logging.WARNING)  # as for Jupyter's requests
     extensions = getattr(getattr(server, "extension_manager", None), "extensions", {})
     if getattr(extensions.get("jupyter_server_proxy"), "enabled", False):
-        server.log.warning(
-            "port_proxy: jupyter_server_proxy is enabled too, and both serve %s/: port_proxy answers there. Its named"
-            " servers are not touched.",
-            base,
-        )
+        text = "port_proxy: jupyter_server_proxy is enabled too; port_proxy answers at %s/."
+        server.log.warning(text + " Its named servers are not touched.", base)
     server.log.info("port_proxy: every port of this machine is at %s/<port>/", base)
-
-
-def _head_from_tornado(request: Any) -> bytes:
-    """The head that Tornado parsed; it is parsed again, more strictly, before it is used."""
-    lines = ["%s %s %s" % (request.method, request.uri, request.version)]
-    lines += ["%s: %s" % field for field in request.headers.get_all()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 # --------------------------------------------------------------------------------------------------
 # Port check
 # --------------------------------------------------------------------------------------------------
-# `--check PORT` looks at one port, and says what keeps its app from working through the proxy.
+# `--check PORT` examines one port of this machine and reports what keeps its app from working behind
+# the proxy.  It requests the first page, follows redirects, and looks for what would bypass the
+# proxy or lose the prefix.  Then it sends requests with a foreign Host and Origin, and opens a
+# WebSocket.  All of them go through `Upstreams`, so they meet what a real request would meet.
+
+_PAGE_SECONDS = 30.0  # some apps compile their page for the first request
+_MAX_REDIRECTS = 5  # in a row
+_MAX_SCRIPTS = 4  # scripts of a page that are searched
+_STRANGER = "port-proxy-check.invalid"  # no such host can exist (RFC 6761)
 
 _ROOTED = re.compile(
     rb"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?(/(?!/)[^\s"'<>?#]{0,2000})""", re.IGNORECASE
 )
-_PAGE_SECONDS = 30.0  # some apps are compiled when they are first asked for
-_STRANGER = "port-proxy-check.invalid"  # a name that leads nowhere (RFC 6761)
-
-
 _SCRIPT = re.compile(
     rb"""<script\s[^<>]{0,500}?\bsrc\s{0,9}=\s{0,9}["']?([^\s"'<>]{1,2000})""", re.IGNORECASE
 )
-_SCRIPTS = 4  # of a page are looked into
 _OWN_ADDRESS = rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\])(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
-_GOES_PAST = (
-    "%s names port %d itself. What asks for that goes past the proxy, and only a browser on this machine gets there: if"
-    " something is missing elsewhere, tell the app the address that it is called by, as webpack-dev-server is told by"
-    " --client-web-socket-url auto://0.0.0.0:0/ws."
-)
-_OWN_PORT = (
-    "Port %d is the proxy's own, and no app can be reached there. If an app has it, say with --port where the proxy"
-    " listens, or is to."
-)
-_REDIRECTS = 5  # in a row
-_ROUND = (
-    "It redirected %d times in a row and showed no page; to a browser, which keeps cookies, it may."
-    % _REDIRECTS
-)
 _OWN_ORIGIN = r"(https?)://(?:localhost|127\.0\.0\.1|\[::1\]):%d(?=[/?]|\Z)"
 _USER_INFORMATION = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*:)?//[^/]*@")
-_TO_TLS = (
-    "It redirects to https at its own address, which the proxy leads back to it, and so on for ever. Switch that off in"
-    " the app; or serve HTTPS (--certfile), if the app goes by X-Forwarded-Proto."
+_SOCKET_PATHS = ("/ws", "/socket.io/?EIO=4&transport=websocket", "/")
+_HANDSHAKE = _UPGRADE_LINES + [
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+]
+
+_OWN_PORT = (
+    "Port %d is the proxy's own, so no app can be reached there. If an app has it, say with --port"
+    " where the proxy listens."
 )
-_LEAVING = (
-    "Links that begin with a slash leave the prefix, and nothing leads them back: use the app's own host, its flag for"
-    " the path it lives under, or --whole-origin yes."
+_BYPASSES = (
+    "%s names port %d itself. That address bypasses the proxy and works only on this machine. If"
+    " something is missing elsewhere, tell the app its public address, as with webpack-dev-server's"
+    " --client-web-socket-url auto://0.0.0.0:0/ws."
+)
+_TOO_MANY_REDIRECTS = (
+    "It redirected %d times in a row and showed no page. It may show one to a browser, which keeps"
+    " cookies." % _MAX_REDIRECTS
+)
+_TO_TLS = (
+    "It redirects to https at its own address, which the proxy leads back to it: an endless loop."
+    " Switch that off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
+)
+_LOSES_PREFIX = (
+    "Its links that begin with a slash lose the prefix, and nothing restores it. Use the app's own"
+    " host, its option for a base path, or --whole-origin yes."
 )
 
 
 class KnownApp(NamedTuple):
-    """An app that tells itself by its page; socket: where it opens WebSockets; flag: makes it live under a path."""
+    """An app that can be recognised by its page.
+
+    sign: a pattern of the page; socket: the path of its WebSocket, "" if that is not known; flag:
+    the option that makes it serve below a path, for which %s stands.
+    """
 
     name: str
     sign: str
@@ -5460,7 +5553,6 @@ class KnownApp(NamedTuple):
     flag: str
 
 
-# %s stands for /proxy/absolute/PORT, the path that it is to live under.
 _KNOWN_APPS = (
     KnownApp("Streamlit", "<title>Streamlit</title>", "/_stcore/stream", "--server.baseUrlPath %s"),
     KnownApp("Voila", "/voila/", "", "--base_url=%s/"),
@@ -5482,12 +5574,13 @@ _KNOWN_APPS = (
 
 
 class Report(NamedTuple):
-    """What a port was found to be.  ok: it can be reached through the proxy as that is configured.
+    """The findings about a port; ok: the proxy, as configured, can reach an app there.
 
-    owner, program: who listens, "" where that is not told; speaks: "http", "https", "other" or ""; rooted: the first
-    links of its page that begin with a slash; refuses_host, refuses_origin: names that are not its own, None where
-    that was not seen; socket: where a WebSocket opened; use: the forms of an address, the best first; flag: what would
-    make it fit for the absolute form; problems: what is in the way, and what to do about it.
+    owner, program: of the listening socket, "" if unknown.  speaks: "http", "https", "other" or "".
+    redirect: the last one's target.  rooted: the first links of the page that begin with a slash.
+    refuses_host, refuses_origin: foreign ones; None if not examined.  socket: the path at which a
+    WebSocket opened.  app: a known one's name.  use: addresses, the best first.  flag: the option
+    for the absolute form.  problems: full sentences, each with advice.
     """
 
     port: int
@@ -5511,332 +5604,262 @@ class Report(NamedTuple):
 
 
 async def check_port(port: int, config: Config) -> Report:
-    """Look at a port of this machine; it is asked for its first page, and for a WebSocket."""
+    """Examine a port of this machine, by requests to it."""
     deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
-    own: List[Address] = []
-    with contextlib.suppress(
-        OSError, UnicodeError
-    ):  # an address that the proxy could not listen on either
+    own = []  # type: List[Address]
+    with contextlib.suppress(OSError, UnicodeError):  # the proxy could not listen there either
         own = [place[4][:2] for place in _places(config)]
-    upstreams = Upstreams(config, deadlines, own)
+    check = PortCheck(port, Upstreams(config, deadlines, own))
     try:
-        return await _checked(_listening_at(port, config.base), upstreams)
+        await check.run()
+        return check.report
     finally:
         await deadlines.close(1.0)
 
 
-def _listening_at(port: int, base: str) -> Report:
-    """What the system tells of a port."""
-    sockets = [one for one in tcp_sockets(port=port) if one.state == _LISTEN]
-    addresses = tuple(dict.fromkeys(_plain_text(one.address) for one in sockets))
-    program = next((one.program for one in listeners() if one.port == port), "")
-    return Report(
-        port, base, False, addresses, _user_name(sockets[0].user) if sockets else "", program
-    )
+class PortCheck:
+    """The examination of one port; `run` completes `report`."""
 
+    def __init__(self, port: int, upstreams: Upstreams) -> None:
+        self.upstreams = upstreams
+        self.config = upstreams.config
+        self.route = route_to_port(port, self.config.upstream_tls)
+        sockets = [one for one in tcp_sockets(port=port) if one.is_listening]
+        self.report = Report(
+            port,
+            self.config.base,
+            addresses=listening_addresses(sockets),
+            owner=user_name(sockets[0].user) if sockets else "",
+            program=next((one.program for one in find_listeners() if one.port == port), ""),
+        )
 
-async def _checked(report: Report, upstreams: Upstreams) -> Report:
-    route = route_to_port(report.port, upstreams.config.upstream_tls)
-    try:
-        answer = await probe(upstreams, route, "/", timeout=_PAGE_SECONDS)
-    except ProxyError as error:
-        if error.status == 508:
-            return report._replace(problems=(_OWN_PORT % report.port,))
-        if error.status != 502 or isinstance(error, NotListening) or route.scheme == "https":
-            return report._replace(problems=(error.detail,))
-        if await accepts_tls(upstreams, route):
-            return report._replace(speaks="https", problems=(tls_advice(route),))
-        return report._replace(speaks="other", problems=("It does not answer HTTP.",))
-    report = report._replace(ok=True, speaks=route.scheme, status=answer.response.status)
-    report, answer = await _followed(report, route, answer, upstreams)
-    page = answer.body.decode("latin-1")
-    app = next((one for one in _KNOWN_APPS if re.search(one.sign, page)), None)
-    rooted = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(answer.body))]
-    stranger = await _status(upstreams, route, "/", ["Host: " + _STRANGER])
-    if rooted and not upstreams.config.whole_origin:
-        report = report._replace(problems=report.problems + (_LEAVING,))
-    past = await _what_goes_past(report, route, answer, upstreams)
-    report = report._replace(
-        problems=report.problems + ((_GOES_PAST % (past, report.port),) if past else ()),
-        title=title_in(answer.response.headers, answer.body),
-        app=app.name if app else "",
-        rooted=rooted[:5],
-        refuses_host=stranger >= 400 > report.status,
-        flag=app.flag % ("%s/absolute/%d" % (upstreams.config.base, report.port)) if app else "",
-        use=_forms_of(report.port, upstreams.config),
-    )
-    return await _with_socket(report, route, app.socket if app else "", upstreams)
+    def _note(self, **findings: Any) -> None:
+        self.report = self.report._replace(**findings)
 
+    def _add_problem(self, text: str) -> None:
+        self._note(problems=self.report.problems + (text,))
 
-async def _followed(
-    report: Report, route: Route, answer: Fetched, upstreams: Upstreams
-) -> Tuple[Report, Fetched]:
-    """The page that redirects of a port to itself lead to."""
-    own = re.compile(_OWN_ORIGIN % report.port, re.IGNORECASE)
-    for left in range(_REDIRECTS, -1, -1):
-        location = answer.response.headers.get("location").partition("#")[0]
-        if not 300 <= answer.response.status < 400 or not location:
-            break
-        match = own.match(location)
-        is_here = match and match.group(1).lower() == route.scheme
-        path = (location[match.end() :] or "/") if match and is_here else location
-        report = report._replace(redirect=_USER_INFORMATION.sub(r"\1//", path.partition("?")[0]))
-        if not _LOCAL_TARGET.fullmatch(path):
-            problems = (_TO_TLS,) if match and not is_here and route.scheme == "http" else ()
-            return report._replace(problems=report.problems + problems), answer
-        if not left:
-            return report._replace(problems=report.problems + (_ROUND,)), answer
+    async def run(self) -> None:
+        """Examine the port step by step."""
         try:
-            answer = await probe(upstreams, route, path, timeout=_PAGE_SECONDS)
+            page = await self._get("/", timeout=_PAGE_SECONDS)
         except ProxyError as error:
-            return report._replace(problems=(error.detail,)), answer
-    return report, answer
+            await self._note_failure(error)
+            return
+        config, port = self.config, self.report.port
+        self._note(ok=True, speaks=self.route.scheme, status=page.response.status)
+        self._note(use=_addresses_of(port, config))
+        page = await self._follow_redirects(page)
+        self._note(title=title_in(page.response.headers, page.body))
+        rooted = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
+        self._note(rooted=rooted[:5])
+        if rooted and not config.whole_origin:
+            self._add_problem(_LOSES_PREFIX)
+        bypass = await self._find_bypass(page)
+        if bypass:
+            self._add_problem(_BYPASSES % (bypass, port))
+        text = page.body.decode("latin-1")
+        paths = _SOCKET_PATHS  # type: Tuple[str, ...]
+        app = next((app for app in _KNOWN_APPS if re.search(app.sign, text)), None)
+        if app:
+            self._note(app=app.name, flag=app.flag % ("%s/absolute/%d" % (config.base, port)))
+            paths = (app.socket or "/ws",) + paths
+        status = await self._status("/", ["Host: " + _STRANGER])
+        self._note(refuses_host=status >= 400 > self.report.status)
+        await self._try_websockets(paths)
 
+    async def _get(
+        self, target: str, lines: Sequence[str] = (), timeout: float = _FETCH_SECONDS
+    ) -> Fetched:
+        return await probe(self.upstreams, self.route, target, lines, timeout)
 
-async def _what_goes_past(report: Report, route: Route, page: Fetched, upstreams: Upstreams) -> str:
-    """The path of the page, or of one of its scripts, that names the app's own address; "" if none does."""
-    own = re.compile(_OWN_ADDRESS % report.port)
-    here = report.redirect or "/"
-    if own.search(page.body):
-        return here
-    for name in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_SCRIPTS]:
+    async def _status(self, target: str, lines: Sequence[str]) -> int:
+        """The status of a response; 0 if none came."""
         try:
-            path = str(urljoin(here, name.decode("latin-1")))
-        except ValueError:  # no URL
-            continue
-        if not _LOCAL_TARGET.fullmatch(path):
-            continue
-        try:
-            script = await probe(upstreams, route, path)
+            return (await self._get(target, lines)).response.status
         except ProxyError:
-            continue
-        if own.search(script.body):
-            return path.partition("?")[0]
-    return ""
+            return 0
+
+    async def _note_failure(self, error: ProxyError) -> None:
+        """Report why the first page did not come."""
+        is_silent = error.status != 502 or isinstance(error, NotListening)
+        if error.status == 508:
+            self._add_problem(_OWN_PORT % self.report.port)
+        elif is_silent or self.route.scheme == "https":
+            self._add_problem(error.detail)
+        elif await accepts_tls(self.upstreams, self.route):
+            self._note(speaks="https")
+            self._add_problem(speaks_tls(self.route).detail)
+        else:
+            self._note(speaks="other")
+            self._add_problem("It does not answer HTTP.")
+
+    async def _follow_redirects(self, page: Fetched) -> Fetched:
+        """The page behind redirects of the app to itself, as far as they can be followed."""
+        own = re.compile(_OWN_ORIGIN % self.report.port, re.IGNORECASE)
+        for count in range(_MAX_REDIRECTS + 1):
+            location = page.response.headers.get("location").partition("#")[0]
+            if not 300 <= page.response.status < 400 or not location:
+                break
+            match = own.match(location)
+            path = location
+            if match and match.group(1).lower() == self.route.scheme:
+                path = location[match.end() :] or "/"
+            self._note(redirect=_USER_INFORMATION.sub(r"\1//", path.partition("?")[0]))
+            if not _LOCAL_TARGET.fullmatch(path):
+                if match and path == location and self.route.scheme == "http":
+                    self._add_problem(_TO_TLS)
+                break
+            if count == _MAX_REDIRECTS:
+                self._add_problem(_TOO_MANY_REDIRECTS)
+                break
+            try:
+                page = await self._get(path, timeout=_PAGE_SECONDS)
+            except ProxyError as error:
+                self._add_problem(error.detail)
+                break
+        return page
+
+    async def _find_bypass(self, page: Fetched) -> str:
+        """The path of the page, or of a script of it, that names the app's address; "" if none."""
+        own = re.compile(_OWN_ADDRESS % self.report.port)
+        here = self.report.redirect or "/"
+        if own.search(page.body):
+            return here
+        for source in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_MAX_SCRIPTS]:
+            # ValueError: not a URL.  ProxyError: the script cannot be fetched.
+            with contextlib.suppress(ValueError, ProxyError):
+                path = str(urljoin(here, source.decode("latin-1")))
+                if _LOCAL_TARGET.fullmatch(path) and own.search((await self._get(path)).body):
+                    return path.partition("?")[0]
+        return ""
+
+    async def _try_websockets(self, paths: Sequence[str]) -> None:
+        """Report the first path at which a WebSocket opens, and whether a foreign page may open it."""
+        origin = "Origin: %s://%s" % (self.route.scheme, self.route.authority)
+        for path in dict.fromkeys(paths):
+            if await self._status(path, _HANDSHAKE + [origin]) == 101:
+                foreign = await self._status(path, _HANDSHAKE + ["Origin: http://" + _STRANGER])
+                self._note(socket=path.partition("?")[0], refuses_origin=foreign != 101)
+                break
 
 
-async def _with_socket(report: Report, route: Route, known: str, upstreams: Upstreams) -> Report:
-    """The report, with whether a WebSocket opens, at the app's own place or at a usual one, and to a foreign page."""
-    handshake = _UPGRADE_LINES + [
-        "Sec-WebSocket-Version: 13",
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-    ]
-    for path in dict.fromkeys(
-        (known or "/ws", "/ws", "/socket.io/?EIO=4&transport=websocket", "/")
-    ):
-        own = ["Origin: %s://%s" % (route.scheme, route.authority)]
-        if await _status(upstreams, route, path, handshake + own) == 101:
-            foreign = ["Origin: http://" + _STRANGER]
-            refuses = await _status(upstreams, route, path, handshake + foreign) != 101
-            return report._replace(socket=path.partition("?")[0], refuses_origin=refuses)
-    return report
-
-
-async def _status(upstreams: Upstreams, route: Route, target: str, lines: Sequence[str]) -> int:
-    """The status of a response; 0 if none came."""
-    try:
-        return (await probe(upstreams, route, target, lines)).response.status
-    except ProxyError:
-        return 0
-
-
-def _forms_of(port: int, config: Config) -> List[str]:
-    """The addresses of a port by which this machine's own browser reaches it; a path where the proxy takes any port."""
+def _addresses_of(port: int, config: Config) -> List[str]:
+    """The addresses of an app for a browser on this machine; a path if the proxy's port is not known."""
     if not config.port:
         return ["%s/%d/" % (config.base, port)]
-    name = "localhost:%d" % config.port
+    authority = "localhost:%d" % config.port
     scheme = "https" if config.certfile else "http"
-    host = host_form(port, ClientInfo("127.0.0.1", scheme, name), config.domains)
-    return ([host] if host else []) + ["%s://%s%s/%d/" % (scheme, name, config.base, port)]
+    host = host_form(port, ClientInfo("127.0.0.1", scheme, authority), config.domains)
+    return ([host] if host else []) + ["%s://%s%s/%d/" % (scheme, authority, config.base, port)]
 
 
 def report_text(report: Report) -> str:
-    """A report as a person reads it."""
-    lines = ["port %d of this machine" % report.port]
-
-    def say(name: str, text: str) -> None:
-        if text:
-            lines.append("  %-10s %s" % (name, text))
-
-    who = " ".join(
-        filter(
-            None, (report.program and "by " + report.program, report.owner and "of " + report.owner)
-        )
-    )
-    say("listens", " ".join(filter(None, (", ".join(report.addresses), who))))
-    say("speaks", report.speaks and "%s %s %s" % (report.speaks, report.status or "", report.title))
-    say("app", report.app)
-    say("redirects", report.redirect)
-    some = ", ".join(report.rooted[:3])
-    say("links", some and "begin with a slash, such as " + some)
-    say(
-        "Host",
-        "refuses names that are not its own; the proxy sends localhost"
-        if report.refuses_host
-        else "",
-    )
-    foreign = "; refuses pages of other origins" if report.refuses_origin else ""
-    opened = (
-        "opens at " + report.socket + foreign
-        if report.socket
-        else "none opened at the usual places"
-    )
-    say("WebSocket", opened if report.ok else "")
-    lines += ["  problem    " + problem for problem in report.problems]
-    say("use", "  or  ".join(report.use))
+    """A report for a terminal."""
+    listens = [", ".join(report.addresses)]
+    listens += ["by " + report.program] if report.program else []
+    listens += ["of " + report.owner] if report.owner else []
+    speaks = (report.speaks, str(report.status or ""), report.title)
+    socket = "none opened at the usual places"
+    if report.socket:
+        foreign = "; refuses pages of other origins" if report.refuses_origin else ""
+        socket = "opens at " + report.socket + foreign
+    links = "begin with a slash, such as " + ", ".join(report.rooted[:3])
+    host = "refuses names that are not its own; the proxy sends localhost"
     kept = "%s/absolute/%d/" % (report.base, report.port)
-    say("", report.flag and "or start it with %s and use %s" % (report.flag, kept))
-    shown = "\n".join(lines)  # of which apps have written a part, and which goes to a terminal
-    return "".join(one if one.isprintable() or one == "\n" else "?" for one in shown)
+    rows = [
+        ("listens", " ".join(filter(None, listens))),
+        ("speaks", " ".join(speaks) if report.speaks else ""),
+        ("app", report.app),
+        ("redirects", report.redirect),
+        ("links", links if report.rooted else ""),
+        ("Host", host if report.refuses_host else ""),
+        ("WebSocket", socket if report.ok else ""),
+    ]
+    rows += [("problem", problem) for problem in report.problems]
+    rows.append(("use", "  or  ".join(report.use)))
+    if report.flag:
+        rows.append(("", "or start it with %s and use %s" % (report.flag, kept)))
+    lines = ["port %d of this machine" % report.port]
+    lines += ["  %-10s %s" % row for row in rows if row[1]]
+    # Parts come from the app: its control characters must not reach the terminal.
+    text = "\n".join(lines)
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in text)
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
+# The parser is built from the table of options.  The arguments, and the environment that a
+# JupyterHub sets, become a Config; `main` then runs the proxy until a signal stops it, or checks one
+# port.  What users must read goes to stdout, errors and the log go to stderr.
 
 _INTRODUCTION = """\
 Makes every port of this machine reachable through one HTTP port.
 
   python3 port_proxy.py                       then open http://localhost:8888/proxy/
-  ssh -N -L 8888:localhost:8888 THIS_MACHINE  brings it over to where your browser is
-  python3 port_proxy.py --check 8080          says what keeps port 8080 from working
+  ssh -N -L 8888:localhost:8888 THIS_MACHINE  forwards the port to your own machine
+  python3 port_proxy.py --check 8080          shows how to open port 8080
 """
-# Field of Config, unit, and what it bounds; each becomes an option.
-_LIMITS = (
-    ("max_head_bytes", "BYTES", "longest head of a request or response"),
-    ("max_target_bytes", "BYTES", "longest request target"),
-    ("max_fields", "COUNT", "most fields in a head"),
-    ("max_chunk_line_bytes", "BYTES", "longest first line of a chunk"),
-    ("max_trailer_bytes", "BYTES", "longest trailers"),
-    ("max_interim_responses", "COUNT", "most 1xx responses before the final one"),
-    ("max_connections", "COUNT", "most connections of clients"),
-    ("max_tunnels", "COUNT", "most open WebSockets"),
-    ("max_idle_upstreams", "COUNT", "most idle connections kept to apps"),
-    ("head_timeout", "SECONDS", "time for a request's head to come whole"),
-    ("keep_alive_timeout", "SECONDS", "time a client's connection may wait for its next request"),
-    ("connect_timeout", "SECONDS", "time for a connection to an app"),
-    ("response_timeout", "SECONDS", "time for an app to begin its answer"),
-    (
-        "stall_timeout",
-        "SECONDS",
-        "time a body that has begun may stand still because of the client",
-    ),
-    ("linger_timeout", "SECONDS", "time to read on behind an early answer"),
-    ("idle_upstream_timeout", "SECONDS", "time an idle connection to an app is kept"),
-    (
-        "shutdown_timeout",
-        "SECONDS",
-        "time for running requests to finish when the proxy is told to stop",
-    ),
-)
 
 
-_SEVERAL = " (repeatable)"
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with one line for most options."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=100)
-
-
-def _parser(show_limits: bool = True) -> argparse.ArgumentParser:
-    """The options; without the limits where help is to be short."""
-    default = Config()
+def _parser(show_limits: bool) -> argparse.ArgumentParser:
+    """The parser; its help includes the limits and timeouts if `show_limits` is true."""
     parser = argparse.ArgumentParser(
         prog="port_proxy.py",
         usage="%(prog)s [options]",
         description=_INTRODUCTION,
-        formatter_class=_Formatter,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100
+        ),
         add_help=False,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
-        "--port",
-        type=int,
-        metavar="N",
-        help="port to listen on, 0 for any free one (default: %d)" % default.port,
+    _add_options(parser, GENERAL_OPTIONS)
+    access = parser.add_argument_group("access")
+    token = access.add_mutually_exclusive_group()
+    token.add_argument(
+        "--token", action="store_true", help="require a token (PORT_PROXY_TOKEN, or a random one)"
     )
-    add(
-        "--bind",
-        metavar="ADDRESS",
-        help="address to listen on, or unix:PATH (default: %s)" % default.bind,
-    )
-    add(
-        "--base",
-        default=default.base,
-        metavar="PATH",
-        help="path that all lives under (default: %(default)s)",
-    )
-    add(
-        "--host-allowlist",
-        action="append",
-        default=[],
-        metavar="HOST",
-        help="reach this host too" + _SEVERAL,
-    )
-    add(
-        "--domain",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="8080.NAME is port 8080, too" + _SEVERAL,
-    )
-    add(
-        "--whole-origin",
-        choices=("yes", "no"),
-        help="lead links without the prefix back to their app (see README)",
-    )
-    add(
-        "--preserve-host",
-        action="store_true",
-        help="pass the browser's Host on, not localhost:PORT",
-    )
-    _add_access_options(parser)
-    about = parser.add_argument_group("what it tells")
-    about.add_argument(
-        "--check", type=_port_number, metavar="PORT", help="look at one port and say how to open it"
-    )
-    about.add_argument("--json", action="store_true", help="with --check: as data")
-    volume = about.add_mutually_exclusive_group()
-    volume.add_argument("--verbose", action="store_true", help="log a line for every request")
-    volume.add_argument("--log-json", action="store_true", help="the same as JSON")
-    volume.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    about.add_argument(
-        "--version", action="version", version="port_proxy " + __version__, help="print it"
-    )
-    about.add_argument("--help", "-h", action=_Help, show_limits=False, help="print this")
-    about.add_argument(
-        "--help-all", action=_Help, show_limits=True, help="print this, with limits and timeouts"
-    )
-    limits = parser.add_argument_group("limits and timeouts")
-    for name, unit, meaning in _LIMITS:
-        value = getattr(default, name)
-        text = meaning + " (default: %(default)g)" if show_limits else argparse.SUPPRESS
-        limits.add_argument(
-            "--" + name.replace("_", "-"), type=type(value), default=value, metavar=unit, help=text
-        )
+    token.add_argument("--token-file", metavar="FILE", help="require the token in this file")
+    token.add_argument("--no-token", action="store_true", help="never require a token")
+    _add_options(access, ACCESS_OPTIONS)
+    output = parser.add_argument_group("output")
+    add = output.add_argument
+    add("--check", type=_port_number, metavar="PORT", help="check one port and show how to open it")
+    add("--json", action="store_true", help="with --check: print JSON")
+    volume = output.add_mutually_exclusive_group()
+    volume.add_argument("--verbose", action="store_true", help="log every request")
+    volume.add_argument("--log-json", action="store_true", help="log every request as JSON")
+    volume.add_argument("--quiet", action="store_true", help="print errors only")
+    version = "port_proxy " + __version__
+    add("--version", action="version", version=version, help="print the version")
+    add("--help", "-h", action="help", help="print this help")
+    add("--help-all", action="help", help="print this help with limits and timeouts")
+    _add_options(parser.add_argument_group("limits and timeouts"), LIMIT_OPTIONS, show_limits)
     return parser
 
 
-class _Help(argparse.Action):
-    """Prints help, short or whole."""
-
-    def __init__(
-        self,
-        option_strings: Sequence[str],
-        dest: str,
-        show_limits: bool,
-        help: str,  # noqa: A002
-    ) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
-        self.show_limits = show_limits
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(_parser(self.show_limits).format_help(), end="")
-        parser.exit()
+def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> None:
+    """Add options to a parser or a group of one.  Those that are not given will be None."""
+    for option in options:
+        default = getattr(Config(), option.field)
+        text = option.help
+        how = {}  # type: Dict[str, Any]
+        if option.kind is SWITCH:
+            how = {"choices": ("yes", "no")} if default is None else {"action": "store_true"}
+        elif option.kind is STRINGS:
+            how = {"action": "append", "metavar": option.metavar}
+            text += " (repeatable)"
+        else:
+            how = {"metavar": option.metavar}
+            if option.kind in (INTEGER, SECONDS):
+                how["type"] = option.kind.types[-1]
+                default = "%g" % default
+            if default is not None:
+                text += " (default: %s)" % default
+        text = text if show else argparse.SUPPRESS
+        group.add_argument(option.flag, dest=option.field, default=None, help=text, **how)
 
 
 def _port_number(text: str) -> int:
@@ -5845,138 +5868,102 @@ def _port_number(text: str) -> int:
     return int(text)
 
 
-def _add_access_options(parser: argparse.ArgumentParser) -> None:
-    access = parser.add_argument_group("who may come in, and what may be reached")
-    token = access.add_mutually_exclusive_group()
-    token.add_argument(
-        "--token", action="store_true", help="ask for a token (PORT_PROXY_TOKEN, or made at random)"
-    )
-    token.add_argument("--token-file", metavar="FILE", help="ask for the token in this file")
-    token.add_argument("--no-token", action="store_true", help="never ask for a token")
-    for option, metavar, meaning in (
-        ("--allow-hostname", "NAME", "further name, or glob, by which it may be called"),
-        ("--allow-origin", "ORIGIN", "origin whose pages may use what is here, or *"),
-        ("--trusted-proxy", "ADDRESS", "server in front whose X-Forwarded fields are believed"),
-        ("--upstream-tls", "[HOST:]PORT", "upstream that speaks TLS"),
-    ):
-        access.add_argument(
-            option, action="append", default=[], metavar=metavar, help=meaning + _SEVERAL
-        )
-    for option, meaning in (
-        ("--insecure-upstream", "accept any certificate of this machine's own ports"),
-        ("--allow-preflight", "let CORS preflights reach the apps unasked"),
-        ("--any-owner", "also reach ports of this machine's other users"),
-    ):
-        access.add_argument(option, action="store_true", help=meaning)
-    access.add_argument(
-        "--certfile", metavar="FILE", help="serve HTTPS with this certificate (PEM)"
-    )
-    access.add_argument(
-        "--keyfile", metavar="FILE", help="its key, if that is in a file of its own"
-    )
-    access.add_argument(
-        "--client-ca", metavar="FILE", help="let in only clients with a certificate of these (PEM)"
-    )
-
-
 def _config(arguments: argparse.Namespace) -> Config:
-    """The configuration that the arguments and the environment make; ValueError or OSError for what they get wrong."""
-    lists = {
-        "host_allowlist": arguments.host_allowlist,
-        "domains": list(Config().domains) + arguments.domain,
-        "allow_hostnames": arguments.allow_hostname,
-        "allow_origins": arguments.allow_origin,
-        "trusted_proxies": arguments.trusted_proxy,
-        "upstream_tls": arguments.upstream_tls,
-    }
-    options: Dict[str, Any] = {
-        name: tuple(one.strip() for entry in entries for one in entry.split(","))
-        for name, entries in lists.items()
-    }
-    plain = [
-        name
-        for name in Config._fields
-        if name not in options and name not in ("token", "authorize", "hub")
-    ]
-    options.update(
-        (name, getattr(arguments, name)) for name in plain if getattr(arguments, name) is not None
-    )
-    if arguments.whole_origin:
-        options["whole_origin"] = arguments.whole_origin == "yes"
-    config = Config(token=_token(arguments), **options)
-    # In a terminal inside a Hub's server the environment is the same; a proxy there is told where to listen.
-    if arguments.port is None and arguments.bind is None and "JUPYTERHUB_SERVICE_URL" in os.environ:
-        return _config_under_hub(config, arguments, os.environ)
-    return config
+    """The configuration from arguments and environment.  Raises ValueError or OSError."""
+    options = {"token": _token(arguments)}  # type: Dict[str, Any]
+    for option in GENERAL_OPTIONS + ACCESS_OPTIONS + LIMIT_OPTIONS:
+        value = getattr(arguments, option.field)
+        if value is not None and option.kind is STRINGS:
+            value = tuple(item.strip() for entry in value for item in entry.split(","))
+        if value is not None:
+            options[option.field] = value
+    if "domains" in options:
+        options["domains"] = Config().domains + options["domains"]
+    if "whole_origin" in options:
+        options["whole_origin"] = options["whole_origin"] == "yes"
+    # The terminals of a Hub's server have the same environment.  A proxy that is started there has
+    # a port or an address of its own.
+    is_own = "port" in options or "bind" in options
+    if "JUPYTERHUB_SERVICE_URL" in os.environ and not is_own:
+        return _config_under_hub(Config(**options), arguments, os.environ)
+    return Config(**options)
+
+
+def _token(arguments: argparse.Namespace) -> Optional[str]:
+    """A value for Config.token; PORT_PROXY_TOKEN is removed from the environment."""
+    token = os.environ.pop("PORT_PROXY_TOKEN", "")
+    if arguments.no_token:
+        return ""
+    if arguments.token_file:
+        # In latin-1 any file can be read; `check_values` then refuses what is not ASCII.
+        with open(arguments.token_file, encoding="latin-1") as file:
+            token = file.read().strip()
+        if not token:
+            raise ValueError("there is no token in %s" % arguments.token_file)
+    return token or (ANY_TOKEN if arguments.token else None)
 
 
 def _config_under_hub(
     config: Config, arguments: argparse.Namespace, environment: Mapping[str, str]
 ) -> Config:
-    """`config` as a JupyterHub that starts this program wants it; ValueError for what does not go with that."""
-    for option in ("token", "token_file", "no_token", "certfile", "keyfile", "client_ca"):
-        if getattr(arguments, option):
-            name = "--" + option.replace("_", "-")
-            raise ValueError(
-                "JupyterHub started this (JUPYTERHUB_SERVICE_URL is set) and says that itself: no "
-                + name
-            )
+    """The configuration of a server that a JupyterHub starts.  Raises ValueError."""
+    for field in ("token", "token_file", "no_token", "certfile", "keyfile", "client_ca"):
+        if getattr(arguments, field):
+            text = "JupyterHub started this server (JUPYTERHUB_SERVICE_URL is set): remove --%s"
+            raise ValueError(text % field.replace("_", "-"))
     hub = hub_in(environment)
     url = urlsplit(environment["JUPYTERHUB_SERVICE_URL"])
     if url.scheme not in _DEFAULT_PORTS or not url.netloc:
-        raise ValueError(
-            "JUPYTERHUB_SERVICE_URL holds what no Hub sets: %s"
-            % environment["JUPYTERHUB_SERVICE_URL"]
-        )
-    names = ("certfile", "keyfile", "client_ca")
-    tls: Dict[str, Any] = {
-        name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in names
-    }
+        text = "JUPYTERHUB_SERVICE_URL is not valid: %s"
+        raise ValueError(text % environment["JUPYTERHUB_SERVICE_URL"])
+    files = {}  # type: Dict[str, Any]
+    if url.scheme == "https":
+        names = ("certfile", "keyfile", "client_ca")
+        files = {name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in names}
     return config._replace(
         hub=hub,
         base=hub.prefix + normal_base(config.base),
         bind=url.hostname or "0.0.0.0",
         port=url.port or int(_DEFAULT_PORTS[url.scheme][1:]),
         token="",
-        # Whatever comes by another way than the Hub's own proxy must sign in all the same.
+        # A client that does not come through the Hub's own proxy has to sign in all the same.
         trusted_proxies=config.trusted_proxies or ("0.0.0.0/0", "::/0"),
-        # A Hub that stops a server waits for it, and for its own user's click.
+        # A Hub that stops a server waits for it, and so does the user who clicked.
         shutdown_timeout=min(config.shutdown_timeout, 0.3),
-        **(tls if url.scheme == "https" else {}),
+        **files,
     )
 
 
 def hub_in(environment: Mapping[str, str]) -> Hub:
-    """The Hub that started this server, as told by its environment; ValueError where that is not whole."""
+    """The Hub that the environment describes.  Raises ValueError for a bad or missing variable."""
 
-    def told(name: str, default: Optional[str] = None, kind: Callable[[str], Any] = str) -> Any:
+    def read(name: str, default: Optional[str] = None, parse: Callable[[str], Any] = str) -> Any:
         text = environment.get("JUPYTERHUB_" + name) or default
         if text is None:
-            raise ValueError("JupyterHub started this, but JUPYTERHUB_%s is not set" % name)
+            raise ValueError("JUPYTERHUB_%s is not set, but JupyterHub started this server" % name)
         try:
-            return kind(text)
+            return parse(text)
         except (ValueError, TypeError, AttributeError):
-            raise ValueError("JUPYTERHUB_%s holds what no Hub sets: %s" % (name, text))
+            raise ValueError("JUPYTERHUB_%s is not valid: %s" % (name, text))
 
-    prefix = told("SERVICE_PREFIX", kind=normal_base)
+    prefix = read("SERVICE_PREFIX", parse=normal_base)
+    scopes = environment.get("JUPYTERHUB_OAUTH_SCOPES")  # before JupyterHub 3
     return Hub(
         prefix=prefix,
-        user=told("USER", ""),
-        api_url=told("API_URL", kind=_http_url).rstrip("/"),
-        api_token=told("API_TOKEN"),
-        client_id=told("CLIENT_ID"),
-        authorize_url=told("HOST", "") + told("BASE_URL", "/") + "hub/api/oauth2/authorize",
-        callback_url=told("OAUTH_CALLBACK_URL", prefix + "/oauth_callback"),
-        access_scopes=told(
-            "OAUTH_ACCESS_SCOPES", environment.get("JUPYTERHUB_OAUTH_SCOPES"), _scopes
-        ),
-        server_name=told("SERVER_NAME", ""),
-        home=told("DEFAULT_URL", "", lambda path: _home(prefix, path)),
-        activity_url=told("ACTIVITY_URL", "", lambda url: url and _http_url(url)),
-        activity_interval=told("ACTIVITY_INTERVAL", "300", _seconds),
-        is_secure=told("PUBLIC_URL", "").startswith("https:"),
-        host_cookies=told("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
-        cookie_options=told("COOKIE_OPTIONS", "{}", _cookie_options),
+        user=read("USER", ""),
+        api_url=read("API_URL", parse=_http_url).rstrip("/"),
+        api_token=read("API_TOKEN"),
+        client_id=read("CLIENT_ID"),
+        authorize_url=read("HOST", "") + read("BASE_URL", "/") + "hub/api/oauth2/authorize",
+        callback_url=read("OAUTH_CALLBACK_URL", prefix + "/oauth_callback"),
+        access_scopes=read("OAUTH_ACCESS_SCOPES", scopes, lambda text: frozenset(json.loads(text))),
+        server_name=read("SERVER_NAME", ""),
+        home=read("DEFAULT_URL", "", functools.partial(_hub_home, prefix)),
+        activity_url=read("ACTIVITY_URL", "", lambda url: url and _http_url(url)),
+        activity_interval=read("ACTIVITY_INTERVAL", "300", _positive_number),
+        is_secure=read("PUBLIC_URL", "").startswith("https:"),
+        host_cookies=read("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
+        cookie_options=read("COOKIE_OPTIONS", "{}", _cookie_options),
     )
 
 
@@ -5987,119 +5974,153 @@ def _http_url(url: str) -> str:
     return url
 
 
-def _home(prefix: str, path: str) -> str:
-    home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
-    return "" if is_home(prefix, home.partition("#")[0]) else home  # it would lead to itself
-
-
-def _seconds(text: str) -> float:
+def _positive_number(text: str) -> float:
     if not float(text) > 0:
-        raise ValueError("a number of seconds is expected, not %r" % text)
+        raise ValueError("a number greater than 0 is expected, not %r" % text)
     return float(text)
 
 
-def _scopes(text: str) -> FrozenSet[str]:
-    return frozenset(map(str, json.loads(text)))
+def _hub_home(prefix: str, path: str) -> str:
+    home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
+    return "" if is_home(prefix, home.partition("#")[0]) else home  # it would redirect to itself
 
 
 def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
-    """The attributes of cookies that the Hub wants, given as the arguments of Tornado's set_cookie in JSON."""
-    given = {
-        name.lower(): value
-        for name, value in json.loads(text).items()
-        if value not in (None, False)
-    }
-    if "expires_days" in given:
-        given.setdefault("max_age", int(float(given["expires_days"]) * 86400))
-    names = {"samesite": "SameSite", "secure": "Secure", "domain": "Domain", "max_age": "Max-Age"}
-    names["partitioned"] = "Partitioned"
-    found = tuple(
-        (name, "" if given[key] is True else str(given[key]))
-        for key, name in names.items()
-        if key in given
-    )
-    if any(not re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in found):
-        raise ValueError("this cannot stand in a cookie")
-    return found
+    """The Hub's attributes for cookies: the arguments of Tornado's set_cookie in JSON."""
+    arguments = {name.lower(): value for name, value in json.loads(text).items() if value}
+    if "expires_days" in arguments:
+        arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
+    attributes = []
+    for name in ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned"):
+        value = arguments.get(name.lower().replace("-", "_"))
+        if value is not None:
+            attributes.append((name, "" if value is True else str(value)))
+    if not all(re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in attributes):
+        raise ValueError("a cookie attribute is not valid")
+    return tuple(attributes)
 
 
-def _token(arguments: argparse.Namespace) -> Optional[str]:
-    """The token that is asked for, "" for none, None where that depends on who can connect."""
-    given = os.environ.pop("PORT_PROXY_TOKEN", "")
-    if arguments.no_token:
-        return ""
-    if arguments.token_file:
-        with open(
-            arguments.token_file, encoding="latin-1"
-        ) as file:  # what else is in it is told later
-            given = file.read().strip()
-        if not given:
-            raise ValueError("there is no token in %s" % arguments.token_file)
-    return given or (ANY_TOKEN if arguments.token else None)
+# Running.
+
+
+async def _run(config: Config, quiet: bool) -> int:
+    """Serve until SIGINT or SIGTERM.  A second signal cuts running requests off."""
+    loop = asyncio.get_event_loop()
+    stop = asyncio.Event()
+    proxy = PortProxy(config)
+
+    def interrupt() -> None:
+        if stop.is_set():
+            proxy.cut()
+        stop.set()
+
+    try:
+        await proxy.start(_inherited_sockets() or None)
+    except (OSError, ValueError) as error:
+        _say("port_proxy: " + _listen_failure(error, config), sys.stderr)
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, interrupt)
+        except NotImplementedError:  # the event loop of Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
+    has_new_token = proxy.token != (config.token or "")  # useless unless it is printed
+    if not quiet or has_new_token:
+        _say(_banner(proxy))
+    if config.token == "" and not proxy.is_private and not config.hub:
+        text = (
+            "port_proxy: anybody who can reach %s can use every port of this machine (--no-token)"
+        )
+        _say(text % config.bind, sys.stderr)
+    await stop.wait()
+    await proxy.close()
+    if hasattr(signal, "pthread_sigmask"):  # a signal would interrupt the exit
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    return 0
+
+
+def _inherited_sockets() -> List[socket.socket]:
+    """The sockets that systemd passed to this process (sd_listen_fds(3))."""
+    count = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch("[0-9]{1,3}", count):
+        return []
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    sockets = []
+    for number in range(3, 3 + int(count)):
+        sock = socket.socket(fileno=number)
+        family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)  # 3.6 assumes AF_INET
+        sockets.append(socket.socket(family, socket.SOCK_STREAM, 0, fileno=sock.detach()))
+    return sockets
+
+
+def _listen_failure(error: Exception, config: Config) -> str:
+    """What is wrong, and the option that helps."""
+    no_address = "%s is not an address of this machine; see --bind" % config.bind
+    where = "port %d of %s" % (config.port, config.bind)
+    if isinstance(error, UnicodeError):  # the IDNA codec refuses the name
+        return no_address
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.filename and error.filename in (config.certfile, config.keyfile, config.client_ca):
+        return "cannot read %s: %s" % (error.filename, error.strerror)
+    if config.bind.startswith(_UNIX_PREFIX):
+        return "cannot listen on %s: %s" % (config.bind, error.strerror or error)
+    if error.errno == errno.EADDRINUSE and config.hub:
+        text = (
+            "%s is in use. JUPYTERHUB_SERVICE_URL names it, so this shell seems to run inside a"
+            " server of JupyterHub; --port 0 starts a proxy of your own there"
+        )
+        return text % where
+    if error.errno == errno.EADDRINUSE:
+        return "%s is in use by another program; choose another --port, or 0 for any" % where
+    if error.errno == errno.EACCES:
+        return "%s needs privileges; choose a --port above 1023" % where
+    # The number is None with asyncio from 3.13 on.
+    if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, None):
+        return no_address
+    return "cannot listen on %s: %s" % (where, os.strerror(error.errno))
+
+
+# Output.
 
 
 def _banner(proxy: PortProxy) -> str:
+    """The lines that the proxy prints when it starts: the addresses to open."""
     config, url = proxy.config, proxy.url
+    name = "port_proxy %s: " % __version__
     if config.hub:
-        text = "port_proxy %s: reaches every port of this machine as %s/<port>/, for %s, who signs in at the Hub"
-        return text % (__version__, config.base, config.hub.user or "whom the Hub lets in")
+        text = "%sreaches every port of this machine as %s/<port>/, for %s"
+        return text % (name, config.base, config.hub.user or "users with access at the Hub")
     question = "?token=" + quote(proxy.token, safe="") if proxy.token else ""
-    others = (
-        ""
-        if callable(config.host_allowlist) or not config.host_allowlist
-        else ", and on " + ", ".join(config.host_allowlist)
-    )
-    lines = ["port_proxy %s: open %s%s" % (__version__, url, question)]
-    away = _ssh_destination(os.environ)
+    remote = _ssh_destination(os.environ)
     is_unix = config.bind.startswith(_UNIX_PREFIX)
     if is_unix:
         path = os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
-        there = away or socket.gethostname()
-        lines = [
-            "port_proxy %s: bring it over with  ssh -N -L 8888:%s %s" % (__version__, path, there)
-        ]
+        there = remote or socket.gethostname()
         url = url.replace("localhost", "localhost:8888", 1)
+        lines = ["%sforward it with  ssh -N -L 8888:%s %s" % (name, path, there)]
         lines.append("and open %s%s" % (url, question))
+    else:
+        lines = ["%sopen %s%s" % (name, url, question)]
     parts = urlsplit(url)
-    host = host_form(8080, ClientInfo("", parts.scheme, parts.netloc), config.domains).replace(
-        "8080", "<port>", 1
-    )
-    lines.append(
-        "It reaches every port of this machine as %s<port>/%s%s."
-        % (url, host and " or " + host, others)
-    )
-    if away and not is_unix:
-        local = (
-            "localhost" if proxy.is_private or config.bind in ("", "0.0.0.0", "::") else config.bind
-        )
-        lines.append(
-            "On your own machine, first:  ssh -N -L {0}:{1}:{0} {2}".format(proxy.port, local, away)
-        )
+    own = host_form(8080, ClientInfo("", parts.scheme, parts.netloc), config.domains)
+    text = "It reaches every port of this machine as %s<port>/" % url
+    if own:
+        text += " or " + own.replace("8080", "<port>", 1)
+    if config.host_allowlist and not callable(config.host_allowlist):
+        text += ", and on " + ", ".join(config.host_allowlist)
+    lines.append(text + ".")
+    if remote and not is_unix:
+        is_local = proxy.is_private or config.bind in ("", "0.0.0.0", "::")
+        host = "localhost" if is_local else config.bind
+        text = "On your own machine, first:  ssh -N -L {0}:{1}:{0} {2}"
+        lines.append(text.format(proxy.port, host, remote))
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    """Print, or tell it on stderr where nobody takes what is printed: closed, a pipe that was left, a full disk."""
-    if sys.stdout is None:
-        _complain(text)
-        return
-    try:
-        print(text, flush=True)
-    except UnicodeEncodeError:
-        coding = sys.stdout.encoding or "ascii"
-        _say(text.encode(coding, "backslashreplace").decode(coding))
-    except OSError:
-        _complain(text)
-
-
-def _complain(text: str) -> None:
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
-
-
 def _ssh_destination(environment: Mapping[str, str]) -> str:
-    """What ssh is given to come here as this session did, "" where it did not come by that (ssh(1))."""
+    """The arguments for ssh that lead to this machine; "" outside an SSH session (ssh(1))."""
     words = environment.get("SSH_CONNECTION", "").split(" ")
     if len(words) != 4:
         return ""
@@ -6108,70 +6129,20 @@ def _ssh_destination(environment: Mapping[str, str]) -> str:
     return ("" if port == "22" else "-p %s " % port) + (user and user + "@") + address
 
 
-def _inherited_sockets() -> List[socket.socket]:
-    """The sockets that systemd hands over (sd_listen_fds(3)), if it does."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []
-    count = os.environ.get("LISTEN_FDS", "")
-    sockets = []
-    for number in range(3, 3 + int(count) if re.fullmatch("[0-9]{1,3}", count) else 3):
-        sock = socket.socket(fileno=number)
-        name = sock.getsockname()
-        family = (
-            _UNIX
-            if isinstance(name, (str, bytes))
-            else socket.AF_INET6
-            if len(name) == 4
-            else socket.AF_INET
-        )
-        sockets.append(
-            socket.socket(family or -1, socket.SOCK_STREAM, 0, fileno=sock.detach())
-        )  # 3.6 does not look
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)
-    return sockets
+def _say(text: str, *streams: Optional[TextIO]) -> None:
+    """Print on the first of these streams that takes it; by default on stdout, then stderr.
 
-
-async def _run(config: Config, quiet: bool) -> int:
-    loop = asyncio.get_event_loop()
-    stop = asyncio.Event()
-    proxy = PortProxy(config)
-
-    def interrupt() -> None:
-        if stop.is_set():  # told a second time
-            proxy.cut()
-        stop.set()
-
-    try:
-        await proxy.start(_inherited_sockets() or None)
-    except (OSError, ValueError) as error:
-        _complain("port_proxy: " + _why_not_listening(error, config))
-        return 2
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            loop.add_signal_handler(number, interrupt)
-        except NotImplementedError:  # the event loop of Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
-    if not quiet or proxy.token != (
-        config.token or ""
-    ):  # a token that nobody has seen would be of no use
-        _say(_banner(proxy))
-    if config.token == "" and not proxy.is_private and not config.hub:
-        _complain(
-            "port_proxy: anybody who can reach %s can use every port of this machine (--no-token)"
-            % config.bind
-        )
-    await stop.wait()
-    await proxy.close()
-    if hasattr(signal, "pthread_sigmask"):  # on the way out, being told again changes nothing
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    return 0
-
-
-async def _check(port: int, config: Config, as_json: bool) -> int:
-    report = await check_port(port, config)
-    _say(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
-    return 0 if report.ok else 1
+    A stream may be closed, a broken pipe, or a file on a full disk.  Characters that it cannot
+    encode are escaped.
+    """
+    for stream in streams or (sys.stdout, sys.stderr):
+        if stream is not None:  # None: it was closed when Python started
+            coding = stream.encoding or "ascii"
+            with contextlib.suppress(OSError):
+                print(
+                    text.encode(coding, "backslashreplace").decode(coding), file=stream, flush=True
+                )
+                return
 
 
 def _log_to_stderr(arguments: argparse.Namespace) -> None:
@@ -6181,62 +6152,23 @@ def _log_to_stderr(arguments: argparse.Namespace) -> None:
     elif arguments.quiet:
         level = logging.ERROR
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        _JsonLines() if arguments.log_json else logging.Formatter("%(asctime)s %(message)s")
-    )
+    plain = logging.Formatter("%(asctime)s %(message)s")
+    handler.setFormatter(_JsonFormatter() if arguments.log_json else plain)
     logging.basicConfig(level=level, handlers=[handler])
 
 
-class _JsonLines(logging.Formatter):
-    """A log record as a line of JSON; that of a request with what it is made of."""
+class _JsonFormatter(logging.Formatter):
+    """A record as one line of JSON; that of a request with its parts."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = (
-            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + ".%03dZ" % record.msecs
-        )
-        told = {"time": moment, "level": record.levelname.lower()}
-        told.update(getattr(record, "request", None) or {"message": record.getMessage()})
-        return json.dumps(told)
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        data = {"time": "%s.%03dZ" % (moment, record.msecs), "level": record.levelname.lower()}
+        data.update(getattr(record, "request", None) or {"message": record.getMessage()})
+        return json.dumps(data)
 
 
-def _why_not_listening(error: Exception, config: Config) -> str:
-    where = "port %d of %s" % (config.port, config.bind)
-    if isinstance(error, UnicodeError):
-        return _NO_ADDRESS % config.bind
-    if not isinstance(error, OSError):
-        return str(error)
-    if error.filename and error.filename in (config.certfile, config.keyfile, config.client_ca):
-        return "cannot read %s: %s" % (error.filename, error.strerror)
-    if config.bind.startswith(_UNIX_PREFIX):
-        return "cannot listen on %s: %s" % (config.bind, error.strerror or error)
-    if error.errno == errno.EADDRINUSE and config.hub:
-        return (
-            "%s, which JUPYTERHUB_SERVICE_URL names, is in use: this shell seems to be one inside a server that"
-            " JupyterHub started. For a proxy of your own there, choose a port: --port 0" % where
-        )
-    if error.errno == errno.EADDRINUSE:
-        return (
-            "%s is in use by another program; choose another with --port, or --port 0 for any free one"
-            % where
-        )
-    if error.errno == errno.EACCES:
-        return (
-            "%s may not be used without further rights; choose one above 1023 with --port" % where
-        )
-    if isinstance(error, socket.gaierror) or error.errno in (
-        errno.EADDRNOTAVAIL,
-        None,
-    ):  # None: asyncio from 3.13 on
-        return _NO_ADDRESS % config.bind
-    return "cannot listen on %s: %s" % (where, os.strerror(error.errno) if error.errno else error)
-
-
-_NO_ADDRESS = "%s is no address of this machine; see --bind"
-
-
-class _LoopComplaints:
-    """What the event loop has to say, in one line and not too often: it goes on by itself."""
+class _LoopErrors:
+    """Logs errors of the event loop, at most one line in ten seconds; the loop goes on."""
 
     def __init__(self) -> None:
         self.silent_until = 0.0
@@ -6248,8 +6180,11 @@ class _LoopComplaints:
             logger.warning("%s%s", context.get("message"), ": %s" % error if error else "")
 
 
+# The program.
+
+
 def _raise_descriptor_limit(config: Config) -> Config:
-    """Allow as many descriptors as the system lets us have, and no more connections than these are enough for."""
+    """Raise the limit of file descriptors, and fit the limits of connections to it."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -6259,20 +6194,24 @@ def _raise_descriptor_limit(config: Config) -> Config:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    most = max(8, (soft - 32) // 2)  # a client's connection goes with one to an upstream
+    most = max(8, (soft - 32) // 2)  # each client may need a connection to an upstream
     if soft == resource.RLIM_INFINITY or config.max_connections <= most:
         return config
-    tunnels, idle = (
-        min(config.max_tunnels, most * 3 // 4),
-        min(config.max_idle_upstreams, most // 4),
+    return config._replace(
+        max_connections=most,
+        max_tunnels=min(config.max_tunnels, most * 3 // 4),
+        max_idle_upstreams=min(config.max_idle_upstreams, most // 4),
     )
-    return config._replace(max_connections=most, max_tunnels=tunnels, max_idle_upstreams=idle)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the proxy as the command line says; the exit status is 0 when it was told to stop, or a checked port can be
-    reached; 1 when that cannot; 2 for a mistake of usage."""
-    parser = _parser()
+    """Run the command line; `argv` is sys.argv[1:] by default.
+
+    Returns the exit status: 0 after a signal, or if the checked port can be reached; 1 if it
+    cannot; 2 if the proxy cannot listen.  Raises SystemExit(2) for mistakes in the arguments.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(show_limits="--help-all" in argv)
     arguments = parser.parse_args(argv)
     try:
         config = checked_config(_config(arguments))
@@ -6282,15 +6221,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(str(error))
     _log_to_stderr(arguments)
     config = _raise_descriptor_limit(config)
-    # glibc gives freed blocks of 128 KiB and more back to the kernel, and takes them again for the
-    # next read, until it has seen a larger one freed (mallopt(3), M_MMAP_THRESHOLD).
+    # glibc returns freed blocks of 128 KiB and more to the kernel, and requests them again for the
+    # next read, until a larger block is freed (mallopt(3), M_MMAP_THRESHOLD).
     bytes(16 << 20)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    loop.set_exception_handler(_LoopComplaints())
+    loop.set_exception_handler(_LoopErrors())
     try:
         if arguments.check:
-            return loop.run_until_complete(_check(arguments.check, config, arguments.json))
+            report = loop.run_until_complete(check_port(arguments.check, config))
+            as_json = arguments.json
+            _say(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
+            return 0 if report.ok else 1
         return loop.run_until_complete(_run(config, arguments.quiet))
     except KeyboardInterrupt:
         return 0
