@@ -3228,6 +3228,12 @@ class Gate:
         return advice
 
 
+def is_preflight(request: Request) -> bool:
+    """Whether this is a CORS preflight, which never carries credentials."""
+    asks = {"origin", "access-control-request-method"} <= request.headers.index.keys()
+    return request.method == "OPTIONS" and asks
+
+
 class WrongTokens(NamedTuple):
     """The wrong tokens from one address, in one place of its requests.
 
@@ -3285,14 +3291,13 @@ class TokenGate(Gate):
         return None
 
     async def authorize(self, request: Request) -> None:
-        asks = {"origin", "access-control-request-method"} <= request.headers.index.keys()
-        preflight = self.config.allow_preflight and request.method == "OPTIONS" and asks
+        preflight = self.config.allow_preflight and is_preflight(request)
         if self.config.authorize is not None:
             await self.config.authorize(request, request.client, request.route)
         elif not self.token:
             # A foreign page may choose X-Forwarded-Host, but not Host.
             for authority in {request.authority, request.client.authority}:
-                self._check_host_once(host_of(authority))
+                self._check_host_once(authority)
         elif preflight or not self._check_credentials(request):
             return  # a page of another site does not know the token
         if not preflight:
@@ -3307,8 +3312,9 @@ class TokenGate(Gate):
 
     # Without a token.
 
-    def _check_host(self, host: str) -> None:
+    def _check_host(self, authority: str) -> None:
         """Refuse a host name that a foreign page could have pointed here; ProxyError 403."""
+        host = host_of(authority)
         patterns = self.config.allow_hostnames
         if not self._is_own_host(host) and not any(fnmatch.fnmatchcase(host, p) for p in patterns):
             advice = "{Start} {allow_hostnames} {value} if it leads here."
