@@ -1665,20 +1665,7 @@ def request_for_upstream(request: Request, gate: Any) -> bytes:
         "%s %s%s HTTP/1.1" % (request.method, path, gate.strip_query(request.query)),
         "Host: " + (client.authority if preserve_host else route.authority),
     ]
-    for key, line in zip(request.headers.keys, request.headers.lines):
-        if key in table:
-            translate = table[key]
-            if translate is None:
-                continue
-            value = line[len(key) + 1 :].strip(" \t")
-            translated = translate(value, request, gate)
-            if translated is None:
-                continue
-            if translated is not value:
-                line = "%s: %s" % (line[: len(key)], translated)
-        elif "_" in key and key.replace("_", "-") in _WRITTEN_BY_US:
-            continue  # CGI and WSGI cannot tell the two spellings apart
-        lines.append(line)
+    lines += _rewritten_lines(request.headers, table, request, gate, _WRITTEN_BY_US)
     # An app that compares Origin with Host or X-Forwarded-Host must see home in all of them.
     is_translated = request.is_own_origin and not gate.config.preserve_host
     lines += client.home_lines if is_translated else client.lines
@@ -1694,18 +1681,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     assert route is not None
     table = _table_without(_RESPONSE_TABLE, response.connection)
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
-    for key, line in zip(response.headers.keys, response.headers.lines):
-        if key in table:
-            translate = table[key]
-            if translate is None:
-                continue
-            value = line[len(key) + 1 :].strip(" \t")
-            translated = translate(value, request, gate)
-            if translated is None:
-                continue
-            if translated is not value:
-                line = "%s: %s" % (line[: len(key)], translated)
-        lines.append(line)
+    lines += _rewritten_lines(response.headers, table, request, gate)
     is_empty = response.framing is NO_BODY and response.status >= 200 and response.status != 204
     if (
         is_empty and "content-length" in response.headers.index
@@ -1719,6 +1695,35 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     lines += gate.response_lines(response.status)
     if response.status == 101:
         lines += _UPGRADE_LINES
+    return lines
+
+
+def _rewritten_lines(
+    headers: Headers,
+    table: Dict[str, Any],
+    request: Request,
+    gate: Any,
+    reserved: Sequence[str] = (),
+) -> List[str]:
+    """The header lines after the actions of the table.
+
+    reserved: names that are dropped with "_" for "-", too: CGI and WSGI cannot tell them apart.
+    """
+    lines = []
+    for key, line in zip(headers.keys, headers.lines):
+        if key in table:
+            translate = table[key]
+            if translate is None:
+                continue
+            value = line[len(key) + 1 :].strip(" \t")
+            translated = translate(value, request, gate)
+            if translated is None:
+                continue
+            if translated is not value:
+                line = "%s: %s" % (line[: len(key)], translated)
+        elif "_" in key and key.replace("_", "-") in reserved:
+            continue
+        lines.append(line)
     return lines
 
 
