@@ -382,9 +382,9 @@ def check_values(config: Config) -> None:
 # --------------------------------------------------------------------------------------------------
 # Routes
 # --------------------------------------------------------------------------------------------------
-# A route says where requests with a certain prefix go.  It is found in the raw request target, which
-# is never decoded and encoded again: path and query reach the app byte for byte.  Routes depend on
-# nothing but the prefix, so they are made once and kept.
+# A route says where requests with a certain prefix go.  It is found in the raw request target,
+# which is never decoded and encoded again: path and query reach the app byte for byte.  Routes
+# depend on nothing but the prefix, so they are made once and kept.
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _UNSPECIFIED = ("0.0.0.0", "::")  # some apps call themselves by the address they listen on
@@ -407,11 +407,11 @@ class Route(NamedTuple):
     """Where requests with a certain prefix go.
 
     host: as the client wrote it, in lower case and without brackets; "localhost" if it wrote none.
-    prefix: the part of the target in front of the app's own path, as the client wrote it; "" if the
-    host names the port.  absolute: the upstream receives the prefix, too.  scheme: "http" or
-    "https", as the upstream expects.  authority: host:port for a Host field.  homes: the authorities
-    by which the app may call itself, in lower case.  prefix_lines: header lines that tell the app
-    its stripped prefix.
+    prefix: the part of the target in front of the app's own path, as the client wrote it; "" if
+    the host names the port.  absolute: the upstream receives the prefix, too.  scheme: "http" or
+    "https", as the upstream expects.  authority: host:port for a Host field.  homes: the names
+    (host:port, in lower case) by which the app may call itself.  prefix_lines: header lines that
+    tell the app its stripped prefix.
     """
 
     host: str
@@ -653,7 +653,7 @@ class Headers:
 
     @classmethod
     def parse(cls, section: bytes, config: Config) -> "Headers":
-        """Parse a field section up to its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
+        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
         lines = section.decode("latin-1").split("\r\n")[:-2]
         try:
             keys = [line[: line.index(":")] for line in lines]
@@ -990,7 +990,10 @@ def _parse_absolute_form(method: str, target: str) -> Tuple[str, str]:
 
 
 def parse_response(head: bytes, method: str, config: Config) -> Response:
-    """Parse the head of a response to `method` (RFC 9112 sections 4 to 6); ProxyError 4xx or 501."""
+    """Parse a response head (RFC 9112 sections 4 to 6); ProxyError 4xx or 501.
+
+    method: of the request.
+    """
     text = head.decode("latin-1")
     match = _STATUS_LINE.match(text)
     if not match:
@@ -1191,7 +1194,7 @@ class ChunkedDecoder:
             raise ProxyError(400, "A chunk is not followed by CRLF.")
 
     def _take_line(self, line: bytes) -> None:
-        """Act on a line with its line end: a chunk size, the end of a chunk's data, or a trailer."""
+        """Act on a line with its line end: a chunk size, the end of a chunk, or a trailer."""
         if line[-2:] != b"\r\n":
             raise ProxyError(400, "A line of a chunked body does not end in CRLF.")
         if self._state == "size":
@@ -1225,9 +1228,10 @@ def body_decoder(framing: Framing, config: Config) -> Any:
 # --------------------------------------------------------------------------------------------------
 # Connections
 # --------------------------------------------------------------------------------------------------
-# One class for the connections of clients and to upstreams: an asyncio StreamReader and StreamWriter
-# with deadlines, and with notice of data and EOF that nobody awaits.  asyncio does the buffering and
-# the flow control.  One coroutine reads from a connection at a time, and one writes to it.
+# One class for the connections of clients and to upstreams: an asyncio StreamReader and
+# StreamWriter with deadlines, and with notice of data and EOF that nobody awaits.  asyncio does the
+# buffering and the flow control.  One coroutine reads from a connection at a time, and one writes
+# to it.
 #
 # Deadlines are absolute.  One coarse timer looks after those of all connections.
 
@@ -1364,7 +1368,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.watcher(self)
 
     async def read(self) -> bytes:
-        """The bytes at hand, or else the next that come; b"" at a clean EOF; OSError or TimedOut."""
+        """The bytes at hand, or else the next ones; b"" at a clean EOF; OSError or TimedOut."""
         if self.buffer:
             data, self.buffer = self.buffer, b""
             return data
@@ -1429,7 +1433,7 @@ class Connection(asyncio.StreamReaderProtocol):
     # Ending.
 
     def close(self) -> None:
-        """Send what is queued, for as long as the last `drain` allowed or else a minute, and close."""
+        """Send the queued bytes, for as long as the last `drain` allowed or a minute, and close."""
         if not self.transport.is_closing():
             if self.write_deadline == FOREVER:
                 self.write_deadline = now() + _CLOSE_SECONDS
@@ -1584,7 +1588,9 @@ class Body:
         self, source: Connection, framing: Framing, in_chunks: bool, config: Config
     ) -> None:
         self._source = source
-        self._decoder = body_decoder(framing, config) if framing is not NO_BODY else None  # type: Any
+        self._decoder = None  # type: Any
+        if framing is not NO_BODY:
+            self._decoder = body_decoder(framing, config)
         self.in_chunks = in_chunks
         self.count = 0
         self.finished = framing is NO_BODY or framing == Framing("length", 0)
@@ -1632,9 +1638,9 @@ class Body:
 # Header rewriting
 # --------------------------------------------------------------------------------------------------
 # The app sees what it would see at home under `ssh -L`, and what it says of its home is translated
-# into addresses below the prefix.  Each head is written anew by one loop over its fields and a table
-# from names to actions: None drops the field, a function translates its value, and a field that is
-# not in the table is passed on as it came.
+# into addresses below the prefix.  Each head is written anew by one loop over its fields and a
+# table from names to actions: None drops the field, a function translates its value, and a field
+# that is not in the table is passed on as it came.
 
 # RFC 9110 section 7.6.1, with Trailer (trailers are dropped) and proxy authentication (11.7).
 _HOP_BY_HOP = (
@@ -1899,11 +1905,11 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Unprefixed requests
 # --------------------------------------------------------------------------------------------------
-# A link such as "/static/app.js" on an app's page leaves the prefix.  If all paths of the origin are
-# ours (`Config.whole_origin`), the app is found by the page that asks (Referer), or else by a cookie
-# that names the app that this browser opened last.  The request is then redirected into the prefix,
-# or served as it is if it cannot be redirected.  Browsers keep the app's cookies for the prefix;
-# copies of them under names of ours are sent to all paths.
+# A link such as "/static/app.js" on an app's page leaves the prefix.  If all paths of the origin
+# are ours (`Config.whole_origin`), the app is found by the page that asks (Referer), or else by a
+# cookie that names the app that this browser opened last.  The request is then redirected into the
+# prefix, or served as it is if it cannot be redirected.  Browsers keep the app's cookies for the
+# prefix; copies of them under names of ours are sent to all paths.
 
 
 class LocalResponse(NamedTuple):
@@ -1969,7 +1975,7 @@ def can_be_redirected(request: Request) -> bool:
 
 
 def redirect_into_prefix(request: Request, gate: Any) -> LocalResponse:
-    """The redirect of an unprefixed request, so that cookies and the next Referer come out right."""
+    """The redirect of an unprefixed request: cookies and the next Referer then come out right."""
     assert request.route is not None
     location = request.route.prefix + request.path + gate.strip_query(request.query)
     fields = (("Location", location), ("Cache-Control", "no-store"), ("Content-Length", "0"))
@@ -2155,7 +2161,7 @@ class LocalSockets:
         self._results = {}  # type: Dict[Any, Tuple[Any, float]]
 
     def other_owner(self, here: Address, there: Address) -> Optional[int]:
-        """The user id of another ordinary user who owns the far end of a connection on this machine.
+        """The user id of another ordinary user who owns the far end of a local connection.
 
         None if the owner is this user, root or a system service, or is unknown.
         """
@@ -2268,7 +2274,7 @@ def _find_owner(here: Address, there: Address) -> Optional[int]:
 
 
 def _ask_kernel(here: Address, there: Address) -> Optional[int]:
-    """The user id of the socket at `there` that is connected to `here`, by netlink; None if unknown.
+    """The user id of the socket at `there` that is connected to `here`; None if unknown.
 
     If the port of `here` is 0, it is the socket that listens at `there`.
     """
@@ -2363,7 +2369,8 @@ def _started(pid: int) -> float:
 _STYLE = """\
 :root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d9e0e7;--ground:#f6f8fa;
 --card:#fff;--link:#0b5cad}
-@media(prefers-color-scheme:dark){:root{--ink:#e3e8ee;--soft:#98a5b3;--line:#303a45;--ground:#13181e;
+@media(prefers-color-scheme:dark){
+:root{--ink:#e3e8ee;--soft:#98a5b3;--line:#303a45;--ground:#13181e;
 --card:#1b222a;--link:#7db7f5}}
 *{box-sizing:border-box}[hidden]{display:none!important}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);
@@ -2543,8 +2550,8 @@ def _how_to_reach(route: Route, addresses: Sequence[str]) -> Tuple[str, str]:
     if any(address in LOOPBACK_NAMES for address in addresses):
         return "Open %d instead of %s." % (route.port, route.authority), ""
     advice = (
-        "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value} and open"
-        " %s instead of %d."
+        "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value} and"
+        " open %s instead of %d."
     )
     return advice % (authority_of(addresses[0], route.port), route.port), addresses[0]
 
@@ -2773,9 +2780,10 @@ def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalR
 # --------------------------------------------------------------------------------------------------
 # Upstreams
 # --------------------------------------------------------------------------------------------------
-# Opening connections to upstreams, and keeping idle ones for the next request.  A connection is kept
-# only after a response that ended cleanly and exactly.  Data or EOF on an idle connection closes it,
-# and the kernel is asked once more before it is used again.  `fetch` is our own small HTTP client.
+# Opening connections to upstreams, and keeping idle ones for the next request.  A connection is
+# kept only after a response that ended cleanly and exactly.  Data or EOF on an idle connection
+# closes it, and the kernel is asked once more before it is used again.  `fetch` is our own small
+# HTTP client.
 
 _FETCH_SECONDS = 3.0
 _FETCH_BYTES = 1 << 22
@@ -2858,7 +2866,7 @@ class Upstreams:
         except (ssl.SSLError, ssl.CertificateError) as error:
             raise _tls_failure(route, error)
         except (socket.gaierror, UnicodeError):  # the second: a name that cannot be looked up
-            text = "The host %s could not be found. Check its spelling, or this machine's name service."
+            text = "The host %s could not be found. Check its spelling, or the machine's DNS."
             raise ProxyError(502, text % route.host)
         except ConnectionRefusedError:
             raise NotListening(route, self.sockets.listening_elsewhere(route.host, route.port))
@@ -2926,8 +2934,8 @@ class Upstreams:
 
 def _foreign_port(port: int, owner: int) -> ProxyError:
     text = (
-        "Port %d of this machine belongs to another user, %s. Its pages could use your other apps as"
-        " you."
+        "Port %d of this machine belongs to another user, %s. Its pages could use your other apps"
+        " as you."
     )
     advice = "If you trust it, {start} {any_owner}."
     return ProxyError(403, text % (port, user_name(owner)), (), advice)
@@ -2952,7 +2960,7 @@ def _tls_failure(route: Route, error: Exception) -> ProxyError:
 
 
 def _reaches(here: Address, there: Address, listening: Address) -> bool:
-    """Whether a connection from `here` to `there` ends at the socket that listens at `listening`."""
+    """Whether a connection from `here` to `there` ends at the socket listening at `listening`."""
     if there[1] != listening[1]:
         return False
     if listening[0] not in ("0.0.0.0", "::"):
@@ -3904,8 +3912,8 @@ def _short_hash(text: str) -> str:
 # server answers them.
 #
 # An EOF of the client is ambiguous: it may have left, or have closed its writing side only, as `nc`
-# does.  From then on, the app may be silent for `_HALF_CLOSED_SECONDS`.  A reset, and any close over
-# TLS, ends the request at once.
+# does.  From then on, the app may be silent for `_HALF_CLOSED_SECONDS`.  A reset, and any close
+# over TLS, ends the request at once.
 
 _HALF_CLOSED_SECONDS = 2.0
 _MAX_FORM_BYTES = 8192
@@ -4237,7 +4245,7 @@ class Exchange:
             await self.respond(error_response(error, as_html))
 
     async def _redirect_into_prefix(self) -> None:
-        """Redirect an unprefixed request once its body has come; browsers read no response before."""
+        """Redirect an unprefixed request after its body; browsers read no response before."""
         while not self.body.finished and "expect" not in self.request.headers.index:
             await self.body.read(self.config.stall_timeout)
         await self.respond(redirect_into_prefix(self.request, self.gate))
@@ -5503,9 +5511,9 @@ def _load_jupyter_server_extension(server: Any) -> None:
 # --------------------------------------------------------------------------------------------------
 # Port check
 # --------------------------------------------------------------------------------------------------
-# `--check PORT` examines one port of this machine and reports what keeps its app from working behind
-# the proxy.  It requests the first page, follows redirects, and looks for what would bypass the
-# proxy or lose the prefix.  Then it sends requests with a foreign Host and Origin, and opens a
+# `--check PORT` examines one port of this machine and reports what keeps its app from working
+# behind the proxy.  It requests the first page, follows redirects, and looks for what would bypass
+# the proxy or lose the prefix.  Then it sends requests with a foreign Host and Origin, and opens a
 # WebSocket.  All of them go through `Upstreams`, so they meet what a real request would meet.
 
 _PAGE_SECONDS = 30.0  # some apps compile their page for the first request
@@ -5746,7 +5754,7 @@ class PortCheck:
         return ""
 
     async def _try_websockets(self, paths: Sequence[str]) -> None:
-        """Report the first path at which a WebSocket opens, and whether a foreign page may open it."""
+        """Report the first path at which a WebSocket opens, and if a foreign page may open it."""
         origin = "Origin: %s://%s" % (self.route.scheme, self.route.authority)
         for path in dict.fromkeys(paths):
             if await self._status(path, _HANDSHAKE + [origin]) == 101:
@@ -5756,7 +5764,7 @@ class PortCheck:
 
 
 def _addresses_of(port: int, config: Config) -> List[str]:
-    """The addresses of an app for a browser on this machine; a path if the proxy's port is not known."""
+    """The addresses of an app for a browser here; a path if the proxy's port is not known."""
     if not config.port:
         return ["%s/%d/" % (config.base, port)]
     authority = "localhost:%d" % config.port
@@ -5802,8 +5810,8 @@ def report_text(report: Report) -> str:
 # Command line
 # --------------------------------------------------------------------------------------------------
 # The parser is built from the table of options.  The arguments, and the environment that a
-# JupyterHub sets, become a Config; `main` then runs the proxy until a signal stops it, or checks one
-# port.  What users must read goes to stdout, errors and the log go to stderr.
+# JupyterHub sets, become a Config; `main` then runs the proxy until a signal stops it, or checks
+# one port.  What users must read goes to stdout, errors and the log go to stderr.
 
 _INTRODUCTION = """\
 Makes every port of this machine reachable through one HTTP port.
