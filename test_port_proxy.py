@@ -6087,6 +6087,30 @@ class TestTls:
 
         return upstream(serve)
 
+    def test_client_that_closes_tls_ends_the_work_of_the_app_at_once(self, secure, proxy, upstream, certificate):
+        """Without TLS, the client may have closed its own side only, and the app has two seconds."""
+        ended = []
+
+        def serve(wire, app):
+            read_message(wire, app)
+            target = app.messages[-1][0].split(" ")[1]
+            with contextlib.suppress(ConnectionResetError):
+                wire.rest()
+            ended.append(target)
+
+        app = upstream(serve)
+        with proxy.sent(to(app, path="/plain")) as plain:
+            eventually(lambda: len(app.messages) == 1)
+            wire = tls_wire(secure(), certificate)
+            wire.send(to(app, path="/tls"))
+            eventually(lambda: len(app.messages) == 2)
+            plain.end()
+            with contextlib.suppress(OSError):  # the proxy may close before it has answered the close_notify
+                wire.sock = wire.sock.unwrap()
+            wire.close()
+            eventually(lambda: len(ended) == 2)
+        assert ended[0] == "/tls"
+
     def test_clients_are_served_over_tls(self, start, upstream, certificate):
         """Plain HTTP is refused."""
         app = upstream(answering(OK))
