@@ -1386,7 +1386,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.writer.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     async def drain(self, timeout: float) -> None:
-        """Wait until the peer has taken most of what was written.
+        """Wait until the peer has taken most of the written bytes.
 
         The peer has `timeout` seconds for it, and as long again for what is still queued then.
         Raises OSError if it is gone or too slow.
@@ -1479,7 +1479,7 @@ def has_failed(transport: Any, events: int = -1) -> bool:
 
 
 def end_writing(transport: Any) -> None:
-    """Send what is queued, then an EOF; over TLS, which has no half-close, close."""
+    """Send the queued bytes, then an EOF.  TLS has no half-close: there the transport closes."""
     if transport.is_closing():
         return
     try:
@@ -4232,7 +4232,7 @@ class Exchange:
         self.sent = 0 if is_head else len(response.body)
 
     async def respond_error(self, error: ProxyError) -> None:
-        """Say what was wrong: as a page to a person, as plain text to anybody else."""
+        """Respond with the error: as a page to a person, as plain text to a program."""
         request = self.request
         error.phrase_advice(self.gate.terms)
         self.failure = error.detail if error.status >= 400 else ""
@@ -4332,7 +4332,7 @@ class Tunnel:
                 end.eof_received()
 
     def close(self) -> None:
-        """End both sides, and send what is queued."""
+        """Close both sides after the queued bytes."""
         for end in (self.client, self.upstream):
             end.deadline = now() + self.timeout
             end.transport.close()
@@ -4569,7 +4569,7 @@ class PortProxy:
         return [client.task for client in self._clients if client.task is not None]
 
     def cut(self) -> None:
-        """Cut all running requests off, for those who cannot wait for `close`."""
+        """Cancel all running requests and abort all tunnels; `close` then returns sooner."""
         for task in self._tasks():
             task.cancel()
         for tunnel in list(self.tunnels):
