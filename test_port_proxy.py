@@ -641,13 +641,15 @@ def proxy_elsewhere(before="", after="", command=(), **options):
             listener.listen(64)
             port, number = listener.getsockname()[1], listener.fileno()
             process = subprocess.Popen(
-                list(command) + arguments + [str(number)], pass_fds=[number], stdout=subprocess.PIPE, stderr=errors
-            )
+                list(command) + arguments + [str(number)],
+                pass_fds=[number], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
         try:
             yield process, port
         finally:
             process.kill()
             process.wait()
+            process.stdin.close()
             process.stdout.close()
         errors.seek(0)
         assert errors.read() == b""
@@ -3353,25 +3355,25 @@ class TestHostForm:
 
 ENTRANCE = "/.well-known/port-proxy"  # the proxy's own path at the host of an app
 CLOCK = """\
-import signal, time
+import sys, threading, time
 ahead, monotonic, wall = [0], time.monotonic, time.time
-def put_forward(*_):
-    ahead[0] += 30
-    print(flush=True)
 time.monotonic, time.time = (lambda: monotonic() + ahead[0]), (lambda: wall() + ahead[0])
-signal.signal(signal.SIGUSR1, put_forward)
+def put_forward():
+    for _ in sys.stdin:
+        ahead[0] += 30
+        print(flush=True)
+threading.Thread(target=put_forward, daemon=True).start()
 """
 
 
 @contextlib.contextmanager
 def proxy_with_a_clock(**options):
     """A proxy in a process of its own: (its port, a function that puts its clock forward by half a minute)."""
-    if not hasattr(signal, "SIGUSR1"):
-        pytest.skip("this system has no signal to put the clock forward")
     with proxy_elsewhere(before=CLOCK, **options) as (process, port):
 
         def put_forward():
-            process.send_signal(signal.SIGUSR1)
+            process.stdin.write(b"\n")
+            process.stdin.flush()
             assert process.stdout.readline() == b"\n"
 
         yield port, put_forward
