@@ -395,8 +395,29 @@ def narrow(port):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
 
+@contextlib.contextmanager
+def spawn(command, **popen):
+    """A process that is killed in the end."""
+    with subprocess.Popen(command, **popen) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process):
+    """The next line of a process's output; it is killed if none comes in time."""
+    give_up = threading.Timer(WAIT, process.kill)
+    give_up.start()
+    try:
+        return process.stdout.readline().decode()
+    finally:
+        give_up.cancel()
+
+
 def request(method, target, *lines, body=b""):
-    return "\r\n".join(("%s %s HTTP/1.1" % (method, target), "Host: here:8888") + lines + ("", "")).encode("latin-1") + body
+    head = ("%s %s HTTP/1.1" % (method, target), "Host: here:8888") + lines + ("", "")
+    return "\r\n".join(head).encode("latin-1") + body
 
 
 def free_port():
@@ -636,21 +657,16 @@ def proxy_elsewhere(before="", after="", command=(), **options):
     options.setdefault("allow_hostnames", ("*",))
     arguments = [sys.executable, "-c", before + ELSEWHERE % after, str(HERE), repr(Config(**options))]
     with tempfile.TemporaryFile() as errors:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(64)
-            port, number = listener.getsockname()[1], listener.fileno()
-            process = subprocess.Popen(
-                list(command) + arguments + [str(number)],
-                pass_fds=[number], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-            )  # fmt: skip
-        try:
+        with contextlib.ExitStack() as stack:
+            with socket.socket() as listener:
+                listener.bind(("127.0.0.1", 0))
+                listener.listen(64)
+                port, number = listener.getsockname()[1], listener.fileno()
+                process = stack.enter_context(spawn(
+                    list(command) + arguments + [str(number)],
+                    pass_fds=[number], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                ))
             yield process, port
-        finally:
-            process.kill()
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
         errors.seek(0)
         assert errors.read() == b""
 
@@ -3374,7 +3390,7 @@ def proxy_with_a_clock(**options):
         def put_forward():
             process.stdin.write(b"\n")
             process.stdin.flush()
-            assert process.stdout.readline() == b"\n"
+            assert line_of(process) == "\n"
 
         yield port, put_forward
 
@@ -3516,7 +3532,7 @@ class TestSignInAtAHost:
         assert status_of(proxy.ask(at("localhost", "GET", "/proxy/?open=99999"))) == 404
 
 
-FROM_PAGES = [  # method, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, whether a browser that sends credentials on its own may
+FROM_PAGES = [  # method, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, whether credentials of a browser are accepted
     ("POST", "http://here:8888", "same-origin", "cors", True), ("POST", "https://here:8888", None, None, True),
     ("POST", None, None, None, True), ("POST", "http://evil", None, None, False), ("POST", "null", None, None, False),
     ("POST", "http://here", None, None, False), ("DELETE", "http://evil", "cross-site", "cors", False),
@@ -7366,7 +7382,7 @@ def shell_proxy(*options, says=b"", **popen):
     command += [PROGRAM, "--port", "0", "--allow-hostname", "here"] + list(options)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **popen)
     try:
-        banner = process.stdout.readline().decode()
+        banner = line_of(process)
         assert says.decode() in banner
         yield process, int(re.search(r"http://[^/]*:(\d+)/", banner).group(1))
         process.terminate()
@@ -7826,21 +7842,15 @@ class TestRealPrograms:
             pytest.skip("curl is not installed")
         data = os.urandom(3 << 20)
         (tmp_path / "data").write_bytes(data)
-        server = subprocess.Popen(
-            [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        try:
-            app_port = int(re.search(rb"port (\d+)", server.stdout.readline()).group(1))
+        command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
+        with spawn(command, cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+            app_port = int(re.search(r"port (\d+)", line_of(server)).group(1))
             with shell_proxy() as (_, port):
                 url = "http://localhost:%d/proxy/%d" % (port, app_port)
                 got = subprocess.run([curl, "-sSfL", url + "/data"], stdout=subprocess.PIPE, timeout=WAIT)
                 assert (got.returncode, got.stdout) == (0, data)
                 listing = subprocess.run([curl, "-sSfL", url], stdout=subprocess.PIPE, timeout=WAIT)
                 assert b'href="data"' in listing.stdout
-        finally:
-            server.kill()
-            server.wait()
-            server.stdout.close()
 
     def test_websockets_library_talks_to_itself(self, proxy):
         """A real client and a real server, subprotocol and compression negotiated between the two."""
@@ -7868,8 +7878,10 @@ class TestRealPrograms:
 
     @pytest.mark.parametrize("token", [None, TOKEN])
     def test_browser_uses_every_feature_of_a_page(self, start, upstream, token):
-        """A page with relative assets, fetch, an upload, server-sent events and a WebSocket, in headless Chromium; where
-        a token is asked for, it is in the first address, and nowhere after that."""
+        """Relative assets, fetch, an upload, server-sent events and a WebSocket, in headless Chromium.
+
+        A token is in the first address, and nowhere after that.
+        """
         proxy = start(allow_hostnames=(), token=token)
         app = upstream(serve_browser_app)
         with chromium("http://localhost:%d/proxy/%d%s" % (proxy.port, app.port, "?token=" + token if token else "")):
@@ -7888,13 +7900,15 @@ def chromium(url, *options):
     if not browser:
         pytest.skip("no Chromium is installed")
     with tempfile.TemporaryDirectory() as profile:
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--user-data-dir=" + profile, "--remote-debugging-port=0",
+        ]
         process = subprocess.Popen(
-            [
-                browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                "--disable-component-update", "--disable-sync", "--user-data-dir=" + profile, "--remote-debugging-port=0",
-            ] + list(options) + [url],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=dict(os.environ, TMPDIR=profile),
-        )  # fmt: skip
+            command + list(options) + [url], env=dict(os.environ, TMPDIR=profile), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
         try:
             yield profile
         finally:
@@ -7904,7 +7918,10 @@ def chromium(url, *options):
 
 def check_browser_report(app, path):
     report = json.loads(next(message[2] for message in app.messages if message[0].startswith("POST /report ")).decode())
-    assert report == {"fetch": "fetched", "upload": 300000, "events": ["1", "2", "3"], "socket": "echo", "style": "rgb(1, 2, 3)", "path": path}
+    assert report == {
+        "fetch": "fetched", "upload": 300000, "events": ["1", "2", "3"], "socket": "echo", "style": "rgb(1, 2, 3)",
+        "path": path,
+    }
 
 
 BROWSER_PAGE = b"""<!DOCTYPE html><link rel=stylesheet href=style.css><body><script type=module>
@@ -7913,10 +7930,21 @@ report.fetch = await (await fetch('data/file?x=%2F')).text()
 report.upload = (await (await fetch('upload', {method: 'PUT', body: new Uint8Array(300000)})).json())
 report.events = await new Promise(done => { const got = [], source = new EventSource('events')
   source.onmessage = event => { got.push(event.data); if (got.length == 3) { source.close(); done(got) } } })
-report.socket = await new Promise(done => { const socket = new WebSocket(new URL('ws', location).href.replace('http', 'ws'))
-  socket.onopen = () => socket.send('echo'); socket.onmessage = event => done(event.data); socket.onclose = () => done('closed') })
+const socket = new WebSocket(new URL('ws', location).href.replace('http', 'ws'))
+report.socket = await new Promise(done => { socket.onopen = () => socket.send('echo')
+  socket.onmessage = event => done(event.data); socket.onclose = () => done('closed') })
 await fetch('report', {method: 'POST', body: JSON.stringify(report)})
 </script>"""
+
+
+def echo_a_browser(wire, key):
+    """Open a WebSocket, send back its first short message, and read to the end."""
+    accept = base64.b64encode(hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest())
+    wire.send(SWITCHING.partition(b"Sec-")[0] + b"Sec-WebSocket-Accept: %s\r\n\r\n" % accept)
+    head = wire.exactly(6)
+    data = bytes(octet ^ head[2 + at % 4] for at, octet in enumerate(wire.exactly(head[1] & 127)))
+    wire.send(bytes([0x81, len(data)]) + data)
+    wire.rest()
 
 
 def serve_browser_app(wire, app):
@@ -7925,23 +7953,19 @@ def serve_browser_app(wire, app):
         app.messages.append(message)
         path = message[0].split(" ")[1]
         if path == "/ws":
-            key = fields_of(message)["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-            accept = base64.b64encode(hashlib.sha1(key.encode()).digest())
-            wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n" % accept)
-            head = wire.exactly(6)
-            data = bytes(octet ^ head[2 + at % 4] for at, octet in enumerate(wire.exactly(head[1] & 127)))
-            wire.send(bytes([0x81, len(data)]) + data)
-            wire.rest()
+            echo_a_browser(wire, fields_of(message)["sec-websocket-key"])
             return
         if path == "/events":
-            wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\ndata: 2\n\n", b"data: 3\n\n")
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+            wire.send(head + b"data: 1\n\ndata: 2\n\n", b"data: 3\n\n")
             with contextlib.suppress(OSError):
                 wire.rest()
             return
         kind, body = {
-            "/": (b"text/html", BROWSER_PAGE), "/style.css": (b"text/css", b"body { color: rgb(1, 2, 3) }"), "/data/file?x=%2F": (b"text/plain", b"fetched"),
+            "/": (b"text/html", BROWSER_PAGE), "/style.css": (b"text/css", b"body { color: rgb(1, 2, 3) }"),
+            "/data/file?x=%2F": (b"text/plain", b"fetched"),
             "/upload": (b"application/json", b"%d" % len(message[2])),
-        }.get(path, (b"text/plain", b""))  # fmt: skip
+        }.get(path, (b"text/plain", b""))
         wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(body)), body)
         if path == "/report":
             app.happened.set()
@@ -7963,8 +7987,7 @@ class Page:
         eventually(lambda: told.exists() and told.read_text().count("\n") == 1)
         port, path = told.read_text().split("\n")
         self.wire = Wire.to(int(port))
-        key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
-        self.wire.send("\r\n".join(("GET %s HTTP/1.1" % path, "Host: localhost", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key, "", "")).encode())
+        self.wire.send(request("GET", path, *HANDSHAKE).replace(b"here:8888", b"localhost"))
         assert b" 101 " in self.wire.until(b"\r\n\r\n")
         self.count, self.session, self.complaints = 0, {}, []
         self.context = beside.context if beside else self.do("Target.createBrowserContext")["browserContextId"]
@@ -7984,7 +8007,8 @@ class Page:
                     raise (Navigated if gone else AssertionError)(method, told["error"])
                 return told["result"]
             entry = told.get("params", {}).get("entry", {})
-            if told.get("method") == "Runtime.exceptionThrown" or (entry.get("level") == "error" and entry.get("source") != "network"):
+            is_error = entry.get("level") == "error" and entry.get("source") != "network"
+            if is_error or told.get("method") == "Runtime.exceptionThrown":
                 self.complaints.append(told["params"])
 
     def tell(self, expression):
@@ -7998,7 +8022,8 @@ class Page:
             with contextlib.suppress(Navigated):
                 if self.tell("try { %s } catch (error) { false }" % expression):
                     return
-            assert time.monotonic() < limit, "never %s, but %s" % (expression, self.tell("location.href + ' ' + document.documentElement.innerText"))
+            seen = "location.href + ' ' + document.documentElement.innerText"
+            assert time.monotonic() < limit, "never %s, but %s" % (expression, self.tell(seen))
             time.sleep(0.05)
 
     def open(self, url):
@@ -8010,21 +8035,28 @@ class Page:
 
     def click(self, selector):
         self.until("!!document.querySelector(%s)" % json.dumps(selector))
-        at = self.tell("(() => { const one = document.querySelector(%s); one.scrollIntoView({block: 'center'}); const box = one.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] })()" % json.dumps(selector))
+        at = self.tell("""(() => {
+            const one = document.querySelector(%s)
+            one.scrollIntoView({block: 'center'})
+            const box = one.getBoundingClientRect()
+            return [box.x + box.width / 2, box.y + box.height / 2]
+        })()""" % json.dumps(selector))
         for kind in ("mousePressed", "mouseReleased"):
             self.do("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
 
     def press(self, key, text=""):
         for kind in ("keyDown", "keyUp"):
             code = {"Enter": 13, "Tab": 9}[key]
-            self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **({"text": text} if text and kind == "keyDown" else {}))
+            more = {"text": text} if text and kind == "keyDown" else {}
+            self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
 
     def type(self, text):
         self.do("Input.insertText", text=text)
 
     def look(self, width=1000, height=700, scheme="light", shot=""):
         """Change the window; where PORT_PROXY_TEST_SHOTS names a folder, leave a picture there."""
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        size = {"width": width, "height": height, "mobile": width < 500}
+        self.do("Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, **size)
         self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         if shot and os.environ.get("PORT_PROXY_TEST_SHOTS"):
             picture = base64.b64decode(self.do("Page.captureScreenshot", format="png")["data"])
@@ -8043,7 +8075,8 @@ def serve_page(text):
 
 
 # What leaves the prefix in every way that a page has; it knows nothing of any prefix.
-ROOTED_PAGE = b"""<!DOCTYPE html><title>NAME</title><link rel=stylesheet href=/style.css><body><form method=post action=/form><button>send</button></form><script>
+ROOTED_PAGE = b"""<!DOCTYPE html><title>NAME</title><link rel=stylesheet href=/style.css>
+<body><form method=post action=/form><button>send</button></form><script>
 const report = {cookie: document.cookie}
 async function look() {
   report.style = getComputedStyle(document.body).color
@@ -8056,8 +8089,9 @@ async function look() {
     frame.onload = () => done(frame.contentDocument.body.innerText); document.body.append(frame) })
   const register = how => navigator.serviceWorker.register('/service.js', how).then(() => 'NAME', error => error.name)
   report.services = [await register({scope: './'}), await register({scope: '/'})]
-  report.socket = await new Promise(done => { const socket = new WebSocket('ws://' + location.host + '/socket')
-    socket.onopen = () => socket.send('NAME'); socket.onmessage = event => done(event.data); socket.onclose = () => done('closed') })
+  const socket = new WebSocket('ws://' + location.host + '/socket')
+  report.socket = await new Promise(done => { socket.onopen = () => socket.send('NAME')
+    socket.onmessage = event => done(event.data); socket.onclose = () => done('closed') })
   document.body.dataset.report = JSON.stringify(report)
 }
 look()
@@ -8078,19 +8112,21 @@ def serve_rooted(name):
             fields = fields_of(message)
             path = message[0].split(" ")[1]
             if "upgrade" in fields:
-                accept = base64.b64encode(hashlib.sha1((fields["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest())
-                wire.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n" % accept)
-                head = wire.exactly(6)
-                data = wire.exactly(head[1] & 127)
-                wire.send(bytes([0x81, len(data)]) + bytes(octet ^ head[2 + at % 4] for at, octet in enumerate(data)))
-                wire.rest()
+                echo_a_browser(wire, fields["sec-websocket-key"])
                 return
-            script = {"/module.js": b"export const name = 'NAME'", "/worker.js": b"fetch('/data').then(answer => answer.text()).then(text => postMessage(text))", "/service.js": b"// NAME"}
-            kind, body = {"/": (b"text/html", ROOTED_PAGE), "/form": (b"text/html", b"<p id=app>form of NAME: %d" % len(message[2])), "/style.css": (b"text/css", b"body { color: rgb(1, 2, 3) }")}.get(path, (b"text/plain", b"NAME"))
+            script = {
+                "/module.js": b"export const name = 'NAME'", "/service.js": b"// NAME",
+                "/worker.js": b"fetch('/data').then(answer => answer.text()).then(text => postMessage(text))",
+            }
+            kind, body = {
+                "/": (b"text/html", ROOTED_PAGE), "/style.css": (b"text/css", b"body { color: rgb(1, 2, 3) }"),
+                "/form": (b"text/html", b"<p id=app>form of NAME: %d" % len(message[2])),
+            }.get(path, (b"text/plain", b"NAME"))
             if path in script:
                 kind, body = b"text/javascript", script[path]
             body = (b"%d" % len(message[2]) if path == "/upload" else body).replace(b"NAME", name)
-            wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nSet-Cookie: session=%s; Path=/; HttpOnly\r\nContent-Length: %d\r\n\r\n%s" % (kind, name, len(body), body))
+            cookie = "Set-Cookie: session=%s; Path=/; HttpOnly" % name.decode()
+            wire.send(ok(body, "Content-Type: " + kind.decode(), cookie))
 
     return serve
 
@@ -8118,13 +8154,8 @@ def long_name(tmp_path_factory):
     (folder / program).write_text(LONG_NAMED_PROGRAM)
     (folder / "index.html").write_text("<!DOCTYPE html><title>%s</title><p>hello" % title)
     command = [sys.executable, "-u", program]
-    process = subprocess.Popen(command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        yield int(process.stdout.readline()), program, title
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    with spawn(command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        yield int(line_of(process)), program, title
 
 
 class TestInChromium:
@@ -8139,7 +8170,7 @@ class TestInChromium:
 
     @needs_proc
     def test_ports_page_leads_to_the_apps(self, page, upstream):
-        """From the address that the banner names to an app's own host, signed in all the way; then what comes and goes."""
+        """From the banner's address to an app's own host, signed in all the way; then what comes and goes."""
         apps = [upstream(serve_page(b"app %d" % number)) for number in range(8)]
         environment = dict(os.environ, PORT_PROXY_TOKEN=TOKEN)
         with shell_proxy(env=environment) as (_, port):
@@ -8158,12 +8189,13 @@ class TestInChromium:
             page.open(home)
             page.until("document.querySelector('#p%d').innerText.includes('app 0')" % apps[0].port)  # its title, by now
             page.click("#filter")
+            clear = "{ const box = document.querySelector('#filter'); box.value = ''; box.dispatchEvent(new Event('input')) }"
             page.type("app 0")
             page.until("[...document.querySelectorAll('.ports li')].filter(one => !one.hidden).length === 1")
-            page.tell("document.querySelector('#filter').value = ''; document.querySelector('#filter').dispatchEvent(new Event('input'))")
+            page.tell(clear)
             page.type("own host")  # which every line has, as what a link is called
             page.until("document.querySelector('#none').innerText === 'No port matches.'")
-            page.tell("document.querySelector('#filter').value = ''; document.querySelector('#filter').dispatchEvent(new Event('input'))")
+            page.tell(clear)
             assert page.tell("document.querySelector('#none').hidden")
             new = upstream(serve_page(b"new"))
             page.until("!!document.querySelector('#p%d')" % new.port)
@@ -8184,11 +8216,12 @@ class TestInChromium:
     @needs_proc
     def test_ports_page_tells_that_the_proxy_is_away(self, page, proxy):
         page.open("http://localhost:%d/proxy/" % proxy.port)
-        page.tell("{ const real = fetch; window.away = true; window.fetch = (...what) => away ? Promise.reject('away') : real(...what) }; 1")
+        fake = "{ const real = fetch; away = true; fetch = (...what) => away ? Promise.%s : real(...what) }; 1"
+        page.tell(fake % "reject('away')")
         page.until("document.querySelector('[role=status]').innerText === 'The proxy does not answer.'")
         page.tell("away = false")
         page.until("document.querySelector('[role=status]').innerText !== 'The proxy does not answer.'")
-        page.tell("{ const real = fetch; window.away = true; window.fetch = (...what) => away ? Promise.resolve(new Response('', {status: 502})) : real(...what) }; 1")
+        page.tell(fake % "resolve(new Response('', {status: 502}))")
         page.until("document.querySelector('[role=status]').innerText === 'This list is out of date. Reload the page.'")
         page.tell("away = false")
         page.until("document.querySelector('[role=status]').innerText !== 'This list is out of date. Reload the page.'")
@@ -8220,7 +8253,7 @@ class TestInChromium:
             assert page.tell("document.querySelector('#help').hidden") is script
             sock.listen(5)
             body = b"<p id=app>here"
-            answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+            answer = ok(body, "Content-Type: text/html", "Connection: close")[: -len(body)]
 
             def serve():
                 with contextlib.suppress(OSError):
@@ -8242,7 +8275,8 @@ class TestInChromium:
     def test_sign_in_page_leads_to_the_app(self, page, start, upstream, host):
         app = upstream(serve_page(b"signed in"))
         proxy = start(token=TOKEN)
-        url = "http://%d.localhost:%d/a?b" % (app.port, proxy.port) if host else "http://localhost:%d/proxy/%d/a?b" % (proxy.port, app.port)
+        form = "http://{app}.localhost:{proxy}/a?b" if host else "http://localhost:{proxy}/proxy/{app}/a?b"
+        url = form.format(app=app.port, proxy=proxy.port)
         page.open(url)
         if host:  # where the app's own pages could read what is typed, none is asked for
             page.until("document.body.innerText.includes('Sign in there')")
@@ -8257,11 +8291,13 @@ class TestInChromium:
         page.press("Enter", "\r")
         page.until("document.querySelector('#app').innerText === 'signed in'")
         assert page.tell("location.href") == (url[: -len("a?b")] if host else url)
-        assert [message[0] for message in app.messages if "favicon" not in message[0]] == ["GET / HTTP/1.1" if host else "GET /a?b HTTP/1.1"]
+        asked = [message[0] for message in app.messages if "favicon" not in message[0]]
+        assert asked == ["GET / HTTP/1.1" if host else "GET /a?b HTTP/1.1"]
 
     def test_sign_in_page_follows_an_app_that_redirects_elsewhere(self, page, start, upstream):
         elsewhere = upstream(serve_page(b"a login of its own"))
-        app = upstream(answering(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:%d/\r\nContent-Length: 0\r\n\r\n" % elsewhere.port))
+        found = ok(b"", "Location: http://127.0.0.1:%d/" % elsewhere.port).replace(b"200 OK", b"302 Found")
+        app = upstream(answering(found))
         proxy = start(token=TOKEN)
         page.open("http://localhost:%d/proxy/%d/" % (proxy.port, app.port))
         page.until("document.activeElement.name === 'token'")
@@ -8279,8 +8315,9 @@ class TestInChromium:
             page.until("!!document.body.dataset.report")
             report = json.loads(page.tell("document.body.dataset.report"))
             assert report == {
-                "cookie": "", "style": "rgb(1, 2, 3)", "fetch": name, "quiet": name, "upload": "300000", "module": name, "worker": name, "frame": name, "services": [name, "SecurityError"], "socket": name,
-            }  # fmt: skip
+                "cookie": "", "style": "rgb(1, 2, 3)", "fetch": name, "quiet": name, "upload": "300000",
+                "module": name, "worker": name, "frame": name, "services": [name, "SecurityError"], "socket": name,
+            }
         other = Page(profile, page)
         other.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[0].port))  # opened last
         other.until("!!document.body.dataset.report")
@@ -8310,17 +8347,20 @@ class TestInChromium:
         line = page.tell("document.querySelector('#p%d').innerText" % port)
         assert program in line
         assert title in line
-        for name, url in (
-            ("ports", "http://localhost:%d/proxy/" % open_proxy.port), ("waiting", "http://localhost:%d/proxy/%d/" % (open_proxy.port, free_port())), ("sign-in", "http://localhost:%d/proxy/" % proxy.port),
-            ("refusal", "http://localhost:%d/proxy/elsewhere.example.org:8080/" % open_proxy.port), ("error", "http://localhost:%d/proxy/no-port" % open_proxy.port),
-        ):  # fmt: skip
+        for name, path in (
+            ("ports", ""), ("waiting", "%d/" % free_port()), ("sign-in", ""),
+            ("refusal", "elsewhere.example.org:8080/"), ("error", "no-port"),
+        ):
             page.look(width, 700, scheme)
-            page.open(url)
+            port = proxy.port if name == "sign-in" else open_proxy.port
+            page.open("http://localhost:%d/proxy/%s" % (port, path))
             page.tell("document.querySelectorAll('details').forEach(one => { one.open = true })")
             page.look(width, 700, scheme, "%s-%s-%d" % (name, scheme, width))
             assert page.tell("document.scrollingElement.scrollWidth <= innerWidth"), name
-            assert page.tell("document.querySelector('h1').innerText") and page.tell("document.documentElement.lang") == "en"
-            ink, ground = (page.tell("getComputedStyle(document.body).%s.match(/[0-9]+/g).map(Number).reduce((sum, one) => sum + one)" % what) for what in ("color", "backgroundColor"))
+            assert page.tell("document.querySelector('h1').innerText")
+            assert page.tell("document.documentElement.lang") == "en"
+            colour = "getComputedStyle(document.body).%s.match(/[0-9]+/g).map(Number).reduce((sum, one) => sum + one)"
+            ink, ground = (page.tell(colour % what) for what in ("color", "backgroundColor"))
             assert ink - ground > 300 if scheme == "dark" else ground - ink > 300
 
 
