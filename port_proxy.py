@@ -517,20 +517,22 @@ def forms(base: str) -> str:
     ).format(base)
 
 
-def path_below(base: str, path: str) -> Optional[str]:
-    """The part of `path`, which may have a query, behind `base`; None if it is not below.
+def path_below(base: str, reference: str) -> Optional[str]:
+    """The part of a path, with its query and fragment, behind `base`; None if it is not below.
 
-    Segments are compared percent-decoded.
+    Segments are compared percent-decoded: "+" may be written as "%2B" (RFC 3986 section 6.2.2.2).
     """
-    if path.startswith(base) and path[len(base) : len(base) + 1] in ("", "/", "?"):
-        return path[len(base) :]
-    path, mark, query = path.partition("?")
-    segments = path.split("/")
-    count = base.count("/") + 1
-    written = [unquote_to_bytes(segment) for segment in segments[:count]]
-    if written != [unquote_to_bytes(segment) for segment in base.split("/")]:
+    if reference.startswith(base) and reference[len(base) : len(base) + 1] in ("", "/", "?", "#"):
+        return reference[len(base) :]
+    path = re.split("[?#]", reference, 1)[0]
+    start = "/".join(path.split("/")[: base.count("/") + 1])
+    if _decoded_segments(start) != _decoded_segments(base):
         return None
-    return path[len("/".join(segments[:count])) :] + mark + query
+    return reference[len(start) :]
+
+
+def _decoded_segments(path: str) -> List[bytes]:
+    return [unquote_to_bytes(segment.encode("latin-1")) for segment in path.split("/")]
 
 
 def is_home(base: str, target: str) -> bool:
@@ -633,6 +635,7 @@ _ILLEGAL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])"
 _LENGTH = re.compile("[0-9]{1,18}")
 _LENGTH_LIST = re.compile(r"[0-9]{1,18}(?:[ \t]*,[ \t]*[0-9]{1,18})*")
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())
+_MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
 _NO_TOKENS = frozenset()  # type: FrozenSet[str]
 _USUAL_TOKENS = {one: frozenset([one]) for one in ("close", "keep-alive", "upgrade")}
 
@@ -784,14 +787,15 @@ def client_info(
     """The client of a request that came from `address`.
 
     X-Forwarded fields count only if they come from a trusted proxy.  The client then is the last
-    address that is not a trusted proxy itself.
+    address that is not a trusted proxy itself.  Raises ProxyError 400.
     """
     hops, port = [address] if address else [], ""
     if _is_trusted(address, config.trusted_proxies):
-        before = [
-            one.strip(" \t") for one in ",".join(headers.get_all("x-forwarded-for")).split(",")
-        ]
-        before = [] if before == [""] else before
+        forwarded = ",".join(headers.get_all("x-forwarded-for"))
+        if len(forwarded) > _MAX_FORWARDED:
+            text = "X-Forwarded-For is longer than %d characters." % _MAX_FORWARDED
+            raise ProxyError(400, text)
+        before = [one.strip(" \t") for one in forwarded.split(",")] if forwarded else []
         hops = before + hops
         while len(before) > 1 and _is_trusted(before[-1], config.trusted_proxies):
             before.pop()
@@ -833,8 +837,12 @@ def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
         known = ipaddress.ip_address(address)
     except ValueError:
         return not address and "unix" in trusted_proxies
-    networks = (ipaddress.ip_network(one, False) for one in trusted_proxies if one != "unix")
-    return any(known in network for network in networks)
+    return any(known in network for network in _networks(trusted_proxies))
+
+
+@functools.lru_cache(maxsize=8)
+def _networks(proxies: Sequence[str]) -> List[Any]:
+    return [ipaddress.ip_network(one, False) for one in proxies if one != "unix"]
 
 
 class Request(NamedTuple):
@@ -1772,10 +1780,11 @@ def _translate_referer(value: str, request: Request, gate: Any) -> str:
     if not authority or (match.group(2) != authority and not is_own_origin(origin, authority)):
         return value
     path = match.group(3)
-    if not _has_prefix(path, route.prefix):
+    below = path_below(route.prefix, path)
+    if below is None:
         path = "/"
     elif not route.absolute:
-        path = path[len(route.prefix) :]
+        path = below
     slash = "" if path.startswith("/") else "/"
     return "%s://%s%s%s" % (route.scheme, route.authority, slash, path)
 
@@ -1868,13 +1877,12 @@ def _drop_below_prefix(value: str, request: Request, gate: Any) -> Optional[str]
 
 
 def _with_prefix(path: str, route: Route) -> str:
-    if route.absolute or not path.startswith("/") or _has_prefix(path, route.prefix):
+    """A path of the app below its prefix, which is spelt as the client spells it: browsers compare
+    the paths of cookies undecoded."""
+    if route.absolute or not path.startswith("/"):
         return path
-    return route.prefix + path
-
-
-def _has_prefix(path: str, prefix: str) -> bool:
-    return path.startswith(prefix) and path[len(prefix) : len(prefix) + 1] in ("", "/", "?", "#")
+    below = path_below(route.prefix, path)
+    return route.prefix + (path if below is None else below)
 
 
 _RESPONSE_TABLE = dict.fromkeys(_HOP_BY_HOP + ["content-length"])  # type: Dict[str, Any]

@@ -4841,6 +4841,22 @@ class TestHub:
         asked, cookie = self.sent_to_hub(proxy, target)
         assert fields_of(self.come_back(proxy, hub, asked, cookie))["location"] == leads_to
 
+    @pytest.mark.parametrize("here", [PREFIX, "/jh/user/al%40ice.x+y"])
+    @pytest.mark.parametrize("there", [PREFIX, "/jh/user/al@ice.x+y", "/%6Ah/user/al%40ice.x%2by"])
+    def test_prefix_in_another_spelling_is_not_added_again(self, proxy, upstream, here, there):
+        """The response has the spelling of the request, since browsers compare cookie paths undecoded."""
+        head = "HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: {0}/x#{0}\r\nSet-Cookie: a=b; Path={0}\r\n\r\n"
+        app = upstream(lambda wire, app: (app.messages.append(wire.message()), wire.send(answer.encode())))
+        here, there = ("%s/proxy/%d" % (spelling, app.port) for spelling in (here, there))
+        answer = head.format(there)
+        fields = fields_of(proxy.get(here + "/y", AS_OWNER, "Referer: http://here:8888%s/z?a" % there))
+        assert (fields["location"], fields["set-cookie"]) == ("%s/x#%s" % (here, there), "a=b; Path=" + here)
+        assert fields_of(app.messages[0])["referer"] == "http://localhost:%d/z?a" % app.port
+
+    def test_long_x_forwarded_for_is_refused(self, proxy):
+        for count, status in ((300, 404), (400, 400)):
+            assert status_of(proxy.get("/", "X-Forwarded-For: " + ",".join(["::"] * count))) == status
+
     def test_path_outside_of_the_prefix_is_a_404(self, proxy):
         for target in (
             "//evil.example/proxy/80/", "/jh/user/mallory/proxy/80/", "/proxy/80/", "/", "/jh/user/al@ice.x%2By2/",
