@@ -208,7 +208,7 @@ class Config(NamedTuple):
     whole_origin: Optional[bool] = None
 
     # None: a random token, but none if only this machine's users can connect.  "any": a random
-    # token.  "": no token.
+    # token.  "": no token.  Otherwise at least 16 characters: guesses are only slowed down.
     token: Optional[str] = None
     allow_hostnames: Sequence[str] = ()  # further names of a proxy without a token; globs, "*"
     allow_origins: Sequence[str] = ()  # further origins: "https://a.example.org", "*"
@@ -375,8 +375,9 @@ def check_values(config: Config) -> None:
     for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
         if getattr(config, option.field) and not config.certfile:
             raise ValueError("%s needs --certfile" % option.flag)
-    if config.token is not None and not re.fullmatch("[!-~]*", config.token):
-        raise ValueError("the token must consist of visible ASCII characters without spaces")
+    if not re.fullmatch("[!-~]{16,}|any|", config.token or ""):
+        text = "the token must consist of visible ASCII characters without spaces, at least 16"
+        raise ValueError(text + "; --token alone makes a random one")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1928,6 +1929,15 @@ class LocalResponse(NamedTuple):
     body: bytes = b""
 
 
+def sign(key: bytes, purpose: str, text: str) -> str:
+    """A signature of `text` for a cookie: 43 characters that only the holder of the key can make.
+
+    Signatures for different purposes, each a word, are different.
+    """
+    digest = hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
 def find_app(request: Request, config: Config, cookie: str) -> Request:
     """The request with its route, even if the prefix is missing.
 
@@ -3091,12 +3101,10 @@ _PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.patte
 ANY_TOKEN = "any"  # as Config.token: make one at random
 COOKIE_PREFIX = "port_proxy_"  # the port follows, since browsers do not keep ports apart
 ENTRANCE = "/.well-known/port-proxy"  # our only path at an app's own host (RFC 8615)
-_MAX_SESSIONS = 1000
 _MAX_NAMES = 100
 _MAX_TICKETS = 1000
 _TICKET_SECONDS = 30.0  # from the ports page to an app's host
-_MAX_SOURCES = 1000  # addresses whose wrong tokens are counted
-_TRIES = 10.0  # wrong tokens before an address must wait; it regains one each second
+_WRONG_TOKEN_SECONDS = 1.0  # before the response to a wrong token
 
 ReadForm = Callable[[], Awaitable[bytes]]
 
@@ -3255,22 +3263,11 @@ def is_preflight(request: Request) -> bool:
     return request.method == "OPTIONS" and asks
 
 
-class WrongTokens(NamedTuple):
-    """The wrong tokens from one address, in one place of its requests.
-
-    left: the tries that were left at the time `since`.  recent: hashes of the last ones.
-    """
-
-    left: float
-    since: float
-    recent: FrozenSet[int]
-
-
 class TokenGate(Gate):
     """The gate of a proxy that stands alone.
 
     With a token, it admits requests that show the token, and browsers that have shown it once and
-    got a cookie with a random session id.  Without, Host must be a name that only this machine has,
+    got a cookie that only this process can make.  Without, Host must be a name that only this machine has,
     so that no foreign page can point its own name here.  Requests that a browser can send on its
     own, with a cookie or because all is open, must not come from foreign pages.
 
@@ -3289,10 +3286,13 @@ class TokenGate(Gate):
         if token is None:
             token = "" if is_private else ANY_TOKEN
         self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
-        # By session id: the host that it is for.  By ticket: the app's port, and the deadline.
-        self._sessions = BoundedDict(_MAX_SESSIONS)  # type: BoundedDict[str, str]
+        self.key = secrets.token_bytes(32)
+        # The session cookie of a host.
+        self._session = functools.lru_cache(_MAX_NAMES)(
+            functools.partial(sign, self.key, "session")
+        )
+        # By ticket: the app's port, and the deadline.
         self._tickets = BoundedDict(_MAX_TICKETS)  # type: BoundedDict[str, Tuple[int, float]]
-        self._wrong = BoundedDict(_MAX_SOURCES)  # type: BoundedDict[Tuple[str, str], WrongTokens]
         self._check_host_once = functools.lru_cache(_MAX_NAMES)(self._check_host)
 
     async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
@@ -3305,7 +3305,7 @@ class TokenGate(Gate):
         elif is_home(self.config.base, path):
             if self.token and request.method == "POST":
                 self.check_origin(request)
-                self._sign_in(await read_form(), client)
+                await self._sign_in(await read_form(), client)
             if _PORT_NAME.fullmatch(sent.get("open", "")):
                 await self.authorize(request)
                 raise self._redirect_to_host(int(sent["open"]), client)
@@ -3319,7 +3319,7 @@ class TokenGate(Gate):
             # A foreign page may choose X-Forwarded-Host, but not Host.
             for authority in {request.authority, request.client.authority}:
                 self._check_host_once(authority)
-        elif preflight or not self._check_credentials(request):
+        elif preflight or not await self._check_credentials(request):
             return  # a page of another site does not know the token
         if not preflight:
             self.check_origin(request)
@@ -3353,81 +3353,66 @@ class TokenGate(Gate):
 
     # With a token.
 
-    def _check_credentials(self, request: Request) -> bool:
+    async def _check_credentials(self, request: Request) -> bool:
         """Whether a cookie admits the request, which browsers send on their own.
 
-        False if a token does.  ProxyError 302, 401, 403 or 429 otherwise.
+        False if a token does.  ProxyError 302, 401 or 403 otherwise.
         """
         signed_in = self._is_signed_in(request)
         if not signed_in:
-            self._check_tokens(request)
+            await self._check_tokens(request)
         location = self.location_without_token(request)
         if location:
             cookie = () if signed_in else (self._new_cookie(request.client),)
             raise ProxyError(302, "Signed in.", (("Location", location),) + cookie)
         return signed_in
 
-    def _check_tokens(self, request: Request) -> None:
-        """Refuse a request without a valid token; ProxyError 401, 403 or 429."""
-        client, in_fields = request.client, authorization_tokens(request.headers)
-        # A foreign page must not use up the tries of a browser's user.
-        is_foreign = "cross-site" in request.headers.get_all("sec-fetch-site")
-        in_query = [] if is_foreign and not request.is_page_visit else query_tokens(request.target)
-        if self._try("fields", in_fields, client) or self._try("query", in_query, client):
+    async def _check_tokens(self, request: Request) -> None:
+        """Refuse a request without a valid token; one token per place is looked at."""
+        in_query, in_field = query_tokens(request.target), authorization_tokens(request.headers)
+        shown = in_query[:1] + in_field[:1]
+        if any(map(self.owns_token, shown)):
             return
-        wrong = "Invalid token. " if in_fields or in_query else ""
+        wrong = await self._note_wrong_token(request.client) if shown else ""
         if request.is_websocket:
             text = "A WebSocket needs a signed-in browser, or the proxy's token."
             raise ProxyError(403, wrong + text)
         if request.is_page_visit:
             prefix = request.route.prefix if request.route and request.is_unprefixed else ""
-            raise self._sign_in_needed(wrong.strip(), prefix + request.target, client)
+            raise self._sign_in_needed(wrong.strip(), prefix + request.target, request.client)
         text = "The proxy's token is needed, as 'Authorization: token TOKEN'."
         raise ProxyError(401, wrong + text, CHALLENGE)
 
-    def _try(self, place: str, tokens: Sequence[str], client: ClientInfo) -> bool:
-        """Whether one of `tokens` is ours; ProxyError 429 after too many wrong ones.
+    async def _note_wrong_token(self, client: ClientInfo) -> str:
+        """Log a wrong token, and delay the response: a connection can try one in a second.
 
-        Wrong tokens are counted by address and by their place in the request.  The same one counts
-        once: an app's own token, sent again and again to a restarted proxy, locks nobody out.
+        Nobody is locked out, so no client can use up the tries of another.
         """
-        key, time = (client.address, place), now()
-        left, since, recent = self._wrong.get(key) or WrongTokens(_TRIES, time, frozenset())
-        left = min(_TRIES, left + time - since)
-        hashes = frozenset(map(hash, tokens))
-        is_right = any(map(self.owns_token, tokens))
-        if hashes <= recent:
-            return is_right
-        if left < 1:
-            text = "Too many wrong tokens came from your address. Try again shortly."
-            raise ProxyError(429, text, (("Retry-After", "5"),))
-        if not is_right:
-            recent = hashes if len(recent) >= _TRIES else hashes | recent
-            self._wrong[key] = WrongTokens(left - 1, time, recent)
-        return is_right
+        logger.warning("invalid token from %s", client.address or "-")
+        await asyncio.sleep(_WRONG_TOKEN_SECONDS)
+        return "Invalid token. "
 
     def _is_signed_in(self, request: Request) -> bool:
-        # A look-up by hash: its duration reveals nothing about 256 random bits.
-        host = host_of(request.client.authority)
-        sessions = cookie_values(request.headers, self.cookie_name)
-        return any(self._sessions.get(session) == host for session in sessions)
+        session = self._session(host_of(request.client.authority)).encode()
+        cookies = cookie_values(request.headers, self.cookie_name)
+        return any(hmac.compare_digest(value.encode("latin-1"), session) for value in cookies)
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
-        session = secrets.token_urlsafe(32)
-        self._sessions[session] = host_of(client.authority)
+        session = self._session(host_of(client.authority))
         secure = "; Secure" if client.scheme == "https" else ""
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
         text = "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s"
         return "Set-Cookie", text % (self.cookie_name, session, path, secure)
 
-    def _sign_in(self, form: bytes, client: ClientInfo) -> None:
+    async def _sign_in(self, form: bytes, client: ClientInfo) -> None:
         """Raise the redirect to the page that the form names, or the sign-in page again."""
         sent = dict(parse_qsl(form.decode("latin-1")))
         target = sent.get("next", "")
         if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
             target = self.config.base + "/"
-        if not self._try("form", [sent.get("token", "").strip()], client):
-            raise self._sign_in_needed("Invalid token.", target, client)
+        if not self.owns_token(sent.get("token", "").strip()):
+            detail = await self._note_wrong_token(client)
+            raise self._sign_in_needed(detail.strip(), target, client)
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(client)))
 
     def _sign_in_needed(self, detail: str, target: str, client: ClientInfo) -> SignInNeeded:
