@@ -525,7 +525,7 @@ def path_below(base: str, reference: str) -> Optional[str]:
     """
     if reference.startswith(base) and reference[len(base) : len(base) + 1] in ("", "/", "?", "#"):
         return reference[len(base) :]
-    path = re.split("[?#]", reference, 1)[0]
+    path = re.split("[?#]", reference, maxsplit=1)[0]
     start = "/".join(path.split("/")[: base.count("/") + 1])
     if _decoded_segments(start) != _decoded_segments(base):
         return None
@@ -3494,6 +3494,72 @@ _OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
 _SHORTLY = (("Retry-After", "5"),)
 
 
+def hub_in(environment: Mapping[str, str]) -> Hub:
+    """The Hub that the environment describes.  Raises ValueError for a bad or missing variable."""
+
+    def read(name: str, default: Optional[str] = None, parse: Callable[[str], Any] = str) -> Any:
+        text = environment.get("JUPYTERHUB_" + name) or default
+        if text is None:
+            raise ValueError("JUPYTERHUB_%s is not set, but JupyterHub started this server" % name)
+        try:
+            return parse(text)
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError("JUPYTERHUB_%s is not valid: %s" % (name, text))
+
+    prefix = read("SERVICE_PREFIX", parse=normal_base)
+    scopes = environment.get("JUPYTERHUB_OAUTH_SCOPES")  # before JupyterHub 3
+    return Hub(
+        prefix=prefix,
+        user=read("USER", ""),
+        api_url=read("API_URL", parse=_http_url).rstrip("/"),
+        api_token=read("API_TOKEN"),
+        client_id=read("CLIENT_ID"),
+        authorize_url=read("HOST", "") + read("BASE_URL", "/") + "hub/api/oauth2/authorize",
+        callback_url=read("OAUTH_CALLBACK_URL", prefix + "/oauth_callback"),
+        access_scopes=read("OAUTH_ACCESS_SCOPES", scopes, lambda text: frozenset(json.loads(text))),
+        server_name=read("SERVER_NAME", ""),
+        home=read("DEFAULT_URL", "", functools.partial(_hub_home, prefix)),
+        activity_url=read("ACTIVITY_URL", "", lambda url: url and _http_url(url)),
+        activity_interval=read("ACTIVITY_INTERVAL", "300", _positive_number),
+        is_secure=read("PUBLIC_URL", "").startswith("https:"),
+        host_cookies=read("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
+        cookie_options=read("COOKIE_OPTIONS", "{}", _cookie_options),
+    )
+
+
+def _http_url(url: str) -> str:
+    match = _HTTP_URL.fullmatch(url)
+    if not match or not is_authority(match.group(2)):
+        raise ValueError("an HTTP URL is expected, not %r" % url)
+    return url
+
+
+def _positive_number(text: str) -> float:
+    if not float(text) > 0:
+        raise ValueError("a number greater than 0 is expected, not %r" % text)
+    return float(text)
+
+
+def _hub_home(prefix: str, path: str) -> str:
+    home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
+    return "" if is_home(prefix, home.partition("#")[0]) else home  # it would redirect to itself
+
+
+def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
+    """The Hub's attributes for cookies: the arguments of Tornado's set_cookie in JSON."""
+    arguments = {name.lower(): value for name, value in json.loads(text).items() if value}
+    if "expires_days" in arguments:
+        arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
+    attributes = []
+    for name in ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned"):
+        value = arguments.get(name.lower().replace("-", "_"))
+        if value is not None:
+            attributes.append((name, "" if value is True else str(value)))
+    if not all(re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in attributes):
+        raise ValueError("a cookie attribute is not valid")
+    return tuple(attributes)
+
+
 class HubUser(NamedTuple):
     """The user that a token belongs to, and the scopes of the token."""
 
@@ -5944,72 +6010,6 @@ def _config_under_hub(
         shutdown_timeout=min(config.shutdown_timeout, 0.3),
         **files,
     )
-
-
-def hub_in(environment: Mapping[str, str]) -> Hub:
-    """The Hub that the environment describes.  Raises ValueError for a bad or missing variable."""
-
-    def read(name: str, default: Optional[str] = None, parse: Callable[[str], Any] = str) -> Any:
-        text = environment.get("JUPYTERHUB_" + name) or default
-        if text is None:
-            raise ValueError("JUPYTERHUB_%s is not set, but JupyterHub started this server" % name)
-        try:
-            return parse(text)
-        except (ValueError, TypeError, AttributeError):
-            raise ValueError("JUPYTERHUB_%s is not valid: %s" % (name, text))
-
-    prefix = read("SERVICE_PREFIX", parse=normal_base)
-    scopes = environment.get("JUPYTERHUB_OAUTH_SCOPES")  # before JupyterHub 3
-    return Hub(
-        prefix=prefix,
-        user=read("USER", ""),
-        api_url=read("API_URL", parse=_http_url).rstrip("/"),
-        api_token=read("API_TOKEN"),
-        client_id=read("CLIENT_ID"),
-        authorize_url=read("HOST", "") + read("BASE_URL", "/") + "hub/api/oauth2/authorize",
-        callback_url=read("OAUTH_CALLBACK_URL", prefix + "/oauth_callback"),
-        access_scopes=read("OAUTH_ACCESS_SCOPES", scopes, lambda text: frozenset(json.loads(text))),
-        server_name=read("SERVER_NAME", ""),
-        home=read("DEFAULT_URL", "", functools.partial(_hub_home, prefix)),
-        activity_url=read("ACTIVITY_URL", "", lambda url: url and _http_url(url)),
-        activity_interval=read("ACTIVITY_INTERVAL", "300", _positive_number),
-        is_secure=read("PUBLIC_URL", "").startswith("https:"),
-        host_cookies=read("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
-        cookie_options=read("COOKIE_OPTIONS", "{}", _cookie_options),
-    )
-
-
-def _http_url(url: str) -> str:
-    match = _HTTP_URL.fullmatch(url)
-    if not match or not is_authority(match.group(2)):
-        raise ValueError("an HTTP URL is expected, not %r" % url)
-    return url
-
-
-def _positive_number(text: str) -> float:
-    if not float(text) > 0:
-        raise ValueError("a number greater than 0 is expected, not %r" % text)
-    return float(text)
-
-
-def _hub_home(prefix: str, path: str) -> str:
-    home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
-    return "" if is_home(prefix, home.partition("#")[0]) else home  # it would redirect to itself
-
-
-def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
-    """The Hub's attributes for cookies: the arguments of Tornado's set_cookie in JSON."""
-    arguments = {name.lower(): value for name, value in json.loads(text).items() if value}
-    if "expires_days" in arguments:
-        arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
-    attributes = []
-    for name in ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned"):
-        value = arguments.get(name.lower().replace("-", "_"))
-        if value is not None:
-            attributes.append((name, "" if value is True else str(value)))
-    if not all(re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in attributes):
-        raise ValueError("a cookie attribute is not valid")
-    return tuple(attributes)
 
 
 # Running.
