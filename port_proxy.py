@@ -112,6 +112,33 @@ COMMAND_LINE_TERMS = {
 }
 
 
+def own_command() -> str:
+    """What to type to start this program."""
+    is_installed = os.path.basename(sys.argv[0]).startswith("port-proxy")
+    return "port-proxy" if is_installed else "python3 port_proxy.py"
+
+
+def printable(text: str) -> str:
+    """Text of others for a terminal, a log or a page: control characters (C0, DEL, C1) are escaped.
+
+    So is everything else that `str.isprintable` refuses, such as marks that reverse the text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+def _escape_record(record: logging.LogRecord) -> bool:
+    """Filter of our logger: clients and apps choose parts of its messages."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+logger.addFilter(_escape_record)
+
+
 class ProxyError(Exception):
     """A request that the proxy answers itself, because it refuses it or cannot serve it.
 
@@ -4578,7 +4605,9 @@ class PortProxy:
     def url(self) -> str:
         """The address to open on this machine, without the token."""
         host = self.config.bind
-        if host in ("", "0.0.0.0", "::"):
+        if host in LOOPBACK_NAMES:
+            host = "localhost"
+        elif host in ("", "0.0.0.0", "::"):
             host = socket.gethostname()
         elif host.startswith(_UNIX_PREFIX):
             host = "localhost"
@@ -4586,6 +4615,11 @@ class PortProxy:
         port = ":%d" % self.port if self.port else ""
         host = "[%s]" % host if ":" in host else host
         return "%s://%s%s%s/" % (scheme, host, port, self.config.base)
+
+    @property
+    def active_requests(self) -> int:
+        """How many requests are being served; open WebSockets are not counted."""
+        return sum(client.state is ACTIVE for client in self._clients)
 
     async def close(self) -> None:
         """Stop accepting, close idle connections and tunnels, and wait for running requests.
@@ -5875,18 +5909,27 @@ def report_text(report: Report) -> str:
 _INTRODUCTION = """\
 Makes every port of this machine reachable through one HTTP port.
 
-  python3 port_proxy.py                       then open http://localhost:8888/proxy/
+  {0:44}then open http://localhost:8888/proxy/
   ssh -N -L 8888:localhost:8888 THIS_MACHINE  forwards the port to your own machine
-  python3 port_proxy.py --check 8080          shows how to open port 8080
+  {1:44}shows how to open port 8080
 """
+_TOKEN_HAS_NO_VALUE = (
+    "--token takes no value, because other users could see it: type --token-file FILE, or set the"
+    " environment variable PORT_PROXY_TOKEN"
+)
+_BARE_PORT = (
+    "%(port)s needs an option: --port %(port)s to listen there, --check %(port)s to examine the app"
+    " on it. To open that app, start the proxy and go to http://localhost:8888/proxy/%(port)s/"
+)
 
 
 def _parser(show_limits: bool) -> argparse.ArgumentParser:
     """The parser; its help includes the limits and timeouts if `show_limits` is true."""
+    command = own_command()
     parser = argparse.ArgumentParser(
-        prog="port_proxy.py",
+        prog=command,
         usage="%(prog)s [options]",
-        description=_INTRODUCTION,
+        description=_INTRODUCTION.format(command, command + " --check 8080"),
         formatter_class=functools.partial(
             argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100
         ),
@@ -5908,8 +5951,8 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="with --check: print JSON")
     volume = output.add_mutually_exclusive_group()
     volume.add_argument("--verbose", action="store_true", help="log every request")
-    volume.add_argument("--log-json", action="store_true", help="log every request as JSON")
     volume.add_argument("--quiet", action="store_true", help="print errors only")
+    add("--log-json", action="store_true", help="log as JSON, and every request unless --quiet")
     version = "port_proxy " + __version__
     add("--version", action="version", version=version, help="print the version")
     add("--help", "-h", action="help", help="print this help")
@@ -5932,12 +5975,41 @@ def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> No
         else:
             how = {"metavar": option.metavar}
             if option.kind in (INTEGER, SECONDS):
-                how["type"] = option.kind.types[-1]
+                how["type"] = functools.partial(_number, option.kind)
                 default = "%g" % default
             if default is not None:
                 text += " (default: %s)" % default
         text = text if show else argparse.SUPPRESS
         group.add_argument(option.flag, dest=option.field, default=None, help=text, **how)
+
+
+def _number(kind: Kind, text: str) -> Any:
+    try:
+        return kind.types[-1](text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected %s, not %r" % (kind.words, text))
+
+
+def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argparse.Namespace:
+    """The arguments.  Raises SystemExit(2) for mistakes, and says what to type instead."""
+    if any(word.startswith("--token=") for word in argv):
+        parser.error(_TOKEN_HAS_NO_VALUE)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = unknown[0]
+        if argv[argv.index(word) - 1] == "--token":
+            parser.error(_TOKEN_HAS_NO_VALUE)
+        if _PORT_NAME.fullmatch(word):
+            parser.error(_BARE_PORT % {"port": word})
+        import difflib  # takes memory, and only mistakes need it
+
+        flags = re.findall("--[a-z-]+", _parser(show_limits=True).format_help())
+        similar = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+        hint = "did you mean %s?" % similar[0] if similar else "see --help"
+        parser.error("there is no option %s; %s" % (word, hint))
+    if arguments.json and not arguments.check:
+        parser.error("--json prints what --check finds: type --check PORT --json")
+    return arguments
 
 
 def _port_number(text: str) -> int:
@@ -6015,10 +6087,13 @@ def _config_under_hub(
 # Running.
 
 
-async def _run(config: Config, quiet: bool) -> int:
-    """Serve until SIGINT or SIGTERM.  A second signal cuts running requests off."""
+async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP.  A second signal cuts running requests off."""
     loop = asyncio.get_event_loop()
     stop = asyncio.Event()
+    sockets = _inherited_sockets()
+    if sockets:
+        config = config._replace(**_place_of(sockets[0]))
     proxy = PortProxy(config)
 
     def interrupt() -> None:
@@ -6027,27 +6102,36 @@ async def _run(config: Config, quiet: bool) -> int:
         stop.set()
 
     try:
-        await proxy.start(_inherited_sockets() or None)
+        await proxy.start(sockets or None)
     except (OSError, ValueError) as error:
-        _say("port_proxy: " + _listen_failure(error, config), sys.stderr)
+        _say("port_proxy: " + _listen_failure(error, config, argv), sys.stderr)
         return 2
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup does
+        numbers.append(hangup)
+    for number in numbers:
         try:
             loop.add_signal_handler(number, interrupt)
         except NotImplementedError:  # the event loop of Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     has_new_token = proxy.token != (config.token or "")  # useless unless it is printed
     if not quiet or has_new_token:
-        _say(_banner(proxy))
+        _say(_banner(proxy, has_new_token))
     if config.token == "" and not proxy.is_private and not config.hub:
         text = (
             "port_proxy: anybody who can reach %s can use every port of this machine (--no-token)"
         )
         _say(text % config.bind, sys.stderr)
     await stop.wait()
+    count = proxy.active_requests
+    if count and not quiet:
+        text = "port_proxy: waiting up to %g seconds for %d running request%s; Ctrl-C ends %s now"
+        plural = ("s", "them") if count > 1 else ("", "it")
+        _say(text % (config.shutdown_timeout, count, *plural))
     await proxy.close()
     if hasattr(signal, "pthread_sigmask"):  # a signal would interrupt the exit
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     return 0
 
 
@@ -6066,7 +6150,15 @@ def _inherited_sockets() -> List[socket.socket]:
     return sockets
 
 
-def _listen_failure(error: Exception, config: Config) -> str:
+def _place_of(sock: socket.socket) -> Dict[str, Any]:
+    """The options for the address that a socket is bound to."""
+    name = sock.getsockname()
+    if sock.family == _UNIX:
+        return {"bind": _UNIX_PREFIX + os.fsdecode(name).replace("\0", "@")}  # "@": abstract
+    return {"bind": name[0], "port": name[1]}
+
+
+def _listen_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
     """What is wrong, and the option that helps."""
     no_address = "%s is not an address of this machine; see --bind" % config.bind
     where = "port %d of %s" % (config.port, config.bind)
@@ -6085,7 +6177,8 @@ def _listen_failure(error: Exception, config: Config) -> str:
         )
         return text % where
     if error.errno == errno.EADDRINUSE:
-        return "%s is in use by another program; choose another --port, or 0 for any" % where
+        command = _command_with_free_port(config, argv)
+        return "%s is in use by %s. Type instead:\n  %s" % (where, _holder(config.port), command)
     if error.errno == errno.EACCES:
         return "%s needs privileges; choose a --port above 1023" % where
     # The number is None with asyncio from 3.13 on.
@@ -6094,27 +6187,57 @@ def _listen_failure(error: Exception, config: Config) -> str:
     return "cannot listen on %s: %s" % (where, os.strerror(error.errno))
 
 
+def _holder(port: int) -> str:
+    """The program that listens on a port of this machine, in words."""
+    for listener in find_listeners():
+        if listener.port == port:
+            return "%s (process %d)" % (printable(listener.program), listener.pid)
+    users = [user_name(one.user) for one in tcp_sockets(port=port) if one.is_listening]
+    return "a program of %s" % users[0] if users else "another program"
+
+
+def _command_with_free_port(config: Config, argv: Sequence[str]) -> str:
+    """This command line with the next free port."""
+    free = 0
+    for port in range(config.port + 1, min(config.port + 100, 65536)):
+        with contextlib.suppress(OSError):
+            for sock in _bind(config._replace(port=port)):
+                sock.close()
+            free = port
+            break
+    import shlex
+
+    words = " ".join(map(shlex.quote, argv))
+    others = re.sub(r"--port[ =][0-9]+ ?", "", words + " ")
+    return "%s %s--port %d" % (own_command(), others, free)
+
+
 # Output.
 
 
-def _banner(proxy: PortProxy) -> str:
-    """The lines that the proxy prints when it starts: the addresses to open."""
+def _banner(proxy: PortProxy, has_new_token: bool) -> str:
+    """The lines that the proxy prints when it starts: how to reach it, and what to open."""
     config, url = proxy.config, proxy.url
     name = "port_proxy %s: " % __version__
     if config.hub:
         text = "%sreaches every port of this machine as %s/<port>/, for %s"
         return text % (name, config.base, config.hub.user or "users with access at the Hub")
-    question = "?token=" + quote(proxy.token, safe="") if proxy.token else ""
     remote = _ssh_destination(os.environ)
-    is_unix = config.bind.startswith(_UNIX_PREFIX)
-    if is_unix:
-        path = os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
-        there = remote or socket.gethostname()
-        url = url.replace("localhost", "localhost:8888", 1)
-        lines = ["%sforward it with  ssh -N -L 8888:%s %s" % (name, path, there)]
-        lines.append("and open %s%s" % (url, question))
-    else:
-        lines = ["%sopen %s%s" % (name, url, question)]
+    port, there = proxy.port, "localhost:%d" % proxy.port
+    if config.bind.startswith(_UNIX_PREFIX):
+        port, there = 8888, os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
+        url = url.replace("localhost", "localhost:%d" % port, 1)
+        remote = remote or socket.gethostname()
+    elif not proxy.is_private and config.bind not in ("", "0.0.0.0", "::"):
+        there = "%s:%d" % (config.bind, port)
+    # Forwarded, it is at localhost.
+    page = urlsplit(url)._replace(netloc="localhost:%d" % port).geturl() if remote else url
+    if has_new_token:
+        page += "?token=" + proxy.token
+    lines = ["%sopen %s" % (name, page)]
+    if remote:
+        text = "%son your own machine, run  ssh -N -L %d:%s %s"
+        lines = [text % (name, port, there, remote), "and open " + page]
     parts = urlsplit(url)
     own = host_form(8080, ClientInfo("", parts.scheme, parts.netloc), config.domains)
     text = "It reaches every port of this machine as %s<port>/" % url
@@ -6123,11 +6246,8 @@ def _banner(proxy: PortProxy) -> str:
     if config.host_allowlist and not callable(config.host_allowlist):
         text += ", and on " + ", ".join(config.host_allowlist)
     lines.append(text + ".")
-    if remote and not is_unix:
-        is_local = proxy.is_private or config.bind in ("", "0.0.0.0", "::")
-        host = "localhost" if is_local else config.bind
-        text = "On your own machine, first:  ssh -N -L {0}:{1}:{0} {2}"
-        lines.append(text.format(proxy.port, host, remote))
+    if proxy.token and not has_new_token:
+        lines.append("It asks for the token that you gave it.")
     return "\n".join(lines)
 
 
@@ -6158,15 +6278,12 @@ def _say(text: str, *streams: Optional[TextIO]) -> None:
 
 
 def _log_to_stderr(arguments: argparse.Namespace) -> None:
-    level = logging.WARNING
-    if arguments.verbose or arguments.log_json:
-        level = logging.INFO
-    elif arguments.quiet:
-        level = logging.ERROR
+    is_detailed = arguments.verbose or arguments.log_json
+    level = logging.INFO if is_detailed else logging.WARNING
     handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(message)s")
     handler.setFormatter(_JsonFormatter() if arguments.log_json else plain)
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(level=logging.ERROR if arguments.quiet else level, handlers=[handler])
 
 
 class _JsonFormatter(logging.Formatter):
@@ -6222,9 +6339,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns the exit status: 0 after a signal, or if the checked port can be reached; 1 if it
     cannot; 2 if the proxy cannot listen.  Raises SystemExit(2) for mistakes in the arguments.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser(show_limits="--help-all" in argv)
-    arguments = parser.parse_args(argv)
+    arguments = _parse_arguments(parser, argv)
     try:
         config = checked_config(_config(arguments))
     except OSError as error:
@@ -6245,7 +6362,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             as_json = arguments.json
             _say(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
             return 0 if report.ok else 1
-        return loop.run_until_complete(_run(config, arguments.quiet))
+        return loop.run_until_complete(_run(config, argv, arguments.quiet))
     except KeyboardInterrupt:
         return 0
     finally:

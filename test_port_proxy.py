@@ -14,6 +14,7 @@ import errno
 import gzip
 import hashlib
 import html
+import io
 import json
 import logging
 import os
@@ -767,7 +768,7 @@ class TestFile:
             code = re.sub(r"asyncio\.run\(serve\(\)\)  # Python 3\.6: ", "", code)
         command = [sys.executable, "-c", code.replace("sleep(3600)", "sleep(0)")]
         done = subprocess.run(command, cwd=str(HERE), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=WAIT)
-        assert re.fullmatch(rb"http://127\.0\.0\.1:(\d+)/proxy/ \1\r?\n", done.stdout)
+        assert re.fullmatch(rb"http://localhost:(\d+)/proxy/ \1\r?\n", done.stdout)
         assert (done.returncode, done.stderr) == (0, b"")
 
 
@@ -3204,13 +3205,6 @@ class TestToken:
                 while True:
                     sock.send(request("GET", "/proxy/") * 100)
             eventually(lambda: not proxy.open_connections())
-
-    def test_banner_quotes_reserved_characters_of_the_token(self):
-        """The address in it works, whatever the token."""
-        quoted = "a%26b%23c%2541%2Bd%3Befghijk"
-        environment = dict(os.environ, PORT_PROXY_TOKEN="a&b#c%41+d;efghijk")
-        with shell_proxy(env=environment, says=b"/proxy/?token=%s\n" % quoted.encode()) as (_, port):
-            assert status_of(ask_port(port, "/proxy/?token=" + quoted, *VISIT)) == 302
 
     @pytest.mark.parametrize("options", [{}, {"token": ""}, {"bind": "0.0.0.0", "token": ""}], ids=case_id)
     def test_no_token_is_asked_for(self, start, options):
@@ -6362,23 +6356,6 @@ class TestUnixSockets:
         assert lines[1] == "and open http://localhost:8888/proxy/"
         assert not (folder / "proxy").exists()
 
-    def test_socket_activation_is_served(self):
-        """As by systemd: the socket is descriptor 3, and LISTEN_PID names this process."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(5)
-
-            def hand_over():
-                os.dup2(listener.fileno(), 3)
-                os.set_inheritable(3, True)
-
-            command = ["sh", "-c", 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"', sys.executable, PROGRAM, "--port", "1"]
-            with program(command=command, preexec_fn=hand_over, close_fds=False) as (_, _, port):
-                assert port == listener.getsockname()[1]
-                with Wire.to(port) as wire:
-                    wire.send(request("GET", "/proxy/").replace(b"here", b"localhost"))
-                    assert status_of(wire.message()) == 200
-
 
 class TestLog:
     @pytest.fixture
@@ -7371,18 +7348,18 @@ class TestCheck:
         self.assert_found(report, ok=False, addresses=("127.0.0.2",))
         assert "listens on 127.0.0.2 only" in report.problems[0]
 
-    def test_command_prints_the_report(self, upstream, monkeypatch):
-        monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    def test_command_prints_the_report(self, upstream, capsys):
         app = upstream(examined_app("<title>\u017c\U0001f600</title>".encode()))
-        status, output, errors = run_program("--check", str(app.port))
-        assert (status, errors, output.split("\n")[0]) == (0, "", "port %d of this machine" % app.port)
-        status, output, errors = run_program("--check", str(app.port), "--json", "--base", "/x")
-        assert (status, errors) == (0, "")
-        assert json.loads(output)["use"][1] == "http://localhost:8888/x/%d/" % app.port
-        status, output, errors = run_program("--check", str(free_port()), "--json")
-        assert (status, json.loads(output)["ok"], errors) == (1, False, "")
-        status, output, errors = run_program("--check", "x")
-        assert (status, output, "a port is a number from 1 to 65535" in errors) == (2, "", True)
+        ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+        with contextlib.redirect_stdout(ascii_only):
+            assert port_proxy.main(["--check", str(app.port)]) == 0
+        text = ascii_only.buffer.getvalue().decode()
+        assert text.startswith("port %d of this machine\n" % app.port)
+        assert "\\u017c\\U0001f600" in text
+        status, output, _ = run_main(capsys, "--check", str(app.port), "--json", "--base", "/x")
+        assert (status, json.loads(output)["use"][1]) == (0, "http://localhost:8888/x/%d/" % app.port)
+        status, output, _ = run_main(capsys, "--check", str(free_port()), "--json")
+        assert (status, json.loads(output)["ok"]) == (1, False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7391,53 +7368,34 @@ class TestCheck:
 
 
 @contextlib.contextmanager
-def shell_proxy(*options, says=b"", **popen):
+def shell_proxy(*options, **popen):
     """Start the program as a user would: (process, port). It must end at SIGTERM with status 0, silently."""
     errors = tempfile.TemporaryFile()  # noqa: SIM115
     command = [sys.executable, "-X", "dev"] if sys.version_info >= (3, 7) else [sys.executable]
     command += [PROGRAM, "--port", "0", "--allow-hostname", "here"] + list(options)
+    popen["env"] = dict(popen.get("env", os.environ), SSH_CONNECTION="")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **popen)
     try:
-        banner = line_of(process)
-        assert says.decode() in banner
-        yield process, int(re.search(r"http://[^/]*:(\d+)/", banner).group(1))
-        process.terminate()
-        assert process.wait(WAIT) == 0
+        with killed_in_the_end(process):
+            yield process, int(re.search(r"http://[^/]*:(\d+)/", line_of(process)).group(1))
+            process.terminate()
+            assert process.wait(WAIT) == 0
         errors.seek(0)
         noise = re.sub(r"(?m)^.* Executing <.*> took [0-9.]+ seconds\n", "", errors.read().decode())  # a busy machine
         assert "Traceback" not in noise
         assert "destroyed" not in noise
         assert "--verbose" in options or noise == ""
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        process.stdout.close()
         errors.close()
 
 
-def run_program(*options):
-    command = [sys.executable, PROGRAM] + list(options)
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=WAIT, universal_newlines=True
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @contextlib.contextmanager
-def program(*options, command=(sys.executable, PROGRAM), **popen):
-    """Start the program: (process, first line, its port). It must end at SIGTERM and leave no line on stderr."""
-    popen = dict({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, **popen)
-    process = subprocess.Popen(list(command) + list(options), **popen)
-    give_up = threading.Timer(WAIT, process.kill)
+def killed_in_the_end(process):
+    """Kill the process after the block, and if that takes too long."""
+    give_up = threading.Timer(4 * WAIT, process.kill)
     give_up.start()
     try:
-        banner = (process.stdout or process.stderr).readline().decode()
-        port = re.search(r":(\d+)/", banner)
-        yield process, banner, int(port.group(1)) if port else 0
-        process.terminate()
-        assert process.communicate(timeout=WAIT)[1] == b""
-        assert process.returncode == 0
+        yield
     finally:
         give_up.cancel()
         if process.poll() is None:
@@ -7445,6 +7403,20 @@ def program(*options, command=(sys.executable, PROGRAM), **popen):
             process.wait()
         for stream in filter(None, (process.stdout, process.stderr)):
             stream.close()
+
+
+@contextlib.contextmanager
+def program(*options, command=(sys.executable, PROGRAM), **popen):
+    """Start the program: (process, first line, its port). It must end at SIGTERM and leave no line on stderr."""
+    popen = dict({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, **popen)
+    process = subprocess.Popen(list(command) + list(options), **popen)
+    with killed_in_the_end(process):
+        banner = (process.stdout or process.stderr).readline().decode()
+        port = re.search(r":(\d+)/", banner)
+        yield process, banner, int(port.group(1)) if port else 0
+        process.terminate()
+        assert process.communicate(timeout=WAIT)[1] == b""
+        assert process.returncode == 0
 
 
 def run_main(capsys, *options):
@@ -7475,7 +7447,7 @@ def banner_of(*options, stream="stdout"):
         try:
             assert port_proxy.main(["--port", "0"] + list(options)) == 0
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     return output.text.rstrip("\n").split("\n")
 
 
@@ -7491,51 +7463,106 @@ def occupied(address="127.0.0.1"):
 def has_address(address):
     """Whether a program on this machine can listen at a loopback address; most systems have 127.0.0.1 alone."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
-            sock.bind((address, 0))
+        with occupied(address):
+            return True
     except OSError:
         return False
-    return True
+
+
+def handle_hangup(handler):
+    """Options of Popen that set the handler of SIGHUP, which these tests may have inherited from nohup."""
+    return {"preexec_fn": lambda: signal.signal(signal.SIGHUP, handler)}
 
 
 class TestCommandLine:
-    def test_program_serves_until_a_signal(self, upstream):
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    def test_program_serves_until_a_signal(self, upstream, number):
         app = upstream(answering(OK))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with shell_proxy("--base", "/user/ana") as (process, port):
-                with Wire.to(port) as wire:
-                    wire.send(request("GET", "/user/ana/%d/" % app.port))
-                    assert wire.message()[2] == b"ok"
-                    process.send_signal(number)
-                    assert wire.rest() == b""
+        with shell_proxy("--base", "/user/ana", **handle_hangup(signal.SIG_DFL)) as (process, port):
+            with Wire.to(port) as wire:
+                wire.send(request("GET", "/user/ana/%d/" % app.port))
+                assert wire.message()[2] == b"ok"
+                process.send_signal(number)
+                assert wire.rest() == b""
 
-    def test_banner_names_the_addresses(self, monkeypatch):
-        monkeypatch.delenv("SSH_CONNECTION", raising=False)
-        lines = banner_of("--host-allowlist", "a.example.org, *.b", "--host-allowlist", "c", "--domain", "d")
-        assert re.fullmatch(
-            r"port_proxy [0-9.]+: open (http://127\.0\.0\.1:[0-9]+/proxy/)\n"
-            r"It reaches every port of this machine as \1<port>/ or http://<port>\.localhost:[0-9]+/,"
-            r" and on a\.example\.org, \*\.b, c\.",
-            "\n".join(lines),
-        )
+    def test_hangup_under_nohup_is_ignored(self):
+        with shell_proxy(**handle_hangup(signal.SIG_IGN)) as (process, port):
+            process.send_signal(signal.SIGHUP)
+            assert status_of(ask_port(port, "/proxy/")) == 200
 
-    @pytest.mark.parametrize("connection, options, line", [
-        ("198.51.100.7 40000 192.0.2.7 22", (), r"(\d+):localhost:\1 ana@192\.0\.2\.7"),
-        ("198.51.100.7 40000 192.0.2.7 22", ("--bind", "127.0.0.2"), r"(\d+):localhost:\1 ana@192\.0\.2\.7"),
-        ("198.51.100.7 40000 192.0.2.7 22", ("--bind", "0.0.0.0"), r"(\d+):localhost:\1 ana@192\.0\.2\.7"),
-        ("2001:db8::1 40000 2001:db8::7 2222", ("--token",), r"(\d+):localhost:\1 -p 2222 ana@2001:db8::7"),
-        ("", (), None), ("x", (), None),
+    def test_second_signal_ends_a_running_request(self, upstream):
+        """After the first one, the program says what it waits for."""
+        app = upstream(script(read_message, tell, hold))
+        with shell_proxy("--shutdown-timeout", "1000") as (process, port):
+            with Wire.to(port) as wire:
+                wire.send(to(app))
+                assert app.told.wait(WAIT)
+                process.send_signal(signal.SIGINT)
+                lines = process.stdout.readline() + process.stdout.readline()
+                assert b"waiting up to 1000 seconds for 1 running request; Ctrl-C ends it now\n" in lines
+                process.send_signal(signal.SIGINT)
+                assert wire.rest() == b""
+                assert process.wait(WAIT) == 0
+
+    @pytest.mark.parametrize("connection, options, lines", [
+        ("", ("--host-allowlist", "a.example.org, *.b", "--host-allowlist", "c", "--domain", "d"),
+         r"port_proxy [0-9.]+: open (http://localhost:[0-9]+/proxy/)\n"
+         r"It reaches every port of this machine as \1<port>/ or http://<port>\.localhost:[0-9]+/,"
+         r" and on a\.example\.org, \*\.b, c\."),
+        ("x", ("--token",), r"port_proxy [0-9.]+: open http://localhost:\d+/proxy/\?token=\S{32,}\n.*"),
+        ("198.51.100.7 40000 192.0.2.7 22", (),
+         r".*: on your own machine, run  ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7\n"
+         r"and open http://localhost:\1/proxy/\nIt reaches .*"),
+        ("198.51.100.7 40000 192.0.2.7 22", ("--bind", "0.0.0.0"),
+         r".*ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7\nand open http://localhost:\1/proxy/\?token=\S+\n.*"),
+        ("2001:db8::1 40000 2001:db8::7 2222", ("--bind", "127.0.0.1"),
+         r".*ssh -N -L (\d+):localhost:\1 -p 2222 ana@2001:db8::7\n.*\n.*"),
     ])  # fmt: skip
-    def test_banner_names_the_ssh_command(self, monkeypatch, connection, options, line):
-        if "127.0.0.2" in options and not has_address("127.0.0.2"):
-            pytest.skip("this machine has no 127.0.0.2")
+    def test_banner_says_how_to_reach_the_proxy(self, monkeypatch, connection, options, lines):
         monkeypatch.setenv("SSH_CONNECTION", connection)
         monkeypatch.setenv("LOGNAME", "ana")
-        expected = "On your own machine, first:  ssh -N -L " + line if line else "It reaches every port .*"
-        assert re.fullmatch(expected, banner_of(*options)[-1])
+        assert re.fullmatch(lines, "\n".join(banner_of(*options)))
+
+    @pytest.mark.parametrize("place", ["file", "environment"])
+    def test_given_token_is_not_printed(self, monkeypatch, tmp_path, place):
+        """The output may end in a log."""
+        options = ()
+        if place == "environment":
+            monkeypatch.setenv("PORT_PROXY_TOKEN", TOKEN)
+        else:
+            (tmp_path / "token").write_text(TOKEN + "\n")
+            options = ("--token-file", str(tmp_path / "token"))
+        text = "\n".join(banner_of(*options))
+        assert (TOKEN in text, "/proxy/\n" in text, "It asks for the token" in text) == (False, True, True)
+
+    @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no Unix sockets")
+    @pytest.mark.parametrize("kind", ["TCP", "Unix"])
+    def test_banner_names_an_inherited_socket(self, tmp_path, kind):
+        """As systemd passes it: descriptor 3, and LISTEN_PID names this process."""
+        path = str(tmp_path / "socket")
+        with socket.socket(socket.AF_UNIX if kind == "Unix" else socket.AF_INET) as listener:
+            listener.bind(path if kind == "Unix" else ("127.0.0.1", 0))
+            if kind == "Unix":
+                os.chmod(path, 0o600)
+            listener.listen(5)
+            where = path if kind == "Unix" else "http://localhost:%d/proxy/\n" % listener.getsockname()[1]
+
+            def hand_over():
+                os.dup2(listener.fileno(), 3)
+                os.set_inheritable(3, True)
+
+            command = ["sh", "-c", 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"', sys.executable, PROGRAM, "--port", "1"]
+            environment = dict(os.environ, SSH_CONNECTION="")
+            with program(command=command, preexec_fn=hand_over, close_fds=False, env=environment) as (_, banner, port):
+                assert where in banner
+                assert ("ssh -N -L 8888:%s " % path in banner) is (kind == "Unix")
+                with UnixWire(path) if kind == "Unix" else Wire.to(port) as wire:
+                    wire.send(request("GET", "/proxy/").replace(b"here", b"localhost"))
+                    assert status_of(wire.message()) == 200
 
     @pytest.mark.parametrize("options, message", [
-        ("--base proxy", "--base: the base must be a path"), ("--port x", "--port: invalid int value"),
+        ("--base proxy", "--base: the base must be a path"), ("--port x", "--port: expected a whole number, not 'x'"),
+        ("--head-timeout x", "--head-timeout: expected a number, not 'x'"),
         ("--port 65536", "--port must be a number from 0 to 65535"),
         ("--host-allowlist a+b", "--host-allowlist: an allowed host is"),
         ("--head-timeout 0", "--head-timeout must be greater than 0"), ("--keyfile x", "--keyfile needs --certfile"),
@@ -7547,20 +7574,31 @@ class TestCommandLine:
         ("--token-file " + sys.executable, "the token must consist of visible ASCII"),
         ("--token-file /nowhere", "cannot read /nowhere: No such file"),
         ("--token-file /dev/null", "there is no token in /dev/null"),
-        ("--verbose --quiet", "not allowed with"), ("--frob", "unrecognized arguments"),
-        ("--whole-origin maybe", "--whole-origin: invalid choice"), ("--check 0", "a port is a number from 1 to 65535"),
+        ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin: invalid choice"),
+        ("--check 0", "a port is a number from 1 to 65535"), ("--json", "type --check PORT --json"),
+        ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
+        ("8080", "--port 8080 to listen there, --check 8080 to examine the app on it."),
+        ("--token abc", "--token takes no value, because other users could see it: type --token-file FILE"),
+        ("--token=abc", "--token takes no value"),
     ])  # fmt: skip
     def test_mistake_is_reported_in_the_last_line(self, capsys, options, message):
         status, output, errors = run_main(capsys, *options.split())
         assert (status, output) == (2, "")
         assert message in errors.strip().split("\n")[-1]
+        assert "abc" not in errors
 
-    def test_port_in_use_is_reported(self, capsys):
+    @needs_proc
+    def test_port_in_use_names_its_program_and_a_command_that_works(self, capsys):
         with occupied() as port:
-            status, output, errors = run_main(capsys, "--port", str(port))
-        assert (status, output) == (2, "")
-        pattern = r"port_proxy: port %d of 127\.0\.0\.1 is in use by another program; .*--port.*\n"
-        assert re.fullmatch(pattern % port, errors)
+            status, output, errors = run_main(capsys, "--port=%d" % port, "--base", "/(b)", "--no-token")
+            assert (status, output) == (2, "")
+            pattern = (
+                r"port_proxy: port %d of 127\.0\.0\.1 is in use by .+ \(process %d\)\. Type instead:\n"
+                r"  python3 port_proxy\.py --base '/\(b\)' --no-token --port (\d+)\n"
+            )
+            free = int(re.fullmatch(pattern % (port, os.getpid()), errors).group(1))
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", free))
 
     def test_help_fits_on_two_screens_without_limits(self, capsys):
         status, output, _ = run_main(capsys, "--help")
@@ -7572,6 +7610,15 @@ class TestCommandLine:
         lines = output.rstrip("\n").split("\n")
         assert len(lines) <= 48
         assert max(map(len, lines)) <= 100
+
+    @pytest.mark.parametrize("path, command", [
+        ("/opt/bin/port-proxy", "port-proxy"), ("/srv/port_proxy.py", "python3 port_proxy.py"),
+    ])  # fmt: skip
+    def test_help_names_the_command_that_was_typed(self, capsys, monkeypatch, path, command):
+        monkeypatch.setattr(sys, "argv", [path])
+        output = run_main(capsys, "--help")[1]
+        assert output.startswith("usage: %s [options]\n" % command)
+        assert "\n  %s --check 8080 " % command in output
 
     def test_whole_help_has_every_limit_with_its_default(self, capsys):
         status, output, _ = run_main(capsys, "--help-all")
@@ -7585,7 +7632,8 @@ class TestCommandLine:
         assert run_main(capsys, "--version")[:2] == (0, "port_proxy %s\n" % port_proxy.__version__)
 
     @pytest.mark.parametrize("options", [("--token",), ("--bind", "0.0.0.0")])
-    def test_new_token_is_printed_despite_quiet(self, options):
+    def test_new_token_is_printed_despite_quiet(self, options, monkeypatch):
+        monkeypatch.delenv("SSH_CONNECTION", raising=False)
         assert "?token=" in banner_of("--quiet", *options)[0]
 
     def test_public_address_without_a_token_is_warned_of(self):
@@ -7604,9 +7652,8 @@ class TestCommandLine:
                 wire.send(b"GET /proxy/ HTTP/1.1\r\nHost: localhost:%d\r\n\r\n" % port)
                 return status_of(wire.message()) == 200
 
-        try:
+        with killed_in_the_end(process):
             eventually(answers)
-        finally:
             process.terminate()
             output, _ = process.communicate(timeout=WAIT)
         assert (process.returncode, output) == (0, b"")
@@ -7628,11 +7675,9 @@ class TestCommandLine:
         with program("--port", "0", "--token", **how) as (process, banner, port):
             if how["stdout"]:
                 os.close(how["stdout"])
-            token = re.search(r"open http://127\.0\.0\.1:\d+/proxy/\?token=(\S+)\n", banner).group(1)
+            token = re.search(r"open http://localhost:\d+/proxy/\?token=(\S+)\n", banner).group(1)
             assert process.stderr.readline().startswith(b"It reaches every port")
-            with Wire.to(port) as wire:
-                wire.send(request("GET", "/proxy/", "Authorization: token " + token))
-                assert status_of(wire.message()) == 200
+            assert status_of(ask_port(port, "/proxy/", "Authorization: token " + token)) == 200
 
     def test_mistake_without_stderr_still_sets_the_exit_status(self):
         pytest.importorskip("resource")  # and so no Windows
@@ -7640,25 +7685,22 @@ class TestCommandLine:
         done = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=lambda: os.close(2), timeout=WAIT)
         assert (done.returncode, done.stdout) == (2, b"")
 
-    def test_verbose_logs_a_line_per_request(self, upstream):
+    @pytest.mark.parametrize("options", [("--verbose",), ("--log-json",), ("--verbose", "--log-json")])
+    def test_log_has_a_line_per_request_and_per_message(self, upstream, options):
         app = upstream(answering(OK))
-        with program("--port", "0", "--verbose", "--allow-hostname", "*") as (process, _, port):
-            with Wire.to(port) as wire:
-                wire.send(request("GET", "/proxy/%d/a" % app.port))
-                assert wire.message()[2] == b"ok"
-            line = process.stderr.readline().decode()
-            assert "GET /proxy/%d/a -> localhost:%d 200" % (app.port, app.port) in line
-
-    def test_json_log_has_a_line_per_request_and_per_message(self, upstream):
-        app = upstream(answering(OK))
-        with program("--port", "0", "--log-json", "--allow-hostname", "*") as (process, _, port):
+        with program("--port", "0", "--allow-hostname", "*", *options) as (process, _, port):
             with Wire.to(port) as wire:
                 wire.send(request("GET", "/proxy/%d/a?secret" % app.port))
                 assert wire.message()[2] == b"ok"
-                record = json.loads(process.stderr.readline().decode())
+                line = process.stderr.readline().decode()
                 wire.send(b"GARBAGE\r\n\r\n")  # no request: a message without its parts
                 assert status_of(wire.message()) == 400
-                message = json.loads(process.stderr.readline().decode())
+                message = process.stderr.readline().decode()
+        if "--log-json" not in options:
+            assert "GET /proxy/%d/a?... -> localhost:%d 200" % (app.port, app.port) in line
+            assert "127.0.0.1 -> 400: " in message
+            return
+        record, message = json.loads(line), json.loads(message)
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record.pop("time"))
         assert 0 <= record.pop("seconds") < WAIT
         assert record == {
@@ -7667,6 +7709,16 @@ class TestCommandLine:
         }  # fmt: skip
         assert sorted(message) == ["level", "message", "time"]
         assert (message["level"], "127.0.0.1 -> 400: " in message["message"]) == ("info", True)
+
+    def test_control_characters_of_others_are_escaped_in_the_log(self, upstream):
+        """Behind a trusted proxy, the client chooses its address."""
+        app = upstream(answering(OK))
+        options = ("--port", "0", "--allow-hostname", "*", "--trusted-proxy", "127.0.0.1", "--verbose")
+        with program(*options) as (process, _, port):
+            ask_port(port, "/proxy/%d/" % app.port, "X-Forwarded-For: \x9b31m\x85a")
+            line = process.stderr.readline()
+        assert b"\\x9b31m\\x85a GET" in line
+        assert line.endswith(b"\n") and line[:-1].decode().isprintable()
 
     def test_stop_with_everything_under_way_is_quiet(self, upstream):
         """With requests, uploads, tunnels and half heads the exit status is 0, and nothing is logged."""
@@ -7695,12 +7747,9 @@ class TestCommandLine:
             resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 
         with shell_proxy("--verbose", preexec_fn=limit) as (_, port):
-            wires = [Wire.to(port) for _ in range(80)]
-            for wire in wires:
+            for wire in [Wire.to(port) for _ in range(80)]:
                 wire.close()
-            with Wire.to(port) as wire:
-                wire.send(request("GET", "/proxy/%d/" % app.port))
-                assert wire.message()[2] == b"ok"
+            assert ask_port(port, "/proxy/%d/" % app.port)[2] == b"ok"
 
 
 HUB_ENVIRONMENT = {
@@ -7812,7 +7861,7 @@ class TestUnderAHub:
 
     def test_program_with_a_port_of_its_own_is_not_the_hubs(self, environment):
         environment(1)
-        assert re.search(r"open http://127\.0\.0\.1:\d+/proxy/", banner_of()[0])
+        assert re.search(r"open http://localhost:\d+/proxy/", banner_of()[0])
 
     @contextlib.contextmanager
     def running(self, *options, **changes):
