@@ -798,7 +798,7 @@ class ClientInfo(NamedTuple):
     address: the client's, "" if it has none.  scheme, authority (host:port): of the origin that the
     client uses; the authority is "" if it sent none.  app_port: the port that the authority's host
     names, 0 if it is our own host.  lines: the X-Forwarded header lines.  home_lines: those that
-    hide the public origin from the app.
+    tell nothing of the public origin.
     """
 
     address: str
@@ -842,12 +842,11 @@ def _make_client_info(
     address: str, scheme: str, authority: str, port: str, hops: str, domains: Sequence[str]
 ) -> ClientInfo:
     home = ["X-Forwarded-For: " + hops] if hops else []
-    home.append("X-Forwarded-Proto: " + scheme)
-    public = []
+    public = ["X-Forwarded-Proto: " + scheme]
     if authority:
         match = _PORT.search(authority)
         port = port or (match.group(1) if match else _DEFAULT_PORTS[scheme][1:])
-        public = ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
+        public += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
     app_port = port_in_host(authority, domains)
     return ClientInfo(address, scheme, authority, app_port, tuple(home + public), tuple(home))
 
@@ -1689,11 +1688,23 @@ _WRITTEN_BY_US = [
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
 _USUAL_CONNECTION = frozenset(["keep-alive", "close", "upgrade"])
+_UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
+# As RFC 6455 section 4.1 spells them: GTK Broadway takes no other case, and servers in front of us
+# write lower case.
+_HANDSHAKE_NAMES = {
+    name.lower(): name
+    for name in "Origin Sec-WebSocket-Key Sec-WebSocket-Version Sec-WebSocket-Protocol"
+    " Sec-WebSocket-Extensions".split()
+}
+# APIs of apps that write X-Forwarded-Host into their responses and never compare it with Origin:
+# Gradio's answers name the files of a result by it.  The second part is Gradio 4 and older.
+_TELLS_PUBLIC_URLS = re.compile(r".*/gradio_api/|/(?:queue/join|run/|call/)")
 _REFRESH = re.compile(
     r"([0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)(.*)", re.IGNORECASE
 )
+# <URL> outside quoted strings, as in Link (RFC 8288 section 3) and If (RFC 4918 section 10.4).
+_BRACKETED = re.compile(r'"(?:[^"\\]|\\(?:.|\Z))*"?|<([^<>]*)>')
 _OTHER_HOST = re.compile(r"/\t*[/\\]")  # a browser takes the rest for the name of a host
-_UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 
 
 def request_for_upstream(request: Request, gate: Any) -> bytes:
@@ -1707,31 +1718,34 @@ def request_for_upstream(request: Request, gate: Any) -> bytes:
         "%s %s%s HTTP/1.1" % (request.method, path, gate.strip_query(request.query)),
         "Host: " + (client.authority if preserve_host else route.authority),
     ]
-    lines += _rewritten_lines(request.headers, table, request, gate, _WRITTEN_BY_US)
-    # An app that compares Origin with Host or X-Forwarded-Host must see home in all of them.
-    is_translated = request.is_own_origin and not gate.config.preserve_host
-    lines += client.home_lines if is_translated else client.lines
+    lines += _rewritten_lines(request, route, gate, request.headers, table, _WRITTEN_BY_US)
+    if _hides_public_origin(request, gate):
+        lines += client.home_lines
+        lines.append("X-Forwarded-Proto: " + route.scheme)
+    else:
+        lines += client.lines
     lines += route.prefix_lines
     if request.is_websocket:
+        split = (line.partition(":") for line in lines)
+        lines = [
+            _HANDSHAKE_NAMES.get(one.lower(), one) + colon + rest for one, colon, rest in split
+        ]
         lines += _UPGRADE_LINES
     return serialise(lines, request.framing)
 
 
 def response_lines(response: Response, request: Request, gate: Any) -> List[str]:
     """The status line and fields of a response as the client gets them, without the framing."""
-    route = request.route
+    route, headers = request.route, response.headers
     assert route is not None
     table = _table_without(_RESPONSE_TABLE, response.connection)
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
-    lines += _rewritten_lines(response.headers, table, request, gate)
+    lines += _rewritten_lines(request, route, gate, headers, table)
     is_empty = response.framing is NO_BODY and response.status >= 200 and response.status != 204
-    if (
-        is_empty and "content-length" in response.headers.index
-    ):  # HEAD, 304: the length of a GET's body
-        length = response.headers.get_all("content-length")[0].partition(",")[0]
+    if is_empty and "content-length" in headers.index:  # HEAD, 304: the length of a GET's body
+        length = headers.get("content-length").partition(",")[0]
         lines.append("Content-Length: " + length.strip(" \t"))
-    is_unclear = request.is_unprefixed or not request.path
-    if route.prefix and (is_unclear or "service-worker-allowed" in response.headers.index):
+    if route.prefix and (_has_wider_default(request) or "service-worker-allowed" in headers.index):
         # A service worker rules its own app, never the other apps or our pages.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
     lines += gate.response_lines(response.status)
@@ -1741,10 +1755,11 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
 
 
 def _rewritten_lines(
+    request: Request,
+    route: Route,
+    gate: Any,
     headers: Headers,
     table: Dict[str, Any],
-    request: Request,
-    gate: Any,
     reserved: Sequence[str] = (),
 ) -> List[str]:
     """The header lines after the actions of the table.
@@ -1758,10 +1773,10 @@ def _rewritten_lines(
             if translate is None:
                 continue
             value = line[len(key) + 1 :].strip(" \t")
-            translated = translate(value, request, gate)
+            translated = translate(value, request, route, gate)
             if translated is None:
                 continue
-            if translated is not value:
+            if translated != value:
                 line = "%s: %s" % (line[: len(key)], translated)
         elif "_" in key and key.replace("_", "-") in reserved:
             continue
@@ -1782,70 +1797,72 @@ def serialise(lines: List[str], framing: Framing) -> bytes:
 
 def _table_without(table: Dict[str, Any], named: FrozenSet[str]) -> Dict[str, Any]:
     """`table`, with the fields that Connection names dropped, too (RFC 9110 section 7.6.1)."""
-    if named <= _USUAL_CONNECTION:
-        return table
-    table = dict(table)
-    table.update((name, None) for name in named)
-    return table
+    return table if named <= _USUAL_CONNECTION else {**table, **dict.fromkeys(named)}
 
 
-def _translate_origin(value: str, request: Request, gate: Any) -> str:
-    route = request.route
-    if not request.is_own_origin or gate.config.preserve_host or route is None:
-        return value
-    return "%s://%s" % (route.scheme, route.authority)
+def _hides_public_origin(request: Request, gate: Any) -> bool:
+    """Whether X-Forwarded must agree with the translated Origin: apps compare its scheme and host.
+
+    For want of an Origin, Django compares the Referer of a form.
+    """
+    if "origin" in request.headers.index or request.method in ("GET", "HEAD", "OPTIONS"):
+        is_translated = request.is_own_origin
+    else:
+        is_translated = _own_url(request.headers.get("referer"), request) is not None
+    return (
+        is_translated
+        and not gate.config.preserve_host
+        and not _TELLS_PUBLIC_URLS.match(request.path)
+    )
 
 
-def _translate_referer(value: str, request: Request, gate: Any) -> str:
+def _own_url(url: str, request: Request) -> Optional[Tuple[str, str]]:
+    """Origin and path of a URL of the origin that the client uses, None for any other."""
+    match, authority = _HTTP_URL.fullmatch(url), request.client.authority
+    if not match or not authority:
+        return None
+    origin, path = "%s://%s" % match.group(1, 2), match.group(3)
+    if match.group(2) != authority and not is_own_origin(origin, authority):
+        return None
+    return origin, path if path.startswith("/") else "/" + path
+
+
+def _path_in_app(path: str, route: Route) -> Optional[str]:
+    """The path that the app receives for a path of ours, None if it is not the app's."""
+    below = path_below(route.prefix, path)
+    if below is None or route.absolute:
+        return None if below is None else path
+    return below if below.startswith("/") else "/" + below
+
+
+def _translate_origin(value: str, request: Request, route: Route, gate: Any) -> str:
+    is_translated = request.is_own_origin and not gate.config.preserve_host
+    return "%s://%s" % (route.scheme, route.authority) if is_translated else value
+
+
+def _translate_referer(value: str, request: Request, route: Route, gate: Any) -> str:
     """A page of this app becomes that page at home.  Of another page of our origin only the origin
     is left, as browsers do it."""
     value = gate.strip_query(value)
-    route = request.route
-    match = _HTTP_URL.fullmatch(value)
-    if not match or route is None or gate.config.preserve_host:
+    own = None if gate.config.preserve_host else _own_url(value, request)
+    if own is None:
         return value
-    origin, authority = "%s://%s" % match.group(1, 2), request.client.authority
-    if not authority or (match.group(2) != authority and not is_own_origin(origin, authority)):
-        return value
-    path = match.group(3)
-    below = path_below(route.prefix, path)
-    if below is None:
-        path = "/"
-    elif not route.absolute:
-        path = below
-    slash = "" if path.startswith("/") else "/"
-    return "%s://%s%s%s" % (route.scheme, route.authority, slash, path)
+    return "%s://%s%s" % (route.scheme, route.authority, _path_in_app(own[1], route) or "/")
 
 
-def _strip_cookies(value: str, request: Request, gate: Any) -> Optional[str]:
-    return gate.strip_cookies(value, request.route) or None
+def _translate_destination(value: str, request: Request, route: Route, gate: Any) -> str:
+    """A URL or a path (RFC 4918 section 10.3).  The app refuses what is left of another app's."""
+    value = gate.strip_query(value)
+    origin, path = ("", value) if value.startswith("/") else _own_url(value, request) or ("", "")
+    path = _path_in_app(path, route) or ""
+    if origin and not gate.config.preserve_host:
+        origin = "%s://%s" % (route.scheme, route.authority)
+    return origin + path if path else value
 
 
-def _strip_authorization(value: str, request: Request, gate: Any) -> Optional[str]:
-    return None if gate.owns_authorization(value) else value
-
-
-def _translate_expect(value: str, request: Request, gate: Any) -> Optional[str]:
-    return None if request.minor == "0" else value  # RFC 9110 section 10.1.1
-
-
-_REQUEST_TABLE = dict.fromkeys(_HOP_BY_HOP + _WRITTEN_BY_US)  # type: Dict[str, Any]
-_REQUEST_TABLE.update(
-    {
-        "origin": _translate_origin,
-        "referer": _translate_referer,
-        "cookie": _strip_cookies,
-        "authorization": _strip_authorization,
-        "expect": _translate_expect,
-    }
-)
-
-
-def _translate_location(value: str, request: Request, gate: Any) -> str:
+def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:
     """A path gains the prefix.  A URL of the app's home becomes a path, which fits every scheme and
     name that the client may use.  Relative and foreign references and "//host" stay."""
-    route = request.route
-    assert route is not None
     match = _HTTP_URL.fullmatch(value)
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
@@ -1858,69 +1875,105 @@ def _translate_location(value: str, request: Request, gate: Any) -> str:
     return "/." + path if _OTHER_HOST.match(path) else path
 
 
-def _translate_refresh(value: str, request: Request, gate: Any) -> str:
+def _translate_refresh(value: str, request: Request, route: Route, gate: Any) -> str:
     match = _REFRESH.fullmatch(value)
     if not match:
         return value
     before, url, behind = match.groups()
-    return before + _translate_location(url, request, gate) + behind
+    return before + _translate_location(url, request, route, gate) + behind
 
 
-def _translate_set_cookie(value: str, request: Request, gate: Any) -> Optional[str]:
-    """An app cannot set our cookies.  In the stripped forms Path gains the prefix and a Domain that
-    is the target goes; __Host- cookies stay, since neither is allowed for them."""
-    route = request.route
-    assert route is not None
+def _in_brackets(translate: Callable[..., str]) -> Callable[..., str]:
+    """The action that translates each <URL> in a value."""
+
+    def action(value: str, *context: Any) -> str:
+        def replace(match: Any) -> str:
+            url = match.group(1)
+            return match.group() if url is None else "<%s>" % translate(url, *context)
+
+        return _BRACKETED.sub(replace, value)
+
+    return action
+
+
+def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any) -> Optional[str]:
+    """An app cannot set our cookies, nor cookies for more paths than its own.  A Domain that is the
+    target goes.  __Host- cookies stay, since both attributes are fixed for them."""
     if gate.owns_cookie(cookie_name(value), route):
         return None
-    if route.absolute or value[:7].lower() == "__host-":
+    if value[:7].lower() == "__host-":
         return value
-    parts = value.split(";")
-    kept, has_path = parts[:1], False
-    for part in parts[1:]:
-        name, equals, attribute = part.partition("=")
-        name, attribute = name.strip(" \t").lower(), attribute.strip(" \t")
-        if name == "domain" and _is_home_domain(attribute.lower().lstrip("."), request):
+    pair, *attributes = value.split(";")
+    kept, has_path = [pair], False
+    for part in attributes:
+        name, _, content = part.partition("=")
+        name, content = name.strip(" \t").lower(), content.strip(" \t")
+        if name == "domain" and _is_home_domain(content.lower().lstrip("."), request, route):
             continue
         if name == "path":
-            has_path = True
-            part = part[: part.index("=") + 1 if equals else None] + _with_prefix(attribute, route)
+            has_path = content.startswith("/")  # RFC 6265 section 5.2.4
+            part = part[: part.find("=") + 1] + _cookie_path(content, route) if has_path else part
         kept.append(part)
-    if request.is_unprefixed and not has_path:  # the default would be the folder that was asked for
+    if route.prefix and not has_path and _has_wider_default(request):
         kept.append(" Path=%s/" % route.prefix)
     return ";".join(kept)
 
 
-def _is_home_domain(domain: str, request: Request) -> bool:
+def _is_home_domain(domain: str, request: Request, route: Route) -> bool:
     """Whether a cookie's Domain is the app's home, the proxy, or the domain above an app's host."""
-    route, client = request.route, request.client
-    homes = {host_of(home) for home in (route.homes if route else ())} | {host_of(client.authority)}
-    return domain in homes or bool(
-        client.app_port and domain == host_of(client.authority.lower().partition(".")[2])
-    )
+    host = host_of(request.client.authority)
+    homes = {host_of(home) for home in route.homes} | {host}
+    return domain in homes or bool(request.client.app_port and domain == host.partition(".")[2])
 
 
-def _drop_below_prefix(value: str, request: Request, gate: Any) -> Optional[str]:
-    return None if request.route and request.route.prefix else value
+def _has_wider_default(request: Request) -> bool:
+    """Whether the folder of the client's URL, the default of some fields, is above the app's."""
+    return request.is_unprefixed or not request.path
+
+
+def _cookie_path(path: str, route: Route) -> str:
+    """A cookie's Path below the prefix; in an absolute form, only a wider one is changed."""
+    is_wider = path_below(path.rstrip("/"), route.prefix) is not None
+    if route.absolute and is_wider and path_below(route.prefix, path) is None:
+        return route.prefix
+    return _with_prefix(path, route)
 
 
 def _with_prefix(path: str, route: Route) -> str:
-    """A path of the app below its prefix, which is spelt as the client spells it: browsers compare
-    the paths of cookies undecoded."""
-    if route.absolute or not path.startswith("/"):
-        return path
+    """A path of the app as a path of ours, in the client's spelling: browsers compare the paths of
+    cookies undecoded."""
     below = path_below(route.prefix, path)
+    if not path.startswith("/") or (below is None and route.absolute):
+        return path
     return route.prefix + (path if below is None else below)
 
 
+_REQUEST_TABLE = dict.fromkeys(_HOP_BY_HOP + _WRITTEN_BY_US)  # type: Dict[str, Any]
+_REQUEST_TABLE.update(
+    {
+        "origin": _translate_origin,
+        "referer": _translate_referer,
+        "destination": _translate_destination,
+        "if": _in_brackets(_translate_destination),
+        "cookie": lambda value, request, route, gate: gate.strip_cookies(value, route) or None,
+        "authorization": lambda value, request, route, gate: (
+            None if gate.owns_authorization(value) else value
+        ),
+        # RFC 9110 section 10.1.1
+        "expect": lambda value, request, route, gate: None if request.minor == "0" else value,
+    }
+)
 _RESPONSE_TABLE = dict.fromkeys(_HOP_BY_HOP + ["content-length"])  # type: Dict[str, Any]
 _RESPONSE_TABLE.update(
     {
         "location": _translate_location,
         "content-location": _translate_location,
         "refresh": _translate_refresh,
+        "link": _in_brackets(_translate_location),
         "set-cookie": _translate_set_cookie,
-        "service-worker-allowed": _drop_below_prefix,
+        "service-worker-allowed": lambda value, request, route, gate: (
+            None if route.prefix else value
+        ),
     }
 )
 
