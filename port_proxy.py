@@ -261,7 +261,6 @@ class Config(NamedTuple):
     max_fields: int = 200  # Apache allows 100
     max_chunk_line_bytes: int = 4096  # 15 digits and any sensible extension
     max_trailer_bytes: int = 16384  # trailers are read only to be dropped
-    max_interim_responses: int = 32  # 1xx heads before the final one; a server sends one or two
     max_idle_upstreams: int = 1024  # pooled connections to all upstreams together
 
     head_timeout: float = 30.0  # from the first byte of a head to its last, at any rate
@@ -353,7 +352,6 @@ LIMIT_OPTIONS = (
     _option("--max-fields", INTEGER, "COUNT", "most fields in a head"),
     _option("--max-chunk-line-bytes", INTEGER, "BYTES", "longest first line of a chunk"),
     _option("--max-trailer-bytes", INTEGER, "BYTES", "longest trailers"),
-    _option("--max-interim-responses", INTEGER, "COUNT", "most 1xx responses before the final one"),
     _option("--max-connections", INTEGER, "COUNT", "most connections of clients"),
     _option("--max-tunnels", INTEGER, "COUNT", "most open WebSockets"),
     _option("--max-idle-upstreams", INTEGER, "COUNT", "most idle connections kept to apps"),
@@ -647,11 +645,12 @@ def normal_domain(domain: str) -> str:
 # so none can be made slow.
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
-# Browsers send "|", "{", "^" and others raw in a target, against RFC 3986.
-_REQUEST_LINE = re.compile(r"(%s) ([!\"$-~]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
+# Browsers send "|", "{", "^" and others raw in a target, and programs send UTF-8, against RFC 3986.
+_REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
 _FIELD_LINE = re.compile(r"%s:[\t -~\x80-\xff]*" % TOKEN)
-_NAMES = re.compile(r"%s(?:\n%s)*" % (TOKEN, TOKEN))  # field names, a line each
+_NAME = re.compile(TOKEN)
+_SPACED_NAME = re.compile(r"\A(%s)[\t ]+:" % TOKEN)
 _LEGAL = bytes(byte for byte in range(256) if (byte >= 32 and byte != 127) or byte in b"\t\r\n")
 _ABSOLUTE_FORM = re.compile(r"(?:http|https)://([^/?]*)(/[^?]*)?(\?.*)?", re.IGNORECASE)
 # RFC 3986 section 3.2.2, without user information and IPvFuture.
@@ -666,6 +665,23 @@ _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARC
 _MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
 _NO_TOKENS = frozenset()  # type: FrozenSet[str]
 _USUAL_TOKENS = {one: frozenset([one]) for one in ("close", "keep-alive", "upgrade")}
+
+
+class _FieldNames(Dict[str, str]):
+    """The field names met so far, as they are spelt: their lower-case forms."""
+
+    def __missing__(self, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError
+        key = name.lower()
+        if len(key) <= 64:  # so that all of them together stay small
+            if len(self) >= 1000:
+                self.clear()
+            self[name] = key
+        return key
+
+
+_field_names = _FieldNames()
 
 
 class Headers:
@@ -683,23 +699,29 @@ class Headers:
         self.index = dict(zip(keys, lines))
 
     @classmethod
-    def parse(cls, section: bytes, config: Config) -> "Headers":
-        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
+    def parse(cls, section: bytes, config: Config, is_response: bool = False) -> "Headers":
+        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431.
+
+        White space before a colon is removed in a response and refused in a request, as section 5.1
+        demands.
+        """
         lines = section.decode("latin-1").split("\r\n")[:-2]
-        try:
-            keys = [line[: line.index(":")] for line in lines]
-        except ValueError:
-            raise ProxyError(400, _explain_field_section(lines))
         is_legal = not section.translate(None, _LEGAL) and (
             section.count(b"\r") == section.count(b"\n") == len(lines) + 1
         )
-        names = "\n".join(keys)
-        if not is_legal or (keys and not _NAMES.fullmatch(names)):
-            raise ProxyError(400, _explain_field_section(lines))
-        if len(keys) > config.max_fields:
+        if len(lines) > config.max_fields:
             text = "The message head has more than %d fields." % config.max_fields
             raise ProxyError(431, text)
-        return cls(names.lower().split("\n") if keys else [], lines)
+        try:
+            keys = [_field_names[line[: line.index(":")]] for line in lines]
+        except ValueError:
+            is_legal = False
+        if is_legal:
+            return cls(keys, lines)
+        closed = [_SPACED_NAME.sub(r"\1:", line, 1) for line in lines] if is_response else lines
+        if closed == lines:
+            raise ProxyError(400, _explain_field_section(lines))
+        return cls.parse("\r\n".join(closed + ["", ""]).encode("latin-1"), config)
 
     def get(self, name: str) -> str:
         """The last value of the field `name` (lower case), "" if it is missing."""
@@ -1003,7 +1025,7 @@ def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
     match = _REQUEST_LINE.match(text)
     if not match:
         text = "The request line is not 'METHOD TARGET HTTP/1.1' with single spaces and a target"
-        raise ProxyError(400, text + " in ASCII.")
+        raise ProxyError(400, text + " without control bytes.")
     method, target, major, minor = match.groups()
     if major != "1" or minor not in "01":
         raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
@@ -1034,7 +1056,7 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
     if not match:
         raise ProxyError(400, "The status line is not one of HTTP/1.0 or HTTP/1.1.")
     minor, status, reason = match.groups()
-    headers = Headers.parse(head[match.end() :], config)
+    headers = Headers.parse(head[match.end() :], config, is_response=True)
     connection = headers.tokens("connection")
     framing = response_framing(headers, minor, int(status), method)
     is_reusable = minor == "1" and "close" not in connection
@@ -1164,11 +1186,13 @@ class UntilCloseDecoder:
 class ChunkedDecoder:
     """A body in the chunked coding.  Extensions and trailers are checked and dropped.
 
-    Raises ProxyError 400 for anything that does not match RFC 9112 section 7.1.
+    Raises ProxyError 400 for anything that does not match RFC 9112 section 7.1, except that the
+    white space behind a chunk size, which some devices send, is accepted in a response.
     """
 
     __slots__ = (
         "_config",
+        "_is_response",
         "_partial",
         "_remaining",
         "_state",
@@ -1177,10 +1201,11 @@ class ChunkedDecoder:
         "rest",
     )
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, is_response: bool = False) -> None:
         self.finished = False
         self.rest = b""
         self._config = config
+        self._is_response = is_response
         self._state = "size"  # what comes next: size, data, data end, trailer
         self._partial = b""  # the beginning of a line that has not come whole
         self._remaining = 0  # bytes of the current chunk
@@ -1233,7 +1258,8 @@ class ChunkedDecoder:
         if line[-2:] != b"\r\n":
             raise ProxyError(400, "A line of a chunked body does not end in CRLF.")
         if self._state == "size":
-            match = _CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
+            size = line[:-2].rstrip(b" \t") if self._is_response else line[:-2]
+            match = _CHUNK_LINE.fullmatch(size)
             if not match:
                 raise ProxyError(400, "A chunk does not begin with its size in hexadecimal digits.")
             self._remaining = int(match.group(1), 16)
@@ -1253,10 +1279,10 @@ class ChunkedDecoder:
                 raise ProxyError(400, "A trailer is not a valid field line.")
 
 
-def body_decoder(framing: Framing, config: Config) -> Any:
+def body_decoder(framing: Framing, config: Config, is_response: bool = False) -> Any:
     """The decoder of a body that is framed so."""
     if framing is CHUNKED:
-        return ChunkedDecoder(config)
+        return ChunkedDecoder(config, is_response)
     return UntilCloseDecoder() if framing is UNTIL_CLOSE else LengthDecoder(framing.length)
 
 
@@ -1612,7 +1638,8 @@ async def read_head(
 class Body:
     """A message body that is read from one connection, to be written to another.
 
-    in_chunks: the pieces are given in the chunked coding, including the last chunk.  count: bytes
+    is_response: of the message.  in_chunks: the pieces are given in the chunked coding, including
+    the last chunk.  count: bytes
     of body data so far.  finished: the body was read to its end; the connection's buffer holds the
     bytes behind it.
     """
@@ -1620,12 +1647,18 @@ class Body:
     __slots__ = ("_decoder", "_source", "count", "finished", "in_chunks")
 
     def __init__(
-        self, source: Connection, framing: Framing, in_chunks: bool, config: Config
+        self,
+        source: Connection,
+        framing: Framing,
+        config: Config,
+        *,
+        is_response: bool,
+        in_chunks: bool = False,
     ) -> None:
         self._source = source
         self._decoder = None  # type: Any
         if framing is not NO_BODY:
-            self._decoder = body_decoder(framing, config)
+            self._decoder = body_decoder(framing, config, is_response)
         self.in_chunks = in_chunks
         self.count = 0
         self.finished = framing is NO_BODY or framing == Framing("length", 0)
@@ -3094,7 +3127,7 @@ async def fetch(
         connection.write([head, body])
         connection.read_deadline = deadline
         response = parse_response(await read_head(connection, False, config), method, config)
-        pieces, source = [], Body(connection, response.framing, False, config)
+        pieces, source = [], Body(connection, response.framing, config, is_response=True)
         pieces += [bytes(piece) for piece in source.at_hand()]
         while not source.finished and source.count < _FETCH_BYTES and response.status != 101:
             pieces += [bytes(piece) for piece in await source.read(deadline - now())]
@@ -4075,7 +4108,10 @@ class Exchange:
         self.config = gate.config
         self.client = client
         self.request = request
-        self.body = Body(client, request.framing, request.framing is CHUNKED, self.config)
+        in_chunks = request.framing is CHUNKED
+        self.body = Body(
+            client, request.framing, self.config, is_response=False, in_chunks=in_chunks
+        )
         self.keep_alive = request.keep_alive
         self.started = now()
         self.status = self.sent = 0
@@ -4226,7 +4262,7 @@ class Exchange:
 
     async def _read_response(self, upstream: Connection) -> Response:
         """The final response or a 101; other interim responses are passed on as they come."""
-        for _ in range(self.config.max_interim_responses + 1):
+        while True:
             upstream.read_deadline = FOREVER if self._is_sending() else self._response_deadline()
             head = await read_head(upstream, False, self.config)
             upstream.read_deadline = FOREVER
@@ -4237,8 +4273,7 @@ class Exchange:
                 lines = response_lines(response, self.request, self.gate)
                 self.client.write([serialise(lines, NO_BODY)])
                 await self._drain()
-        text = "It sent more than %d interim responses." % self.config.max_interim_responses
-        raise ProxyError(502, text)
+            await asyncio.sleep(0)  # a flood of them leaves other requests their turns
 
     async def _relay(self, upstream: Connection, response: Response) -> bool:
         """Pass the response on as it comes; whether the upstream's connection can be reused."""
@@ -4248,7 +4283,8 @@ class Exchange:
             sent_as = CHUNKED if request.minor == "1" else UNTIL_CLOSE
         self.keep_alive = self._may_keep_alive() and sent_as is not UNTIL_CLOSE
         client.ends_body = sent_as is UNTIL_CLOSE
-        body = Body(upstream, came_as, sent_as is CHUNKED, self.config)
+        in_chunks = sent_as is CHUNKED
+        body = Body(upstream, came_as, self.config, is_response=True, in_chunks=in_chunks)
         # A body that is malformed from the start is refused before the status has gone out.
         pieces = body.at_hand()
         head = self._response_head(response, sent_as)

@@ -1115,6 +1115,8 @@ GOOD_REQUESTS = [  # the head, then method, target, authority, minor version and
      ("get", "/%2F//a?b=%20|{}^`\"\\", "a:80", "1", (("hOsT", "a:80"),))),
     (b"OPTIONS * HTTP/1.1\r\nHost: [::1]:8888\r\n\r\n",
      ("OPTIONS", "*", "[::1]:8888", "1", (("Host", "[::1]:8888"),))),
+    (b"GET /\xc3\xa9?\xff\x80 HTTP/1.1\r\nHost: a\r\n\r\n",
+     ("GET", "/\xc3\xa9?\xff\x80", "a", "1", (("Host", "a"),))),
     (b"GET http://b:1/x?y HTTP/1.1\r\nHost: a\r\n\r\n", ("GET", "/x?y", "b:1", "1", (("Host", "a"),))),
     (b"GET HTTPS://b HTTP/1.1\r\nHost: a\r\n\r\n", ("GET", "/", "b", "1", (("Host", "a"),))),
     (b"GET http://b?q=/ HTTP/1.1\r\nHost: a\r\n\r\n", ("GET", "/?q=/", "b", "1", (("Host", "a"),))),
@@ -1125,7 +1127,7 @@ GOOD_REQUESTS = [  # the head, then method, target, authority, minor version and
 BAD_LINES = [(400, line) for line in (  # the first lines of requests that have Host
     b"GET /", b"GET / HTTP/1.1.1", b"GET / http/1.1", b"GET  / HTTP/1.1", b"GET /  HTTP/1.1", b"GET / HTTP/1.1 ",
     b" GET / HTTP/1.1", b"GET\t/\tHTTP/1.1", b"GET / HTTP/1.\xb2", b"G(T / HTTP/1.1", b"\xc7ET / HTTP/1.1",
-    b"GET /\xe4 HTTP/1.1", b"GET /#a HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET a HTTP/1.1", b"GET * HTTP/1.1",
+    b"GET /\x1f HTTP/1.1", b"GET http://\xe4/ HTTP/1.1", b"GET /#a HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET a HTTP/1.1", b"GET * HTTP/1.1",
     b"GET ftp://a/ HTTP/1.1", b"GET http:///x HTTP/1.1", b"GET http://u@a/ HTTP/1.1", b"GET http://u:p@a:1/ HTTP/1.1",
     b"\r\nGET / HTTP/1.1",
 )] + [
@@ -1151,11 +1153,13 @@ GOOD_RESPONSES = [
     (b"HTTP/1.1 200 OK\r\n\r\n", (200, "OK", ())), (b"HTTP/1.0 404 \r\nA: b\r\n\r\n", (404, "", (("A", "b"),))),
     (b"HTTP/1.1 599\r\n\r\n", (599, "", ())), (b"HTTP/1.1 999 \r\n\r\n", (999, "", ())),
     (b"HTTP/1.1 200 Sch\xf6n \t ja\r\n\r\n", (200, "Sch\xf6n \t ja", ())),
+    (b"HTTP/1.1 200 OK\r\nA : b\r\nC\t \t: d e : f\r\n\r\n", (200, "OK", (("A", "b"), ("C", "d e : f")))),
 ]
 BAD_RESPONSES = [head + b"\r\n\r\n" for head in (
     b"HTTP/1.1 20 OK", b"HTTP/1.1 2000 OK", b"HTTP/1.1 099 OK", b"HTTP/1.1  200 OK", b"HTTP/2 200 OK",
     b"HTTP/2.0 200 OK", b"HTTP/1.2 200 OK", b"ICY 200 OK", b"http/1.1 200 OK", b"HTTP/1.1 +20 OK",
-    b"HTTP/1.1 2\xb20 OK", b"HTTP/1.1 200 O\x00K", b"HTTP/1.1 200 OK\r\nA : b", b"HTTP/1.1 200 OK\r\nA: b\r\n c",
+    b"HTTP/1.1 2\xb20 OK", b"HTTP/1.1 200 O\x00K", b"HTTP/1.1 200 OK\r\nA b : c", b"HTTP/1.1 200 OK\r\nA: b\r\n c",
+    b"HTTP/1.1 200 OK\r\nA : b\r\n c: d", b"HTTP/1.1 200 OK\r\n : b", b"HTTP/1.1 200 OK\r\nA : b\x00",
     b"<h1>", b"", b"HTTP/1.1 200 OK\nA: b\n\n",
 )]
 FRAMINGS = [  # minor version, fields, framing; None if none is declared
@@ -1180,7 +1184,7 @@ BAD_FRAMINGS = [(400, "1", [("Content-Length", value)]) for value in NO_LENGTHS]
 )]
 PARTIAL_HEADS = [(True, 400, b"GET / HTTP/1.1\r\nX: a" + end) for end in (b"\rb", b"\x00", b"\n", b"\x7f")] + [
     (True, 400, head) for head in (
-        b"GET / HTTP/1.1\n", b"GET /\r\n", b"\x16", b"\n", b"\r\n", b"GET / HTTP/1.1\r\n\rX", b"GET /\xe4 HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\n", b"GET /\r\n", b"\x16", b"\n", b"\r\n", b"GET / HTTP/1.1\r\n\rX", b"GET \xe4\xff  HTTP/1.1\r\n",
     )
 ] + [(True, 505, b"PRI * HTTP/2.0\r\n")] + [
     (False, 400, head) for head in (
@@ -1530,9 +1534,9 @@ def chunk(data):
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-def decode(framing, pieces):
+def decode(framing, pieces, is_response=False):
     """The body that the pieces make and the bytes behind it; None if it is not whole; ProxyError if it is refused."""
-    decoder = body_decoder(framing, DEFAULT)
+    decoder = body_decoder(framing, DEFAULT, is_response)
     data, behind = b"", b""
     for piece in pieces:
         if decoder.finished:
@@ -1604,6 +1608,20 @@ class TestBodies:
             assert_decoded(CHUNKED, [line + b"\r\nabc\r\n", b"0\r\n\r\n"], b"abc")
         for line in (b"+3", b" 3", b"3 ", b"0x3", b"0_3", b"-3", b"\xb3", b"3\n", b"\t3", b"", b"4", b"2"):
             assert_decoded(CHUNKED, [line + b"\r\nabc\r\n", b"0\r\n\r\n"], None)
+
+    @pytest.mark.parametrize("raw, data", [
+        (b"5   \r\nhello\r\n0 \t \r\n\r\n", b"hello"), (b"3;a=b  \r\nabc\r\n0\r\n\r\n", b"abc"),
+        (b"3 4\r\nabc\r\n0\r\n\r\n", None), (b"  3\r\nabc\r\n0\r\n\r\n", None), (b"3\r\nabc \r\n0\r\n\r\n", None),
+        (b" \r\n", None),
+    ])
+    def test_space_behind_a_chunk_size_is_accepted_in_responses_alone(self, raw, data):
+        for pieces in ([raw], single_bytes(raw)):
+            if data is None:
+                with pytest.raises(ProxyError):
+                    decode(CHUNKED, pieces, is_response=True)
+            else:
+                assert decode(CHUNKED, pieces, is_response=True) == (data, b"")
+            assert status_of_error(decode, CHUNKED, pieces) == 400
 
     @pytest.mark.parametrize("size", [1, 15, 16, 17, 254, 255, 256, 4093, 4094, 4095, 4096, 65535, 65536])
     def test_chunk_of_any_size_must_end_with_its_data(self, size):
@@ -5320,14 +5338,14 @@ class TestResponses:
         """On a fresh connection to the app and on a reused one; the client's connection serves the next request."""
         for answer in BAD_RESPONSES + [b"HTTP/1.1 200 OK\r\n" + rest for rest in (
             b"Content-Length: x\r\n\r\n", b"Content-Length: +2\r\n\r\nok",
-            b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+            b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", b"Content-Length: 1\r\nContent-Length : 2\r\n\r\nab",
             b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
             b"Transfer-Encoding: gzip\r\n\r\n", b"X: " + b"a" * 70000, b"X: y\r\n" * 300 + b"\r\n",
             b"Transfer-Encoding: chunked\r\n\r\nxyz", b"Content-Le",
         )] + [
             b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"\x15\x03\x01\x00\x02\x02\x0a",
             b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", b"SSH-2.0-OpenSSH_9\r\n", SWITCHING, b"HTTP/1.1 101 S\r\n\r\n",
-            b"HTTP/1.1 100 Continue\r\n\r\n" * 40, b"HTTP/1.1 103 E\r\n\r\n" * 40 + OK, b"",
+            b"HTTP/1.1 100 Continue\r\n\r\n" * 40, b"",
         ]:
             steps = [read_head, OK] * is_reused + [read_head, answer]
             app = upstream(in_turn(script(*steps), script(read_head, answer)))
@@ -5406,13 +5424,24 @@ class TestResponses:
     def test_interim_responses_are_passed_on(self, proxy, upstream):
         """But not to a client of HTTP/1.0."""
         interim = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nContent-Length: 9\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+        interim += b"HTTP/1.1 102 Processing\r\n\r\n" * 99
         app = upstream(answering(interim + OK))
         with proxy.sent(to(app)) as wire:
             assert wire.message(no_body=True)[:2] == ("HTTP/1.1 103 Early Hints", [("Link", "</a>")])
-            assert status_of(wire.message(no_body=True)) == 102
+            assert [status_of(wire.message(no_body=True)) for _ in range(100)] == [102] * 100
             assert wire.message()[2] == b"ok"
         message = proxy.ask(to(app, version="1.0"))
         assert (status_of(message), message[2]) == (200, b"ok")
+
+    def test_response_of_a_lenient_device_is_passed_on_in_canonical_form(self, proxy, upstream):
+        head = b"HTTP/1.1 200 OK\r\nContent-Type : text/plain\r\nTransfer-Encoding\t: chunked\r\n\r\n"
+        app = upstream(answering(head + b"5   \r\nhello\r\n0  \r\n\r\n"))
+        raw = request("GET", "/proxy/%d/\xc3\xa9?n=\xe9" % app.port, "Connection: close")
+        with proxy.sent(raw) as wire:
+            rest = wire.rest()
+        assert b"\r\nContent-Type: text/plain\r\n" in rest
+        assert rest.endswith(b"\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+        assert app.messages[0][0] == "GET /\xc3\xa9?n=\xe9 HTTP/1.1"
 
     def test_status_reason_and_content_pass_unchanged(self, proxy, upstream):
         head = b"HTTP/1.1 206 Sch\xf6n\r\nContent-Range: bytes 0-2/9\r\nContent-Encoding: gzip\r\n"
