@@ -40,7 +40,6 @@ import asyncio
 import base64
 import contextlib
 import errno
-import fnmatch
 import functools
 import hashlib
 import hmac
@@ -224,8 +223,8 @@ class Config(NamedTuple):
     base: str = "/proxy"  # path prefix of all addresses; "/" for none
     bind: str = "127.0.0.1"  # address or name to listen on, or "unix:PATH"
     port: int = 8888  # 0 takes any free port
-    # Hosts besides this machine's loopback names: names, addresses and globs ("*.example.org"); or
-    # a function that takes the host (in lower case, without brackets) and decides about all hosts.
+    # Hosts besides this machine's loopback names: names, addresses and patterns ("*.example.org");
+    # or a function that takes the host (in lower case, without brackets) and decides about all hosts.
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # send the client's Host to the upstream instead of the target's
     domains: Sequence[str] = ("localhost",)  # <port>.<domain> is that port; none under a Hub
@@ -237,7 +236,7 @@ class Config(NamedTuple):
     # None: a random token, but none if only this machine's users can connect.  "any": a random
     # token.  "": no token.  Otherwise at least 16 characters: guesses are only slowed down.
     token: Optional[str] = None
-    allow_hostnames: Sequence[str] = ()  # further names of a proxy without a token; globs, "*"
+    allow_hostnames: Sequence[str] = ()  # further names, or patterns, of a proxy without a token
     allow_origins: Sequence[str] = ()  # further origins: "https://a.example.org", "*"
     allow_preflight: bool = False  # CORS preflights, which carry no credentials, reach the apps
     # Replaces all of that: `await authorize(head, visit, route)` runs once per request and Upgrade,
@@ -307,7 +306,7 @@ GENERAL_OPTIONS = (
     _option("--port", INTEGER, "N", "port to listen on, 0 for any free one"),
     _option("--bind", _STRING, "ADDRESS", "address to listen on, or unix:PATH"),
     _option("--base", _STRING, "PATH", "path prefix of all addresses"),
-    _option("--host-allowlist", STRINGS, "HOST", "also reach this host: name, address or glob"),
+    _option("--host-allowlist", STRINGS, "HOST", "also reach this host: name, address or pattern"),
     _option("--domain", STRINGS, "NAME", "also reach port 8080 as 8080.NAME", "domains"),
     _option("--whole-origin", SWITCH, "", "lead requests without the prefix back to their app"),
     _option(
@@ -319,7 +318,7 @@ ACCESS_OPTIONS = (
         "--allow-hostname",
         STRINGS,
         "NAME",
-        "accept this name, or glob, in the Host header",
+        "accept this name, or pattern, in the Host header",
         "allow_hostnames",
     ),
     _option(
@@ -419,12 +418,11 @@ _BELOW_BASE = re.compile(r"(/absolute)?/([^/?]*)(/[^?\r\n]*)?(\?.*)?")
 _UPSTREAM = re.compile(
     r"(?:(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252})|\[([0-9A-Fa-f:.]{2,45})\]):)?([1-9][0-9]{0,4})"
 )
-_NAME_PATTERN = re.compile(r"[a-z0-9_.*?\-]+")  # of the allowlist; the next is for IPv6
-_ADDRESS_PATTERN = re.compile(r"[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
+_HOST_PATTERN = re.compile(r"[a-z0-9_.*?-]+|[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
+_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_ONLY_IPV4 = r"(?=%s(?:\.%s){3}\Z)" % (_OCTET, _OCTET)
 _DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?)*")
 _PORT_NAME = re.compile(r"[1-9][0-9]{0,4}")
-_UP = re.compile(r"(?:\.|%2e){2}", re.IGNORECASE)
-_HERE = re.compile(r"(?:\.|%2e)", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 
@@ -496,8 +494,11 @@ def _make_route(
     name, literal, port = match.groups()
     if int(port) > 65535:
         raise ProxyError(404, "There is no port %s; the highest is 65535." % port)
-    if literal and not _is_ipv6(literal):
-        raise ProxyError(400, "The text in brackets is not an IPv6 address.")
+    if literal:
+        try:
+            ipaddress.IPv6Address(literal)
+        except ValueError:
+            raise ProxyError(400, "The text in brackets is not an IPv6 address.")
     host = (name or literal or "localhost").lower()
     authority = authority_of(host, int(port))
     is_local = host in LOOPBACK_NAMES
@@ -574,50 +575,66 @@ def is_below(base: str, target: str) -> bool:
 def _leads_out(path: str) -> bool:
     """Whether dot segments lead above the start of `path` (RFC 3986 section 5.2.4)."""
     depth = 0
-    for segment in path.split("/")[1:]:
-        if _UP.fullmatch(segment):
-            depth -= 1
-        elif not _HERE.fullmatch(segment):
-            depth += 1
+    for segment in map(unquote, path.split("/")[1:]):
+        if segment != ".":
+            depth += -1 if segment == ".." else 1
         if depth < 0:
             return True
     return False
-
-
-def _is_ipv6(literal: str) -> bool:
-    try:
-        ipaddress.IPv6Address(literal)
-    except ValueError:
-        return False
-    return True
 
 
 def is_allowed(host: str, allowlist: Union[Sequence[str], Callable[[str], bool]]) -> bool:
     """Whether `host`, as written in lower case, may be reached; no name is looked up for this."""
     if callable(allowlist):
         return bool(allowlist(host))
-    return host in LOOPBACK_NAMES or any(fnmatch.fnmatchcase(host, one) for one in allowlist)
+    return host in LOOPBACK_NAMES or matches(host, allowlist)
+
+
+def matches(host: str, patterns: Iterable[str]) -> bool:
+    """Whether a host, in lower case and without brackets, matches one of the normal patterns."""
+    return any(_compiled(pattern).fullmatch(host) for pattern in patterns)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(pattern: str) -> "re.Pattern[str]":
+    """The regex of a host pattern.
+
+    "*" alone matches every host.  A pattern of digits, dots and wildcards matches IPv4 addresses
+    alone: 10.* is not 10.evil.example.  In any other, a wildcard stays within one label of a name
+    or one group of an IPv6 address, but a leading "*." stands for one label or more.
+    """
+    if pattern == "*":
+        return re.compile(".*")
+    start, wild = "", "[^.:]"
+    if re.fullmatch("[0-9.*?]+", pattern):
+        start, wild = _ONLY_IPV4, "."
+    elif pattern.startswith("*."):
+        start, pattern = r"(?:[^.:]+\.)+", pattern[2:]
+    wildcards = {"*": wild + "*", "?": wild}
+    return re.compile(start + "".join(wildcards.get(c) or re.escape(c) for c in pattern))
 
 
 def normal_base(base: str) -> str:
     """`base` without its last slash, "" for the root; ValueError if it is not a plain path."""
     path = base[:-1] if base.endswith("/") else base
-    dots = any(_UP.fullmatch(part) or _HERE.fullmatch(part) for part in path.split("/"))
-    if not _BASE.fullmatch(path) or dots:
+    has_dots = any(unquote(segment) in (".", "..") for segment in path.split("/"))
+    if not _BASE.fullmatch(path) or has_dots:
         raise ValueError("the base must be a path such as /proxy or /user/ana/proxy, not %r" % base)
     return path
 
 
-def normal_allowlist(patterns: Iterable[str]) -> Tuple[str, ...]:
-    """Patterns in lower case without brackets; ValueError for one that can never match a host."""
-    normal = []
-    for given in patterns:
-        pattern = (given[1:-1] if given[:1] + given[-1:] == "[]" else given).lower()
-        if not _NAME_PATTERN.fullmatch(pattern) and not _ADDRESS_PATTERN.fullmatch(pattern):
-            text = "an allowed host is a name, an address or a glob such as *.example.org, not %r"
-            raise ValueError(text % given)
-        normal.append(pattern)
-    return tuple(normal)
+def normal_pattern(given: str) -> str:
+    """A host pattern in lower case without brackets; ValueError for one that can never match."""
+    pattern = (given[1:-1] if given[:1] + given[-1:] == "[]" else given).lower()
+    if not _HOST_PATTERN.fullmatch(pattern):
+        text = "a host is a name, an address or a pattern such as *.example.org, not %r"
+        raise ValueError(text % given)
+    return pattern
+
+
+def normal_patterns(patterns: Iterable[str]) -> Tuple[str, ...]:
+    """Host patterns in normal form."""
+    return tuple(map(normal_pattern, patterns))
 
 
 def is_domain(name: str) -> bool:
@@ -3211,6 +3228,7 @@ _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')
 # Hosts and origins in this form are safe to copy into a shell; no real name looks otherwise.
 _PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
 _PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
+_ORIGIN = re.compile(r"(https?)://([a-z0-9_.*-]+|\[[0-9a-f.*]*:[0-9a-f:.*]*\])(:[0-9]{1,5})?")
 ANY_TOKEN = "any"  # as Config.token: make one at random
 COOKIE_PREFIX = "port_proxy_"  # the port follows, since browsers do not keep ports apart
 ENTRANCE = "/.well-known/port-proxy"  # our only path at an app's own host (RFC 8615)
@@ -3341,7 +3359,7 @@ class Gate:
         is_own_form = origin == "null" and "same-origin" in sites  # of a page without referrer
         is_foreign = has_origin and not request.is_own_origin and not is_own_form
         origin = normal_origin(origin) if _PLAIN_ORIGIN.fullmatch(origin) else ""
-        if "*" in allowed or (is_foreign and origin in allowed):
+        if "*" in allowed or (is_foreign and is_allowed_origin(origin, allowed)):
             return
         is_safe = request.method in _SAFE and not request.is_websocket and not client.app_port
         # Apps at hosts of their own are the same site to a browser, but foreign to each other.
@@ -3449,8 +3467,8 @@ class TokenGate(Gate):
     def _check_host(self, authority: str) -> None:
         """Refuse a host name that a foreign page could have pointed here; ProxyError 403."""
         host = host_of(authority)
-        patterns = self.config.allow_hostnames
-        if not self._is_own_host(host) and not any(fnmatch.fnmatchcase(host, p) for p in patterns):
+        is_allowed_name = matches(host.strip("[]"), self.config.allow_hostnames)
+        if not self._is_own_host(host) and not is_allowed_name:
             advice = "{Start} {allow_hostnames} {value} if it leads here."
             advice = advice if _PLAIN_HOST.fullmatch(host) else ""
             raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
@@ -3564,12 +3582,30 @@ class TokenGate(Gate):
 
 
 def normal_origin(origin: str) -> str:
-    """An origin in lower case and without its scheme's default port; ValueError if it is none."""
-    match = _HTTP_URL.fullmatch(origin.lower())
-    if not match or match.group(3) or not is_authority(match.group(2)):
+    """An origin in lower case and without its scheme's default port; its host may be a pattern.
+
+    ValueError if it is none.
+    """
+    match = _ORIGIN.fullmatch(origin.lower())
+    if not match:
         text = "an origin is a scheme, host and port such as https://a.example.org, not %r"
         raise ValueError(text % origin)
-    return "%s://%s" % (match.group(1), _without(_DEFAULT_PORTS[match.group(1)], match.group(2)))
+    scheme, host, port = match.groups("")
+    normal_pattern(host)
+    return "%s://%s%s" % (scheme, host, "" if port == _DEFAULT_PORTS[scheme] else port)
+
+
+def is_allowed_origin(origin: str, allowed: Iterable[str]) -> bool:
+    """Whether an origin, "" for none, has scheme and port of an allowed one and matches its host.
+
+    All are in normal form.
+    """
+    page = _ORIGIN.fullmatch(origin)
+    if not page:
+        return False
+    # "*" is no origin, and has been looked at before.
+    same = (m for m in map(_ORIGIN.fullmatch, allowed) if m and m.group(1, 3) == page.group(1, 3))
+    return matches(page.group(2).strip("[]"), [match.group(2).strip("[]") for match in same])
 
 
 def query_tokens(target: str) -> List[str]:
@@ -5198,9 +5234,9 @@ def _normal_upstreams(upstreams: Iterable[str]) -> Tuple[str, ...]:
 
 _NORMALISERS = {
     "base": normal_base,
-    "host_allowlist": normal_allowlist,
+    "host_allowlist": normal_patterns,
     "domains": lambda domains: tuple(map(normal_domain, domains)),
-    "allow_hostnames": normal_allowlist,
+    "allow_hostnames": normal_patterns,
     "allow_origins": _normal_origins,
     "trusted_proxies": _checked_proxies,
     "upstream_tls": _normal_upstreams,
