@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import html
 import io
+import itertools
 import json
 import logging
 import os
@@ -9496,44 +9497,40 @@ class TestJupyter:
 
 
 class TestBenchmark:
-    @pytest.mark.parametrize("kind, bound", [("kept-alive", 16), ("WebSocket", 32)])
-    def test_idle_connection_takes_little_memory(self, upstream, tmp_path, kind, bound):
+    @pytest.mark.parametrize("path, bound", [("/200", 16), (None, 32)], ids=["kept-alive", "WebSocket"])
+    def test_idle_connection_takes_little_memory(self, upstream, tmp_path, path, bound):
         """Less than the bound in KiB: a buffer of 64 KiB that is kept for each would be far above it."""
 
         def serve(wire, app):
             with contextlib.suppress(AssertionError, OSError):
-                while "upgrade" not in fields_of(wire.message(no_body=True)):
-                    wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-                wire.send(SWITCHING)
-                wire.rest()
+                serve_sockets(wire, app)
 
         system = BenchSystem("port_proxy", upstream(serve).port, str(tmp_path))
         try:
-            assert bench_idle(system, 250, bench_kept_alive if kind == "kept-alive" else lambda system: bench_open(system, 1)) < bound
+            assert bench_idle(system, 150, path) < bound
         finally:
             system.close()
 
-    def test_measured_process_has_a_processor_of_its_own(self):
-        """Also when whoever starts it keeps to the other one already."""
-        if len(CORES) < 2:
-            pytest.skip("this machine has one processor, or does not say")
-        run = "import os, test_port_proxy as tests; tests.pin(0, 0); tests.pin(0, -1); print(sorted(os.sched_getaffinity(0)))"
-        done = subprocess.run([sys.executable, "-c", run], stdout=subprocess.PIPE, timeout=WAIT, cwd=str(HERE), check=True)
-        assert done.stdout.decode().strip() == str(CORES[1:2])
-
     def test_benchmark_runs_without_pytest(self):
+        """The environment has no PATH, so nginx and wrk take no part."""
         if not hasattr(os, "fork"):
             pytest.skip("the benchmark's upstream waits for its standard input, as Windows cannot")
-        run = "import runpy, sys; sys.modules['pytest'] = None; sys.argv[:] = ['', 'bench', '--seconds', '0.05', '--repeats', '1']; runpy.run_path(%r, run_name='__main__')"
-        done = subprocess.run([sys.executable, "-c", run % str(HERE / "test_port_proxy.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=4 * WAIT, cwd=str(HERE))
+        run = "import runpy, sys; sys.modules['pytest'] = None; runpy.run_path(%r, None, '__main__')"
+        command = [sys.executable, "-c", run % str(HERE / "test_port_proxy.py")]
+        done = subprocess.run(
+            command + ["bench", "--seconds", "0.05", "--repeats", "1"], env=dict(os.environ, PATH=""),
+
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=4 * WAIT, cwd=str(HERE),
+        )
         assert (done.returncode, done.stderr) == (0, b"")
-        browser = b"as a browser, no head twice, 64 connections: "
-        lines = [line for line in done.stdout.split(b"\n") if line.startswith(b"| ")]
-        assert lines[1].startswith(b"| " + browser + b"requests/s | ")
-        if os.path.exists("/proc/self/stat"):
-            assert re.match(re.escape(b"| " + browser) + rb"CPU us each \|  \| [0-9.]+ ", lines[2])
-        for row in (browser + b"requests/s", b"200 B, 64 connections: requests/s", b"download: MB/s", b"upload: MB/s", b"WebSocket, 32 B, 64 connections: echoes/s"):
-            assert re.search(re.escape(b"| " + row) + rb" \| [0-9.]+ \([0-9.]+-[0-9.]+\) \| [0-9.]+ ", done.stdout)
+        rows = ["as a browser, no head twice, 64 connections: requests/s"]
+        rows += ["as a browser, no head twice, 64 connections: CPU us each"] * os.path.exists("/proc/self/stat")
+        rows += ["200 B, 64 connections: requests/s", "WebSocket, 32 B, 64 connections: echoes/s"]
+        lines = [line for line in done.stdout.decode().split("\n") if line.startswith("| ")]
+        assert [line.split(" | ")[0][2:] for line in lines[1:3]] == rows[:2]
+        for row in rows + ["download: MB/s", "upload: MB/s"]:
+            direct = r"" if "CPU" in row else r"[0-9.]+ \([0-9.]+-[0-9.]+\)"
+            assert any(re.match(re.escape("| %s | " % row) + direct + r" \| [0-9.]+ \(", line) for line in lines), row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -9579,13 +9576,16 @@ Set-Cookie: session=eyJhbGciOiJIUzI1NiJ9.%(mixed)08x; Path=/; HttpOnly; SameSite
 
 
 def bench_numbers(number):
-    """What tells one request of a browser, or its response, from every other one."""
+    """The parts that differ in each request of a browser, and in each response."""
     return {"number": number, "mixed": number * 2654435761 & 0xFFFFFFFF}  # no two numbers are mixed to the same
 
 
 class BenchUpstream(asyncio.Protocol):
-    """What lies behind the proxies: answers GETs with as many bytes as their path says, those of a browser with a head
-    and a body that never repeat, swallows PUTs, echoes WebSockets."""
+    """The app behind the proxies.
+
+    It answers a GET with as many bytes as its path says, or as an app answers a browser, with a head and a body that
+    never repeat. It swallows PUTs and echoes WebSockets.
+    """
 
     BLOCK = bytes(1 << 20)
     browsed = 0
@@ -9593,7 +9593,7 @@ class BenchUpstream(asyncio.Protocol):
     def __init__(self):
         self.serve = self.next_request
         self.head = b""
-        self.missing = 0  # of a body that comes, or of one that goes
+        self.missing = 0  # bytes of the body that is being received or sent
         self.may_write = True
 
     def connection_made(self, transport):
@@ -9604,9 +9604,9 @@ class BenchUpstream(asyncio.Protocol):
 
     def next_request(self, data):
         self.head += data
-        if b"\r\n\r\n" not in self.head:
+        head, mark, rest = self.head.partition(b"\r\n\r\n")
+        if not mark:
             return
-        head, _, rest = self.head.partition(b"\r\n\r\n")
         self.head = b""
         if b"\r\nupgrade: websocket" in head.lower():
             self.transport.write(SWITCHING)
@@ -9619,9 +9619,9 @@ class BenchUpstream(asyncio.Protocol):
             self.transport.write(self.next_browsed())
         else:
             size = int(head.split(b" ", 2)[1].rpartition(b"/")[2])
-            first = min(size, 65536)
-            self.missing = size - first
-            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % size + self.BLOCK[:first])
+            self.missing = max(0, size - 65536)
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % size
+            self.transport.write(head + self.BLOCK[: min(size, 65536)])
             self.pour()
 
     @classmethod
@@ -9666,31 +9666,16 @@ def bench_upstream():
 
 NGINX = """worker_processes 1; daemon off; master_process off; pid {scratch}/pid; error_log {scratch}/log;
 events {{ worker_connections 4096; }}
-http {{ access_log off; keepalive_requests 1000000000; client_max_body_size 0; client_body_temp_path {scratch}/b; proxy_temp_path {scratch}/p;
-fastcgi_temp_path {scratch}/f; uwsgi_temp_path {scratch}/u; scgi_temp_path {scratch}/s;
+http {{
+access_log off; keepalive_requests 1000000000; client_max_body_size 0; client_body_temp_path {scratch}/b;
+proxy_temp_path {scratch}/p; fastcgi_temp_path {scratch}/f; uwsgi_temp_path {scratch}/u; scgi_temp_path {scratch}/s;
 map $http_upgrade $connection_out {{ default upgrade; '' ''; }}
 upstream app {{ server 127.0.0.1:{upstream}; keepalive 256; keepalive_requests 1000000000; }}
 server {{ listen 127.0.0.1:{port} backlog=1024;
-location /proxy/{upstream}/ {{ proxy_pass http://app/; proxy_http_version 1.1; proxy_set_header Host $host; proxy_set_header Upgrade $http_upgrade;
-proxy_set_header Connection $connection_out; proxy_buffering off; proxy_request_buffering off; proxy_buffer_size 64k; proxy_buffers 8 64k; }} }} }}
-"""
-HAPROXY = """global
- maxconn 8000
- nbthread 1
-defaults
- mode http
- timeout connect 5s
- timeout client 600s
- timeout server 600s
- timeout tunnel 600s
- option http-no-delay
- http-reuse always
-frontend front
- bind 127.0.0.1:{port}
- http-request replace-path /proxy/[0-9]+/(.*) /\\1
- default_backend app
-backend app
- server app 127.0.0.1:{upstream}
+location /proxy/{upstream}/ {{
+proxy_pass http://app/; proxy_http_version 1.1; proxy_set_header Host $host; proxy_set_header Upgrade $http_upgrade;
+proxy_set_header Connection $connection_out; proxy_buffering off; proxy_request_buffering off;
+proxy_buffer_size 64k; proxy_buffers 8 64k; }} }} }}
 """
 
 
@@ -9698,26 +9683,17 @@ class BenchSystem:
     """One way to the upstream: directly, or through a proxy in a process of its own."""
 
     def __init__(self, name, upstream, scratch):
-        self.name = name
-        self.process, self.prefix, self.port = None, "", upstream
+        self.name, self.process, self.prefix, self.port = name, None, "", upstream
         self.started_in = None
-        if name == "direct":
-            return
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        folder = Path(scratch) / name
-        folder.mkdir(exist_ok=True)
-        config = {"nginx": NGINX, "haproxy": HAPROXY}.get(name)
-        if config:
-            (folder / "config").write_text(config.format(scratch=folder, port=self.port, upstream=upstream))
-        self.command = {
-            "port_proxy": [sys.executable, PROGRAM, "--quiet", "--port", str(self.port)],
-            "nginx": ["nginx", "-c", str(folder / "config"), "-p", str(folder)],
-            "haproxy": ["haproxy", "-db", "-f", str(folder / "config")],
-        }[name]
-        self.prefix = "/proxy/%d" % upstream
-        self.start()
+        if name != "direct":
+            self.prefix, self.port = "/proxy/%d" % upstream, free_port()
+            config = Path(scratch) / "nginx.conf"
+            config.write_text(NGINX.format(scratch=scratch, port=self.port, upstream=upstream))
+            self.command = {
+                "port_proxy": [sys.executable, PROGRAM, "--quiet", "--port", str(self.port)],
+                "nginx": ["nginx", "-c", str(config), "-p", scratch],
+            }[name]
+            self.start()
 
     def start(self):
         begun = time.perf_counter()
@@ -9735,12 +9711,18 @@ class BenchSystem:
             return len(wire.message()[2]) == 2
         return False
 
+    def open(self, path="/200"):
+        """A connection that has had one answer from this path, or a WebSocket if `path` is None."""
+        wire = Wire.to(self.port)
+        wire.send(self.request("GET", path) if path else self.request("GET", "/", *HANDSHAKE))
+        wire.message(no_body=not path)
+        return wire
+
     def request(self, method, path, *lines):
-        host = "Host: localhost:%d" % self.port
-        return "\r\n".join(("%s %s%s HTTP/1.1" % (method, self.prefix, path), host) + lines + ("", "")).encode()
+        return request(method, self.prefix + path, *lines).replace(b"here:8888", b"localhost:%d" % self.port)
 
     def cpu(self):
-        """Seconds of processor time that the proxy has taken; None where the system does not tell, or there is none."""
+        """Seconds of processor time that the proxy has taken; None if there is no proxy, or no /proc."""
         try:
             fields = Path("/proc/%d/stat" % self.process.pid).read_text().rpartition(")")[2].split()
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -9757,108 +9739,82 @@ CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 
 def pin(pid, core):
-    """Keep a process on one of the first two processors (0: the load, -1: what is measured), where there are two."""
+    """Keep a process on one of the first two processors (0: the load, -1: the measured process), if there are two."""
     if len(CORES) > 1:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(pid, {CORES[:2][core]})
 
 
-def bench_requests(system, connections, seconds, size=200):
-    """GETs for `size` bytes on kept-alive connections: (answers, seconds); by wrk where it is installed."""
-    ask = system.request("GET", "/%d" % size)
+def bench_requests(system, connections, seconds):
+    """GETs for 200 bytes on kept-alive connections: (answers, seconds); by wrk if it is installed."""
     if shutil.which("wrk") and seconds >= 1:
-        url = "http://localhost:%d%s/%d" % (system.port, system.prefix, size)
-        told = subprocess.run(["wrk", "-t1", "-c%d" % connections, "-d%ds" % seconds, url], stdout=subprocess.PIPE, check=True).stdout.decode()
-        assert "Non-2xx" not in told, told
-        return int(re.search(r"(\d+) requests in", told).group(1)), int(seconds)
+        url = "http://localhost:%d%s/200" % (system.port, system.prefix)
+        command = ["wrk", "-t1", "-c%d" % connections, "-d%ds" % seconds, url]
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=seconds + WAIT).stdout.decode()
+        assert "Non-2xx" not in output, output
+        return int(re.search(r"(\d+) requests in", output).group(1)), int(seconds)
+    ask = system.request("GET", "/200")
     with Wire.to(system.port) as wire:
         wire.send(ask)
-        answer = len(wire.until(b"\r\n\r\n")) + size
-    return bench_rounds([Wire.to(system.port) for _ in range(connections)], ask, answer, seconds)
+        size = len(wire.until(b"\r\n\r\n")) + 200
+    wires = [Wire.to(system.port) for _ in range(connections)]
+    return bench_load(wires, lambda: ask, lambda data: size, seconds)
 
 
 def bench_browser(system, connections, seconds):
-    """GETs as a browser sends them on kept-alive connections, no two alike: (answers, seconds). A proxy that remembers
-    heads gains nothing here."""
-    number = 0
+    """GETs as a browser sends them on kept-alive connections, no two alike: (answers, seconds)."""
+    numbers = itertools.count()
 
-    def ask(wire):
-        nonlocal number
-        number += 1
-        wire.sock.send((BROWSER_REQUEST % dict(bench_numbers(number), prefix=system.prefix, port=system.port)).encode())
+    def ask():
+        parts = dict(bench_numbers(next(numbers)), prefix=system.prefix, port=system.port)
+        return (BROWSER_REQUEST % parts).encode()
 
-    wires = {}
-    for _ in range(connections):
-        wire = Wire.to(system.port)
-        wires[wire.sock] = wire
-    begun, answers = time.perf_counter(), 0
-    with selectors.DefaultSelector() as selector:
-        for wire in wires.values():
-            selector.register(wire.sock, selectors.EVENT_READ)
-            ask(wire)
-        while time.perf_counter() - begun < seconds:
-            for key, _ in selector.select(1):
-                wire = wires[key.fileobj]
-                assert wire.more(), "%s hung up" % system.name
-                head, mark, body = wire.buffer.partition(b"\r\n\r\n")
-                if mark and len(body) == int(re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", head).group(1)):
-                    assert head.startswith(b"HTTP/1.1 200 "), head
-                    wire.buffer = b""
-                    answers += 1
-                    ask(wire)
-    taken = time.perf_counter() - begun
-    for wire in wires.values():
-        wire.close()
-    return answers, taken
+    def size(data):
+        head, mark, _ = data.partition(b"\r\n\r\n")
+        length = mark and re.search(rb"(?i)\AHTTP/1.1 200 [^\0]*\r\ncontent-length: ([0-9]+)", head)
+        return len(head) + 4 + int(length.group(1)) if mark else 0
+
+    return bench_load([Wire.to(system.port) for _ in range(connections)], ask, size, seconds)
 
 
-def bench_new_connections(system, seconds, size=200):
-    """GETs for `size` bytes, each on a connection of its own, one after the other."""
-    ask = system.request("GET", "/%d" % size, "Connection: close")
+def bench_new_connections(system, seconds):
+    """GETs for 200 bytes, each on a connection of its own, one after the other."""
+    ask = system.request("GET", "/200", "Connection: close")
     begun, answers = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds:
         with Wire.to(system.port) as wire:
             wire.send(ask)
-            assert len(wire.message()[2]) == size
+            assert len(wire.message()[2]) == 200
         answers += 1
     return answers, time.perf_counter() - begun
 
 
 def bench_websockets(system, connections, seconds):
     """Messages of 32 bytes there and back."""
-    wires = bench_open(system, connections)
     message = bytes([0x82, 0x80 | 26]) + bytes(4 + 26)
-    return bench_rounds(wires, message, len(message), seconds)
+    wires = [system.open(None) for _ in range(connections)]
+    return bench_load(wires, lambda: message, lambda data: len(message), seconds)
 
 
-def bench_open(system, connections):
-    """WebSockets, opened one after the other."""
-    wires = [Wire.to(system.port) for _ in range(connections)]
-    for wire in wires:
-        wire.send(system.request("GET", "/", *HANDSHAKE))
-        assert b" 101 " in wire.until(b"\r\n\r\n")
-    return wires
+def bench_load(wires, ask, size, seconds):
+    """Send `ask()` on all connections, and again on each when its answer is whole: (answers, seconds).
 
-
-def bench_rounds(wires, ask, answer, seconds):
-    """Send `ask` on all connections, and again on each when `answer` bytes have come: (answers, seconds)."""
-    missing = {wire.sock: answer for wire in wires}
+    `size` gives the length of the answer that begins with these bytes, or 0 if it cannot tell yet.
+    """
     begun, answers = time.perf_counter(), 0
-    with selectors.DefaultSelector() as selector:
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
         for wire in wires:
-            selector.register(wire.sock, selectors.EVENT_READ)
-            wire.sock.send(ask)
+            selector.register(stack.enter_context(wire).sock, selectors.EVENT_READ, wire)
+            wire.sock.send(ask())
         while time.perf_counter() - begun < seconds:
             for key, _ in selector.select(1):
-                missing[key.fileobj] -= len(key.fileobj.recv(65536))
-                if not missing[key.fileobj]:
+                wire = key.data
+                assert wire.more(), "a connection was closed"
+                if len(wire.buffer) == size(wire.buffer):
+                    wire.buffer = b""
                     answers += 1
-                    missing[key.fileobj] = answer
-                    key.fileobj.send(ask)
-    taken = time.perf_counter() - begun
-    for wire in wires:
-        wire.close()
-    return answers, taken
+                    wire.sock.send(ask())
+        return answers, time.perf_counter() - begun
 
 
 def bench_download(system, megabytes):
@@ -9867,11 +9823,7 @@ def bench_download(system, megabytes):
         begun = time.perf_counter()
         wire.send(system.request("GET", "/%d" % (megabytes * 1000000)))
         wire.until(b"\r\n\r\n")
-        left, block = megabytes * 1000000 - len(wire.buffer), bytearray(1 << 20)
-        while left:
-            count = wire.sock.recv_into(block)
-            assert count
-            left -= count
+        take_blocks(wire, megabytes * 1000000)
         return megabytes, time.perf_counter() - begun
 
 
@@ -9886,78 +9838,71 @@ def bench_upload(system, megabytes):
         return megabytes, time.perf_counter() - begun
 
 
-def bench_idle(system, count, open_one):
-    """KiB that a proxy takes for each of `count` connections that idle; it is started anew, since one that has had others
-    takes theirs."""
+def bench_idle(system, count, path):
+    """KiB that a proxy, started anew, takes for each of `count` idle connections; see `BenchSystem.open`."""
     system.close()
     system.start()
-    open_one(system)[0].close()
-    before = rss_kib(system.process.pid)
-    wires = [open_one(system)[0] for _ in range(count)]
-    grown = rss_kib(system.process.pid) - before
-    for wire in wires:
-        wire.close()
-    return grown / count
-
-
-def bench_kept_alive(system):
-    wire = Wire.to(system.port)
-    wire.send(system.request("GET", "/200"))
-    wire.message()
-    return [wire]
+    system.open(path).close()
+    with contextlib.ExitStack() as stack:
+        before = rss_kib(system.process.pid)
+        for _ in range(count):
+            stack.enter_context(system.open(path))
+        return (rss_kib(system.process.pid) - before) / count
 
 
 def bench(names, seconds, repeats):
     """Measure all systems one right after the other, again and again, and print medians with their spread."""
-    megabytes, clients, websockets = (500, 1000, 500) if seconds >= 1 else (20, 100, 50)
+    megabytes, clients, websockets = (500, 1000, 500) if seconds >= 1 else (20, 50, 50)
     work = [
-        (
-            "as a browser, no head twice, 64 connections: requests/s", "CPU us each", 1e6,
-            lambda system: bench_browser(system, 64, seconds),
-        ),
-        ("200 B, 64 connections: requests/s", "CPU us each", 1e6, lambda system: bench_requests(system, 64, seconds)),
-        ("200 B, 1 connection: requests/s", "CPU us each", 1e6, lambda system: bench_requests(system, 1, seconds)),
-        ("200 B, a new connection each: requests/s", "CPU us each", 1e6, lambda system: bench_new_connections(system, seconds)),
-        ("download: MB/s", "CPU ms per GB", 1e6, lambda system: bench_download(system, megabytes)),
-        ("upload: MB/s", "CPU ms per GB", 1e6, lambda system: bench_upload(system, megabytes)),
-        ("WebSocket, 32 B, 64 connections: echoes/s", "CPU us each", 1e6, lambda system: bench_websockets(system, 64, seconds)),
+        ("as a browser, no head twice, 64 connections: requests/s", lambda one: bench_browser(one, 64, seconds)),
+        ("200 B, 64 connections: requests/s", lambda one: bench_requests(one, 64, seconds)),
+        ("200 B, 1 connection: requests/s", lambda one: bench_requests(one, 1, seconds)),
+        ("200 B, a new connection each: requests/s", lambda one: bench_new_connections(one, seconds)),
+        ("download: MB/s", lambda one: bench_download(one, megabytes)),
+        ("upload: MB/s", lambda one: bench_upload(one, megabytes)),
+        ("WebSocket, 32 B, 64 connections: echoes/s", lambda one: bench_websockets(one, 64, seconds)),
     ]
     idle = [
-        ("start to the first answer: ms", lambda system: system.started_in),
-        ("idle: MiB", lambda system: rss_kib(system.process.pid) / 1024),
-        ("idle kept-alive client: KiB", lambda system: bench_idle(system, clients, bench_kept_alive)),
-        ("idle WebSocket: KiB", lambda system: bench_idle(system, websockets, lambda system: bench_open(system, 1))),
+        ("start to the first answer: ms", lambda one: one.started_in),
+        ("idle: MiB", lambda one: rss_kib(one.process.pid) / 1024),
+        ("idle kept-alive client: KiB", lambda one: bench_idle(one, clients, "/200")),
+        ("idle WebSocket: KiB", lambda one: bench_idle(one, websockets, None)),
     ]
-    # The rows that most resemble what a person does come first; what idles is measured before, on a fresh proxy.
-    first = work[0][0]
-    results = {first: {}, first.split(":")[0] + ": " + work[0][1]: {}}
+    results = {}
 
     def note(row, name, value):
         results.setdefault(row, {}).setdefault(name, []).append(value)
 
-    with tempfile.TemporaryDirectory() as scratch, subprocess.Popen([sys.executable, str(HERE / "test_port_proxy.py"), "bench-upstream"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        os.chmod(scratch, 0o755)
-        upstream = int(server.stdout.readline())
-        pin(server.pid, 0)
-        pin(0, 0)
-        for _ in range(repeats):
-            systems = [BenchSystem(name, upstream, scratch) for name in names]
-            try:
-                for row, measure in idle if Path("/proc/self/status").exists() else idle[:1]:
-                    for system in systems[1:]:
-                        note(row, system.name, measure(system))
-                for row, cost, unit, measure in work:
+    def measure_all(systems):
+        for row, measure in idle if Path("/proc/self/status").exists() else idle[:1]:  # on fresh proxies
+            for system in systems[1:]:
+                note(row, system.name, measure(system))
+        for row, measure in work:
+            for system in systems:
+                before = system.cpu()
+                count, taken = measure(system)
+                note(row, system.name, count / taken)
+                if before is not None and count:
+                    cost = row.replace("MB/s", "CPU ms per GB")
+                    cost = re.sub(": [a-z]+/s", ": CPU us each", cost)
+                    note(cost, system.name, (system.cpu() - before) / count * 1e6)
+
+    command = [sys.executable, str(HERE / "test_port_proxy.py"), "bench-upstream"]
+    with tempfile.TemporaryDirectory() as scratch:
+        with spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            os.chmod(scratch, 0o755)
+            upstream = int(line_of(server))
+            pin(server.pid, 0)
+            pin(0, 0)
+            for _ in range(repeats):
+                systems = [BenchSystem(name, upstream, scratch) for name in names]
+                try:
+                    measure_all(systems)
+                finally:
                     for system in systems:
-                        before = system.cpu()
-                        count, taken = measure(system)
-                        note(row, system.name, count / taken)
-                        if before is not None and count:
-                            note(row.split(":")[0] + ": " + cost, system.name, (system.cpu() - before) / count * unit)
-            finally:
-                for system in systems:
-                    system.close()
-        server.stdin.close()
-    bench_report(results, names)
+                        system.close()
+    idle_rows = [row for row, _ in idle]
+    bench_report(sorted(results.items(), key=lambda item: item[0] in idle_rows), names)
 
 
 def bench_report(results, names):
@@ -9965,10 +9910,8 @@ def bench_report(results, names):
     peers = [name for name in names if name not in ("direct", "port_proxy")] or ["direct"]
     print("| work |", " | ".join(names), "|", " | ".join("port_proxy : " + peer for peer in peers), "|")
     print("|---" * (1 + len(names) + len(peers)) + "|")
-    for row, measured in results.items():
-        if not measured:  # the system does not tell
-            continue
-        cells = [bench_cell(measured[name]) if name in measured else "" for name in names]
+    for row, measured in results:
+        cells = [bench_cell(measured.get(name)) for name in names]
         for peer in peers:
             pairs = zip(measured["port_proxy"], measured.get(peer, []))
             cells.append(bench_cell([ours / theirs for ours, theirs in pairs if theirs]))
@@ -9979,7 +9922,9 @@ def bench_cell(values):
     def short(value):
         return "%.0f" % value if value >= 100 else "%.1f" % value if value >= 10 else "%.2f" % value
 
-    return "%s (%s-%s)" % tuple(map(short, (sorted(values)[len(values) // 2], min(values), max(values)))) if values else ""
+    if not values:
+        return ""
+    return "%s (%s-%s)" % tuple(map(short, (sorted(values)[len(values) // 2], min(values), max(values))))
 
 
 def bench_main(arguments=None):
@@ -9987,27 +9932,25 @@ def bench_main(arguments=None):
     parser = argparse.ArgumentParser(description="Tests are run by pytest; this measures, and fuzzes for longer.")
     commands = parser.add_subparsers(dest="command")
     commands.required = True
-    command = commands.add_parser("bench", help="compare port_proxy with what else is installed: nginx, haproxy")
+    command = commands.add_parser("bench", help="compare port_proxy with nginx, if that is installed")
     command.add_argument("--seconds", type=float, default=2, help="length of one measurement (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=3, help="how often each is measured (default: %(default)s)")
     commands.add_parser("bench-upstream")
-    command = commands.add_parser("fuzz", help="send what is wrong through a proxy, from both sides")
+    command = commands.add_parser("fuzz", help="send invalid messages through a proxy, from both sides")
     command.add_argument("count", type=int, nargs="?", default=100000, help="how many clients (default: %(default)s)")
     command.add_argument("--seed", type=int, default=1, help="where the random choices begin (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "bench-upstream":
         bench_upstream()
-        return
-    if options.command == "fuzz":
+    elif options.command == "fuzz":
         begun = time.monotonic()
         print(fuzz(options.count, options.seed))
         print("%.0f clients a second" % (options.count / (time.monotonic() - begun)))
-        return
-    names = ["direct", "port_proxy"] + [name for name in ("nginx", "haproxy") if shutil.which(name)]
-    cores = len(CORES) or os.cpu_count()
-    load = "wrk" if shutil.which("wrk") else "its own load, which is what limits the fastest"
-    print("CPython %s, %s, %d processors, %s" % (sys.version.split()[0], platform.platform(), cores, load), flush=True)
-    bench(names, options.seconds, options.repeats)
+    else:
+        load = "wrk" if shutil.which("wrk") else "its own load, which is what limits the fastest"
+        parts = (sys.version.split()[0], platform.platform(), len(CORES) or os.cpu_count(), load)
+        print("CPython %s, %s, %d processors, %s" % parts, flush=True)
+        bench(["direct", "port_proxy"] + ["nginx"] * bool(shutil.which("nginx")), options.seconds, options.repeats)
 
 
 if __name__ == "__main__":
