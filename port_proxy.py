@@ -2558,9 +2558,9 @@ _PORTS_PAGE = """\
 <h1>Ports of this machine</h1><p class="soft" role="status"></p>
 <label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>
 <ul class="ports">{items}</ul><p id="none"{hidden}>{nothing}</p>
-<form action="{base}/"><label>Another port <input name="port" inputmode="numeric" required \
-pattern=" *[1-9][0-9]{{0,4}} *" title="a number from 1 to 65535" placeholder="8080" \
-autocomplete="off"></label><button>Open</button></form>
+<form action="{base}/"><label>Another port <input name="port" required \
+pattern=" *(https?://)?([^ ]+:)?[1-9][0-9]{{0,4}}(/.*)? *" \
+title="a port such as 8080, or localhost:8080" placeholder="8080" autocomplete="off"></label><button>Open</button></form>
 <details><summary>Forms of an address</summary><table>{forms}</table></details>"""
 _PORT_ITEM = """\
 <li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>\
@@ -2630,22 +2630,24 @@ _WAITING_PAGE = """\
 <div id="help"><p>If nothing happens:</p><ul>
 <li>Does the log of the app show an error, or another port?</li>
 <li>Does the app listen on 127.0.0.1 or 0.0.0.0, and not only on another address?</li>
-<li>On the machine, run <code>python3 port_proxy.py --check {port}</code> to examine the port.</li>
-</ul></div><p class="soft">502 &middot; port_proxy</p>"""
+<li>On the machine, run <code>{command} --check {port}</code> to examine the port.</li>
+</ul></div>"""
+_FOOTER = '<p class="soft"><a href="%s">All ports</a> &middot; %d &middot; port_proxy</p>'
 # Requests the head of this page, less and less often, until a response is not the proxy's own.
 _WAITING_SCRIPT = """
-let pause = 1000, since = Date.now()
+const help = document.querySelector('#help')
+let pause = 1000
 async function look() {
   try {
     const options = {method: 'HEAD', cache: 'no-store', redirect: 'manual'}
     const response = document.hidden ? null : await fetch(location.href, options)
     if (response && response.headers.get('Port-Proxy') !== 'waiting') return location.reload()
   } catch (error) {}
-  if (Date.now() - since > 20000) document.querySelector('#help').hidden = false
   pause = Math.min(pause * 1.3, 8000)
   setTimeout(look, pause)
 }
-document.querySelector('#help').hidden = true
+help.hidden = true
+setTimeout(() => { help.hidden = false }, 5000)
 setTimeout(look, pause)
 """
 _SIGN_IN_FORM = """\
@@ -2664,7 +2666,11 @@ _FORMS = (
     ("/db1.example.org:8080/", "port 8080 of a host that --host-allowlist allows"),
     ("/absolute/db1.example.org:8080/", _SAME_PATH),
 )
-_LINK_NAMES = {"host": "own host", "stripped": "prefix stripped", "absolute": "prefix kept"}
+# Paths that people type for a port: /8080, /proxy/localhost/8080, /absproxy/8080, http://...:8080/.
+_MEANT = re.compile(
+    r"(?:/(?:proxy|ports?))?(/abs(?:olute|proxy))?(?:/https?:/)?(?:/(?:localhost|127\.0\.0\.1))?"
+    r"[/:]([1-9][0-9]{0,4})(?:[/?].*)?"
+)
 _OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
 _TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
 _TITLE_BYTES = 65536  # the part of a page that is searched for its title
@@ -2752,17 +2758,16 @@ def title_in(headers: Headers, data: bytes) -> str:
     """The title of an HTML page that begins with `data`; "" if it cannot be read."""
     media_type = "".join(headers.get_all("content-type")[:1]).lower()
     coding = "".join(headers.get_all("content-encoding")).lower()
-    if "html" not in media_type or coding not in ("", "gzip", "deflate"):
+    if "html" not in media_type or coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         return ""
     try:
-        if coding:  # 47: the head of the data tells which of the two it is
+        if coding not in ("", "identity"):  # 47: the head of the data tells which of the two it is
             data = zlib.decompressobj(47).decompress(data, _TITLE_BYTES)
         match = _TITLE.search(data[:_TITLE_BYTES].decode("utf-8", "replace"))
         title = html.unescape(match.group(1)) if match else ""
     except (zlib.error, ValueError):  # ValueError: a character reference of thousands of digits
         return ""
-    title = " ".join(title.split())[:100]
-    return "".join(letter if letter.isprintable() else " " for letter in title)
+    return printable(" ".join(title.split())[:100])
 
 
 def port_links(base: str, port: int, host_url: str) -> Dict[str, str]:
@@ -2809,8 +2814,10 @@ def _ports_page(base: str, entries: Sequence[PortEntry]) -> str:
 def _port_item(entry: PortEntry) -> str:
     port, links = entry.listener.port, []
     for form, url in entry.links.items():
-        name = _LINK_NAMES[form]
-        values = (html.escape(url), port, name, name)
+        name = "For apps with a base path set"
+        if form != "absolute":
+            name = "Open" if form == "host" else "Open under " + url
+        values = (html.escape(url), port, html.escape(name), html.escape(name))
         links.append('<a href="%s" aria-label="port %d, %s">%s</a> ' % values)
     return _PORT_ITEM.format(
         port=port,
@@ -2831,7 +2838,10 @@ def _port_data(entry: PortEntry) -> Dict[str, Any]:
 
 def _summary(listener: Listener) -> str:
     """A line for people: the program, its age, and why localhost does not reach it."""
-    parts = [listener.program, _age(time.time() - listener.started) if listener.started else ""]
+    parts = [
+        printable(listener.program),
+        _age(time.time() - listener.started) if listener.started else "",
+    ]
     if not reaches_any("localhost", listener.addresses):
         parts.append("listens on %s only, not on localhost" % ", ".join(listener.addresses))
     return " \u00b7 ".join(filter(None, parts))
@@ -2845,25 +2855,62 @@ def _age(seconds: float) -> str:
     return "just started"
 
 
-def error_response(error: ProxyError, as_html: bool) -> LocalResponse:
-    """A page or plain text for an error; it repeats nothing of the request but a checked name."""
+def error_response(
+    error: ProxyError, request: Optional[Request] = None, base: str = ""
+) -> LocalResponse:
+    """A page for a person, plain text for a program; it repeats nothing of the request but checked
+    names.  request: None if it could not be parsed."""
     phrase = reason_phrase(error.status)
-    if not as_html:
-        text = "%d %s\n%s\n" % (error.status, phrase, error.detail)
+    if isinstance(error, SignInNeeded):
+        return _sign_in_page(error)
+    path = _path_meant(error, request, base) if request else ""
+    if (
+        request is None
+        or not request.is_navigation
+        or request.method not in ("GET", "HEAD", "POST")
+    ):
+        meant = " Did you mean %s?" % path if path else ""
+        text = "%d %s\n%s%s\n" % (error.status, phrase, error.detail, meant)
         return _response(error.status, "text/plain", text, error.fields)
-    body = '<h1>%s</h1><p>%s</p><p class="soft">%d &middot; port_proxy</p>'
-    body %= phrase, _detail(error), error.status
+    detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
+    footer = _FOOTER % (html.escape(ports_url(request.client, base)), error.status)
+    if isinstance(error, NotListening) and request.is_page_visit:
+        port = error.route.port
+        body = _WAITING_PAGE.format(port=port, detail=detail, command=own_command())
+        title = "Waiting for port %d" % port
+        return _page(error.status, title, body + footer, error.fields, _WAITING_SCRIPT)
+    meant = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path)) if path else ""
+    body = "<h1>%s</h1>%s<p>%s</p>%s" % (phrase, meant, detail, footer)
     return _page(error.status, phrase, body, error.fields)
 
 
-def waiting_response(error: ProxyError, port: int) -> LocalResponse:
-    """The page that opens an app as soon as it listens."""
-    body = _WAITING_PAGE.format(port=port, detail=_detail(error))
-    title = "Waiting for port %d" % port
-    return _page(error.status, title, body, error.fields, _WAITING_SCRIPT)
+def _path_meant(error: ProxyError, request: Request, base: str) -> str:
+    """The path of ours that a mistyped one most likely means; "" if there is none."""
+    if error.status != 404 or request.route is not None:
+        return ""
+    match = _MEANT.fullmatch(path_below(base, request.target) or request.target)
+    if not match or int(match.group(2)) > 65535:
+        return ""
+    return "%s%s/%s/" % (base, "/absolute" if match.group(1) else "", match.group(2))
 
 
-def sign_in_response(error: SignInNeeded) -> LocalResponse:
+def ports_url(client: ClientInfo, base: str) -> str:
+    """The URL of the page of ports, for a client that may be at the host of an app."""
+    if not client.app_port:
+        return base + "/"
+    host = host_of(client.authority)
+    authority = host.partition(".")[2] + client.authority[len(host) :]
+    return "%s://%s%s/" % (client.scheme, authority, base)
+
+
+def typed_location(base: str, text: str) -> str:
+    """The path for the input "Another port": a port, host:port or URL; ProxyError if it is none."""
+    upstream = re.sub(r"\A(?:https?://)?(?:localhost:)?", "", text.strip())
+    route = find_route(base, "%s/%s/" % (base, upstream))[0]
+    return (route.prefix if route else base) + "/"
+
+
+def _sign_in_page(error: SignInNeeded) -> LocalResponse:
     """The page that asks for the token, or links to the page that does."""
     detail = "<p>%s</p>" % html.escape(error.detail) if error.detail else ""
     target, action = html.escape(error.target), html.escape(error.action)
@@ -2884,11 +2931,6 @@ def reason_phrase(status: int) -> str:
         return HTTPStatus(status).phrase
     except ValueError:
         return "Error"
-
-
-def _detail(error: ProxyError) -> str:
-    """The detail of an error as HTML; options in it are set as code."""
-    return _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
 
 
 def _page(
@@ -4444,16 +4486,9 @@ class Exchange:
 
     async def respond_error(self, error: ProxyError) -> None:
         """Respond with the error: as a page to a person, as plain text to a program."""
-        request = self.request
         error.phrase_advice(self.gate.terms)
         self.failure = error.detail if error.status >= 400 else ""
-        if isinstance(error, SignInNeeded):
-            await self.respond(sign_in_response(error))
-        elif isinstance(error, NotListening) and request.is_page_visit:
-            await self.respond(waiting_response(error, error.route.port))
-        else:
-            as_html = request.is_navigation and request.method in ("GET", "HEAD", "POST")
-            await self.respond(error_response(error, as_html))
+        await self.respond(error_response(error, self.request, self.config.base))
 
     async def _redirect_into_prefix(self) -> None:
         """Redirect an unprefixed request after its body; browsers read no response before."""
@@ -4465,8 +4500,7 @@ class Exchange:
         config, client = self.config, self.request.client
         port = dict(parse_qsl(self.request.target.partition("?")[2])).get("port")
         if port is not None:  # typed into the page
-            route = find_route(config.base, "%s/%s/" % (config.base, port.strip()))[0]
-            location = (route.prefix if route else config.base) + "/"
+            location = typed_location(config.base, port)
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
         found = await self.proxy.upstreams.sockets.listeners(self.client.deadlines.loop)
@@ -4896,7 +4930,7 @@ class PortProxy:
     async def _refuse(self, client: Connection, error: ProxyError) -> None:
         """Answer bytes that are not a request, and close the connection."""
         logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
-        client.write([local_response(error_response(error, False), keep_alive=False)])
+        client.write([local_response(error_response(error), keep_alive=False)])
         await self._linger(client, is_read=False)
 
     async def _serve_request(self, client: Connection, request: Request, gate: Gate) -> bool:
@@ -5025,9 +5059,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
 
 _UNIX_PREFIX = "unix:"
 _FULL = local_response(
-    error_response(
-        ProxyError(503, "There are too many connections.", (("Retry-After", "5"),)), False
-    ),
+    error_response(ProxyError(503, "There are too many connections.", (("Retry-After", "5"),))),
     keep_alive=False,
 )
 

@@ -4162,7 +4162,7 @@ PROGRAMS = [
     (["nginx: master process nginx -c /etc/secret.conf", "", ""], "nginx"),
     (["nginx: master process nginx -p /a/ -c b"], "nginx"), (["puma 6.4.0 (tcp://0.0.0.0:3000) [app]"], "puma"),
     (["postgres: worker db=//u:s3cret@h/n"], "postgres"), (["/opt/my app/bin/serve", "--secret"], "serve"),
-    ([""], ""), ([], ""),
+    ([""], ""), ([], ""), (["\x1b[31m\x9bx\x7f"], "\x1b[31m\x9bx\x7f"),
 ]  # fmt: skip
 
 
@@ -4221,16 +4221,35 @@ def page_with(body):
 
 class TestPages:
     def test_error_is_html_only_for_a_navigation(self, proxy):
-        html_only, cors = ("Accept: text/html",), ("Accept: text/html", "Sec-Fetch-Mode: cors")
-        navigation = ("Accept: text/html", "Sec-Fetch-Mode: navigate")
+        """A page leads on to all ports."""
         for method, lines, kind in (
-            ("GET", ("Accept: text/html, */*",), "html"), ("GET", navigation, "html"), ("GET", cors, "plain"),
-            ("GET", ("Accept: */*",), "plain"), ("GET", (), "plain"), ("PUT", html_only, "plain"),
-            ("POST", navigation, "html"),
+            ("GET", ("Accept: text/html, */*",), "html"), ("GET", VISIT, "html"), ("POST", VISIT, "html"),
+            ("GET", ("Accept: text/html", "Sec-Fetch-Mode: cors"), "plain"), ("GET", ("Accept: */*",), "plain"),
+            ("GET", (), "plain"), ("PUT", ("Accept: text/html",), "plain"),
         ):  # fmt: skip
             response = proxy.ask(request(method, "/nothing", *lines))
             assert status_of(response) == 404
             assert fields_of(response)["content-type"] == "text/%s; charset=utf-8" % kind, (method, lines)
+            assert (b'<a href="/proxy/">All ports</a>' in response[2]) is (kind == "html")
+
+    def test_page_at_the_host_of_an_app_leads_to_all_ports(self, proxy):
+        with closed_port() as port:
+            page = proxy.ask(at("%d.localhost:8888" % port, "GET", "/a", *VISIT))
+        assert (status_of(page), b'<a href="http://localhost:8888/proxy/">All ports' in page[2]) == (502, True)
+
+    @pytest.mark.parametrize("target, path", [
+        ("/5000/", "/proxy/5000/"), ("/5000", "/proxy/5000/"), ("/5000/a?b", "/proxy/5000/"),
+        ("/proxy/localhost/5000", "/proxy/5000/"), ("/proxy/http://localhost:5000/x", "/proxy/5000/"),
+        ("/localhost:5000/", "/proxy/5000/"), ("/port/5000/", "/proxy/5000/"),
+        ("/absproxy/5000/", "/proxy/absolute/5000/"), ("/absolute/5000/", "/proxy/absolute/5000/"),
+        ("/api/5000", ""), ("/proxy/a", ""), ("/99999/", ""), ("/050/", ""), ("/5000x/", ""),
+    ])  # fmt: skip
+    def test_path_without_the_prefix_is_told_the_right_one(self, proxy, target, path):
+        page, text = proxy.get(target, *VISIT), proxy.get(target)
+        assert (status_of(page), status_of(text)) == (404, 404)
+        link = 'Did you mean <a href="{0}">{0}</a>?'.format(path)
+        assert [link in page[2].decode(), "Did you mean %s?" % path in text[2].decode()] == [bool(path)] * 2
+        assert path or b"Did you mean" not in page[2] + text[2]
 
     def test_error_page_runs_and_loads_nothing(self, start):
         """CVE-2024-35225: what a page says is text, whatever it says."""
@@ -4296,6 +4315,8 @@ class TestPages:
         ):  # fmt: skip
             assert part in listing.page
         assert not re.search("<[bi]>", listing.page)
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", listing.page + listing.text)
+        assert all(r"\x1b[31m\x9bx\x7f" in text for text in (listing.page, listing.text))
         assert listing.page.count("<li id=") == listing.items.count("<li id=") == len(listing.at_localhost)
 
     def test_ports_are_listed_as_text_with_their_age(self, listing):
@@ -4329,6 +4350,7 @@ class TestPages:
         for port, location in (
             ("8080", "/proxy/8080/"), ("+8080+", "/proxy/8080/"), ("db:80", "/proxy/db:80/"),
             ("absolute/80", "/proxy/absolute/80/"), ("80/x?y", "/proxy/80/"), ("80%0D%0Aa:b", None),
+            ("localhost:5000", "/proxy/5000/"), ("+http://localhost:5000/x", "/proxy/5000/"),
             ("a", None), ("//evil", None), ("99999", None), ("80/x%0D%0Aa:b", None),
         ):  # fmt: skip
             response = proxy.get("/proxy/?port=" + port, *NAVIGATION)
@@ -4388,13 +4410,14 @@ class TestTitles:
         ("Content-Type: text/html; charset=utf-8\r\n", "<title>\u00e4</title>".encode(), "\u00e4"),
         (HTML + "Content-Encoding: gzip\r\n", gzip.compress(b"<title>a</title>" + bytes(range(256)) * 2000), "a"),
         (HTML + "Content-Encoding: gzip\r\n", b"no gzip", None),
+        (HTML + "Content-Encoding: identity\r\n", b"<title>c</title>", "c"),
         (HTML + "Content-Encoding: br\r\n", b"<title>a</title>", None),
         ("Content-Type: text/plain\r\n", b"<title>a</title>", None), (HTML, b"<title>never closed", None),
         (HTML, b"<title>" + b"x" * 300 + b"</title>", "x" * 100), (HTML, b"", None),
         # A pattern with two ways to match would take minutes for some of these.
         (HTML, b"<title>&#" + 5000 * b"9" + b";</title>", None), (HTML, b"<title" * 10000, None),
         (HTML, b"<title>" + b"a" * 60000, None), (HTML, b"<titles>x</titles>", None),
-        (HTML, b"<title>\x1b[31mred\xe2\x80\xae</title>", " [31mred "), (HTML, b"<title lang='en'>b</title>", "b"),
+        (HTML, b"<title>\x1b[31mred\xe2\x80\xae</title>", r"\x1b[31mred\u202e"), (HTML, b"<title lang='en'>b</title>", "b"),
     ]  # fmt: skip
 
     def title(self, proxy, app):
@@ -8358,7 +8381,7 @@ class TestInChromium:
             page.type("app 0")
             page.until("[...document.querySelectorAll('.ports li')].filter(one => !one.hidden).length === 1")
             page.tell(clear)
-            page.type("own host")  # which every line has, as what a link is called
+            page.type("base path")  # which every line has, in the name of a link
             page.until("document.querySelector('#none').innerText === 'No port matches.'")
             page.tell(clear)
             assert page.tell("document.querySelector('#none').hidden")
@@ -8399,7 +8422,7 @@ class TestInChromium:
             page.open("http://localhost:%d/proxy/" % port)
             page.tell("document.querySelector('#p%d .port').focus()" % app.port)
             page.press("Tab")
-            assert page.tell("document.activeElement.getAttribute('aria-label')") == "port %d, own host" % app.port
+            assert page.tell("document.activeElement.getAttribute('aria-label')") == "port %d, Open" % app.port
             page.press("Tab")
             page.press("Enter", "\r")
             page.until("document.querySelector('#app').innerText === 'the app'")
