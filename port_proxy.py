@@ -2046,9 +2046,12 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 # A link such as "/static/app.js" on an app's page leaves the prefix.  If all paths of the origin
 # are ours (`Config.whole_origin`), the app is found by the page that asks (Referer), or else by a
-# cookie that names the app that this browser opened last.  The request is then redirected into the
-# prefix, or served as it is if it cannot be redirected.  Browsers keep the app's cookies for the
-# prefix; copies of them under names of ours are sent to all paths.
+# signed cookie that names the app that this browser opened last.  The request is then redirected
+# into the prefix, or served as it is if it cannot be redirected.  Browsers keep the app's cookies
+# for the prefix; copies of them under names of ours are sent to all paths.
+#
+# gate: `app_cookie` is the name of the cookie, "" if unprefixed requests are not served; `key`
+# signs it.
 
 
 class LocalResponse(NamedTuple):
@@ -2068,35 +2071,24 @@ def sign(key: bytes, purpose: str, text: str) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def find_app(request: Request, config: Config, cookie: str) -> Request:
+def find_app(request: Request, gate: Any) -> Request:
     """The request with its route, even if the prefix is missing.
 
-    cookie: the name of the cookie that names the last app, "" if unprefixed requests are not
-    served.  Raises ProxyError 302 to our own page, 400, or 404 if no app is found.
+    Raises ProxyError 302 to our own page, 400, or 404 if no app is found.
     """
-    error = request.route_error
+    error, config = request.route_error, gate.config
     if error is None:
         return request
-    if cookie and error.status == 404 and not is_below(config.base or "/absolute", request.target):
-        app = _find_unprefixed(request, config, cookie)
-        if app is not None:
-            return app
-    raise _not_found(error, request, config)
-
-
-def _find_unprefixed(request: Request, config: Config, cookie: str) -> Optional[Request]:
-    """Only pages of our own origin, and a person who types an address, can mean an app."""
-    base = config.base
-    if not _comes_from_us(request):
-        return None
-    for app in _app_of_referer(request, base) or cookie_values(request.headers, cookie):
-        if _is_app(base, app):
-            target = "%s/%s%s" % (base, app, request.target)
-            route, path, query = find_route(base, target, config.upstream_tls)
+    is_served = gate.app_cookie and not is_below(config.base or "/absolute", request.target)
+    if is_served and error.status == 404 and _comes_from_us(request):
+        app = _app_of_page(request, gate)
+        if app:
+            target = "%s/%s%s" % (config.base, app, request.target)
+            route, path, query = find_route(config.base, target, config.upstream_tls)
             return request._replace(
                 route=route, path=path, query=query, route_error=None, is_unprefixed=True
             )
-    return None
+    raise _not_found(error, request, config)
 
 
 def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyError:
@@ -2131,7 +2123,7 @@ def redirect_into_prefix(request: Request, gate: Any) -> LocalResponse:
 
 
 def cookies_for_unprefixed(
-    request: Request, response: Response, lines: List[str], cookie: str
+    request: Request, response: Response, lines: List[str], gate: Any
 ) -> List[str]:
     """Set-Cookie lines that let unprefixed requests of this browser find the app and its cookies.
 
@@ -2143,38 +2135,35 @@ def cookies_for_unprefixed(
         return []
     dest = request.headers.get("sec-fetch-dest")
     is_opened = request.is_page_visit and dest in ("", "document")  # not in a frame
-    known = cookie_values(request.headers, cookie)
-    if not is_opened and not known:
+    app, last_app = _app_name(route), _last_app(request, gate)
+    if not is_opened and not last_app:
         return []
-    added = []
-    for line in lines:
-        if line[:11].lower() == "set-cookie:":
-            added += [
-                "Set-Cookie: " + one for one in _copies(line[11:].strip(" \t"), route, cookie)
-            ]
-    if is_opened and response.status < 400 and known != [_app_name(route)]:
+    start = _copy_name(app, gate)
+    values = (line[11:].strip(" \t") for line in lines if line[:11].lower() == "set-cookie:")
+    cookies = [copy for copy in (_copy(value, start) for value in values) if copy]
+    if is_opened and response.status < 400 and app != last_app:
         secure = "; Secure" if request.client.scheme == "https" else ""
-        text = "Set-Cookie: %s=%s; Path=/; HttpOnly; SameSite=Lax%s"
-        added.append(text % (cookie, _app_name(route), secure))
-    return added
+        text = "%s=%s.%s; Path=/; HttpOnly; SameSite=Lax%s"
+        cookies.append(text % (gate.app_cookie, app, sign(gate.key, "app", app), secure))
+    return ["Set-Cookie: " + cookie for cookie in cookies]
 
 
-def with_own_cookies(request: Request, cookie: str) -> Request:
+def with_own_cookies(request: Request, gate: Any) -> Request:
     """An unprefixed request that is served as it is, with the app's cookies from their copies."""
     assert request.route is not None
-    start = _copy_name(request.route, cookie)
-    values = request.headers.get_all("cookie")
+    start, headers = _copy_name(_app_name(request.route), gate), request.headers
+    values = headers.get_all("cookie")
     pairs = [pair.strip(" \t") for value in values for pair in value.split(";")]
     names = frozenset(map(cookie_name, pairs))
-    restored = [pair[len(start) :] for pair in pairs if pair.startswith(start)]
+    restored = (pair[len(start) :] for pair in pairs if pair.startswith(start))
     own = [pair for pair in restored if cookie_name(pair) not in names]
     if not own:
         return request
-    headers = request.headers
-    others = [(k, line) for k, line in zip(headers.keys, headers.lines) if k != "cookie"]
-    lines = others + [("cookie", "Cookie: " + "; ".join(pairs + own))]
-    new = Headers([key for key, _ in lines], [line for _, line in lines])
-    return request._replace(headers=new)
+    fields = [(key, line) for key, line in zip(headers.keys, headers.lines) if key != "cookie"]
+    fields.append(("cookie", "Cookie: " + "; ".join(pairs + own)))
+    return request._replace(
+        headers=Headers([key for key, _ in fields], [line for _, line in fields])
+    )
 
 
 def _comes_from_us(request: Request) -> bool:
@@ -2201,26 +2190,32 @@ def _own_path(url: str, authority: str) -> str:
     return re.split("[?#]", match.group(3))[0] or "/"
 
 
-def _app_of_referer(request: Request, base: str) -> List[str]:
-    """The app of the page that asks; [] if it has none, [""] if it is our own page."""
+def _app_of_page(request: Request, gate: Any) -> str:
+    """The app of the page that asks, or else the last app; "" if it is our own page."""
+    base = gate.config.base
     for referer in request.headers.get_all("referer"):
         path = _own_path(referer, request.client.authority)
         if base and path and is_home(base, path):
-            return [""]
+            return ""
         with contextlib.suppress(ProxyError):
             route = find_route(base, path)[0] if path else None
             if route is not None:
-                return [_app_name(route)]
-    return []
+                return _app_name(route)
+    return _last_app(request, gate)
 
 
-def _is_app(base: str, app: str) -> bool:
-    """Whether a name that a browser sent is the name of an app, and nothing else."""
-    try:
-        route = find_route(base, "%s/%s/" % (base, app))[0]
-    except ProxyError:
-        return False
-    return route is not None and _app_name(route) == app
+def _last_app(request: Request, gate: Any) -> str:
+    """The app that this browser opened last, "" if unknown.
+
+    A page of an app or of another port can set a cookie of that name.  It cannot sign it, and next
+    to it our own does not count either.
+    """
+    values = cookie_values(request.headers, gate.app_cookie)
+    app, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
+    is_ours = app and hmac.compare_digest(
+        signature.encode("latin-1"), sign(gate.key, "app", app).encode()
+    )
+    return app if is_ours else ""
 
 
 def _app_name(route: Route) -> str:
@@ -2229,23 +2224,21 @@ def _app_name(route: Route) -> str:
     return "/".join(parts[-2:] if route.absolute else parts[-1:])
 
 
-def _copy_name(route: Route, cookie: str) -> str:
+def _copy_name(app: str, gate: Any) -> str:
     """How the names of the copies of an app's cookies begin."""
-    return "%s_%s_" % (cookie, hashlib.sha256(_app_name(route).encode()).hexdigest()[:8])
+    return "%s_%s_" % (gate.app_cookie, hashlib.sha256(app.encode()).hexdigest()[:8])
 
 
-def _copies(value: str, route: Route, cookie: str) -> List[str]:
-    """A copy of a cookie that is not sent to all paths, under a name of ours that is."""
-    attributes = value.split(";")[1:]
+def _copy(value: str, start: str) -> str:
+    """A copy of a cookie under a name of ours, sent to all paths; "" if the cookie itself is."""
+    pair, *attributes = value.split(";")
     keys = [part.partition("=")[0].strip(" \t").lower() for part in attributes]
-    split = zip(attributes, keys)
+    split = list(zip(attributes, keys))
     paths = [part.partition("=")[2].strip(" \t") for part, key in split if key == "path"]
-    pair = value.split(";")[0].strip(" \t")
-    if not pair.partition("=")[0] or paths[-1:] == ["/"]:
-        return []
-    dropped = ("path", "domain", "httponly")
-    kept = [part for part, key in zip(attributes, keys) if key not in dropped]
-    return [";".join([_copy_name(route, cookie) + pair] + kept + [" Path=/", " HttpOnly"])]
+    if not pair.strip(" \t").partition("=")[0] or paths[-1:] == ["/"]:
+        return ""
+    kept = [part for part, key in split if key not in ("path", "domain", "httponly")]
+    return ";".join([start + pair.strip(" \t")] + kept + [" Path=/", " HttpOnly"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4208,7 +4201,7 @@ class Exchange:
             if response is not None:
                 await self.respond(response)
                 return
-        request = self.request = find_app(self.request, self.config, self.gate.app_cookie)
+        request = self.request = find_app(self.request, self.gate)
         await self.gate.authorize(request)
         self.client.deadlines.is_active = True
         if request.route is not None:
@@ -4234,7 +4227,7 @@ class Exchange:
             await self.respond(redirect_response(location))
             return
         if request.is_unprefixed:
-            request = self.request = with_own_cookies(request, gate.app_cookie)
+            request = self.request = with_own_cookies(request, gate)
         # The part of the body that is here is checked before an upstream is taken.
         pieces = [request_for_upstream(request, gate)] + self.body.at_hand()
         pooled = upstreams.take(route, request.is_replayable)
@@ -4385,9 +4378,8 @@ class Exchange:
     def _response_head(self, response: Response, sent_as: Framing) -> bytes:
         """The head that the client gets."""
         lines = response_lines(response, self.request, self.gate)
-        cookie = self.gate.app_cookie
-        if cookie:
-            lines += cookies_for_unprefixed(self.request, response, lines, cookie)
+        if self.gate.app_cookie:
+            lines += cookies_for_unprefixed(self.request, response, lines, self.gate)
         if not self.keep_alive and response.status >= 200:
             lines.append("Connection: close")
         return serialise(lines, sent_as)

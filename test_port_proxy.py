@@ -71,6 +71,8 @@ from port_proxy import (
     client_info,
     cookie_name,
     cookie_values,
+    cookies_for_unprefixed,
+    find_app,
     find_route,
     host_form,
     host_of,
@@ -2587,31 +2589,32 @@ class TestRewritingOnTheWire:
 
 US = "http://here:8888"
 # The path of our own page that makes the request, or the fields; whether it is a page visit; the prefix of the
-# redirect, None for a 404.  LAST stands for the name of the cookie that says which app was opened last.
+# redirect, None for a 404.  LAST(80) stands for the cookie after a visit of app 80, LAST for the name of that cookie.
 UNPREFIXED = [
     (["/proxy/80/a/b?c"], False, "/proxy/80"), (["/proxy/absolute/80/a"], False, "/proxy/absolute/80"),
     (["/proxy/80"], True, "/proxy/80"), (["/proxy/db:80/#x"], False, "/proxy/db:80"), (["/"], False, None),
-    (["/proxy/80/", "Cookie: LAST=90"], False, "/proxy/80"), (["/", "Cookie: LAST=90"], False, "/proxy/90"),
-    (["/worker.js", "Cookie: a=b; LAST=absolute/90"], False, "/proxy/absolute/90"),
-    (["/proxy/", "Cookie: LAST=90"], False, None),  # from the proxy's own page
-    (["/proxy?a", "Cookie: LAST=90"], True, None),
-    (["Referer: http://evil/proxy/80/", "Cookie: LAST=90"], False, None),
-    (["Referer: http://evil/", "Cookie: LAST=90"], True, None),
+    (["/proxy/80/", "Cookie: LAST(90)"], False, "/proxy/80"), (["/", "Cookie: LAST(90)"], False, "/proxy/90"),
+    (["/worker.js", "Cookie: a=b; LAST(absolute/90)"], False, "/proxy/absolute/90"),
+    (["/proxy/", "Cookie: LAST(90)"], False, None),  # from the proxy's own page
+    (["/proxy?a", "Cookie: LAST(90)"], True, None),
+    (["Referer: http://evil/proxy/80/", "Cookie: LAST(90)"], False, None),
+    (["Referer: http://evil/", "Cookie: LAST(90)"], True, None),
     (["/proxy/80/", "Sec-Fetch-Site: cross-site"], True, None),
     (["/proxy/80/", "Sec-Fetch-Site: same-site"], False, None), (["/proxy/80/", "Origin: http://evil"], False, None),
     (["/proxy/80/", "Origin: null"], False, None),
     (["/proxy/80/", "Origin: " + US, "Sec-Fetch-Site: same-origin"], False, "/proxy/80"),
-    (["Sec-Fetch-Site: same-origin", "Cookie: LAST=90"], False, "/proxy/90"),
-    (["Sec-Fetch-Site: same-origin", "Origin: null", "Cookie: LAST=90"], False, "/proxy/90"),
-    (["Sec-Fetch-Site: none", "Cookie: LAST=90"], False, None),
-    (["Sec-Fetch-Site: none", "Cookie: LAST=90"], True, "/proxy/90"),
-    (["Cookie: LAST=90"], True, "/proxy/90"), (["Cookie: LAST=90"], False, None),
-    (["Origin: " + US, "Cookie: LAST=90"], False, "/proxy/90"), (["Sec-Fetch-Site: same-origin"], False, None),
+    (["Sec-Fetch-Site: same-origin", "Cookie: LAST(90)"], False, "/proxy/90"),
+    (["Sec-Fetch-Site: same-origin", "Origin: null", "Cookie: LAST(90)"], False, "/proxy/90"),
+    (["Sec-Fetch-Site: none", "Cookie: LAST(90)"], False, None),
+    (["Sec-Fetch-Site: none", "Cookie: LAST(90)"], True, "/proxy/90"),
+    (["Cookie: LAST(90)"], True, "/proxy/90"), (["Cookie: LAST(90)"], False, None),
+    (["Origin: " + US, "Cookie: LAST(90)"], False, "/proxy/90"), (["Sec-Fetch-Site: same-origin"], False, None),
     ([], True, None), ([], False, None),
-    (["Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: same-origin", "Cookie: LAST=90"], False, None),
-    (["Origin: " + US, "Cookie: LAST=evil; LAST=[::1]:90; LAST=80"], False, "/proxy/[::1]:90"),
-] + [(["Origin: " + US, "Cookie: LAST=" + value], False, None) for value in (
-    "80/a", "80/..", "80?a", "/80", "; xLAST=80", "//evil:80", "080",
+    (["Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: same-origin", "Cookie: LAST(90)"], False, None),
+    (["Origin: " + US, "Cookie: LAST([::1]:90)"], False, "/proxy/[::1]:90"),
+] + [(["Origin: " + US, "Cookie: " + cookies], False, None) for cookies in (
+    "LAST=80", "LAST=", "LAST=80.", "LAST=.", "LAST=80." + "x" * 43, "LAST=80.\xe4", "xLAST(80)", "LAST(80)x",
+    "LAST(80); LAST(90)", "LAST(90); LAST=80", "LAST=80; LAST(90)",
 )]
 SERVICE_WORKER = ("Sec-Fetch-Site: same-origin", "Sec-Fetch-Dest: serviceworker")
 
@@ -2628,22 +2631,36 @@ def result_of(answer):
 class TestUnprefixedRequests:
     """Requests without a prefix, as links of an app make them that begin with a slash."""
 
-    @pytest.fixture
-    def last(self, proxy, upstream):
-        """The name of the cookie that says which app a browser opened last."""
-        app = upstream(answering(OK))
-        name, value = cookie_of(proxy.ask(to(app, *VISIT)))[len("Cookie: ") :].split("=")
-        assert value == str(app.port)
-        return name
+    @pytest.mark.parametrize("lines, is_page_visit, prefix", UNPREFIXED, ids=case_id)
+    def test_request_leads_to_the_app_it_comes_from(self, lines, is_page_visit, prefix):
+        """Found by the Referer, or else by the app opened last; only for requests of this origin.
 
-    def test_request_is_redirected_to_the_app_it_comes_from(self, start, upstream):
-        """Found by the Referer, or else by the app opened last; only for requests of this origin."""
-        proxy, app = start(host_allowlist=["db"]), upstream(answering(OK))
-        last = cookie_of(proxy.ask(to(app, *VISIT))).split(": ")[1].split("=")[0]
-        for lines, is_page_visit, prefix in UNPREFIXED:
-            fields = ["Referer: " + US + line if line[0] == "/" else line.replace("LAST", last) for line in lines]
-            answer = proxy.get("/a/%2F?b", *fields + ["Accept: text/html"] * is_page_visit)
-            assert result_of(answer) == ((307, prefix + "/a/%2F?b") if prefix else (404, None)), (lines, is_page_visit)
+        A page of another port of this host can set the cookie, but only the proxy can sign it.
+        """
+        gate = gate_for(host_allowlist=["db"])
+
+        def last(match):
+            visit = parse_request(request("GET", "/proxy/%s/" % match.group(1), *VISIT), "", "http", gate.config)
+            answer = parse_response(b"HTTP/1.1 200 OK\r\n\r\n", "GET", gate.config)
+            (line,) = cookies_for_unprefixed(visit, answer, [], gate)
+            return line[len("Set-Cookie: ") :].split(";")[0]
+
+        fields = ["Referer: " + US + line if line[0] == "/" else re.sub(r"LAST\((.*?)\)", last, line) for line in lines]
+        raw = request("GET", "/a/%2F?b", *fields + ["Accept: text/html"] * is_page_visit)
+        asked = parse_request(raw.replace(b"LAST", gate.app_cookie.encode()), "", "http", gate.config)
+        if prefix:
+            found = find_app(asked, gate)
+            assert (found.route.prefix, found.path, found.query) == (prefix, "/a/%2F", "?b")
+        else:
+            assert status_of_error(find_app, asked, gate) == 404
+
+    def test_cookie_that_this_proxy_did_not_make_names_no_app(self, start, upstream):
+        """Such as one of another proxy, or one whose app was changed."""
+        app, ours, other = upstream(answering(OK)), start(), start()
+        cookies = [cookie_of(proxy.ask(to(app, *VISIT))) for proxy in (ours, other)]
+        theirs = cookies[1].replace("proxy_%d_app" % other.port, "proxy_%d_app" % ours.port)
+        for cookie, status in ((cookies[0], 307), (theirs, 404), (cookies[0].replace("=%d." % app.port, "=80."), 404)):
+            assert status_of(ours.get("/x", cookie, "Sec-Fetch-Site: same-origin")) == status
 
     def test_dot_segments_that_leave_the_app_are_refused(self, proxy):
         assert status_of(proxy.get("/../8081/", "Referer: %s/proxy/80/" % US)) == 400
@@ -2715,8 +2732,9 @@ class TestUnprefixedRequests:
         for _ in range(2):
             app = upstream(answering(OK))
             answer = proxy.ask(to(app, *VISIT + lines))
-            expected = "port_proxy_%d_app=%d; Path=/; HttpOnly; SameSite=Lax" % (proxy.port, app.port)
-            assert cookies_set(answer) == [expected]
+            expected = r"port_proxy_%d_app=%d\.[\w-]{43}; Path=/; HttpOnly; SameSite=Lax" % (proxy.port, app.port)
+            (cookie,) = cookies_set(answer)
+            assert re.fullmatch(expected, cookie)
             lines = (cookie_of(answer),)
             assert cookies_set(proxy.ask(to(app, *VISIT + lines))) == []
         for lines in (
@@ -2776,9 +2794,8 @@ class TestUnprefixedRequests:
         names = [value.split("=")[0] for value in ours]
         assert len(set(names)) == 4
         assert [name.rpartition("_")[2] for name in names] == ["a", "b", "c", "app"]
-        assert [value.partition("=")[2] for value in ours] == [
+        assert [value.partition("=")[2] for value in ours[:3]] == [
             "1; Secure; Max-Age=9; Path=/; HttpOnly", "2; Path=/; HttpOnly", "3; Path=/; HttpOnly",
-            "%d; Path=/; HttpOnly; SameSite=Lax" % app.port,
         ]
         for_a_program = {value.split("=")[0] for value in cookies_set(proxy.ask(to(app)))}
         assert not for_a_program & set(names)
@@ -2846,9 +2863,10 @@ class TestUnprefixedRequests:
         assert (status_of(answer), b"http://8080.localhost:8888/" in answer[2]) == (404, True)
         assert b"host of its own" not in start(domains=()).get("/packages/a.whl")[2]
 
-    def test_root_is_redirected_to_the_ports_page_or_the_app_of_the_referer(self, proxy, last):
+    def test_root_is_redirected_to_the_ports_page_or_the_app_of_the_referer(self, proxy, upstream):
+        cookie = cookie_of(proxy.ask(to(upstream(answering(OK)), *VISIT)))
         assert result_of(proxy.get("/", *VISIT)) == (302, "/proxy/")
-        assert result_of(proxy.get("/", "Cookie: %s=80" % last, "Sec-Fetch-Site: none", *VISIT)) == (302, "/proxy/")
+        assert result_of(proxy.get("/", cookie, "Sec-Fetch-Site: none", *VISIT)) == (302, "/proxy/")
         assert result_of(proxy.get("/", "Referer: %s/proxy/80/x" % US, *VISIT)) == (307, "/proxy/80/")
 
     def test_another_proxy_can_be_the_app(self, start, upstream):
