@@ -1851,63 +1851,64 @@ def _table_without(table: Dict[str, Any], named: FrozenSet[str]) -> Dict[str, An
 
 
 def _hides_public_origin(request: Request, gate: Any) -> bool:
-    """Whether X-Forwarded must agree with the translated Origin: apps compare its scheme and host.
+    """Whether X-Forwarded must agree with a translated Origin: apps compare its scheme and host.
 
-    For want of an Origin, Django compares the Referer of a form.
+    Without Origin, Django compares Referer, and WebDAV servers compare Destination.
     """
-    if "origin" in request.headers.index or request.method in ("GET", "HEAD", "OPTIONS"):
-        is_translated = request.is_own_origin
+    headers = request.headers
+    if "origin" in headers.index or request.method in ("GET", "HEAD", "OPTIONS"):
+        is_own = request.is_own_origin
     else:
-        is_translated = _own_url(request.headers.get("referer"), request) is not None
-    return (
-        is_translated
-        and not gate.config.preserve_host
-        and not _TELLS_PUBLIC_URLS.match(request.path)
-    )
+        url = headers.get("destination") or headers.get("referer")
+        is_own = _path_of_own_url(url, request) is not None
+    return is_own and not gate.config.preserve_host and not _TELLS_PUBLIC_URLS.match(request.path)
 
 
-def _own_url(url: str, request: Request) -> Optional[Tuple[str, str]]:
-    """Origin and path of a URL of the origin that the client uses, None for any other."""
+def _path_of_own_url(url: str, request: Request) -> Optional[str]:
+    """What stands behind the origin in a URL of ours, as the client sees us; None for any other."""
     match, authority = _HTTP_URL.fullmatch(url), request.client.authority
     if not match or not authority:
         return None
-    origin, path = "%s://%s" % match.group(1, 2), match.group(3)
-    if match.group(2) != authority and not is_own_origin(origin, authority):
-        return None
-    return origin, path if path.startswith("/") else "/" + path
+    origin = "%s://%s" % match.group(1, 2)
+    is_own = match.group(2) == authority or is_own_origin(origin, authority)
+    return match.group(3) if is_own else None
 
 
-def _path_in_app(path: str, route: Route) -> Optional[str]:
-    """The path that the app receives for a path of ours, None if it is not the app's."""
+def _path_in_app(path: str, route: Route) -> str:
+    """The path that the app receives for a path of ours, "" if it is not the app's."""
     below = path_below(route.prefix, path)
     if below is None or route.absolute:
-        return None if below is None else path
+        return "" if below is None else path
     return below if below.startswith("/") else "/" + below
+
+
+def _home_url(route: Route, path: str = "") -> str:
+    return "%s://%s%s" % (route.scheme, route.authority, path)
 
 
 def _translate_origin(value: str, request: Request, route: Route, gate: Any) -> str:
     is_translated = request.is_own_origin and not gate.config.preserve_host
-    return "%s://%s" % (route.scheme, route.authority) if is_translated else value
+    return _home_url(route) if is_translated else value
 
 
 def _translate_referer(value: str, request: Request, route: Route, gate: Any) -> str:
     """A page of this app becomes that page at home.  Of another page of our origin only the origin
     is left, as browsers do it."""
     value = gate.strip_query(value)
-    own = None if gate.config.preserve_host else _own_url(value, request)
-    if own is None:
-        return value
-    return "%s://%s%s" % (route.scheme, route.authority, _path_in_app(own[1], route) or "/")
+    path = None if gate.config.preserve_host else _path_of_own_url(value, request)
+    return value if path is None else _home_url(route, _path_in_app(path, route) or "/")
 
 
 def _translate_destination(value: str, request: Request, route: Route, gate: Any) -> str:
-    """A URL or a path (RFC 4918 section 10.3).  The app refuses what is left of another app's."""
+    """A URL or a path (RFC 4918 section 10.3).  Those outside the app stay, for it to refuse."""
     value = gate.strip_query(value)
-    origin, path = ("", value) if value.startswith("/") else _own_url(value, request) or ("", "")
-    path = _path_in_app(path, route) or ""
-    if origin and not gate.config.preserve_host:
-        origin = "%s://%s" % (route.scheme, route.authority)
-    return origin + path if path else value
+    path = value if value.startswith("/") else _path_of_own_url(value, request)
+    translated = "" if path is None else _path_in_app(path, route)
+    if path is None or not translated:
+        return value
+    if path == value or gate.config.preserve_host:
+        return value[: len(value) - len(path)] + translated
+    return _home_url(route, translated)
 
 
 def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:

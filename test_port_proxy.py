@@ -2329,6 +2329,7 @@ class TestRewriting:
         (["Origin: https://here:8888"], "POST", {}, "http"), (["Origin: https://here:8888"], "GET", {}, "http"),
         (["Origin: https://here:8888"], "POST", {"upstream_tls": ["8080"]}, "https"),
         (["Referer: https://here:8888/proxy/8080/a"], "POST", {}, "http"),
+        (["Destination: https://here:8888/proxy/8080/a"], "MOVE", {}, "http"),
         (["Referer: https://here:8888/proxy/8080/a"], "GET", {}, None), ([], "POST", {}, None),
         (["Referer: https://evil/"], "POST", {}, None),
         (["Origin: null", "Referer: https://here:8888/"], "POST", {}, None),
@@ -2337,7 +2338,7 @@ class TestRewriting:
         (["Referer: https://here:8888/"], "POST", {"preserve_host": True}, None),
     ])
     def test_request_with_translated_origin_speaks_of_home_alone(self, lines, method, options, proto):
-        """Django and Rails compare Origin, or else Referer, with X-Forwarded-Proto and -Host."""
+        """Apps compare Origin, or else Referer or Destination, with X-Forwarded-Proto and -Host."""
         lines = ["X-Forwarded-Proto: https"] + lines
         fields = dict(sent_upstream(*lines, method=method, trusted_proxies=["192.0.2.7"], **options))
         told = [fields.get("X-Forwarded-" + name) for name in ("Proto", "Host", "Port")]
@@ -2383,16 +2384,22 @@ class TestRewriting:
         assert fields["Destination"] == (translated or url)
         assert fields["If"] == '<%s> (<urn:a> ["<%s>"])' % (translated or url, url)
 
-    @pytest.mark.parametrize("target, destination, preserve_host, translated", [
-        (STRIPPED, "/proxy/8080/b%20c", False, "/b%20c"), (STRIPPED, "/proxy/8080", False, "/"),
-        (STRIPPED, "/proxy/80801/b", False, "/proxy/80801/b"), (STRIPPED, "b", False, "b"),
-        (ABSOLUTE, "/proxy/absolute/8080/b", False, "/proxy/absolute/8080/b"),
-        (STRIPPED, "http://here:8888/proxy/8080/b", True, "http://here:8888/b"),
+    @pytest.mark.parametrize("target, host, destination, translated", [
+        (STRIPPED, "here:8888", "/proxy/8080/b%20c", "/b%20c"), (STRIPPED, "here:8888", "/proxy/8080", "/"),
+        (STRIPPED, "here:8888", "/proxy/80801/b", "/proxy/80801/b"), (STRIPPED, "here:8888", "urn:a", "urn:a"),
+        (ABSOLUTE, "here:8888", "/proxy/absolute/8080/b", "/proxy/absolute/8080/b"),
+        ("", "8080.localhost", "http://8080.localhost/b", "http://localhost:8080/b"),
+        ("", "8080.localhost", "/b", "/b"), ("", "8080.localhost", "urn:a", "urn:a"),
+        ("", "8080.localhost", "http://here:8888/b", "http://here:8888/b"),
     ])
-    def test_destination_below_the_prefix_is_stripped(self, target, destination, preserve_host, translated):
+    def test_destination_below_the_prefix_is_stripped(self, target, host, destination, translated):
         lines = ("Destination: " + destination, "If: <%s>" % destination)
-        fields = sent_upstream(*lines, target=target + "/a", method="MOVE", preserve_host=preserve_host)
+        fields = sent_upstream(*lines, target=target + "/a", host=host, method="MOVE")
         assert fields[1:3] == [("Destination", translated), ("If", "<%s>" % translated)]
+
+    def test_destination_keeps_the_preserved_host(self):
+        line = "Destination: http://here:8888/proxy/8080/b"
+        assert ("Destination", "http://here:8888/b") in sent_upstream(line, method="MOVE", preserve_host=True)
 
     @pytest.mark.parametrize("location, stripped, absolute", [
         ("/x?y#z", "/proxy/8080/x?y#z", "/x?y#z"), ("/", "/proxy/8080/", "/"),
