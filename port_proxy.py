@@ -240,7 +240,7 @@ class Config(NamedTuple):
     allow_origins: Sequence[str] = ()  # further origins: "https://a.example.org", "*"
     allow_preflight: bool = False  # CORS preflights, which carry no credentials, reach the apps
     # Replaces all of that: `await authorize(head, visit, route)` runs once per request and Upgrade,
-    # before anything is connected.  It admits by returning, refuses by raising ProxyError(status,
+    # before anything is connected.  It admits by returning None, refuses by raising ProxyError(status,
     # detail), and redirects by raising ProxyError(302, "", (("Location", url),)).  `route` is None
     # for the proxy's own pages.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
@@ -3343,12 +3343,12 @@ class Gate:
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         """Whether a cookie belongs to us, or to another port_proxy under the same host name.
 
-        Browsers do not keep ports apart.  If the app behind `route` is a port_proxy itself, its own
-        cookies stay.
+        Browsers do not keep ports apart.  If the app behind `route` is a port_proxy itself, on this
+        machine, its own cookies stay.
         """
         if not name.startswith(COOKIE_PREFIX):
             return False
-        of_app = COOKIE_PREFIX + str(route.port if route else "")
+        of_app = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
         return name != of_app and not name.startswith(of_app + "_app")
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
@@ -3386,32 +3386,38 @@ class Gate:
         return "/." + clean if _OTHER_HOST.match(clean) else clean
 
     def check_origin(self, request: Request) -> None:
-        """Refuse cross-site requests that a page makes a browser send; ProxyError 403."""
-        headers, client = request.headers, request.client
+        """Refuse what pages of other origins make a browser send; ProxyError 403.
+
+        Browsers send Sec-Fetch-Site to HTTPS and localhost alone.  Elsewhere, what has no Origin,
+        such as a request for an image, is judged by its Referer.  A person may follow a link.
+        """
+        headers, here = request.headers, request.client.authority
         sites, has_origin = headers.get_all("sec-fetch-site"), "origin" in headers.index
-        if not has_origin and sites in ([], ["same-origin"], ["none"]):
+        if not has_origin and sites in (["same-origin"], ["none"]):
             return
-        origin, allowed = headers.get("origin").lower(), self.config.allow_origins
-        is_own_form = origin == "null" and "same-origin" in sites  # of a page without referrer
-        is_foreign = has_origin and not request.is_own_origin and not is_own_form
-        origin = normal_origin(origin) if _PLAIN_ORIGIN.fullmatch(origin) else ""
-        if "*" in allowed or (is_foreign and is_allowed_origin(origin, allowed)):
-            return
-        is_safe = request.method in _SAFE and not request.is_websocket and not client.app_port
-        # Apps at hosts of their own are the same site to a browser, but foreign to each other.
-        among_apps = client.app_port or host_of(client.authority) in self.config.domains
-        is_cross_site = "cross-site" in sites or ("same-site" in sites and among_apps)
         in_frame = any(dest != "document" for dest in headers.get_all("sec-fetch-dest"))
         is_opened = request.is_page_visit and not in_frame
-        if (not is_foreign or is_safe) and (not is_cross_site or is_opened):
-            return
-        here = client.authority or "a server without a name"
-        if not is_foreign:
-            text, origin = "A page of another site tried to use this address (Sec-Fetch-Site).", ""
-        elif not origin:  # such as "null", of a file or a sandbox
-            text = "A page without a proper origin may not use this address (%s)." % here
+        if has_origin:
+            page = headers.get("origin")
+            is_own_form = page == "null" and sites == ["same-origin"]  # of a page without referrer
+            is_foreign = not request.is_own_origin and not is_own_form
         else:
-            text = "A page of another site, %s, may not use this address (%s)." % (origin, here)
+            referers = headers.get_all("referer")
+            page = "/".join(headers.get("referer").split("/")[:3])
+            is_foreign = not sites and not all(_own_path(one, here) for one in referers)
+            is_foreign = is_foreign and not is_opened
+        # "same-site" is foreign, too: apps at hosts of their own, and other ports of this host.
+        is_other_site = not is_opened and not {"same-origin", "none"}.issuperset(sites)
+        origin = normal_origin(page) if _PLAIN_ORIGIN.fullmatch(page.lower()) else ""
+        allowed = self.config.allow_origins
+        if not (is_foreign or is_other_site) or "*" in allowed or allows_origin(allowed, origin):
+            return
+        text = "A page without a proper origin may not use this address (%s)."  # such as "null"
+        if origin:
+            text = "A page of another site, %s, may not use this address (%%s)." % origin
+        elif not has_origin:
+            text = "A page of another site may not use this address (%s)."
+        text %= here or "a server without a name"
         raise ProxyError(403, text, (), self.origin_advice(origin), origin)
 
     def origin_advice(self, origin: str) -> str:
@@ -3481,7 +3487,7 @@ class TokenGate(Gate):
     async def authorize(self, request: Request) -> None:
         preflight = self.config.allow_preflight and is_preflight(request)
         if self.config.authorize is not None:
-            await self.config.authorize(request, request.client, request.route)
+            await self._ask_callable(request)
         elif not self.token:
             # A foreign page may choose X-Forwarded-Host, but not Host.
             for authority in {request.authority, request.client.authority}:
@@ -3490,6 +3496,15 @@ class TokenGate(Gate):
             return  # a page of another site does not know the token
         if not preflight:
             self.check_origin(request)
+
+    async def _ask_callable(self, request: Request) -> None:
+        authorize = self.config.authorize  # type: Any
+        result = await authorize(request, request.client, request.route)
+        if result is not None:  # such as False: it must not admit by mistake
+            text = "authorize returned %s: it must return None to admit a request, and raise"
+            text = (text + " ProxyError to refuse it.") % type(result).__name__
+            logger.error(text)
+            raise ProxyError(500, "This proxy has a mistake: " + text)
 
     def owns_token(self, token: str) -> bool:
         return bool(self.token) and hmac.compare_digest(token.encode("utf-8"), self.token.encode())
@@ -3631,7 +3646,7 @@ def normal_origin(origin: str) -> str:
     return "%s://%s%s" % (scheme, host, "" if port == _DEFAULT_PORTS[scheme] else port)
 
 
-def is_allowed_origin(origin: str, allowed: Iterable[str]) -> bool:
+def allows_origin(allowed: Iterable[str], origin: str) -> bool:
     """Whether an origin, "" for none, has scheme and port of an allowed one and matches its host.
 
     All are in normal form.
@@ -3639,7 +3654,6 @@ def is_allowed_origin(origin: str, allowed: Iterable[str]) -> bool:
     page = _ORIGIN.fullmatch(origin)
     if not page:
         return False
-    # "*" is no origin, and has been looked at before.
     same = (m for m in map(_ORIGIN.fullmatch, allowed) if m and m.group(1, 3) == page.group(1, 3))
     return matches(page.group(2).strip("[]"), [match.group(2).strip("[]") for match in same])
 

@@ -2913,6 +2913,18 @@ class TestUnprefixedRequests:
         assert status_of(proxy.ask(to(app, line))) == 200
         assert {pair.split("=")[0] for pair in fields_of(app.messages[0])["cookie"].split("; ")} == names
 
+    @pytest.mark.parametrize("upstream, stays", [
+        ("80", True), ("absolute/80", True), ("127.0.0.1:80", True), ("[::1]:80", True), ("localhost:80", True),
+        ("127.0.0.2:80", False), ("db:80", False), ("absolute/db:80", False), ("[fe80::1]:80", False), ("81", False),
+    ])  # fmt: skip
+    def test_cookies_of_another_proxy_stay_on_this_machine(self, upstream, stays):
+        """An allowed host with its port number gets no session of this machine."""
+        gate = gate_for()
+        raw = request("GET", "/proxy/%s/" % upstream, "Cookie: port_proxy_80=a; port_proxy_80_app=b; c=d")
+        sent = request_for_upstream(parse_request(raw, "127.0.0.1", "http", gate.config), gate)
+        own = b"port_proxy_80=a; port_proxy_80_app=b; " if stays else b""
+        assert b"\r\nCookie: " + own + b"c=d\r\n" in sent
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Access
@@ -3352,7 +3364,7 @@ class TestToken:
         refused = 401 if token else 403
         assert refusal(gate, request("OPTIONS", "/proxy/80/", origin, *lines))[0] == (200 if allow else refused)
         assert refusal(gate, request("POST", "/proxy/80/", "Content-Length: 0", origin, *lines))[0] == refused
-        assert refusal(gate, request("OPTIONS", "/proxy/80/", origin))[0] == (401 if token else 200)
+        assert refusal(gate, request("OPTIONS", "/proxy/80/", origin))[0] == refused
 
     def test_no_secret_is_in_the_log_or_a_response(self, proxy, app, caplog):
         with caplog.at_level(logging.DEBUG):
@@ -3650,16 +3662,19 @@ class TestSignInAtAHost:
         assert status_of(proxy.ask(at("localhost", "GET", "/proxy/?open=99999"))) == 404
 
 
-FROM_PAGES = [  # method, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, whether credentials of a browser are accepted
+FROM_PAGES = [  # method, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, whether a browser that sends credentials on its own may
     ("POST", "http://here:8888", "same-origin", "cors", True), ("POST", "https://here:8888", None, None, True),
     ("POST", None, None, None, True), ("POST", "http://evil", None, None, False), ("POST", "null", None, None, False),
     ("POST", "http://here", None, None, False), ("DELETE", "http://evil", "cross-site", "cors", False),
     ("FROB", "http://evil", None, None, False), ("POST", "http://evil", "cross-site", "navigate", False),
-    ("POST", "http://localhost:1", "same-site", "cors", False), ("GET", "http://evil", None, None, True),
-    ("GET", "http://evil", "cross-site", "cors", False), ("GET", None, "cross-site", "no-cors", False),
-    ("HEAD", None, "cross-site", "no-cors", False), ("GET", None, "cross-site", "navigate", True),
-    ("GET", None, "same-site", "no-cors", True), ("GET", None, "none", "navigate", True),
-    ("GET", None, "same-origin", "no-cors", True), ("OPTIONS", "http://evil", None, None, True),
+    ("POST", "http://localhost:1", "same-site", "cors", False), ("GET", "http://evil", None, None, False),
+    ("HEAD", "http://evil", None, None, False), ("GET", "null", None, None, False), ("GET", "", None, None, False),
+    ("GET", "http://here:8888", None, None, True), ("GET", "http://evil", "cross-site", "cors", False),
+    ("GET", None, "cross-site", "no-cors", False), ("HEAD", None, "cross-site", "no-cors", False),
+    ("GET", None, "cross-site", "navigate", True), ("GET", None, "same-site", "no-cors", False),
+    ("GET", None, "same-site", "cors", False), ("GET", None, "same-site", "navigate", True),
+    ("GET", None, "none", "navigate", True), ("GET", None, "same-origin", "no-cors", True),
+    ("OPTIONS", "http://evil", None, None, False), ("OPTIONS", None, None, None, True),
     ("WS", "http://here:8888", "same-origin", "websocket", True), ("WS", None, None, None, True),
     ("WS", "http://evil", "cross-site", "websocket", False), ("WS", "http://evil", None, None, False),
     ("WS", "null", None, None, False), ("WS", "http://localhost:8888", "same-site", "websocket", False),
@@ -3683,7 +3698,7 @@ class TestOrigin:
         reached = 0
         for method, origin, site, mode, is_admitted in FROM_PAGES:
             fields = [("Origin", origin), ("Sec-Fetch-Site", site), ("Sec-Fetch-Mode", mode)]
-            lines = credentials + ["%s: %s" % field for field in fields if field[1]]
+            lines = credentials + ["%s: %s" % field for field in fields if field[1] is not None]
             if method == "WS":
                 method, lines = "GET", lines + list(HANDSHAKE)
             answer = proxy.ask(request(method, "/proxy/%d/" % app.port, *lines), no_body=method == "HEAD")
@@ -3702,13 +3717,26 @@ class TestOrigin:
     def test_page_in_a_frame_of_another_site_is_refused(self, site, dest, is_admitted):
         """There the person sees nothing of it, and the app in it could read the others."""
         raw = request("GET", "/proxy/80/", "Sec-Fetch-Site: " + site, "Sec-Fetch-Dest: " + dest, *VISIT)
-        assert refusal(gate_for(domains=["here"]), raw)[0] == (200 if is_admitted else 403)
+        assert refusal(gate_for(), raw)[0] == (200 if is_admitted else 403)
         assert refusal(gate_for(allow_origins=["*"]), raw)[0] == 200
+
+    @pytest.mark.parametrize("referers, accept, others, status", [
+        (["http://evil/"], "*/*", (), 403), (["http://evil/"], "text/html", (), 200), (["http://here:8888/x"], "*/*", (), 200),
+        (["https://here:8888"], "*/*", (), 200), (["http://here/x"], "*/*", (), 403), (["http://here:8888.evil/"], "*/*", (), 403),
+        (["/x"], "*/*", (), 403), (["http://here:8888/", "http://evil/"], "*/*", (), 403), ([], "*/*", (), 200),
+        (["http://evil/"], "*/*", ("Sec-Fetch-Site: same-origin",), 200), (["http://a.b/x?y"], "*/*", (), 200),
+        (["http://a.b/x"], "*/*", ("Sec-Fetch-Site: cross-site",), 200), (["http://evil/"], "*/*", HANDSHAKE, 403),
+        (["http://a.b/x"], "*/*", ("Origin: http://evil",), 403), (["http://a.b:81/x"], "*/*", (), 403),
+    ])  # fmt: skip
+    def test_referer_decides_without_sec_fetch_site(self, referers, accept, others, status):
+        """Over plain HTTP to another name than localhost, browsers send no Sec-Fetch fields."""
+        lines = ["Referer: " + referer for referer in referers] + ["Accept: " + accept] + list(others)
+        gate = gate_for(allow_origins=["http://a.b"])
+        assert refusal(gate, request("GET", "/proxy/80/a.png", *lines))[0] == status
 
     @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
     @pytest.mark.parametrize("origin, status", [("http://9.localhost:8888", 403), ("http://80.localhost:8888", 200)])
     def test_other_origin_is_refused_at_the_host_of_an_app(self, method, origin, status):
-        """For every method: over plain HTTP browsers send no Sec-Fetch-Site, but they send an Origin."""
         raw = at("80.localhost:8888", method, "/", "Origin: " + origin, "Content-Length: 0")
         assert refusal(gate_for(), raw)[0] == status
 
@@ -3728,6 +3756,8 @@ class TestOrigin:
         [
             ("GET", ("Sec-Fetch-Dest: image",), "--allow-origin '*' if any page may."),
             ("GET", ("Origin: https://a.example",), "--allow-origin https://a.example if it may."),
+            ("GET", ("Referer: https://a.example/x",), "--allow-origin https://a.example if it may."),
+            ("GET", ("Referer: https://a.example$(id)/x",), "--allow-origin '*' if any page may."),
             ("POST", ("Origin: http://evil",), "--allow-origin http://evil if it may."),
             ("POST", ("Origin: HTTPS://Evil.example:443",), "--allow-origin https://evil.example if it may."),
             ("POST", ("Origin: null",), "--allow-origin '*' if any page may."),
@@ -3815,6 +3845,21 @@ class TestAuthorize:
             answer = proxy.get("/proxy/%d/" % app.port, *lines)
             assert (status_of(answer), fields_of(answer).get("location")) == (status, location)
             assert b"oops" not in answer[2]
+        assert app.connections == 0
+
+    @pytest.mark.parametrize("result", [False, True, "no", ProxyError(403, "No.")], ids=case_id)
+    def test_result_of_the_callable_admits_nobody(self, start, upstream, caplog, result):
+        """Its author took it for a question."""
+
+        async def authorize(head, client, route):
+            return result
+
+        app = upstream(answering(OK))
+        proxy = start(authorize=authorize)
+        for lines in ((), HANDSHAKE):
+            answer = proxy.get("/proxy/%d/" % app.port, *lines)
+            text = "authorize returned %s: it must return None to admit a request" % type(result).__name__
+            assert (status_of(answer), text in answer[2].decode(), text in caplog.text) == (500, True, True)
         assert app.connections == 0
 
     def test_origin_is_checked_as_well(self):
