@@ -3324,6 +3324,12 @@ class Gate:
         """Return to admit the request; raise the ProxyError that answers it otherwise."""
         raise NotImplementedError
 
+    def note_request(self, connection: Any, request: Optional[Request]) -> None:
+        """Note the request that a client's connection or tunnel serves now, None for no more.
+
+        A gate can close the connection (`abort`) once the request would not be admitted any more.
+        """
+
     async def close(self) -> None:
         """End the gate's background tasks."""
 
@@ -3675,21 +3681,25 @@ def authorization_tokens(headers: Headers) -> List[str]:
 # --------------------------------------------------------------------------------------------------
 # If a JupyterHub started this server, the Hub decides about access.  Programs send a token of the
 # Hub.  Browsers sign in at the Hub (OAuth 2.0, RFC 6749 section 4.1, with PKCE, RFC 7636) and get a
-# cookie with a random session id; the token behind the session stays in memory.  `HubApi` calls the
-# Hub, and `HubGate` decides.  Activity is reported, so that the Hub can stop idle servers.
+# cookie with a random session id; the token behind the session stays in memory.  `HubApi` asks the
+# Hub and caches its answers about tokens.  `HubGate` decides, and closes the connections of a
+# session that has ended.  Activity is reported, so that the Hub can stop idle servers.
 
-_CACHE_SECONDS = 60.0  # that the Hub's response about a token is valid
+# An ended session has lost all access after the sum of both: within a minute.
+_CACHE_SECONDS = 45.0  # that the Hub's answer about a token is valid
+_RECHECK_SECONDS = 10.0  # between looks at the sessions of open connections
 _LOGIN_SECONDS = 600  # that a person may take to sign in
 _MAX_REMEMBERED = 1000  # sessions and tokens, each
-_MAX_LOGINS = 10000  # under way; anybody can begin one
-_MAX_PENDING = 64  # requests to the Hub at once
+_MAX_PENDING = 64  # questions about unknown tokens at once
 _MAX_TOKENS = 8  # different ones in a request
+_MAX_LOGIN_TARGET = 2048  # characters; a browser refuses cookies of more than 4096
 _HUB_TIMEOUT = 10.0  # seconds
 _HUB_COOKIES = "jupyterhub-"
 _HUB_SESSION = "jupyterhub-session-id"  # the Hub's own cookie, which a sign-out changes
 # Any other token is an app's own, and must not get into the head of a request.
 _HUB_TOKEN = re.compile("[!-~]{1,1024}")
 _OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
+_FORM = "Content-Type: application/x-www-form-urlencoded"
 _SHORTLY = (("Retry-After", "5"),)
 
 
@@ -3760,10 +3770,10 @@ def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
 
 
 class HubUser(NamedTuple):
-    """The user that a token belongs to, and the scopes of the token."""
+    """The user that a token belongs to, and whether its scopes give access to this server."""
 
     name: str
-    scopes: FrozenSet[str]
+    has_access: bool
 
 
 class HubQuery(NamedTuple):
@@ -3772,18 +3782,11 @@ class HubQuery(NamedTuple):
     task: "asyncio.Task[Optional[HubUser]]"
     since: float
 
-
-class HubLogin(NamedTuple):
-    """A login under way.
-
-    target: the page that the person opened.  verifier: proves to the Hub that we began the login
-    (RFC 7636).  browser: the value of the cookie that proves the same of the browser.
-    """
-
-    target: str
-    verifier: str
-    browser: str
-    deadline: float
+    def is_valid(self) -> bool:
+        """Whether the query is under way, or its answer is fresh enough."""
+        task = self.task
+        has_failed = task.done() and (task.cancelled() or task.exception() is not None)
+        return not has_failed and now() - self.since <= _CACHE_SECONDS
 
 
 class HubBrowser(NamedTuple):
@@ -3794,39 +3797,58 @@ class HubBrowser(NamedTuple):
 
 
 class HubApi:
-    """The Hub's API.  Raises ProxyError 503 if the Hub does not answer properly."""
+    """The Hub's API.  Raises ProxyError 503 if the Hub does not answer properly.
+
+    Anybody can make us ask about made-up tokens.  So their answers have a cache of their own, and
+    only questions about them are limited.
+    """
 
     def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
         self.hub = hub
         self.config = config
         self.deadlines = deadlines
-        self.pending = set()  # type: Set[asyncio.Task[Optional[HubUser]]]
         self._version = ""
         self._next_try = 0.0  # no request for the version before then
         self._context = None  # type: Optional[ssl.SSLContext]
-        # By token and Hub session, so that a browser that signs out of the Hub is looked up again
-        # at once.
-        self._users = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[Tuple[str, str], HubQuery]
+        # By token and Hub session: after a sign-out at the Hub, the browser is looked up again.
+        self._known = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[Tuple[str, str], HubQuery]
+        self._unknown = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[Tuple[str, str], HubQuery]
+        self._admitted = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, None]  # have access
+        self._tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, None]  # the Hub's
 
-    async def user_of(self, token: str, session: str) -> Optional[HubUser]:
-        """The user of a token in a Hub session; None if the Hub does not know the token."""
+    def is_hub_token(self, token: str) -> bool:
+        """Whether the Hub knows a token that was looked up, and so the app must not get it."""
+        return token in self._tokens or token == self.hub.api_token
+
+    def is_admitted(self, token: str) -> bool:
+        """Whether a token gave access when it was looked up."""
+        return token in self._admitted
+
+    async def user_of(self, token: str, session: str, is_issued: bool = False) -> Optional[HubUser]:
+        """The user of a token in a Hub session; None if the Hub does not know the token.
+
+        is_issued: the token comes from a sign-in, and not from the request.
+        """
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        query = self._users.get((token, session))
-        if query is None or now() - query.since > _CACHE_SECONDS or _has_failed(query.task):
-            if len(self.pending) >= _MAX_PENDING:
+        is_known = is_issued or self.is_admitted(token)
+        queries = self._known if is_known else self._unknown
+        query = queries.get((token, session))
+        if query is None or not query.is_valid():
+            pending = sum(not query.task.done() for query in self._unknown.values())
+            if pending >= _MAX_PENDING and not is_known:
                 text = "There are too many requests to the Hub. Try again shortly."
                 raise ProxyError(503, text, _SHORTLY)
             query = HubQuery(self.deadlines.loop.create_task(self._find_user(token)), now())
-            self.pending.add(query.task)
-            query.task.add_done_callback(self._note_end)
-            self._users[token, session] = query
-        return await asyncio.shield(query.task)
-
-    def _note_end(self, task: "asyncio.Task[Optional[HubUser]]") -> None:
-        self.pending.discard(task)
-        if not task.cancelled():
-            task.exception()  # all clients may have left: then nobody else retrieves it
+            queries[token, session] = query
+        user = await query.task
+        self._admitted.pop(token, None)
+        if user is not None:
+            self._tokens[token] = None
+            if user.has_access:
+                self._admitted[token] = None
+                self._known[token, session] = query
+        return user
 
     async def _find_user(self, token: str) -> Optional[HubUser]:
         url, lines = self.hub.api_url + "/user", ["Authorization: token " + token]
@@ -3837,10 +3859,11 @@ class HubApi:
         if response.status != 200 or not isinstance(name, str) or not isinstance(scopes, list):
             text = "The Hub did not name the user of a token (%d)." % response.status
             raise ProxyError(503, text, _SHORTLY)
-        return HubUser(name, frozenset(map(str, scopes)))
+        wanted = self.hub.access_scopes | {"access:servers"}
+        return HubUser(name, not wanted.isdisjoint(map(str, scopes)))
 
     async def token_for(self, code: str, verifier: str) -> str:
-        """Exchange a login's code for a token (RFC 6749 section 4.1.3); ProxyError 403."""
+        """Exchange the code of a sign-in for a token (RFC 6749 section 4.1.3); "" if refused."""
         form = {
             "client_id": self.hub.client_id,
             "client_secret": self.hub.api_token,
@@ -3849,17 +3872,10 @@ class HubApi:
             "redirect_uri": self.hub.callback_url,
             "code_verifier": verifier,
         }
-        url, lines = (
-            self.hub.api_url + "/oauth2/token",
-            ["Content-Type: application/x-www-form-urlencoded"],
-        )
+        url, lines = self.hub.api_url + "/oauth2/token", [_FORM]
         response, data = await self._call("POST", url, lines, urlencode(form))
         token = data.get("access_token")
-        if response.status != 200 or not isinstance(token, str):
-            raise ProxyError(
-                403, "The Hub rejected this sign-in. Open %s/ again." % self.hub.prefix
-            )
-        return token
+        return token if response.status == 200 and isinstance(token, str) else ""
 
     async def version(self) -> str:
         """The Hub's version; "" if a request for it has failed within the last five seconds."""
@@ -3900,22 +3916,25 @@ class HubApi:
         return fetched.response, data if isinstance(data, dict) else {}
 
     async def _connect(self, url: str) -> Connection:
-        parts = urlsplit(url)
+        parts, tls = urlsplit(url), {}  # type: Any, Dict[str, Any]
+        if parts.scheme == "https":
+            if self._context is None:
+                # With internal TLS, the Hub has given us an authority and a certificate of our own.
+                self._context = ssl.create_default_context(cafile=self.config.client_ca)
+                if self.config.certfile:
+                    self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
+            tls["ssl"] = self._context
         port = parts.port or int(_DEFAULT_PORTS[parts.scheme][1:])
-        if parts.scheme == "https" and self._context is None:
-            # With internal TLS, the Hub has given us an authority and a certificate of our own.
-            self._context = ssl.create_default_context(cafile=self.config.client_ca)
-            if self.config.certfile:
-                self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
-        tls = {"ssl": self._context} if parts.scheme == "https" else {}  # type: Dict[str, Any]
         connection = Connection(self.deadlines)
-        loop = self.deadlines.loop
-        await loop.create_connection(lambda: connection, parts.hostname or "", port, **tls)
+        await self.deadlines.loop.create_connection(lambda: connection, parts.hostname, port, **tls)
         return connection
 
 
 class HubGate(Gate):
-    """The gate of a server that a JupyterHub started: the Hub's scopes decide about access."""
+    """The gate of a server that a JupyterHub started: the Hub's scopes decide about access.
+
+    The state of a sign-in lives in a signed cookie of its browser, so that nobody can displace it.
+    """
 
     def __init__(self, config: Config, deadlines: Deadlines) -> None:
         super().__init__(config)
@@ -3927,15 +3946,14 @@ class HubGate(Gate):
         self.cookie_marks += (_HUB_COOKIES,)
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + _short_hash(self.hub.prefix)
-        # By session id, by state, by token.
+        self._key = secrets.token_bytes(32)
         self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, HubBrowser]
-        self._logins = BoundedDict(_MAX_LOGINS)  # type: BoundedDict[str, HubLogin]
-        self._tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, None]  # the Hub's
+        self._served = {}  # type: Dict[Any, Request]  # by connection
         self._last_activity = ""
         deadlines.on_activity = self._note_activity
-        self._tasks = set()  # type: Set[asyncio.Task[None]]
+        self._tasks = [deadlines.loop.create_task(self._end_sessions())]
         if self.hub.activity_url:
-            self._tasks.add(deadlines.loop.create_task(self._report_activity()))
+            self._tasks.append(deadlines.loop.create_task(self._report_activity()))
 
     async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
         if request.method not in ("GET", "HEAD"):
@@ -3951,61 +3969,62 @@ class HubGate(Gate):
         return None
 
     async def authorize(self, request: Request) -> None:
-        hub_session = _hub_session(request)
-        signed_in = await self._user_of_session(request, hub_session)
-        token, user = await self._user_of_token(request, hub_session)
-        user = user or signed_in
+        user, token, is_signed_in = await self._find_user(request, all_tokens(request))
         if user is None:
-            if request.is_websocket:
-                text = "A WebSocket needs a browser that is signed in at the Hub, or a token of it."
-                raise ProxyError(403, text)
-            if request.is_page_visit:
-                raise self._begin_login(request.target, request.client)
-            text = "Sign in at the Hub, or send a token of it as 'Authorization: token TOKEN'."
-            raise ProxyError(403, text, CHALLENGE)
+            raise self._sign_in_needed(request)
         self._check_access(user)
         location = self.location_without_token(request)
         if location:
-            cookie = ()  # type: Fields
-            if token and not signed_in:
-                cookie = (self._new_session(token, request.client, hub_session),)
-            raise ProxyError(302, "Signed in.", (("Location", location),) + cookie)
+            fields = (("Location", location),)  # type: Fields
+            if token and not is_signed_in:
+                # The token outlives a sign-out at the Hub, so its session is bound to the Hub's.
+                fields += (self._new_session(token, request.client, _hub_session(request)),)
+            raise ProxyError(302, "Signed in.", fields)
         if not token:  # a page of another site does not know one
             self.check_origin(request)
+
+    async def _find_user(
+        self, request: Request, tokens: Iterable[str]
+    ) -> Tuple[Optional[HubUser], str, bool]:
+        """The user, the token that names them ("" for none), and whether the browser has a session.
+
+        All `tokens` of the request are looked up, since no token of the Hub may reach the app.
+        """
+        hub_session = _hub_session(request)
+        user, found = await self._user_of_session(request, hub_session), ""
+        is_signed_in = user is not None
+        valid = authorization_tokens(request.headers)
+        if "cross-site" not in request.headers.get_all("sec-fetch-site"):
+            # A link of a foreign page must not sign this browser in as another user.
+            valid += query_tokens(request.target)
+        for token in tokens:
+            owner = await self.api.user_of(token, hub_session)
+            if owner is not None and token in valid and not found:
+                user, found = owner, token
+        return user, found, is_signed_in
 
     async def _user_of_session(self, request: Request, hub_session: str) -> Optional[HubUser]:
         """The user that this browser has signed in as; None after a sign-out at the Hub."""
         for session in cookie_values(request.headers, self.cookie_name):
             browser = self._sessions.get(session)
             if browser and browser.hub_session in (None, hub_session):
-                user = await self.api.user_of(browser.token, hub_session)
+                user = await self.api.user_of(browser.token, hub_session, is_issued=True)
                 if user is not None:
                     return user
             self._sessions.pop(session, None)
         return None
 
-    async def _user_of_token(
-        self, request: Request, hub_session: str
-    ) -> Tuple[str, Optional[HubUser]]:
-        """The first token of the Hub that may admit the request, and its user; ("", None) if none.
-
-        All tokens in the request are looked up, since no token of the Hub may reach the app.
-        """
-        valid = authorization_tokens(request.headers)
-        if "cross-site" not in request.headers.get_all("sec-fetch-site"):
-            # A link of a foreign page must not sign this browser in as another user.
-            valid += query_tokens(request.target)
-        found = "", None  # type: Tuple[str, Optional[HubUser]]
-        for token in all_tokens(request):
-            user = await self.api.user_of(token, hub_session)
-            if user is not None:
-                self._tokens[token] = None
-                if token in valid and not found[0]:
-                    found = token, user
-        return found
+    def _check_access(self, user: HubUser) -> None:
+        if not user.has_access:
+            logger.info("refused: %r has no access to the server of %r", user.name, self.hub.user)
+            text = (
+                "You are signed in as %s, but have no access to this server of %s. Sign in at the"
+                " Hub as another user, or ask for access."
+            )
+            raise ProxyError(403, text % (user.name, self.hub.user))
 
     def owns_token(self, token: str) -> bool:
-        return token in self._tokens or token == self.hub.api_token
+        return self.api.is_hub_token(token)
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
@@ -4014,95 +4033,131 @@ class HubGate(Gate):
 
     async def close(self) -> None:
         self.deadlines.on_activity = None
-        tasks = self.api.pending | self._tasks
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.wait(self._tasks)
 
-    def _check_access(self, user: HubUser) -> None:
-        if "access:servers" in user.scopes or user.scopes & self.hub.access_scopes:
-            return
-        logger.info("refused: %r has no access to the server of %r", user.name, self.hub.user)
-        text = (
-            "You are signed in as %s, but have no access to this server of %s. Sign in at the Hub"
-            " as another user, or ask for access."
-        )
-        raise ProxyError(403, text % (user.name, self.hub.user))
+    # Sessions that end.
+
+    def note_request(self, connection: Any, request: Optional[Request]) -> None:
+        if request is None:
+            self._served.pop(connection, None)
+        else:
+            self._served[connection] = request
+
+    async def _end_sessions(self) -> None:
+        """Close the connections of ended sessions: their tunnels, downloads and event streams."""
+        while True:
+            await asyncio.sleep(_RECHECK_SECONDS)
+            for connection, request in list(self._served.items()):
+                if connection not in self.deadlines.connections:  # a tunnel that has ended
+                    self.note_request(connection, None)
+                    continue
+                is_admitted = await self._is_admitted(request)
+                if not is_admitted and self._served.get(connection) is request:
+                    logger.info("%s: closed, its session has ended", request.client.address)
+                    connection.abort()
+
+    async def _is_admitted(self, request: Request) -> bool:
+        """Whether a request that was admitted still would be; True while the Hub does not answer."""
+        tokens = filter(self.api.is_admitted, all_tokens(request))
+        try:
+            user, _, _ = await self._find_user(request, tokens)
+        except ProxyError:
+            return True
+        return user is not None and user.has_access
+
+    # Signing in.
+
+    def _sign_in_needed(self, request: Request) -> ProxyError:
+        if request.is_websocket:
+            text = "A WebSocket needs a browser that is signed in at the Hub, or a token of it."
+            return ProxyError(403, text)
+        if request.is_page_visit:
+            return self._begin_login(request.target, request.client)
+        text = "Sign in at the Hub, or send a token of it as 'Authorization: token TOKEN'."
+        return ProxyError(403, text, CHALLENGE)
 
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
         """The redirect to the Hub, which redirects the browser back to `_end_login`."""
-        state, verifier, browser = (secrets.token_urlsafe(32) for _ in range(3))
+        state = secrets.token_urlsafe(32)
         path, mark, query = target.partition("?")
         # Browsers compare the cookie's Path undecoded, so the prefix is spelt as in the cookie.
         target = self.hub.prefix + (path_below(self.hub.prefix, path) or "/") + mark + query
-        if not _LOCAL_TARGET.fullmatch(target) or len(target) > 2048:
+        if not _LOCAL_TARGET.fullmatch(target) or len(quote(target)) > _MAX_LOGIN_TARGET:
             target = self.hub.prefix + "/"
-        self._logins[state] = HubLogin(target, verifier, browser, now() + _LOGIN_SECONDS)
-        digest = hashlib.sha256(verifier.encode()).digest()
+        login = "%d.%s" % (now() + _LOGIN_SECONDS, quote(target))
+        value = "%s.%s" % (self._signature("login", state, login), login)
+        digest = hashlib.sha256(self._verifier(state).encode()).digest()
         parameters = {
             "client_id": self.hub.client_id,
             "redirect_uri": self.hub.callback_url,
             "response_type": "code",
             "state": state,
-            "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
+            "code_challenge": _base64(digest),
             "code_challenge_method": "S256",
         }
         location = self.hub.authorize_url + "?" + urlencode(parameters)
-        name = self._login_cookie(state)
-        cookie = self._cookie(name, browser, self.callback_path, client, _LOGIN_SECONDS)
+        cookie = self._login_cookie(state, value, client, _LOGIN_SECONDS)
         return ProxyError(302, "Sign in at the Hub.", (("Location", location), cookie))
 
     async def _end_login(self, request: Request) -> None:
         """Raise the redirect to the page that the person opened, or ProxyError 403."""
         sent = dict(parse_qsl(request.target.partition("?")[2]))
-        state = sent.get("state", "")
-        login = self._logins.pop(state, None)
-        name = self._login_cookie(state)
-        again = " Open %s/ again." % self.hub.prefix
-        if login is None or now() > login.deadline:
-            raise ProxyError(403, "This sign-in was used or has expired." + again)
-        browsers = [value.encode("latin-1") for value in cookie_values(request.headers, name)]
-        if not any(hmac.compare_digest(value, login.browser.encode()) for value in browsers):
-            text = "This sign-in began in another browser, or cookies are blocked."
-            raise ProxyError(403, text + again)
+        state, again = sent.get("state", ""), " Open %s/ again." % self.hub.prefix
+        target = self._login_target(request, state)
+        if not target:
+            text = "This sign-in was used or has expired, began in another browser, or cookies are"
+            raise ProxyError(403, text + " blocked." + again)
         if "code" not in sent:
             error = sent.get("error", "")
             reason = error if _OAUTH_ERROR.fullmatch(error) else "no reason given"
             raise ProxyError(403, "The Hub did not sign you in: %s.%s" % (reason, again))
-        token = await self.api.token_for(sent["code"], login.verifier)
-        user = await self.api.user_of(token, _hub_session(request))
+        token = await self.api.token_for(sent["code"], self._verifier(state))
+        if not token:
+            raise ProxyError(403, "The Hub rejected this sign-in." + again)
+        user = await self.api.user_of(token, _hub_session(request), is_issued=True)
         if user is None:
             raise ProxyError(403, "The Hub did not name your user." + again)
-        self._tokens[token] = None
         self._check_access(user)
         session = self._new_session(token, request.client)
-        expired = self._cookie(name, "", self.callback_path, request.client, 0)
-        raise ProxyError(302, "Signed in.", (("Location", login.target), session, expired))
+        expired = self._login_cookie(state, "", request.client, 0)
+        raise ProxyError(302, "Signed in.", (("Location", target), session, expired))
 
-    async def _ready(self) -> LocalResponse:
-        """The Hub polls this until the server is up, and compares the version with its own."""
-        fields = (("Content-Type", "application/json"), ("Content-Length", "2"))  # type: Fields
-        with contextlib.suppress(ProxyError):  # the server is up in any case
-            version = await self.api.version()
-            fields += (("X-JupyterHub-Version", version),) if version else ()
-        return LocalResponse(200, fields, b"{}")
+    def _login_target(self, request: Request, state: str) -> str:
+        """The page that this browser wanted to see when its sign-in began; "" without a sign-in."""
+        values = cookie_values(request.headers, self._login_name(state))
+        signature, _, login = (values[0] if len(values) == 1 else "").partition(".")
+        expected = self._signature("login", state, login)
+        if not hmac.compare_digest(signature.encode("latin-1"), expected.encode()):
+            return ""
+        deadline, _, target = login.partition(".")
+        return unquote(target) if now() <= int(deadline) else ""
+
+    def _signature(self, *texts: str) -> str:
+        """The signature of texts without line breaks; nobody else can make it."""
+        return _base64(hmac.new(self._key, "\n".join(texts).encode(), "sha256").digest())
+
+    def _verifier(self, state: str) -> str:
+        """Proves to the Hub that we began the sign-in (RFC 7636 section 4.1)."""
+        return self._signature("verifier", state)
 
     def _new_session(
         self, token: str, client: ClientInfo, hub_session: Optional[str] = None
     ) -> Tuple[str, str]:
-        """The cookie of a new session.
-
-        A sign-out at the Hub revokes the token of a login.  A token from the address lives on, so
-        its session is bound to the Hub session.
-        """
+        """The cookie of a new session."""
         session = secrets.token_urlsafe(32)
         self._sessions[session] = HubBrowser(token, hub_session)
         return self._cookie(self.cookie_name, session, self.hub.prefix + "/", client)
 
-    def _login_cookie(self, state: str) -> str:
-        """The name of the cookie of one login; several tabs can sign in at once."""
+    def _login_name(self, state: str) -> str:
+        """The name of the cookie of one sign-in; several tabs can sign in at once."""
         return "%s_%s" % (self.cookie_name, _short_hash(state))
+
+    def _login_cookie(
+        self, state: str, value: str, client: ClientInfo, seconds: int
+    ) -> Tuple[str, str]:
+        return self._cookie(self._login_name(state), value, self.callback_path, client, seconds)
 
     def _cookie(
         self, name: str, value: str, path: str, client: ClientInfo, seconds: Optional[int] = None
@@ -4117,6 +4172,16 @@ class HubGate(Gate):
         parts = ["%s=%s" % (name, value)]
         parts += [key + ("=" + text if text else "") for key, text in attributes.items()]
         return "Set-Cookie", "; ".join(parts)
+
+    # What the Hub wants to know.
+
+    async def _ready(self) -> LocalResponse:
+        """The Hub polls this until the server is up, and compares the version with its own."""
+        fields = (("Content-Type", "application/json"), ("Content-Length", "2"))  # type: Fields
+        with contextlib.suppress(ProxyError):  # the server is up in any case
+            version = await self.api.version()
+            fields += (("X-JupyterHub-Version", version),) if version else ()
+        return LocalResponse(200, fields, b"{}")
 
     def _note_activity(self) -> None:
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -4149,10 +4214,6 @@ def all_tokens(request: Request) -> List[str]:
     return tokens
 
 
-def _has_failed(task: "asyncio.Task[Any]") -> bool:
-    return task.done() and (task.cancelled() or task.exception() is not None)
-
-
 def _hub_session(request: Request) -> str:
     """The browser's session at the Hub, "" if it has none."""
     return "".join(cookie_values(request.headers, _HUB_SESSION)[:1])
@@ -4160,6 +4221,10 @@ def _hub_session(request: Request) -> str:
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4263,6 +4328,7 @@ class Exchange:
         is_reusable = False
         try:
             self._watch_client(upstream)
+            self.gate.note_request(self.client, self.request)
             upstream.write_deadline = now() + self.config.stall_timeout
             upstream.write(pieces)
             if not self.body.finished:
@@ -4280,6 +4346,7 @@ class Exchange:
             raise await self._explain(error, upstream)
         finally:
             self.client.watcher = None
+            self.gate.note_request(self.client, None)
             if self._sender is not None:
                 await self._stop_sending(self._sender)
             if is_reusable and self.body.finished and self.request.route is not None:
@@ -4434,6 +4501,7 @@ class Exchange:
         timeout, tunnels = self.config.stall_timeout, self.proxy.tunnels
         self.tunnel = Tunnel(self.client, upstream, timeout, tunnels)
         await self.tunnel.start(self.client, upstream)
+        self.gate.note_request(self.tunnel.client, self.request)
 
     # Failures.
 
