@@ -1315,6 +1315,7 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 
 _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice this
 _READ_BYTES = 1 << 20  # more than a StreamReader can hold: a read takes everything there is
+_LARGE_PIECE = 1 << 15  # bytes
 _BACKLOG = 1024  # connections that wait to be accepted
 _CLOSE_SECONDS = 60.0  # that a peer has to take the bytes that are queued when we close
 _UNIX = getattr(socket, "AF_UNIX", None)
@@ -1343,6 +1344,8 @@ class Connection(asyncio.StreamReaderProtocol):
     buffer: bytes that were read but not used.  has_unread: the reader holds bytes.  ended: nothing
     more comes; `failure` is the reason, None for a clean EOF.  was_heard: whether data has come
     since this was last set to False.  watcher: called with the connection when data or EOF comes.
+    sink: the body that takes the data in place of the reader.  feeder: the body that is relayed to
+    this connection.
     address: the peer's, "" if it has none.  scheme: "https" over TLS.  ends_body: only the end of
     this connection ends the body that its peer is being sent.  state: see above.
     """
@@ -1355,10 +1358,12 @@ class Connection(asyncio.StreamReaderProtocol):
         "ended",
         "ends_body",
         "failure",
+        "feeder",
         "has_unread",
         "read_deadline",
         "reader",
         "scheme",
+        "sink",
         "state",
         "task",
         "transport",
@@ -1378,6 +1383,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.has_unread = self.ended = self.was_heard = self.ends_body = False
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
+        self.sink = self.feeder = None  # type: Optional[Body]
         self.read_deadline = self.write_deadline = FOREVER
         self.state = ACTIVE
         self.task = None  # type: Optional[asyncio.Future[None]]
@@ -1399,10 +1405,24 @@ class Connection(asyncio.StreamReaderProtocol):
     def data_received(self, data: bytes) -> None:
         if self.ended:  # a deadline has passed
             return
+        self.was_heard = True
+        if self.sink is not None:
+            self.sink.take(data)
+            return
+        self.has_unread = True
         self.reader.feed_data(data)
-        self.has_unread = self.was_heard = True
         if self.watcher is not None:
             self.watcher(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.feeder is not None:
+            self.feeder.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.feeder is not None:
+            self.feeder.resume()
 
     def eof_received(self) -> bool:
         self.end()
@@ -1413,6 +1433,8 @@ class Connection(asyncio.StreamReaderProtocol):
             self._read_remainder()
         self.deadlines.discard(self)
         self.end(exc)
+        if self.feeder is not None:
+            self.feeder.stop()
         # Not told of the failure, the reader still gives out the data that came before.
         super().connection_lost(None)
 
@@ -1444,6 +1466,8 @@ class Connection(asyncio.StreamReaderProtocol):
         self.reader.feed_eof()
         if self.watcher is not None:
             self.watcher(self)
+        if self.sink is not None:
+            self.sink.end()
 
     async def read(self) -> bytes:
         """The bytes at hand, or else the next ones; b"" at a clean EOF; OSError or TimedOut."""
@@ -1458,10 +1482,14 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def write(self, pieces: Sequence[Union[bytes, memoryview]]) -> None:
         """Send bytes, or queue them; then `drain`."""
-        if not self.transport.is_closing():
-            # Not writelines, which never pauses the writer in 3.12.0 to 3.12.8 and 3.13.0
-            # (CVE-2024-12254).
-            self.writer.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if self.transport.is_closing():
+            return
+        # Not writelines, which never pauses the writer in 3.12.0 to 3.12.8 and 3.13.0
+        # (CVE-2024-12254).  To join large pieces costs more than to send them one by one.
+        if len(pieces) > 1 and (len(pieces) > 4 or max(map(len, pieces)) < _LARGE_PIECE):
+            pieces = [b"".join(pieces)]
+        for piece in pieces:
+            self.writer.write(piece)
 
     async def drain(self, timeout: float) -> None:
         """Wait until the peer has taken most of the written bytes.
@@ -1554,6 +1582,18 @@ def has_failed(transport: Any, events: int = -1) -> bool:
     except (AttributeError, RuntimeError):  # not in 3.6; and as in `Connection.queued`
         return False
     return bool(is_paused and poll(transport, 0) & events)
+
+
+def pause_reading(transport: Any) -> None:
+    """Let no more data come for now."""
+    with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
+        transport.pause_reading()
+
+
+def resume_reading(transport: Any) -> None:
+    """Let data come again."""
+    with contextlib.suppress(RuntimeError, AttributeError):
+        transport.resume_reading()
 
 
 def end_writing(transport: Any) -> None:
@@ -1653,15 +1693,27 @@ async def read_head(
 
 
 class Body:
-    """A message body that is read from one connection, to be written to another.
+    """A message body that comes on one connection (`source`) and goes to another.
 
+    `read` gives the next pieces.  `relay` passes all of the rest on, from transport to transport.
     is_response: of the message.  in_chunks: the pieces are given in the chunked coding, including
-    the last chunk.  count: bytes
-    of body data so far.  finished: the body was read to its end; the connection's buffer holds the
-    bytes behind it.
+    the last chunk.  count: bytes of body data so far.  finished: the body was read to its end; the
+    connection's buffer holds the bytes behind it.  silence: seconds that the source may be silent
+    while the body is relayed.
     """
 
-    __slots__ = ("_decoder", "_source", "count", "finished", "in_chunks")
+    __slots__ = (
+        "_decoder",
+        "_done",
+        "_is_paused",
+        "_stall",
+        "_target",
+        "count",
+        "finished",
+        "in_chunks",
+        "silence",
+        "source",
+    )
 
     def __init__(
         self,
@@ -1672,19 +1724,20 @@ class Body:
         is_response: bool,
         in_chunks: bool = False,
     ) -> None:
-        self._source = source
+        self.source = source
         self._decoder = None  # type: Any
         if framing is not NO_BODY:
             self._decoder = body_decoder(framing, config, is_response)
         self.in_chunks = in_chunks
         self.count = 0
+        self.silence = FOREVER
         self.finished = framing is NO_BODY or framing == Framing("length", 0)
 
     def at_hand(self) -> Pieces:
         """The pieces that have been read already; ProxyError 400."""
-        if self.finished or not self._source.buffer:
+        if self.finished or not self.source.buffer:
             return []
-        data, self._source.buffer = self._source.buffer, b""
+        data, self.source.buffer = self.source.buffer, b""
         return self._decode(data)
 
     async def read(self, timeout: float) -> Pieces:
@@ -1693,16 +1746,12 @@ class Body:
         Raises ProxyError 400 if the body is malformed, Truncated if it breaks off, TimedOut if
         nothing comes for `timeout` seconds, OSError if the connection fails.
         """
-        if self._source.buffer:  # more pieces than one turn may have
+        if self.source.buffer:  # more pieces than one turn may have
             await asyncio.sleep(0)
-        self._source.read_deadline = now() + timeout
-        data = await self._source.read()
-        self._source.read_deadline = FOREVER
-        if data:
-            return self._decode(data)
-        self._decoder.end()
-        self.finished = True
-        return [b"0\r\n\r\n"] if self.in_chunks else []
+        self.source.read_deadline = now() + timeout
+        data = await self.source.read()
+        self.source.read_deadline = FOREVER
+        return self._decode(data) if data else self._decode_end()
 
     def _decode(self, data: bytes) -> Pieces:
         decoder = self._decoder
@@ -1710,13 +1759,123 @@ class Body:
         size = sum(map(len, pieces))
         self.count += size
         self.finished = decoder.finished
-        self._source.buffer = decoder.rest
+        self.source.buffer = decoder.rest
         if self.in_chunks:
             if size:
                 pieces = [b"%x\r\n" % size] + pieces + [b"\r\n"]
             if self.finished:
                 pieces.append(b"0\r\n\r\n")
         return pieces
+
+    def _decode_end(self) -> Pieces:
+        self._decoder.end()
+        self.finished = True
+        return [b"0\r\n\r\n"] if self.in_chunks else []
+
+    async def relay(self, target: Connection, stall: float) -> bool:
+        """Pass the rest of the body on as it comes; False if the target takes no more.
+
+        stall: seconds that the target has to take what is queued.  Raises the errors of `read`.
+        """
+        source = self.source
+        while True:
+            try:
+                await target.drain(stall)
+            except OSError:
+                return False
+            if self.finished:
+                return True
+            source.deadlines.is_active = True
+            if source.buffer or source.has_unread or source.ended:
+                pieces = await self.read(self.silence)
+                if pieces:
+                    target.write(pieces)
+            else:
+                await self._relay_directly(target, stall)
+
+    # From transport to transport: `take` and `end` are called by the source, `pause`, `resume` and
+    # `stop` by the target.
+
+    async def _relay_directly(self, target: Connection, stall: float) -> None:
+        """Let the source write to the target until the body has ended or the target is lost."""
+        source = self.source
+        self._target, self._stall, self._is_paused = target, stall, False
+        self._done = source.deadlines.loop.create_future()
+        source.sink = target.feeder = self
+        source.read_deadline = now() + self.silence
+        try:
+            await self._done
+        finally:
+            source.sink = target.feeder = None
+            source.read_deadline = FOREVER
+            if self._is_paused:
+                resume_reading(source.transport)
+
+    def take(self, data: bytes) -> None:
+        """Pass on the data that has come."""
+        source, time = self.source, now()
+        data, source.buffer = source.buffer + data, b""
+        try:
+            pieces = self._decode(data)
+        except ProxyError as error:
+            self._settle(error)
+            return
+        source.deadlines.is_active = True
+        source.read_deadline = FOREVER if self._is_paused else time + self.silence
+        if pieces:
+            self._target.write_deadline = time + self._stall
+            self._target.write(pieces)
+        if self.finished:
+            self._settle(None)
+        elif source.buffer and not self._is_paused:  # more pieces than one turn may have
+            self.pause()
+            source.deadlines.loop.call_soon(self.resume)
+
+    def end(self) -> None:
+        """The source has ended."""
+        source = self.source
+        if source.failure is not None:
+            self._settle(source.failure)
+        elif not source.buffer:
+            try:
+                self._target.write(self._decode_end() or [b""])
+                self._settle(None)
+            except Truncated as error:
+                self._settle(error)
+
+    def pause(self) -> None:
+        """Read no more for now: the target is slow."""
+        self._is_paused = True
+        self.source.read_deadline = FOREVER
+        pause_reading(self.source.transport)
+
+    def resume(self) -> None:
+        """Go on."""
+        source = self.source
+        if self._done.done() or not self._is_paused:
+            return
+        self._is_paused = False
+        if source.buffer:
+            self.take(b"")
+        if source.ended and not self._done.done():
+            self.end()
+        if not self._is_paused and not self._done.done():
+            source.read_deadline = now() + self.silence
+            resume_reading(source.transport)
+
+    def stop(self) -> None:
+        """The target is lost."""
+        self._settle(None)
+
+    def _settle(self, failure: Optional[BaseException]) -> None:
+        """Note that `_relay_directly` is over.  Data from now on is for the reader."""
+        self.source.sink = None
+        if self._done.done():
+            return
+        if failure is None:
+            self._done.set_result(None)
+        else:
+            self._done.set_exception(failure)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4269,6 +4428,7 @@ class Exchange:
         self.failure = ""
         self.tunnel = None  # type: Optional[Tunnel]
         self._silence = FOREVER  # seconds that the upstream may be silent
+        self._incoming = None  # type: Optional[Body]  # of the response
         self._sender = None  # type: Optional[asyncio.Task[None]]
         self._client_failure = None  # type: Optional[Exception]
 
@@ -4367,30 +4527,25 @@ class Exchange:
 
     def _client_stirred(self, upstream: Connection, client: Connection) -> None:
         """Data or EOF has come from the client."""
-        if not client.ended:
+        if not client.ended or isinstance(client.failure, TimedOut):  # the latter ends `_send_body`
             return
         if client.failure is not None or not client.transport.can_write_eof():
             self._client_failure = self._client_failure or ClientGone()
             upstream.abort()
         else:
             self._silence = _HALF_CLOSED_SECONDS
+            if self._incoming is not None:
+                self._incoming.silence = self._silence
             upstream.read_deadline = min(upstream.read_deadline, now() + self._silence)
 
     # The request body goes on while the response is already awaited.
 
     async def _send_body(self, upstream: Connection) -> None:
         timeout = self.config.stall_timeout
+        self.body.silence = timeout
         try:
-            while not self.body.finished:
-                pieces = await self.body.read(timeout)
-                upstream.deadlines.is_active = True
-                if pieces:
-                    upstream.write(pieces)
-                    try:
-                        await upstream.drain(timeout)
-                    except OSError:
-                        return  # it takes no more, but may have sent its response
-            if not self.status:
+            # An upstream that takes no more may have sent its response.
+            if await self.body.relay(upstream, timeout) and not self.status:
                 upstream.read_deadline = self._response_deadline()
         except (ProxyError, Truncated, TimedOut, OSError) as error:
             if isinstance(error, TimedOut):
@@ -4438,23 +4593,22 @@ class Exchange:
         client.ends_body = sent_as is UNTIL_CLOSE
         in_chunks = sent_as is CHUNKED
         body = Body(upstream, came_as, self.config, is_response=True, in_chunks=in_chunks)
+        body.silence = self._silence
+        self._incoming = body
         # A body that is malformed from the start is refused before the status has gone out.
         pieces = body.at_hand()
         head = self._response_head(response, sent_as)
-        self._note_title(response, body, pieces)
         self.status = response.status
         client.write([head] + pieces)
-        while not body.finished:
+        while not body.finished and not body.count:  # the first data may hold the page's title
+            pieces = await body.read(body.silence)
+            client.write(pieces or [b""])
+        self._note_title(response, body, pieces)
+        try:
+            if not await body.relay(client, self.config.stall_timeout):
+                raise ClientGone()
+        finally:
             self.sent = body.count
-            await self._drain()
-            pieces = await body.read(self._silence)
-            upstream.deadlines.is_active = True
-            if not self.sent:
-                self._note_title(response, body, pieces)
-            if pieces:
-                client.write(pieces)
-        self.sent = body.count
-        await self._drain()
         return response.is_reusable
 
     def _response_head(self, response: Response, sent_as: Framing) -> bytes:
@@ -4703,12 +4857,10 @@ class TunnelEnd(asyncio.Protocol):
             self.deadline = now() + self.tunnel.timeout
 
     def pause_writing(self) -> None:
-        with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
-            self.peer.transport.pause_reading()
+        pause_reading(self.peer.transport)
 
     def resume_writing(self) -> None:
-        with contextlib.suppress(RuntimeError, AttributeError):
-            self.peer.transport.resume_reading()
+        resume_reading(self.peer.transport)
 
     def eof_received(self) -> bool:
         self.ended = True
