@@ -2405,19 +2405,24 @@ def _copy(value: str, start: str) -> str:
 # Local sockets
 # --------------------------------------------------------------------------------------------------
 # Which programs of this user listen on this machine, and which user owns a port.  Linux reports
-# both in /proc (proc(5)), and the owner of a single socket also by netlink (sock_diag(7)), which is
-# much faster on a machine with many sockets.  Other systems report neither: nothing is found there.
-# `LocalSockets` caches the results.
+# both in /proc (proc(5)), and the owner of one socket also by netlink (sock_diag(7)), which is much
+# faster on a machine with many sockets.  Other systems report neither: there no port is listed, and
+# no port is refused.
 
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
-_ROW = (  # of such a table: local address, local port, remote port, state, user id, inode
-    r"^ *[0-9]+: ([0-9A-F]+):(%s) [0-9A-F]+:([0-9A-F]{4}) (%s) \S+ \S+ \S+ +([0-9]+) +[0-9]+"
-    r" ([0-9]+) "
+# A row of such a table: local address and port, remote address and port, state, user id, inode.
+# A socket that listens has the remote port 0.  One that no process holds has the inode 0.
+_ROW = (
+    r"^ *[0-9]+: ([0-9A-F]+):(%s) ([0-9A-F]+):%04X \S+ \S+ \S+ \S+ +([0-9]+) +[0-9]+ ([1-9][0-9]*) "
 )
-_LISTEN = "0A"  # the state TCP_LISTEN
 _FIRST_COMMON_PORT = 1024  # system services listen below
 _FIRST_ORDINARY_USER = 1000  # root and system services have lower ids
 _ANY_ADDRESS = ("0.0.0.0", "::")
+_REACHED = {  # the addresses of listening sockets that a host reaches
+    "localhost": ("127.0.0.1", "0.0.0.0", "::", "::1"),
+    "127.0.0.1": ("127.0.0.1", "0.0.0.0", "::"),
+    "::1": ("::1", "::"),
+}
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
 _INTERPRETER = re.compile(
     r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*"
@@ -2427,12 +2432,10 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,60}")
 
 
 class TcpSocket(NamedTuple):
-    """A TCP socket of this machine; `address` and `port` are its own end."""
+    """A TCP socket of this machine that a process holds; `address` and `port` are its own end."""
 
     address: str
     port: int
-    peer_port: int
-    is_listening: bool
     user: int
     inode: str
 
@@ -2451,61 +2454,37 @@ class Listener(NamedTuple):
 
 
 class LocalSockets:
-    """Cached lookups of the sockets of this machine.
-
-    The tables list every socket, so that a lookup can take tenths of a second.  A result is used
-    for twenty times as long as its lookup took: lookups then take a twentieth of the time at most.
-    """
+    """What listens on this machine, looked up in a thread and at most once a second."""
 
     def __init__(self) -> None:
-        # Results with the time until which they are used.
-        self._results = {}  # type: Dict[Any, Tuple[Any, float]]
+        # The last lookup by each function, and when the next one may begin.
+        self._lookups = {}  # type: Dict[Any, Tuple[asyncio.Future[Any], float]]
 
-    def other_owner(self, here: Address, there: Address) -> Optional[int]:
-        """The user id of another ordinary user who owns the far end of a local connection.
+    async def listeners(self) -> List[Listener]:
+        """The result of `find_listeners`."""
+        return list(await self._look_up(find_listeners))
 
-        None if the owner is this user, root or a system service, or is unknown.
-        """
-        owner = self._cached(("owner", there), functools.partial(_find_owner, here, there))
-        if owner is None or owner < _FIRST_ORDINARY_USER or owner == getattr(os, "geteuid", int)():
-            return None
-        return int(owner)
-
-    def listening_elsewhere(self, host: str, port: int) -> Sequence[str]:
+    async def listening_elsewhere(self, host: str, port: int) -> Sequence[str]:
         """The addresses that listen on a port, if `host` is in LOOPBACK_NAMES and reaches none."""
         if host not in LOOPBACK_NAMES:
             return ()
-        addresses = self._cached(
-            ("addresses", port), lambda: listening_addresses(tcp_sockets(port=port))
-        )  # type: Tuple[str, ...]
+        sockets = await self._look_up(tcp_sockets)  # type: List[TcpSocket]
+        addresses = listening_addresses(one for one in sockets if one.port == port)
         return () if reaches_any(host, addresses) else addresses
 
-    async def listeners(self, loop: asyncio.AbstractEventLoop) -> List[Listener]:
-        """What `find_listeners` finds; it runs in a thread, and at most once a second."""
-        look_up = functools.partial(loop.run_in_executor, None, find_listeners)
-        found = self._cached("listeners", look_up, 1.0)  # type: asyncio.Future[List[Listener]]
-        return await asyncio.shield(found)
-
-    def _cached(self, key: Any, look_up: Callable[[], Any], seconds: float = 0.0) -> Any:
-        """The result for `key`, looked up again if it is too old and no lookup is running."""
-        begun = time.perf_counter()
-        result, until = self._results.get(key, (None, 0.0))
-        is_running = isinstance(result, asyncio.Future) and not result.done()
-        if begun >= until and not is_running:
-            if len(self._results) > 1000:
-                self._results.clear()
-            result = look_up()
-            ended = time.perf_counter()
-            self._results[key] = result, ended + max(seconds, 20 * (ended - begun))
-        return result
+    async def _look_up(self, function: Callable[[], Any]) -> Any:
+        future, until = self._lookups.get(function, (None, 0.0))
+        if future is None or (future.done() and now() >= until):
+            future = asyncio.get_event_loop().run_in_executor(None, function)
+            self._lookups[function] = future, now() + 1.0
+        return await asyncio.shield(future)
 
 
 def find_listeners() -> List[Listener]:
     """The programs of this user that listen, by port; system services are left out."""
-    user = getattr(os, "geteuid", int)()
     by_port = {}  # type: Dict[int, List[TcpSocket]]
     for one in tcp_sockets():
-        if one.user == user and one.port >= _FIRST_COMMON_PORT:
+        if one.user == os.geteuid() and one.port >= _FIRST_COMMON_PORT:
             by_port.setdefault(one.port, []).append(one)
     if not by_port:
         return []
@@ -2520,26 +2499,29 @@ def find_listeners() -> List[Listener]:
 
 
 def listening_addresses(sockets: Iterable[TcpSocket]) -> Tuple[str, ...]:
-    """The addresses of the listening ones of these sockets, each once."""
-    return tuple(dict.fromkeys(one.address for one in sockets if one.is_listening))
+    """The addresses of these sockets, each once."""
+    return tuple(dict.fromkeys(one.address for one in sockets))
 
 
 def reaches_any(host: str, addresses: Iterable[str]) -> bool:
     """Whether `host`, one of LOOPBACK_NAMES, reaches a socket that listens at these addresses."""
-    reached = {"127.0.0.1": ("127.0.0.1", "0.0.0.0", "::"), "::1": ("::1", "::")}
-    reached["localhost"] = reached["127.0.0.1"] + ("::1",)
-    return any(address in reached[host] for address in addresses)
+    return any(address in _REACHED[host] for address in addresses)
 
 
-def tcp_sockets(tables: Sequence[str] = _TABLES, port: Optional[int] = None) -> List[TcpSocket]:
-    """The sockets at a local port, or all listening ones if it is None; IPv4 before IPv6."""
-    wanted = ("[0-9A-F]{4}", _LISTEN) if port is None else ("%04X" % port, "..")
-    rows = re.compile(_ROW % wanted, re.MULTILINE)
+def tcp_sockets(
+    port: Optional[int] = None, peer: Optional[Address] = None, tables: Sequence[str] = _TABLES
+) -> List[TcpSocket]:
+    """The sockets at a local port that listen, or are connected to `peer`; IPv4 before IPv6.
+
+    port: None for all.
+    """
+    ports = "[0-9A-F]{4}" if port is None else "%04X" % port
+    rows = re.compile(_ROW % (ports, peer[1] if peer else 0), re.MULTILINE)
     found = []
     for table in tables:
-        for address, own, peer, state, user, inode in rows.findall(_read(table)):
-            ports, is_listening = (int(own, 16), int(peer, 16)), state == _LISTEN
-            found.append(TcpSocket(_address(address), *ports, is_listening, int(user), inode))
+        for address, own_port, remote, user, inode in rows.findall(_read(table)):
+            if peer is None or _address(remote) == peer[0]:
+                found.append(TcpSocket(_address(address), int(own_port, 16), int(user), inode))
     return found
 
 
@@ -2551,50 +2533,111 @@ def _address(text: str) -> str:
     return plain_address(str(ipaddress.ip_address(struct.pack("=%dI" % count, *words))))
 
 
-def _find_owner(here: Address, there: Address) -> Optional[int]:
-    """The user id of the socket at the far end of the connection from `here`; None if unknown.
+# The owner of a port is the user of the socket that listens there.  The accepted socket alone does
+# not tell: once another user's program has closed it, the kernel reports nobody.  So the owner is
+# looked up before and after connecting, and an unknown owner is refused.
 
-    A connection that the app has not accepted yet has user id 0: then its listener decides.
+
+class OwnerGuard:
+    """Refuses a connection to a port of this machine on which another ordinary user listens.
+
+    It is made before the connection, and `check` is called after it; both raise ProxyError 403.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._there = _own_address(address) if sys.platform.startswith("linux") else None
+        self._was_listening = self._there is not None and self._is_allowed()
+
+    def check(self, here: Address) -> None:
+        """Check the connection that was made from `here`."""
+        if self._there is None:
+            return
+        # A program that serves a single connection may have stopped listening by now.
+        if not self._is_allowed() and not self._is_allowed(here):
+            text = "The user who owns port %d of this machine could not be determined."
+            raise ProxyError(403, text % self._there[1], (), _TRUST_ADVICE)
+        if not self._was_listening:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "it has just begun to listen")
+
+    def _is_allowed(self, peer: Optional[Address] = None) -> bool:
+        """Whether the port has a known owner who may be reached; ProxyError 403 for another."""
+        assert self._there is not None
+        users = _socket_users(self._there, peer)
+        for user in users:
+            if user >= _FIRST_ORDINARY_USER and user != os.geteuid():
+                text = (
+                    "Port %d of this machine belongs to another user, %s. Its pages could use your"
+                    " other apps as you."
+                )
+                text %= self._there[1], user_name(user)
+                raise ProxyError(403, text, (), _TRUST_ADVICE)
+        return bool(users)
+
+
+_TRUST_ADVICE = "If you trust it, {start} {any_owner}."
+
+
+def _own_address(address: Address) -> Optional[Address]:
+    """The address that is reached by connecting to this one; None if it is another machine's.
+
+    A connection to an address of this machine begins at that address, or at a loopback address.
+    """
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:  # connecting it sends nothing
+        sock.connect(address)
+        here, there = (plain_address(name[0]) for name in (sock.getsockname(), sock.getpeername()))
+    is_own = here == there or ipaddress.ip_address(there).is_loopback
+    return (there, address[1]) if is_own else None
+
+
+def _socket_users(there: Address, peer: Optional[Address]) -> Set[int]:
+    """The users of the sockets that listen at `there`, or of the one there connected to `peer`.
+
+    None is known if the set is empty.
     """
     is_ipv6 = ":" in there[0]
-    owner = _ask_kernel(here, there) or _ask_kernel((_ANY_ADDRESS[is_ipv6], 0), there)
-    if owner is not None:
-        return owner
-    # A socket of IPv6 may serve IPv4 too, but not the other way round.
-    sockets = tcp_sockets(_TABLES[1:] if is_ipv6 else _TABLES, there[1])
-    for one in sockets:
-        is_accepted = one.user and not one.is_listening
-        if is_accepted and (one.address, one.peer_port) == (there[0], here[1]):
-            return one.user
-    # A listener at the very address precedes one for all addresses.
-    for addresses in (there[:1], _ANY_ADDRESS):
-        for one in sockets:
-            if one.is_listening and one.address in addresses:
-                return one.user
-    return None
+    user = _ask_kernel(there, peer or (_ANY_ADDRESS[is_ipv6], 0))
+    if user is not None:
+        return {user}
+    if _kernel_answers():
+        return set()
+    # A socket of IPv6 may serve IPv4 too, but not the other way round.  A socket that listens at
+    # the very address precedes one that listens at all addresses.
+    sockets = tcp_sockets(there[1], peer, _TABLES[1:] if is_ipv6 else _TABLES)
+    exact = {one.user for one in sockets if one.address == there[0]}
+    return exact or {one.user for one in sockets if one.address in _ANY_ADDRESS}
 
 
-def _ask_kernel(here: Address, there: Address) -> Optional[int]:
-    """The user id of the socket at `there` that is connected to `here`; None if unknown.
+def _kernel_answers() -> bool:
+    """Whether netlink reports sockets: not every kernel and sandbox lets it."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(1)
+        return _ask_kernel(sock.getsockname(), (_ANY_ADDRESS[0], 0)) is not None
 
-    If the port of `here` is 0, it is the socket that listens at `there`.
+
+def _ask_kernel(there: Address, peer: Address) -> Optional[int]:
+    """The user of the socket at `there` that is connected to `peer`; None if unknown.
+
+    If the port of `peer` is 0, it is the socket that listens at `there`.
     """
     family = socket.AF_INET6 if ":" in there[0] else socket.AF_INET
-    packed = [ipaddress.ip_address(end[0]).packed for end in (there, here)]
+    packed = [ipaddress.ip_address(end[0]).packed for end in (there, peer)]
     # struct inet_diag_req_v2: in any state, on any interface, with any cookie.
     query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
-    query += struct.pack("!HH16s16s", there[1], here[1], *packed) + b"\0" * 4 + b"\xff" * 8
+    query += struct.pack("!HH16s16s", there[1], peer[1], *packed) + b"\0" * 4 + b"\xff" * 8
     header = struct.pack("=IHHII", 16 + len(query), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
             kernel.setblocking(False)
             kernel.send(header + query)
             reply = kernel.recv(4096)
-    except (AttributeError, OSError):  # not Linux, or netlink is not allowed
+    except (AttributeError, OSError):  # netlink is not allowed
         return None
-    if len(reply) < 84 or struct.unpack_from("=H", reply, 4)[0] != _SOCK_DIAG_BY_FAMILY:
+    if len(reply) < 88 or struct.unpack_from("=H", reply, 4)[0] != _SOCK_DIAG_BY_FAMILY:
         return None
-    return int(struct.unpack_from("=I", reply, 80)[0])  # inet_diag_msg.idiag_uid
+    user, inode = struct.unpack_from("=II", reply, 80)  # idiag_uid, idiag_inode
+    return int(user) if inode else None
 
 
 def user_name(user: int) -> str:
@@ -3212,7 +3255,8 @@ class Upstreams:
             text = "The host %s could not be found. Check its spelling, or the machine's DNS."
             raise ProxyError(502, text % route.host)
         except ConnectionRefusedError:
-            raise NotListening(route, self.sockets.listening_elsewhere(route.host, route.port))
+            elsewhere = await self.sockets.listening_elsewhere(route.host, route.port)
+            raise NotListening(route, elsewhere)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 text = "The proxy has no file descriptor left to connect with. Try again shortly."
@@ -3249,16 +3293,17 @@ class Upstreams:
             if verified not in self._contexts:  # making one takes longer than using it
                 self._contexts[verified] = upstream_context(verified)
             tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
+        guard = None if self.config.any_owner else OwnerGuard(address)
         connection = Connection(self.deadlines)
         await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
         try:
-            self._check(connection)
+            self._check(connection, guard)
         except BaseException:
             connection.abort()
             raise
         return connection
 
-    def _check(self, connection: Connection) -> None:
+    def _check(self, connection: Connection, guard: Optional[OwnerGuard]) -> None:
         """Refuse a connection to ourselves or to another user's port; OSError or ProxyError."""
         names = [connection.transport.get_extra_info(name) for name in ("sockname", "peername")]
         if not all(names):
@@ -3269,19 +3314,8 @@ class Upstreams:
         if any(_reaches(here, there, own) for own in self.listening):
             text = "Port %d is the proxy's own: the request would go round for ever." % there[1]
             raise ProxyError(508, text)
-        if not self.config.any_owner and ipaddress.ip_address(there[0]).is_loopback:
-            owner = self.sockets.other_owner(here, there)
-            if owner is not None:
-                raise _foreign_port(there[1], owner)
-
-
-def _foreign_port(port: int, owner: int) -> ProxyError:
-    text = (
-        "Port %d of this machine belongs to another user, %s. Its pages could use your other apps"
-        " as you."
-    )
-    advice = "If you trust it, {start} {any_owner}."
-    return ProxyError(403, text % (port, user_name(owner)), (), advice)
+        if guard is not None:
+            guard.check(here)
 
 
 def upstream_context(verified: bool) -> ssl.SSLContext:
@@ -4732,7 +4766,7 @@ class Exchange:
             location = typed_location(config.base, port)
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
-        found = await self.proxy.upstreams.sockets.listeners(self.client.deadlines.loop)
+        found = await self.proxy.upstreams.sockets.listeners()
         ports = [one for one in found if one.port not in own]
         entries = []
         for one in ports:
@@ -6120,7 +6154,7 @@ class PortCheck:
         self.upstreams = upstreams
         self.config = upstreams.config
         self.route = route_to_port(port, self.config.upstream_tls)
-        sockets = [one for one in tcp_sockets(port=port) if one.is_listening]
+        sockets = tcp_sockets(port)
         self.report = Report(
             port,
             self.config.base,
@@ -6576,7 +6610,7 @@ def _holder(port: int) -> str:
     for listener in find_listeners():
         if listener.port == port:
             return "%s (process %d)" % (printable(listener.program), listener.pid)
-    users = [user_name(one.user) for one in tcp_sockets(port=port) if one.is_listening]
+    users = [user_name(one.user) for one in tcp_sockets(port)]
     return "a program of %s" % users[0] if users else "another program"
 
 

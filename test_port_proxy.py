@@ -4011,10 +4011,9 @@ class TestPorts:
             proxy = start()
             row = ports_in(proxy.get("/proxy/", JSON))[app.port]
             (line,) = (one for one in proxy.get("/proxy/")[2].decode().split("\n") if "/%d/ " % app.port in one)
-            names = {"localhost": "", "127.0.0.1": "127.0.0.1:", "::1": "[::1]:"}
             responses = [
-                (name, proxy.get("/proxy/%s%d/" % (names[name], app.port), *lines))
-                for name in names
+                (name, proxy.get("/proxy/%s%d/" % (prefix, app.port), *lines))
+                for name, prefix in (("localhost", ""), ("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:"))
                 for lines in ((), NAVIGATION)
             ]
         assert (row["addresses"], row["pid"]) == ([address], os.getpid())
@@ -4026,6 +4025,12 @@ class TestPorts:
                 assert status_of(response) == (200 if name in reached else 502)
                 assert name in reached or text in without_tags(response[2]).decode()
 
+    def test_app_at_localhost_is_not_named_for_another_host(self, start, upstream):
+        """The other host may be another machine."""
+        with app_alone_at("127.0.0.1", upstream) as app:
+            response = start(host_allowlist=["127.0.0.2"]).get("/proxy/127.0.0.2:%d/" % app.port)
+        assert (status_of(response), b"only" in response[2]) == (502, False)
+
     def test_socket_is_listed_only_while_it_listens(self, start):
         """A proxy looks at most once a second."""
         with socket.socket() as sock:
@@ -4036,12 +4041,6 @@ class TestPorts:
             sock.listen(1)
             eventually(lambda: port in ports_in(proxy.get("/proxy/", JSON)))
         eventually(lambda: port not in ports_in(proxy.get("/proxy/", JSON)))
-
-    def test_app_at_localhost_is_not_named_for_another_host(self, start, upstream):
-        """The other host may be another machine."""
-        with app_alone_at("127.0.0.1", upstream) as app:
-            response = start(host_allowlist=["127.0.0.2"]).get("/proxy/127.0.0.2:%d/" % app.port)
-        assert (status_of(response), b"only" in response[2]) == (502, False)
 
     def test_port_without_a_process_is_not_listed(self, start, upstream):
         """As one of another container on the same network; here its socket is on the way between two processes."""
@@ -4057,41 +4056,81 @@ class TestPorts:
             rows = ports_in(start().get("/proxy/", JSON))
         assert (app.port in rows, port in rows) == (True, False)
 
-    def test_no_port_is_listed_if_the_system_reports_none(self, start, upstream, monkeypatch):
+    def test_system_that_hides_sockets_or_processes_is_listed_as_far_as_known(self, start, upstream, monkeypatch):
         app = upstream(answering(OK))
-        hide(monkeypatch, "/proc/net/")
-        proxy = start()
-        assert ports_in(proxy.get("/proxy/", JSON)) == {}
-        assert status_of(proxy.get("/proxy/%d/" % app.port)) == 200
-
-    def test_process_that_ends_during_the_lookup_is_listed_without_its_name(self, start, upstream, monkeypatch):
-        app = upstream(answering(OK))
-        hide(monkeypatch, "/proc/%d/" % os.getpid())
-        row = ports_in(start().get("/proxy/", JSON))[app.port]
-        assert (row["program"], row["seconds"]) == ("", None)
+        for folder, found in (("/proc/net/", None), ("/proc/%d/" % os.getpid(), ("", None))):
+            with monkeypatch.context() as patch:
+                hide(patch, folder)
+                row = ports_in(start().get("/proxy/", JSON)).get(app.port)
+            assert (row and (row["program"], row["seconds"])) == found
 
 
 OTHER_USER = 1234567
 OWNERS_HIDDEN = "import socket; del socket.AF_NETLINK\n"
+ATTACK = """\
+import os, socket, time
+os.setuid(%d)
+print(flush=True)
+while True:
+    try:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.settimeout(0.02)
+            sock.bind(("127.0.0.1", %d))
+            sock.listen(64)
+            while True:
+                with sock.accept()[0] as accepted:
+                    accepted.send(%r, socket.MSG_MORE)
+                sock.settimeout(0)
+    except OSError:  # nobody came any more, or left at once
+        pass
+    time.sleep(0.01)
+"""
 
 
 @contextlib.contextmanager
-def as_user(user, host, port=0):
-    """A port of another user: sockets belong to the file system user of the thread that makes them (setfsuid(2))."""
+def file_system_user(user):
+    """Sockets belong to the file system user of the thread that makes them, which new threads inherit (setfsuid(2))."""
     libc = ctypes.CDLL(None)
     libc.setfsuid(user)
     try:
-        app = Upstream(answering(OK), host, port)  # its threads inherit the user
+        yield
     finally:
         libc.setfsuid(0)
+
+
+@contextlib.contextmanager
+def as_user(user, host="127.0.0.1", port=0):
+    """A port of another user."""
+    with file_system_user(user):
+        app = Upstream(answering(OK), host, port)
     with contextlib.closing(app):
         yield app.port
     assert not app.failures
 
 
+def serve_once(listener, user, is_last):
+    """Accept one connection as a user, and answer it."""
+    with file_system_user(user):
+        wire = Wire(listener.accept()[0])
+        if is_last:
+            listener.close()
+    with wire:
+        wire.message()
+        wire.send(OK)
+
+
 def with_proc(folder):
     """The command that shows a program this folder in place of /proc."""
     return unshared("-m") + ["sh", "-c", 'mount --bind "$0" /proc && exec "$@"', str(folder)]
+
+
+def own_address():
+    """An address of this machine besides loopback ones; "" if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(("192.0.2.1", 9))  # that sends nothing
+        return sock.getsockname()[0]
+    return ""
 
 
 @pytest.mark.skipif(
@@ -4105,17 +4144,23 @@ class TestPortOwner:
             monkeypatch.delattr(socket, "AF_NETLINK")
         return request.param
 
-    @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+    @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", "own"])
     def test_port_of_another_ordinary_user_is_a_403(self, start, host):
         """jupyter-server-proxy issue 590: this holds whatever address the other user's program listens on."""
-        proxy, open_proxy = start(), start(any_owner=True)
-        name = "[::1]" if host == "::1" else "127.0.0.1"
+        host = own_address() if host == "own" else host
+        if not host:
+            pytest.skip("this machine has loopback addresses alone")
+        name = {"0.0.0.0": "127.0.0.1", "::1": "[::1]", "::": "127.0.0.1"}.get(host, host)
+        proxy, open_proxy = (start(any_owner=is_open, host_allowlist=[name]) for is_open in (False, True))
+        forms = ["/proxy/%s:" % name]
+        if host != own_address():
+            forms += ["/proxy/", "/proxy/absolute/"]
         for user, is_reached in ((OTHER_USER, False), (0, True), (33, True)):
             with as_user(user, host) as port:
-                for form in ("/proxy/%d/" % port, "/proxy/absolute/%d/" % port, "/proxy/%s:%d/" % (name, port)):
-                    assert status_of(open_proxy.get(form)) == 200
+                for form in forms:
+                    assert status_of(open_proxy.get("%s%d/" % (form, port))) == 200
                     for lines in ((), HANDSHAKE):
-                        response = proxy.get(form, *lines)
+                        response = proxy.get("%s%d/" % (form, port), *lines)
                         assert status_of(response) == (200 if is_reached else 403)
                         assert is_reached or b"--any-owner" in response[2]
                         assert is_reached or b"belongs to another user, number %d" % OTHER_USER in response[2]
@@ -4126,7 +4171,7 @@ class TestPortOwner:
         after = "import encodings.ascii, encodings.idna, encodings.latin_1, os, pwd; os.setuid(%d)" % OTHER_USER
         with proxy_elsewhere(before=before, after=after) as (_, port):
             for user, status in ((OTHER_USER, 200), (OTHER_USER + 1, 403), (33, 200), (0, 200)):
-                with as_user(user, "127.0.0.1") as app:
+                with as_user(user) as app:
                     assert status_of(ask_port(port, "/proxy/%d/" % app)) == status
 
     @pytest.mark.parametrize(
@@ -4142,15 +4187,56 @@ class TestPortOwner:
         with as_user(OTHER_USER, other_host, app.port):
             assert {name: status_of(proxy.get("/proxy/%s%d/" % (name, app.port))) for name in statuses} == statuses
 
-    def test_port_is_reached_if_the_system_does_not_report_owners(self, start, monkeypatch, source):
+    @pytest.mark.parametrize("listens, accepts, is_last, status", [
+        (0, OTHER_USER, False, 200),  # as nginx, whose workers are another user's
+        (0, 0, True, 200),  # as `nc -l`, which stops listening
+        (OTHER_USER, 0, False, 403),
+    ])  # fmt: skip
+    def test_user_of_the_listening_socket_is_the_owner(self, start, listens, accepts, is_last, status):
+        with file_system_user(listens):
+            listener = socket.socket()
+        with listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            port = listener.getsockname()[1]
+            with in_thread(serve_once, listener, accepts, is_last):
+                assert status_of(start().get("/proxy/%d/" % port)) == status
+                if status != 200:
+                    with Wire.to(port) as wire:  # so that the thread ends
+                        wire.send(request("GET", "/"))
+                        assert status_of(wire.message()) == 200
+
+    def test_user_who_listens_for_a_moment_only_is_not_reached(self, start, source):
+        """The accepted socket is closed before the owner is looked up, and nobody listens then."""
         if source == "table":
-            with as_user(OTHER_USER, "127.0.0.1") as app, monkeypatch.context() as patch:
+            return
+        with closed_port() as port:
+            pass
+        command = [sys.executable, "-ISc", ATTACK % (OTHER_USER, port, OK)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as attacker, contextlib.ExitStack() as stack:
+            stack.callback(attacker.kill)
+            assert attacker.stdout.readline()
+            proxy, statuses = start(), set()
+            for _ in range(5):
+                wires = [stack.enter_context(proxy.wire()) for _ in range(20)]
+                with proxy.held():
+                    for wire in wires:
+                        wire.send(request("GET", "/proxy/%d/" % port))
+                statuses.update(status_of(wire.message()) for wire in wires)
+        assert statuses <= {403, 502}, statuses
+
+    def test_unknown_owner_is_refused(self, start, upstream, monkeypatch, source):
+        if source == "table":
+            path = "/proxy/%d/" % upstream(answering(OK)).port
+            with monkeypatch.context() as patch:
                 hide(patch, "/proc/net/")
-                assert status_of(start().get("/proxy/%d/" % app)) == 200
+                response, open_response = start().get(path), start(any_owner=True).get(path)
+            assert (status_of(response), status_of(open_response)) == (403, 200)
+            assert b"could not be determined. If you trust it, start the proxy with --any-owner." in response[2]
 
     def test_port_of_another_user_or_of_the_system_is_not_listed(self, start, upstream):
         app = upstream(answering(OK))
-        with as_user(OTHER_USER, "127.0.0.1") as port, socket.socket() as sock:
+        with as_user(OTHER_USER) as port, socket.socket() as sock:
             for number in range(1023, 600, -1):
                 with contextlib.suppress(OSError):  # another program has that port
                     sock.bind(("127.0.0.1", number))
