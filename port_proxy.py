@@ -3893,6 +3893,7 @@ _HUB_SESSION = "jupyterhub-session-id"  # the Hub's own cookie, which a sign-out
 _HUB_TOKEN = re.compile("[!-~]{1,1024}")
 _OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
 _FORM = "Content-Type: application/x-www-form-urlencoded"
+_JSON = "Content-Type: application/json"
 _SHORTLY = (("Retry-After", "5"),)
 
 
@@ -3952,11 +3953,9 @@ def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
     arguments = {name.lower(): value for name, value in json.loads(text).items() if value}
     if "expires_days" in arguments:
         arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
-    attributes = []
-    for name in ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned"):
-        value = arguments.get(name.lower().replace("-", "_"))
-        if value is not None:
-            attributes.append((name, "" if value is True else str(value)))
+    names = ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned")
+    values = [(name, arguments.get(name.lower().replace("-", "_"))) for name in names]
+    attributes = [(name, "" if value is True else str(value)) for name, value in values if value]
     if not all(re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in attributes):
         raise ValueError("a cookie attribute is not valid")
     return tuple(attributes)
@@ -3969,19 +3968,6 @@ class HubUser(NamedTuple):
     has_access: bool
 
 
-class HubQuery(NamedTuple):
-    """A request to the Hub for the user of a token, and the time when it began."""
-
-    task: "asyncio.Task[Optional[HubUser]]"
-    since: float
-
-    def is_valid(self) -> bool:
-        """Whether the query is under way, or its answer is fresh enough."""
-        task = self.task
-        has_failed = task.done() and (task.cancelled() or task.exception() is not None)
-        return not has_failed and now() - self.since <= _CACHE_SECONDS
-
-
 class HubBrowser(NamedTuple):
     """A browser that is signed in: its token, and the Hub session that the token is bound to."""
 
@@ -3989,11 +3975,17 @@ class HubBrowser(NamedTuple):
     hub_session: Optional[str]
 
 
+# By token and Hub session, so that a browser that signs out of the Hub is looked up again at once:
+# the request to the Hub, and the time until which its answer is valid.
+HubAnswers = BoundedDict[Tuple[str, str], Tuple["asyncio.Task[Optional[HubUser]]", float]]
+
+
 class HubApi:
     """The Hub's API.  Raises ProxyError 503 if the Hub does not answer properly.
 
     Anybody can make us ask about made-up tokens.  So their answers have a cache of their own, and
-    only questions about them are limited.
+    only questions about them are limited.  tokens: those that the Hub knows, and whether they gave
+    access to this server when they were looked up.
     """
 
     def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
@@ -4003,19 +3995,9 @@ class HubApi:
         self._version = ""
         self._next_try = 0.0  # no request for the version before then
         self._context = None  # type: Optional[ssl.SSLContext]
-        # By token and Hub session: after a sign-out at the Hub, the browser is looked up again.
-        self._known = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[Tuple[str, str], HubQuery]
-        self._unknown = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[Tuple[str, str], HubQuery]
-        self._admitted = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, None]  # have access
-        self._tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, None]  # the Hub's
-
-    def is_hub_token(self, token: str) -> bool:
-        """Whether the Hub knows a token that was looked up, and so the app must not get it."""
-        return token in self._tokens or token == self.hub.api_token
-
-    def is_admitted(self, token: str) -> bool:
-        """Whether a token gave access when it was looked up."""
-        return token in self._admitted
+        self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, bool]
+        self._known = BoundedDict(_MAX_REMEMBERED)  # type: HubAnswers
+        self._unknown = BoundedDict(_MAX_REMEMBERED)  # type: HubAnswers
 
     async def user_of(self, token: str, session: str, is_issued: bool = False) -> Optional[HubUser]:
         """The user of a token in a Hub session; None if the Hub does not know the token.
@@ -4024,28 +4006,31 @@ class HubApi:
         """
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        is_known = is_issued or self.is_admitted(token)
-        queries = self._known if is_known else self._unknown
-        query = queries.get((token, session))
-        if query is None or not query.is_valid():
-            pending = sum(not query.task.done() for query in self._unknown.values())
+        is_known, key = is_issued or self.tokens.get(token), (token, session)
+        answers = self._known if is_known else self._unknown
+        task, until = answers.get(key, (None, 0.0))
+        if task is None or now() > until:
+            pending = sum(not task.done() for task, _ in self._unknown.values())
             if pending >= _MAX_PENDING and not is_known:
                 text = "There are too many requests to the Hub. Try again shortly."
                 raise ProxyError(503, text, _SHORTLY)
-            query = HubQuery(self.deadlines.loop.create_task(self._find_user(token)), now())
-            queries[token, session] = query
-        user = await query.task
-        self._admitted.pop(token, None)
-        if user is not None:
-            self._tokens[token] = None
-            if user.has_access:
-                self._admitted[token] = None
-                self._known[token, session] = query
+            task = self.deadlines.loop.create_task(self._find_user(token))
+            until = now() + _CACHE_SECONDS
+            answers[key] = task, until
+        try:
+            user = await task
+        except ProxyError:
+            answers.pop(key, None)  # asked again next time
+            raise
+        if user is not None or token in self.tokens:
+            self.tokens[token] = user is not None and user.has_access
+        if user is not None and user.has_access:
+            self._known[key] = task, until
         return user
 
     async def _find_user(self, token: str) -> Optional[HubUser]:
-        url, lines = self.hub.api_url + "/user", ["Authorization: token " + token]
-        response, data = await self._call("GET", url, lines)
+        lines = ["Authorization: token " + token]
+        response, data = await self.call("GET", self.hub.api_url + "/user", lines)
         if response.status in (401, 403, 404):
             return None
         name, scopes = data.get("name"), data.get("scopes")
@@ -4065,29 +4050,19 @@ class HubApi:
             "redirect_uri": self.hub.callback_url,
             "code_verifier": verifier,
         }
-        url, lines = self.hub.api_url + "/oauth2/token", [_FORM]
-        response, data = await self._call("POST", url, lines, urlencode(form))
-        token = data.get("access_token")
-        return token if response.status == 200 and isinstance(token, str) else ""
+        url = self.hub.api_url + "/oauth2/token"
+        response, data = await self.call("POST", url, [_FORM], urlencode(form))
+        return str(data.get("access_token", "")) if response.status == 200 else ""
 
     async def version(self) -> str:
         """The Hub's version; "" if a request for it has failed within the last five seconds."""
         if not self._version and now() >= self._next_try:
             self._next_try = now() + 5
-            response, _ = await self._call("GET", self.hub.api_url + "/", [])
+            response, _ = await self.call("GET", self.hub.api_url + "/", [])
             self._version = response.headers.get("x-jupyterhub-version")
         return self._version
 
-    async def report_activity(self, moment: str) -> None:
-        """Report that this server was last used at `moment` (ISO 8601, UTC)."""
-        server = {self.hub.server_name: {"last_activity": moment}}
-        lines = ["Authorization: token " + self.hub.api_token, "Content-Type: application/json"]
-        body = json.dumps({"servers": server, "last_activity": moment})
-        response, _ = await self._call("POST", self.hub.activity_url, lines, body)
-        if response.status >= 400:
-            raise ProxyError(503, "The Hub refused a report of activity (%d)." % response.status)
-
-    async def _call(
+    async def call(
         self, method: str, url: str, lines: List[str], body: str = ""
     ) -> Tuple[Response, Dict[str, Any]]:
         """One request: the response, and the members of the JSON object in its body."""
@@ -4217,7 +4192,7 @@ class HubGate(Gate):
             raise ProxyError(403, text % (user.name, self.hub.user))
 
     def owns_token(self, token: str) -> bool:
-        return self.api.is_hub_token(token)
+        return token in self.api.tokens or token == self.hub.api_token
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
@@ -4242,23 +4217,17 @@ class HubGate(Gate):
         """Close the connections of ended sessions: their tunnels, downloads and event streams."""
         while True:
             await asyncio.sleep(_RECHECK_SECONDS)
+            open_ones = self.deadlines.connections  # a tunnel may have ended
+            self._served = {one: self._served[one] for one in self._served if one in open_ones}
             for connection, request in list(self._served.items()):
-                if connection not in self.deadlines.connections:  # a tunnel that has ended
-                    self.note_request(connection, None)
-                    continue
-                is_admitted = await self._is_admitted(request)
-                if not is_admitted and self._served.get(connection) is request:
+                # An unknown token has admitted nobody, and the Hub may be busy with others.
+                tokens = filter(self.api.tokens.get, all_tokens(request))
+                with contextlib.suppress(ProxyError):  # the Hub does not answer: asked again soon
+                    user, _, _ = await self._find_user(request, tokens)
+                    if self._served.get(connection) is not request or (user and user.has_access):
+                        continue
                     logger.info("%s: closed, its session has ended", request.client.address)
                     connection.abort()
-
-    async def _is_admitted(self, request: Request) -> bool:
-        """Whether a request that was admitted still would be; True while the Hub does not answer."""
-        tokens = filter(self.api.is_admitted, all_tokens(request))
-        try:
-            user, _, _ = await self._find_user(request, tokens)
-        except ProxyError:
-            return True
-        return user is not None and user.has_access
 
     # Signing in.
 
@@ -4281,7 +4250,7 @@ class HubGate(Gate):
             target = self.hub.prefix + "/"
         login = "%d.%s" % (now() + _LOGIN_SECONDS, quote(target))
         value = "%s.%s" % (self._signature("login", state, login), login)
-        digest = hashlib.sha256(self._verifier(state).encode()).digest()
+        digest = hashlib.sha256(self._signature("verifier", state).encode()).digest()
         parameters = {
             "client_id": self.hub.client_id,
             "redirect_uri": self.hub.callback_url,
@@ -4306,7 +4275,7 @@ class HubGate(Gate):
             error = sent.get("error", "")
             reason = error if _OAUTH_ERROR.fullmatch(error) else "no reason given"
             raise ProxyError(403, "The Hub did not sign you in: %s.%s" % (reason, again))
-        token = await self.api.token_for(sent["code"], self._verifier(state))
+        token = await self.api.token_for(sent["code"], self._signature("verifier", state))
         if not token:
             raise ProxyError(403, "The Hub rejected this sign-in." + again)
         user = await self.api.user_of(token, _hub_session(request), is_issued=True)
@@ -4330,10 +4299,6 @@ class HubGate(Gate):
     def _signature(self, *texts: str) -> str:
         """The signature of texts without line breaks; nobody else can make it."""
         return _base64(hmac.new(self._key, "\n".join(texts).encode(), "sha256").digest())
-
-    def _verifier(self, state: str) -> str:
-        """Proves to the Hub that we began the sign-in (RFC 7636 section 4.1)."""
-        return self._signature("verifier", state)
 
     def _new_session(
         self, token: str, client: ClientInfo, hub_session: Optional[str] = None
@@ -4362,9 +4327,8 @@ class HubGate(Gate):
             attributes["Max-Age"] = str(seconds)
         if self.hub.host_cookies or self.hub.is_secure or client.scheme == "https":
             attributes["Secure"] = ""
-        parts = ["%s=%s" % (name, value)]
-        parts += [key + ("=" + text if text else "") for key, text in attributes.items()]
-        return "Set-Cookie", "; ".join(parts)
+        pairs = [key + ("=" + text if text else "") for key, text in attributes.items()]
+        return "Set-Cookie", "; ".join(["%s=%s" % (name, value)] + pairs)
 
     # What the Hub wants to know.
 
@@ -4380,15 +4344,19 @@ class HubGate(Gate):
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     async def _report_activity(self) -> None:
-        """Report activity to the Hub once an interval, if there was any."""
-        reported = ""
+        """Report activity to the Hub once an interval, if there was any (ISO 8601, UTC)."""
+        own_token, reported = "Authorization: token " + self.hub.api_token, ""
         while True:
             await asyncio.sleep(self.hub.activity_interval)
             moment = self._last_activity
             if moment != reported:
+                activity = {"last_activity": moment}  # type: Dict[str, Any]
+                activity["servers"] = {self.hub.server_name: {"last_activity": moment}}
                 with contextlib.suppress(ProxyError):  # it has been logged; tried again next time
-                    await self.api.report_activity(moment)
-                    reported = moment
+                    response, _ = await self.api.call(
+                        "POST", self.hub.activity_url, [own_token, _JSON], json.dumps(activity)
+                    )
+                    reported = moment if response.status < 400 else reported
 
 
 def all_tokens(request: Request) -> List[str]:
