@@ -468,15 +468,15 @@ def find_route(
     segments lead out of the app.
     """
     rest = path_below(base, target)
-    match = _BELOW_BASE.fullmatch(rest) if rest else None
+    match = _BELOW_BASE.fullmatch(rest or "")
     if match is None:
-        if rest is not None and rest[:1] in ("", "?"):
+        if rest == "" or (rest and rest[0] == "?"):
             return None, "", rest
         raise ProxyError(404, "No port is named here. " + forms(base))
     absolute, upstream, path, query = match.groups("")
-    if not upstream and not path and not absolute:
+    if not (absolute or upstream or path):
         return None, "/", query
-    prefix = target[: -len(path + query)] if path or query else target
+    prefix = target[: len(target) - len(path + query)]
     route = _make_route(base, prefix, upstream, bool(absolute), upstream_tls)
     if ("/." in path or "/%" in path) and _leads_out(path):
         raise ProxyError(400, "The dot segments of this path lead out of the app.")
@@ -503,13 +503,12 @@ def _make_route(
     authority = authority_of(host, int(port))
     is_local = host in LOOPBACK_NAMES
     is_tls = authority in upstream_tls or (is_local and port in upstream_tls)
-    hosts = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),) if is_local else (host,)
-    homes = {authority_of(one, int(port)) for one in hosts}
-    lines = ["%s: %s" % (field, prefix) for field in _PREFIX_FIELDS if prefix and not absolute]
     scheme = "https" if is_tls else "http"
-    return Route(
-        host, int(port), prefix, absolute, scheme, authority, frozenset(homes), tuple(lines)
-    )
+    hosts = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),) if is_local else (host,)
+    homes = frozenset(authority_of(one, int(port)) for one in hosts)
+    fields = _PREFIX_FIELDS if prefix and not absolute else ()
+    lines = tuple("%s: %s" % (field, prefix) for field in fields)
+    return Route(host, int(port), prefix, absolute, scheme, authority, homes, lines)
 
 
 def authority_of(host: str, port: int) -> str:
@@ -623,18 +622,16 @@ def normal_base(base: str) -> str:
     return path
 
 
-def normal_pattern(given: str) -> str:
-    """A host pattern in lower case without brackets; ValueError for one that can never match."""
-    pattern = (given[1:-1] if given[:1] + given[-1:] == "[]" else given).lower()
-    if not _HOST_PATTERN.fullmatch(pattern):
-        text = "a host is a name, an address or a pattern such as *.example.org, not %r"
-        raise ValueError(text % given)
-    return pattern
-
-
 def normal_patterns(patterns: Iterable[str]) -> Tuple[str, ...]:
-    """Host patterns in normal form."""
-    return tuple(map(normal_pattern, patterns))
+    """Host patterns in lower case without brackets; ValueError for one that can never match."""
+    normal = []
+    for given in patterns:
+        pattern = (given[1:-1] if given[:1] + given[-1:] == "[]" else given).lower()
+        if not _HOST_PATTERN.fullmatch(pattern):
+            text = "a host is a name, an address or a pattern such as *.example.org, not %r"
+            raise ValueError(text % given)
+        normal.append(pattern)
+    return tuple(normal)
 
 
 def is_domain(name: str) -> bool:
@@ -2222,6 +2219,7 @@ class LocalResponse(NamedTuple):
     body: bytes = b""
 
 
+@functools.lru_cache(maxsize=1024)
 def sign(key: bytes, purpose: str, text: str) -> str:
     """A signature of `text` for a cookie: 43 characters that only the holder of the key can make.
 
@@ -2328,18 +2326,14 @@ def with_own_cookies(request: Request, gate: Any) -> Request:
 
 def _comes_from_us(request: Request) -> bool:
     """Whether a page of our own origin asks, or a person does in the address bar."""
-    authority = request.client.authority
-    headers = request.headers
-    sites, origins = headers.get_all("sec-fetch-site"), headers.get_all("origin")
-    referers = headers.get_all("referer")
+    headers, authority = request.headers, request.client.authority
+    sites = headers.get_all("sec-fetch-site")
+    if sites == ["same-origin"]:
+        return True
+    pages = headers.get_all("origin") + headers.get_all("referer")
     is_typed = request.is_page_visit and request.target != "/"  # "/" means our own page
-    if any(not is_own_origin(one, authority) for one in origins) and sites != ["same-origin"]:
-        return False
-    if sites:
-        return sites == ["same-origin"] or (sites == ["none"] and is_typed)
-    if referers:
-        return all(_own_path(referer, authority) for referer in referers)
-    return bool(origins) or is_typed
+    is_ours = all(_own_path(page, authority) for page in pages)
+    return is_ours and (is_typed if sites == ["none"] else not sites and bool(pages or is_typed))
 
 
 def _own_path(url: str, authority: str) -> str:
@@ -3453,7 +3447,7 @@ _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
 _NO_REFERRER = ("Referrer-Policy", "no-referrer")
 # A path, and not "//host"; no backslash, which browsers take for a slash.
-_LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~]*')
+_LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~\x80-\xff]*')
 # Hosts and origins in this form are safe to copy into a shell; no real name looks otherwise.
 _PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
 _PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
@@ -3461,7 +3455,6 @@ _ORIGIN = re.compile(r"(https?)://([a-z0-9_.*-]+|\[[0-9a-f.*]*:[0-9a-f:.*]*\])(:
 ANY_TOKEN = "any"  # as Config.token: make one at random
 COOKIE_PREFIX = "port_proxy_"  # the port follows, since browsers do not keep ports apart
 ENTRANCE = "/.well-known/port-proxy"  # our only path at an app's own host (RFC 8615)
-_MAX_NAMES = 100
 _MAX_TICKETS = 1000
 _TICKET_SECONDS = 30.0  # from the ports page to an app's host
 _WRONG_TOKEN_SECONDS = 1.0  # before the response to a wrong token
@@ -3629,12 +3622,6 @@ class Gate:
         return advice
 
 
-def is_preflight(request: Request) -> bool:
-    """Whether this is a CORS preflight, which never carries credentials."""
-    asks = {"origin", "access-control-request-method"} <= request.headers.index.keys()
-    return request.method == "OPTIONS" and asks
-
-
 class TokenGate(Gate):
     """The gate of a proxy that stands alone.
 
@@ -3659,13 +3646,12 @@ class TokenGate(Gate):
             token = "" if is_private else ANY_TOKEN
         self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
         self.key = secrets.token_bytes(32)
-        # The session cookie of a host.
-        self._session = functools.lru_cache(_MAX_NAMES)(
-            functools.partial(sign, self.key, "session")
-        )
         # By ticket: the app's port, and the deadline.
         self._tickets = BoundedDict(_MAX_TICKETS)  # type: BoundedDict[str, Tuple[int, float]]
-        self._check_host_once = functools.lru_cache(_MAX_NAMES)(self._check_host)
+        names = ["localhost", "*.localhost", "127.*", "::1", *config.allow_hostnames]
+        for domain in config.domains:
+            names += [domain, "*." + domain]
+        self._names = names if is_private else [*names, socket.gethostname().lower()]
 
     async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
         client, (path, _, query) = request.client, request.target.partition("?")
@@ -3684,13 +3670,15 @@ class TokenGate(Gate):
         return None
 
     async def authorize(self, request: Request) -> None:
-        preflight = self.config.allow_preflight and is_preflight(request)
+        asks = {"origin", "access-control-request-method"} <= request.headers.index.keys()
+        is_preflight = asks and request.method == "OPTIONS"  # it never carries credentials
+        preflight = self.config.allow_preflight and is_preflight
         if self.config.authorize is not None:
             await self._ask_callable(request)
         elif not self.token:
             # A foreign page may choose X-Forwarded-Host, but not Host.
             for authority in {request.authority, request.client.authority}:
-                self._check_host_once(authority)
+                self._check_host(authority)
         elif preflight or not await self._check_credentials(request):
             return  # a page of another site does not know the token
         if not preflight:
@@ -3717,20 +3705,16 @@ class TokenGate(Gate):
     def _check_host(self, authority: str) -> None:
         """Refuse a host name that a foreign page could have pointed here; ProxyError 403."""
         host = host_of(authority)
-        is_allowed_name = matches(host.strip("[]"), self.config.allow_hostnames)
-        if not self._is_own_host(host) and not is_allowed_name:
-            advice = "{Start} {allow_hostnames} {value} if it leads here."
-            advice = advice if _PLAIN_HOST.fullmatch(host) else ""
-            raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
-
-    def _is_own_host(self, host: str) -> bool:
-        try:  # no page can point an address here
-            return ipaddress.ip_address(host.strip("[]")).is_loopback or not self.is_private
-        except ValueError:
-            is_ours = host in ("", "localhost") or host.endswith(".localhost")
-        if not self.is_private and host == socket.gethostname().lower():
-            is_ours = True
-        return is_ours or any(host == d or host.endswith("." + d) for d in self.config.domains)
+        bare = host.strip("[]")
+        if not bare or matches(bare, self._names):
+            return
+        if not self.is_private:
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_address(bare)  # no page can point an address elsewhere
+                return
+        advice = "{Start} {allow_hostnames} {value} if it leads here."
+        advice = advice if _PLAIN_HOST.fullmatch(host) else ""
+        raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
 
     # With a token.
 
@@ -3774,16 +3758,19 @@ class TokenGate(Gate):
         return "Invalid token. "
 
     def _is_signed_in(self, request: Request) -> bool:
-        session = self._session(host_of(request.client.authority)).encode()
+        session = self._session(request.client).encode()
         cookies = cookie_values(request.headers, self.cookie_name)
         return any(hmac.compare_digest(value.encode("latin-1"), session) for value in cookies)
 
+    def _session(self, client: ClientInfo) -> str:
+        """The session cookie for the host that the client uses."""
+        return sign(self.key, "session", host_of(client.authority))
+
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
-        session = self._session(host_of(client.authority))
         secure = "; Secure" if client.scheme == "https" else ""
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
         text = "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s"
-        return "Set-Cookie", text % (self.cookie_name, session, path, secure)
+        return "Set-Cookie", text % (self.cookie_name, self._session(client), path, secure)
 
     async def _sign_in(self, form: bytes, client: ClientInfo) -> None:
         """Raise the redirect to the page that the form names, or the sign-in page again."""
@@ -3841,7 +3828,7 @@ def normal_origin(origin: str) -> str:
         text = "an origin is a scheme, host and port such as https://a.example.org, not %r"
         raise ValueError(text % origin)
     scheme, host, port = match.groups("")
-    normal_pattern(host)
+    normal_patterns([host])
     return "%s://%s%s" % (scheme, host, "" if port == _DEFAULT_PORTS[scheme] else port)
 
 
