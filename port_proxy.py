@@ -3626,9 +3626,9 @@ class TokenGate(Gate):
     """The gate of a proxy that stands alone.
 
     With a token, it admits requests that show the token, and browsers that have shown it once and
-    got a cookie that only this process can make.  Without, Host must be a name that only this machine has,
-    so that no foreign page can point its own name here.  Requests that a browser can send on its
-    own, with a cookie or because all is open, must not come from foreign pages.
+    got a signed cookie.  Without, Host must be a name that only this machine has, so that no
+    foreign page can point its own name here.  Requests that a browser can send on its own, with a
+    cookie or because all is open, must not come from foreign pages.
 
     Browsers send no cookie from one host to another, so every app's host has a session of its own.
     A browser that is signed in at our host gets there with a ticket, which is valid once.
@@ -3852,8 +3852,8 @@ def query_tokens(target: str) -> List[str]:
 
 def authorization_tokens(headers: Headers) -> List[str]:
     """The tokens in all Authorization fields."""
-    matches = map(_TOKEN_FIELD.fullmatch, headers.get_all("authorization"))
-    return [match.group(1) for match in matches if match]
+    found = map(_TOKEN_FIELD.fullmatch, headers.get_all("authorization"))
+    return [match.group(1) for match in found if match]
 
 
 # --------------------------------------------------------------------------------------------------

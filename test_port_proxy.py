@@ -1009,7 +1009,7 @@ class TestRoutes:
         ("1*", "1.2.3.4 127.9.9.9", "1 1.evil 1x"), ("*.1.2.3", "9.1.2.3", "a.1.2.3 9.9.1.2.3"),
         ("[2001:DB8::7]", "2001:db8::7", "2001:db8::8 0:0:0:0:0:0:0:1"), ("fe80::?", "fe80::1", "fe80::12 fe80:::"),
         ("fe80:*", "fe80:1", "fe80::1 fe80:1:2"), ("fe*", "fe80", "fe80::1"),
-    ])  # fmt: skip
+    ])
     def test_host_is_allowed_if_the_pattern_matches(self, pattern, inside, outside):
         """A wildcard matches no dot, so that a page elsewhere cannot make a name that matches."""
         for hosts, allowed in ((inside, True), (outside, False)):
@@ -1068,19 +1068,16 @@ class TestRoutesOnTheWire:
     def test_missing_slash_is_added_by_a_redirect(self, proxy, upstream):
         """But not to a POST, nor in the absolute forms."""
         app = upstream(answering(OK))
-        for method in ("GET", "HEAD"):
-            for form in ("/proxy/%d", "/proxy/localhost:%d"):
-                for query in ("", "?a=%2F&b"):
-                    raw = to(app, method=method, form=form, path=query)
-                    answer = proxy.ask(raw, no_body=method == "HEAD")
-                    location = form % app.port + "/" + query
-                    assert (status_of(answer), fields_of(answer)["location"]) == (302, location)
+        for method, form, query in (
+            ("GET", "/proxy/%d", ""), ("HEAD", "/proxy/%d", "?a=%2F&b"), ("GET", "/proxy/localhost:%d", "?\xe4"),
+        ):
+            answer = proxy.ask(to(app, method=method, form=form, path=query), no_body=method == "HEAD")
+            assert result_of(answer) == (302, form % app.port + "/" + query)
         assert app.connections == 0
         assert status_of(proxy.ask(to(app, "Content-Length: 0", method="POST", path="?a"))) == 200
         assert status_of(proxy.ask(to(app, path="?a", form="/proxy/absolute/%d"))) == 200
-        assert [message[0] for message in app.messages] == [
-            "POST /?a HTTP/1.1", "GET /proxy/absolute/%d?a HTTP/1.1" % app.port,
-        ]
+        lines = ["POST /?a HTTP/1.1", "GET /proxy/absolute/%d?a HTTP/1.1" % app.port]
+        assert [message[0] for message in app.messages] == lines
 
     @pytest.mark.parametrize("base", ["/", "/user/ana/proxy"])
     def test_other_base_has_the_same_forms(self, start, upstream, base):
@@ -2899,7 +2896,7 @@ class TestUnprefixedRequests:
     @pytest.mark.parametrize("upstream, stays", [
         ("80", True), ("absolute/80", True), ("127.0.0.1:80", True), ("[::1]:80", True), ("localhost:80", True),
         ("127.0.0.2:80", False), ("db:80", False), ("absolute/db:80", False), ("[fe80::1]:80", False), ("81", False),
-    ])  # fmt: skip
+    ])
     def test_cookies_of_another_proxy_stay_on_this_machine(self, upstream, stays):
         """An allowed host with its port number gets no session of this machine."""
         gate = gate_for()
@@ -2978,44 +2975,31 @@ def refusal(gate, raw):
 
 
 class TestAccess:
-    @pytest.mark.parametrize(
-        "method, version, lines, opens",
-        [
-            ("GET", "1.1", ["Connection: Upgrade", "Upgrade: websocket"], True),
-            ("GET", "1.1", ["connection: a, UPGRADE", "upgrade: WebSocket"], True),
-            ("GET", "1.1", ["Connection: a", "Connection: upgrade", "Upgrade: websocket"], True),
-            ("POST", "1.1", ["Connection: Upgrade", "Upgrade: websocket"], False),
-            ("GET", "1.0", ["Connection: Upgrade", "Upgrade: websocket"], False),
-            ("GET", "1.1", ["Upgrade: websocket"], False), ("GET", "1.1", ["Connection: Upgrade"], False),
-            ("GET", "1.1", ["Connection: Upgrade", "Upgrade: h2c"], False),
-            ("GET", "1.1", ["Connection: Upgrade", "Upgrade: h2c, websocket"], False),
-            ("GET", "1.1", ["Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"], False),
-        ],
-        ids=case_id,
-    )  # fmt: skip
+    @pytest.mark.parametrize("method, version, lines, opens", [
+        ("GET", "1.1", ["Connection: Upgrade", "Upgrade: websocket"], True),
+        ("GET", "1.1", ["connection: a, UPGRADE", "upgrade: WebSocket"], True),
+        ("GET", "1.1", ["Connection: a", "Connection: upgrade", "Upgrade: websocket"], True),
+        ("POST", "1.1", ["Connection: Upgrade", "Upgrade: websocket"], False),
+        ("GET", "1.0", ["Connection: Upgrade", "Upgrade: websocket"], False),
+        ("GET", "1.1", ["Upgrade: websocket"], False), ("GET", "1.1", ["Connection: Upgrade"], False),
+        ("GET", "1.1", ["Connection: Upgrade", "Upgrade: h2c"], False),
+        ("GET", "1.1", ["Connection: Upgrade", "Upgrade: h2c, websocket"], False),
+        ("GET", "1.1", ["Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"], False),
+    ], ids=case_id)
     def test_upgrade_field_reaches_the_app_in_a_websocket_handshake_alone(self, method, version, lines, opens):
-        raw = request(method, "/proxy/80/", *lines).replace(b"HTTP/1.1", b"HTTP/" + version.encode(), 1)
-        gate = gate_for()
-        sent = request_for_upstream(parse_request(raw, "192.0.2.7", "http", gate.config), gate)
-        assert (b"\r\nUpgrade: websocket\r\n" in sent, b"\r\nConnection: Upgrade\r\n" in sent) == (opens, opens)
-        assert sent.lower().count(b"upgrade:") == int(opens)
-
-    def test_other_upgrade_is_an_ordinary_request(self, proxy, upstream):
-        app = upstream(answering(OK))
-        assert proxy.get("/proxy/%d/" % app.port, "Connection: Upgrade", "Upgrade: h2c")[2] == b"ok"
-        assert not {"upgrade", "connection"} & set(fields_of(app.messages[0]))
+        sent = dict(sent_upstream(*lines, method=method, minor=version[2:]))
+        expected = {"Connection": "Upgrade", "Upgrade": "websocket"} if opens else {}
+        assert {name: sent[name] for name in sent if name.lower() in ("connection", "upgrade")} == expected
 
     def test_upgrade_that_is_refused_reaches_no_app(self, proxy, upstream):
-        app = upstream(answering(OK))
+        app, us = upstream(answering(OK)), "Origin: http://here:8888"
         for origins, status in (
-            (["http://evil"], 403), (["null"], 403), (["http://here:8889"], 403), ([""], 403),
-            (["http://here:8888, http://evil"], 403), (["http://here:8888", "http://here:8888"], 400),
-        ):  # fmt: skip
-            lines = tuple("Origin: " + origin for origin in origins)
-            assert status_of(proxy.get("/proxy/%d/" % app.port, *(lines + HANDSHAKE))) == status
-        raw = request("GET", "/proxy/%d/" % app.port, "Content-Length: 1", *HANDSHAKE, body=b"a")
-        assert status_of(proxy.ask(raw)) == 400
+            (["Origin: http://evil"], 403), (["Origin: null"], 403), (["Origin: http://here:8889"], 403),
+            (["Origin: "], 403), ([us + ", http://evil"], 403), ([us, us], 400), ([us, "Content-Length: 1"], 400),
+        ):
+            assert status_of(proxy.ask(to(app, *origins + list(HANDSHAKE), body=b"a" * (status == 400)))) == status
         assert app.connections == 0
+        assert proxy.get("/proxy/%d/" % app.port, "Connection: Upgrade", "Upgrade: h2c")[2] == b"ok"
 
 
 class TestHostCheck:
@@ -3024,7 +3008,7 @@ class TestHostCheck:
         ("mine.example.org a.b.example.net:80 node7:8888 10.1.2.3 [2001:db8::7]:1", True),
         ("evil.example evil.example:8888 localhost.evil.example xlocalhost localhost. 192.0.2.1 0.0.0.0", False),
         ("[::]:8888 [2001:db8::1] 127.0.0.1.evil.example mine.example.org. node7.evil.example 10.evil.example", False),
-    ])  # fmt: skip
+    ])
     def test_name_that_may_lead_elsewhere_is_refused(self, hosts, is_known):
         """DNS rebinding: a page can point its own name here."""
         names = ["mine.example.org", "*.example.net", "node*", "10.*", "[2001:db8::7]"]
@@ -3033,7 +3017,7 @@ class TestHostCheck:
             for raw in (
                 at(host, "GET", "/proxy/80/"), request("GET", "http://%s/proxy/80/" % host),
                 at(host, "GET", "/proxy/80/", *HANDSHAKE),
-            ):  # fmt: skip
+            ):
                 status, detail = refusal(gate, raw)
                 assert (status, "--allow-hostname" in detail) == ((200, False) if is_known else (403, True)), host
 
@@ -3043,26 +3027,22 @@ class TestHostCheck:
         for raw in (
             at("evil.example", "GET", target), at("evil.example", "GET", "/proxy/"),
             at("evil.example", "GET", target, *HANDSHAKE), at("localhost", "GET", "http://evil.example" + target),
-        ):  # fmt: skip
+        ):
             answer = proxy.ask(raw)
             assert (status_of(answer), b"--allow-hostname evil.example if" in answer[2]) == (403, True)
         assert app.connections == 0
 
-    @pytest.mark.parametrize(
-        "host, status",
-        [("192.0.2.1:8888", 200), ("[2001:db8::1]", 200), (socket.gethostname(), 200), ("evil.example", 403)],
-    )
+    @pytest.mark.parametrize("host, status", [
+        ("192.0.2.1:8888", 200), ("[2001:db8::1]", 200), (socket.gethostname(), 200), ("evil.example", 403),
+    ])
     def test_address_is_accepted_if_other_machines_can_connect(self, host, status):
         """Nobody can point an address elsewhere."""
         assert refusal(gate_for(False, token="", allow_hostnames=()), at(host, "GET", "/proxy/"))[0] == status
 
-    @pytest.mark.parametrize(
-        "host, forwarded, status",
-        [
-            ("evil.example", "localhost", 403), ("localhost", "evil.example", 403), ("localhost", "pub.example", 200),
-            ("pub.example", "pub.example", 200),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize("host, forwarded, status", [
+        ("evil.example", "localhost", 403), ("localhost", "evil.example", 403), ("localhost", "pub.example", 200),
+        ("pub.example", "pub.example", 200),
+    ])
     def test_host_is_checked_behind_a_trusted_proxy_too(self, host, forwarded, status):
         """A page can set X-Forwarded-Host, but not Host."""
         gate = gate_for(trusted_proxies=["127.0.0.1"], allow_hostnames=["pub.example"])
@@ -3111,7 +3091,7 @@ class TestToken:
             ("OPTIONS", ("Origin: http://evil", "Access-Control-Request-Method: POST"), 401),
         ) for target, query in (
             ("/proxy/%d/", ""), ("/proxy/absolute/%d/", "?token=wrong"), ("/proxy/%d", ""),
-        )]  # fmt: skip
+        )]
         raws = [request(method, target, *lines) for method, target, lines, _, _ in cases]
         for (method, target, lines, status, is_wrong), answer in zip(cases, answers_at_once(proxy, raws)):
             assert (status_of(answer), "set-cookie" in fields_of(answer)) == (status, False), (method, target, lines)
@@ -3127,59 +3107,49 @@ class TestToken:
         """The redirect has no token; a token parameter of the app's own stays."""
         target = "/proxy/%d/a?x=%%2F&token=%s&token=its-own&y" % (app.port, TOKEN)
         answer = proxy.get(target, *VISIT)
-        assert status_of(answer) == 302
-        assert fields_of(answer)["location"] == "/proxy/%d/a?x=%%2F&token=its-own&y" % app.port
-        cookie = fields_of(answer)["set-cookie"]
+        assert result_of(answer) == (302, "/proxy/%d/a?x=%%2F&token=its-own&y" % app.port)
+        (cookie,) = cookies_set(answer)
         assert re.fullmatch(r"port_proxy_%d=[A-Za-z0-9_-]{43}; Path=/; HttpOnly; SameSite=Lax" % proxy.port, cookie)
         assert app.connections == 0
         again = proxy.get("/proxy/?token=" + TOKEN, cookie_of(answer), *VISIT)
-        assert (status_of(again), fields_of(again)["location"]) == (302, "/proxy/")
-        assert "set-cookie" not in fields_of(again)
+        assert (result_of(again), cookies_set(again)) == ((302, "/proxy/"), [])
         assert status_of(proxy.get("/proxy/%d/b" % app.port, cookie_of(answer))) == 200
         assert [message[0] for message in app.messages] == ["GET /b HTTP/1.1"]
 
-    def test_authorization_field_authenticates_a_program(self, proxy, app):
+    @pytest.mark.parametrize("query, lines", [("?token=%s&a" % TOKEN, ())] + [
+        ("?a", ("Authorization: %s %s" % (scheme, TOKEN),)) for scheme in ("token", "Token", "Bearer", "bearer")
+    ], ids=case_id)
+    def test_token_authenticates_a_program(self, proxy, upstream, query, lines):
         """The Origin does not matter: a page of another site does not know the token."""
-        for scheme in ("token", "Token", "Bearer", "bearer"):
-            lines = ("Content-Length: 0", "Authorization: %s %s" % (scheme, TOKEN), "Origin: http://evil")
-            assert status_of(proxy.ask(request("POST", "/proxy/%d/" % app.port, *lines))) == 200
-            assert "authorization" not in fields_of(app.messages[-1])
-
-    @pytest.mark.parametrize(
-        "query, lines, sent",
-        [
-            ("", ("Authorization: token " + TOKEN,), "GET /ws HTTP/1.1"),
-            ("?token=%s&a" % TOKEN, (), "GET /ws?a HTTP/1.1"),
-        ],
-    )
-    def test_token_opens_a_websocket(self, proxy, upstream, query, lines, sent):
         app = upstream(serve_sockets)
-        answer = proxy.get("/proxy/%d/ws%s" % (app.port, query), *(HANDSHAKE + lines), no_body=True)
-        assert status_of(answer) == 101
-        assert app.messages[0][0] == sent
-        assert "authorization" not in fields_of(app.messages[0])
+        raw = to(app, "Content-Length: 0", "Origin: http://evil", *lines, method="POST", path="/ws" + query)
+        assert status_of(proxy.ask(raw)) == 200
+        assert status_of(proxy.ask(to(app, *HANDSHAKE + lines, path="/ws" + query), no_body=True)) == 101
+        assert [message[0] for message in app.messages] == ["POST /ws?a HTTP/1.1", "GET /ws?a HTTP/1.1"]
+        assert not any("authorization" in fields_of(message) for message in app.messages)
 
-    def test_sign_in_page_leads_to_the_target(self, proxy, app, caplog):
-        target = "/proxy/%d/a?b=%%22&c" % app.port
-        page = proxy.get(target, *VISIT)
-        assert b'action="/proxy/"' in page[2]
-        assert b'value="/proxy/%d/a?b=%%22&amp;c"' % app.port in page[2]
-        answer = self.submit(proxy, "token=%s&next=%%2Fproxy%%2F%d%%2Fa%%3Fb%%3D%%2522%%26c" % (TOKEN, app.port))
-        assert (status_of(answer), fields_of(answer)["location"]) == (303, target)
+    @pytest.mark.parametrize("path", ["/a?b=%22&c", "/\xc3\xa9?n=\xe4"])
+    def test_sign_in_page_leads_to_the_target(self, proxy, app, path):
+        """Also with raw bytes above 0x7F."""
+        target = "/proxy/%d%s" % (app.port, path)
+        page = proxy.get(target, *VISIT)[2].decode()
+        fields = dict(re.findall('name="(next)" value="(.*?)"', page), token=TOKEN)
+        assert 'action="/proxy/"' in page
+        answer = self.submit(proxy, urlencode({name: html.unescape(value) for name, value in fields.items()}))
+        assert result_of(answer) == (303, target)
         assert status_of(proxy.get(target, cookie_of(answer))) == 200
-        wrong = self.submit(proxy, "token=wrong&next=/proxy/8080/x")
-        assert (status_of(wrong), b"Invalid token." in wrong[2]) == (401, True)
-        assert "invalid token from 127.0.0.1" in caplog.text
-        assert b'value="/proxy/8080/x"' in wrong[2]
+        assert app.messages[0][0] == "GET %s HTTP/1.1" % path
 
-    @pytest.mark.parametrize(
-        "base, targets",
-        [
-            ("/proxy", ["//evil/proxy/", "/\\evil", "https://evil/", "/elsewhere", "/proxyx/"]),
-            ("/proxy", ["/proxy/\r\nX: y", "javascript:alert(1)", ""]), ("", ["//evil", "/\\evil", "/a\\\\evil"]),
-        ],
-        ids=case_id,
-    )  # fmt: skip
+    def test_sign_in_page_comes_back_after_a_wrong_token(self, proxy, caplog):
+        answer = self.submit(proxy, "token=wrong&next=/proxy/8080/x")
+        assert (status_of(answer), b"Invalid token." in answer[2]) == (401, True)
+        assert b'value="/proxy/8080/x"' in answer[2]
+        assert "invalid token from 127.0.0.1" in caplog.text
+
+    @pytest.mark.parametrize("base, targets", [
+        ("/proxy", ["//evil/proxy/", "/\\evil", "https://evil/", "/elsewhere", "/proxyx/"]),
+        ("/proxy", ["/proxy/\r\nX: y", "javascript:alert(1)", ""]), ("", ["//evil", "/\\evil", "/a\\\\evil"]),
+    ], ids=case_id)
     def test_sign_in_redirects_to_no_foreign_address(self, start, base, targets):
         proxy = start(token=TOKEN, base=base)
         for target in targets:
@@ -3193,62 +3163,38 @@ class TestToken:
     def test_sign_in_from_another_site_is_refused(self, proxy):
         assert status_of(self.submit(proxy, "token=" + TOKEN, "Origin: http://evil")) == 403
 
-    def test_own_cookie_is_removed_and_other_bytes_stay(self, proxy, app, cookie):
-        ours = cookie[len("Cookie: ") :]
-        for sent, arrives in (
-            ("a=b; OURS; c=d", "a=b; c=d"), ("OURS; a=b", "a=b"), ("a=b; OURS", "a=b"), ("OURS", None),
-            ('a="x y";b ; OURS;c', 'a="x y";b ;c'), ("xOURS; a=OURS; OURS", "xOURS; a=OURS"),
-            ("OURS; NAME=stale; a=b", "a=b"), ("NAME=stale; OURS", None),
-        ):  # fmt: skip
-            sent, arrives = (
-                text and text.replace("OURS", ours).replace("NAME", ours.split("=")[0]) for text in (sent, arrives)
-            )
-            assert status_of(proxy.get("/proxy/%d/" % app.port, "Cookie: " + sent)) == 200
-            assert fields_of(app.messages[-1]).get("cookie") == arrives
-
-    @pytest.mark.parametrize("is_signed_in", [False, True])
-    def test_own_token_is_removed_from_the_target(self, start, app, is_signed_in):
-        proxy = start(token=TOKEN)
-        cookie = cookie_of(proxy.get("/proxy/?token=" + TOKEN, *VISIT))
-        lines = ("Authorization: Bearer its-own",) + ((cookie,) if is_signed_in else ())
-        for target, sent in (
-            ("/proxy/PORT/x?token=%s&a&token=mine" % TOKEN, "GET /x?a&token=mine HTTP/1.1"),
-            ("/proxy/absolute/PORT/x?token=" + TOKEN, "GET /proxy/absolute/PORT/x HTTP/1.1"),
-            ("http://here:8888/proxy/PORT/?token=" + TOKEN, "GET / HTTP/1.1"),
-        ):  # fmt: skip
-            assert status_of(proxy.get(target.replace("PORT", str(app.port)), *lines)) == 200
-            assert app.messages[-1][0] == sent.replace("PORT", str(app.port))
-            assert fields_of(app.messages[-1])["authorization"] == "Bearer its-own"
-        assert TOKEN not in repr(app.messages)
-
-    @pytest.mark.parametrize(
-        "referer, arrives",
-        [
-            ("http://here:8888/proxy/80/p?token=TOKEN&q=%2F", "http://localhost:80/p?q=%2F"),
-            ("http://here:8888/proxy/80/p?token=TOKEN", "http://localhost:80/p"),
-            ("http://here:8888/proxy/80/p?token=TOKEN#token=x", "http://localhost:80/p#token=x"),
-            ("http://a/p?token=TOKEN#x", "http://a/p#x"),
-            ("http://a/p?b&token=TOKEN#x?token=y", "http://a/p?b#x?token=y"),
-            ("http://a/p?token=y#token=z", "http://a/p?token=y#token=z"),
-        ],
-    )
-    def test_own_token_is_removed_from_the_referer(self, referer, arrives):
-        gate = gate_for(token=TOKEN)
-        raw = request("GET", "/proxy/80/", "Referer: " + referer.replace("TOKEN", TOKEN))
-        sent = request_for_upstream(parse_request(raw, "127.0.0.1", "http", gate.config), gate)
-        assert b"\r\nReferer: %s\r\n" % arrives.encode() in sent
+    @pytest.mark.parametrize("target, field, line, value", [
+        ("/x?token=OURS&a&token=mine", "Authorization: Bearer its-own", "/x?a&token=mine", "Bearer its-own"),
+        ("/x?token=OURS", "Authorization: Bearer OURS", "/x", None), ("/?token=mine", "A: b", "/?token=mine", "b"),
+        ("absolute/80/x?token=OURS", "Authorization: token OURS", "/proxy/absolute/80/x", None), ("/?%74oken=OURS", "A: b", "/", "b"),
+        ("/\xe4?token=OURS&\xf6", "A: b", "/\xe4?\xf6", "b"),
+        ("/", "Referer: http://here:8888/proxy/80/p?token=OURS&q=%2F", "/", "http://localhost:80/p?q=%2F"),
+        ("/", "Referer: http://here:8888/proxy/80/p?token=OURS", "/", "http://localhost:80/p"),
+        ("/", "Referer: http://here:8888/proxy/80/p?token=OURS#token=x", "/", "http://localhost:80/p#token=x"),
+        ("/", "Referer: http://a/p?token=OURS#x", "/", "http://a/p#x"),
+        ("/", "Referer: http://a/p?b&token=OURS#x?token=y", "/", "http://a/p?b#x?token=y"),
+        ("/", "Referer: http://a/p?token=y#token=z", "/", "http://a/p?token=y#token=z"),
+    ] + [("/", "Cookie: " + sent, "/", arrives) for sent, arrives in (
+        ("a=b; OWN=x; c=d", "a=b; c=d"), ("OWN=x; a=b", "a=b"), ("a=b; OWN=x", "a=b"), ("OWN=x", None),
+        ('a="x y";b ; OWN=x;c', 'a="x y";b ;c'), ("xOWN=x; a=OWN=x; OWN=x", "xOWN=x; a=OWN=x"),
+        ("OWN=x; OWN=stale; a=b", "a=b"), ("OWN=stale; OWN=x", None), ("\xe4=\xf6; OWN=x", "\xe4=\xf6"),
+    )], ids=case_id)
+    def test_own_credentials_are_removed_and_other_bytes_stay(self, target, field, line, value):
+        gate, lines = gate_for(token=TOKEN), field.replace("OURS", TOKEN).replace("OWN", "port_proxy_8888")
+        asked = asked_for(("/proxy/80" if target[0] == "/" else "/proxy/") + target.replace("OURS", TOKEN), lines, gate=gate)
+        first, fields = split_head(request_for_upstream(asked, gate))
+        assert first == "GET %s HTTP/1.1" % line
+        assert dict(fields).get(field.split(":")[0]) == (value and value.replace("OWN", "port_proxy_8888"))
 
     @pytest.mark.parametrize("spelling", [" NAME=evil; Path=/", "NAME =evil", " =NAME=evil", "NAME"])
-    def test_app_cannot_set_the_cookie_of_the_proxy(self, proxy, upstream, cookie, spelling):
-        name = cookie[len("Cookie: ") :].split("=")[0]
-        head = "HTTP/1.1 200 OK\r\nSet-Cookie:%s\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\n\r\n"
-        app = upstream(answering((head % spelling.replace("NAME", name)).encode()))
-        answer = proxy.get("/proxy/%d/" % app.port, "Authorization: token " + TOKEN)
-        assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
+    def test_app_cannot_set_the_cookie_of_the_proxy(self, spelling):
+        cookie = spelling.replace("NAME", "port_proxy_8888")
+        sent = sent_to_client(("Set-Cookie", cookie), ("Set-Cookie", "a=b"), token=TOKEN)
+        assert [value.split(";")[0] for name, value in sent if name == "Set-Cookie"] == ["a=b"]
 
-    @pytest.mark.parametrize(
-        "options", [{"whole_origin": False}, {"base": "/user/ana/proxy"}, {"trusted_proxies": ["192.0.2.1"]}]
-    )
+    @pytest.mark.parametrize("options", [
+        {"whole_origin": False}, {"base": "/user/ana/proxy"}, {"trusted_proxies": ["192.0.2.1"]},
+    ])
     def test_cookie_stays_below_the_base_if_others_share_the_origin(self, start, options):
         base = options.get("base", "/proxy")
         answer = start(token=TOKEN, **options).get("%s/?token=%s" % (base, TOKEN), *VISIT)
@@ -3258,7 +3204,7 @@ class TestToken:
         (TOKEN, "", 0), ("", TOKEN, 0), (TOKEN, "apps-own", 0), ("apps-own", TOKEN, 0), ("wrong", "", 1),
         ("", "wrong", 1), ("wrong", "wrong", 1), (TOKEN + "&token=wrong", "", 0), ("wrong&token=" + TOKEN, "", 1),
         ("&".join("token=%d" % n for n in range(1200)) + "&token=" + TOKEN, "", 1),
-    ], ids=case_id)  # fmt: skip
+    ], ids=case_id)
     def test_wrong_token_is_answered_a_second_later(self, query, field, waited):
         """A request with a right token is admitted at once; one token per place counts."""
         lines = ["Authorization: Bearer " + field] * bool(field)
@@ -3270,28 +3216,37 @@ class TestToken:
         begun = time.monotonic()
         wrong = request("GET", "/proxy/", "Authorization: token wrong")
         right = request("GET", "/proxy/", "Authorization: token " + TOKEN)
-        with proxy.sent(wrong + wrong + right) as slow:
+        with proxy.sent(wrong + right) as slow:
             assert [status_of(answer) for answer in answers_at_once(proxy, [wrong] * 30)] == [401] * 30
             assert status_of(proxy.ask(right)) == status_of(proxy.get("/proxy/", cookie)) == 200
             assert time.monotonic() - begun < 30
-            assert [status_of(slow.message()) for _ in range(3)] == [401, 401, 200]
-        assert time.monotonic() - begun >= 2
+            assert [status_of(slow.message()) for _ in range(2)] == [401, 200]
+        assert time.monotonic() - begun >= 1
 
     @pytest.mark.parametrize("query, lines, messages", [
         ("?token=wrong", (), ["invalid token from 127.0.0.1"]), ("", (), []),
         ("?token=wrong", ("Authorization: Bearer wrong",), ["invalid token from 127.0.0.1"]),
-    ])  # fmt: skip
+    ])
     def test_wrong_token_is_logged_with_the_address_alone(self, caplog, query, lines, messages):
         assert refusal(gate_for(token=TOKEN), request("GET", "/proxy/80/" + query, *lines))[0] == 401
         assert [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING] == messages
 
-    def test_many_sign_ins_end_no_session(self, start):
+    def test_many_sign_ins_end_no_session(self):
         """A program may send the token with every request, as a page visit."""
-        gate, sign_in = gate_for(token=TOKEN), request("GET", "/proxy/?token=" + TOKEN, *VISIT)
-        first = dict(decision(gate, sign_in)[0].fields)["Set-Cookie"].split(";")[0]
-        assert [decision(gate, sign_in)[0].status for _ in range(1001)] == [302] * 1001
-        assert refusal(gate, request("GET", "/proxy/", "Cookie: " + first)) == (200, "")
-        assert refusal(gate_for(token=TOKEN), request("GET", "/proxy/", "Cookie: " + first))[0] == 401
+        gate = gate_for(token=TOKEN)
+        sign_in, cookies = asked_for("/proxy/?token=" + TOKEN, *VISIT, gate=gate), set()
+
+        async def sign_in_often():
+            for _ in range(1001):
+                with pytest.raises(ProxyError) as caught:
+                    await gate.authorize(sign_in)
+                cookies.add("Cookie: " + dict(caught.value.fields)["Set-Cookie"].split(";")[0])
+
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            loop.run_until_complete(sign_in_often())
+        for cookie in cookies:
+            assert refusal(gate, request("GET", "/proxy/", cookie)) == (200, "")
+            assert refusal(gate_for(token=TOKEN), request("GET", "/proxy/", cookie))[0] == 401
 
     def test_dripping_form_has_one_deadline(self, start):
         proxy = start(token=TOKEN, head_timeout=0.4)
@@ -3356,7 +3311,7 @@ class TestToken:
                 proxy.get("/proxy/%d/?token=%s" % (app.port, TOKEN), cookie),
                 proxy.get("/nothing?token=" + TOKEN, cookie), proxy.get("/proxy/1/?token=" + TOKEN, cookie),
                 proxy.get("/proxy/1:1:1?token=" + TOKEN, "Authorization: token " + TOKEN),
-            ]  # fmt: skip
+            ]
         said = repr(answers) + caplog.text
         assert TOKEN not in said
         assert cookie.split("=", 1)[1] not in said
@@ -3373,32 +3328,28 @@ class TestHostForm:
     def proxy(self, start):
         return start(allow_hostnames=())
 
-    def test_every_path_is_the_apps(self, proxy, app):
-        host, home = "%d.localhost:8888" % app.port, "localhost:%d" % app.port
-        for target in (
-            "/a/%2F//..%2f/../../b?q=%20", "/proxy/", "/proxy/1/", "/proxy", "/absolute/80/", "/..",
-            "/.well-known/port-proxy?ticket=x",
-        ):  # fmt: skip
-            raw = at(host, "GET", target, "Origin: http://" + host, "Referer: http://%s/p?q" % host)
-            assert proxy.ask(raw)[2] == b"ok"
-            assert app.messages[-1][0] == "GET %s HTTP/1.1" % target
-            fields = fields_of(app.messages[-1])
-            assert (fields["host"], fields["origin"]) == (home, "http://" + home)
-            assert fields["referer"] == "http://%s/p?q" % home
-            assert not {name for name in fields if "prefix" in name or "context" in name}
-        assert proxy.ask(at(host, "POST", "/proxy/", "Content-Length: 0"))[2] == b"ok"
+    @pytest.mark.parametrize("target", [
+        "/a/%2F//..%2f/../../b?q=%20", "/proxy/", "/proxy/1/", "/proxy", "/absolute/80/", "/..", "/\xe4?\xf6",
+        "/.well-known/port-proxy?ticket=x",
+    ])
+    def test_every_path_is_the_apps(self, target):
+        host = "80.localhost:8888"
+        lines = ("Origin: http://" + host, "Referer: http://%s/p?q" % host)
+        for method, first, named in (("GET", target, host), ("POST", target, host), ("GET", "http://" + host + target, "a")):
+            gate = gate_for(allow_hostnames=())
+            asked = asked_for(first, *lines, method=method, host=named, gate=gate)
+            sent, fields = split_head(request_for_upstream(asked, gate))
+            assert (asked.route.port, sent) == (80, "%s %s HTTP/1.1" % (method, target))
+            assert [dict(fields)[name] for name in ("Host", "Origin", "Referer")] == [
+                "localhost:80", "http://localhost:80", "http://localhost:80/p?q",
+            ]
+            assert not [name for name, _ in fields if "prefix" in name.lower() or "context" in name.lower()]
 
-    def test_cookie_keeps_its_path(self, proxy, upstream):
-        app = upstream(answering(b"HTTP/1.1 200 OK\r\nSet-Cookie: a=b; Path=/\r\nContent-Length: 0\r\n\r\n"))
-        answer = proxy.ask(at("%d.localhost:8888" % app.port, "GET", "/"))
-        assert fields_of(answer)["set-cookie"] == "a=b; Path=/"
-
-    def test_absolute_form_of_the_target_names_the_port(self, proxy, app):
-        """The Host field does not count."""
-        target = "http://%d.localhost:8888/x" % app.port
-        for host in ("%d.localhost:8888" % app.port, "localhost"):
-            assert proxy.ask(at(host, "GET", target))[2] == b"ok"
-            assert app.messages[-1][0] == "GET /x HTTP/1.1"
+    def test_app_is_reached_and_its_cookie_keeps_its_path(self, proxy, upstream):
+        app = upstream(answering(ok(b"", "Set-Cookie: a=b; Path=/")))
+        for method, target in (("GET", "/"), ("POST", "/proxy/"), ("GET", "http://%d.localhost:8888/x" % app.port)):
+            answer = proxy.ask(at("%d.localhost:8888" % app.port, method, target, "Content-Length: 0"))
+            assert (status_of(answer), cookies_set(answer)) == (200, ["a=b; Path=/"])
 
     def test_websocket_opens_for_pages_of_its_own_origin_alone(self, proxy, upstream):
         app = upstream(serve_sockets)
@@ -3410,18 +3361,15 @@ class TestHostForm:
         assert status_of(proxy.ask(raw, no_body=True)) == 101
         assert app.messages[0][0] == "GET /ws?a HTTP/1.1"
 
-    @pytest.mark.parametrize(
-        "domains, host, path",
-        [
-            (None, "80.localhost", "/proxy/80/x"), (["apps.example.org"], "80.apps.example.org", "/proxy/80/x"),
-            (["Apps.Example.org"], "80.APPS.example.org:1", "/proxy/80/x"), ([], "80.localhost", "/x"),
-            (["apps.example.org"], "other.80.apps.example.org", "/x"), (["apps.example.org"], "apps.example.org", "/x"),
-            (None, "80.apps.example.org", None), (["apps.example.org"], "80.evil.example", None),
-            (None, "80.localhost.evil.example", None), (None, "80.localhost.", None),
-            (["apps.example.org"], "80.apps.example.org.evil.example", None),
-            (["apps.example.org"], "80apps.example.org", None),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize("domains, host, path", [
+        (None, "80.localhost", "/proxy/80/x"), (["apps.example.org"], "80.apps.example.org", "/proxy/80/x"),
+        (["Apps.Example.org"], "80.APPS.example.org:1", "/proxy/80/x"), ([], "80.localhost", "/x"),
+        (["apps.example.org"], "other.80.apps.example.org", "/x"), (["apps.example.org"], "apps.example.org", "/x"),
+        (None, "80.apps.example.org", None), (["apps.example.org"], "80.evil.example", None),
+        (None, "80.localhost.evil.example", None), (None, "80.localhost.", None),
+        (["apps.example.org"], "80.apps.example.org.evil.example", None),
+        (["apps.example.org"], "80apps.example.org", None),
+    ])
     def test_name_below_a_domain_is_a_port(self, domains, host, path):
         """Other names of the proxy are no port, and unknown names are refused."""
         gate = gate_for(allow_hostnames=(), **({} if domains is None else {"domains": domains}))
@@ -3429,18 +3377,13 @@ class TestHostForm:
         assert refusal(gate, raw)[0] == (200 if path else 403)
         assert parse_request(raw, "127.0.0.1", "http", gate.config).path == (path or "/x")
 
-    @pytest.mark.parametrize(
-        "method, lines, status",
-        [
-            ("GET", ("Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: no-cors"), 403),
-            ("GET", ("Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: cors"), 403),
-            ("GET", ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors"), 403),
-            ("GET", ("Sec-Fetch-Site: same-origin", "Sec-Fetch-Mode: cors"), 200),
-            ("GET", ("Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: navigate"), 200),
-            ("POST", ("Origin: http://1.apps.example.org", "Content-Length: 0"), 403),
-        ],
-        ids=case_id,
-    )  # fmt: skip
+    @pytest.mark.parametrize("method, lines, status", [
+        ("GET", ("Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: cors"), 403),
+        ("GET", ("Sec-Fetch-Site: same-origin", "Sec-Fetch-Mode: cors"), 200),
+        ("GET", ("Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: navigate"), 200),
+    ] + [(method, ("Origin: http://1.apps.example.org",), 403) for method in ("GET", "HEAD", "POST", "OPTIONS")] + [
+        (method, ("Origin: http://80.apps.example.org",), 200) for method in ("GET", "HEAD", "POST", "OPTIONS")
+    ], ids=case_id)
     def test_page_of_another_app_is_refused(self, method, lines, status):
         """Even though the browser calls it the same site; but a person may follow its links."""
         gate = gate_for(allow_hostnames=(), domains=["apps.example.org"])
@@ -3468,7 +3411,7 @@ class TestHostForm:
             ("8080.A.example", proxy, "--domain a.example."), ("8080.127.0.0.1", proxy, None),
             ("99999999.vm", proxy, None), ("70000.vm", proxy, None), ("8080.a_b", proxy, None), ("vm", proxy, None),
             ("8080", proxy, None), ("8080.vm", without, None),
-        ):  # fmt: skip
+        ):
             said = running.ask(at(host, "GET", "/x", "Sec-Fetch-Mode: cors"))[2].decode()
             assert said.startswith("404 Not Found\nNo port is named here.")
             assert advice in said if advice else "--domain" not in said
@@ -3546,7 +3489,7 @@ class TestSignInAtAHost:
         for method, lines in (
             ("GET", ()), ("GET", VISIT), ("POST", ("Content-Length: 0",)), ("GET", HANDSHAKE),
             ("GET", ("Cookie: port_proxy_%d=x" % proxy.port,)),
-        ):  # fmt: skip
+        ):
             for target in ("/", "/proxy/", ENTRANCE, ENTRANCE + "?ticket=guess"):
                 status = 403 if lines == HANDSHAKE and not target.startswith(ENTRANCE) else 401
                 assert status_of(proxy.ask(at(host, method, target, *lines))) == status
@@ -3672,7 +3615,7 @@ class TestOrigin:
         options = {
             "open": {}, "cookie": {"token": TOKEN}, "token": {"token": TOKEN}, "any origin": {"allow_origins": ["*"]},
             "this origin": {"allow_origins": ["http://EVIL:80"]},
-        }  # fmt: skip
+        }
         proxy, credentials = start(**options[kind]), ["Accept: text/html"]
         if kind == "cookie":
             credentials.append(cookie_of(proxy.get("/proxy/?token=" + TOKEN, *VISIT)))
@@ -3690,13 +3633,10 @@ class TestOrigin:
             reached += is_admitted or is_allowed
             assert len(app.messages) == reached
 
-    @pytest.mark.parametrize(
-        "site, dest, is_admitted",
-        [
-            ("cross-site", "document", True), ("cross-site", "iframe", False), ("cross-site", "object", False),
-            ("same-origin", "iframe", True), ("same-site", "iframe", False), ("same-site", "document", True),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize("site, dest, is_admitted", [
+        ("cross-site", "document", True), ("cross-site", "iframe", False), ("cross-site", "object", False),
+        ("same-origin", "iframe", True), ("same-site", "iframe", False), ("same-site", "document", True),
+    ])
     def test_page_in_a_frame_of_another_site_is_refused(self, site, dest, is_admitted):
         """There the person sees nothing of it, and the app in it could read the others."""
         raw = request("GET", "/proxy/80/", "Sec-Fetch-Site: " + site, "Sec-Fetch-Dest: " + dest, *VISIT)
@@ -3710,18 +3650,12 @@ class TestOrigin:
         (["http://evil/"], "*/*", ("Sec-Fetch-Site: same-origin",), 200), (["http://a.b/x?y"], "*/*", (), 200),
         (["http://a.b/x"], "*/*", ("Sec-Fetch-Site: cross-site",), 200), (["http://evil/"], "*/*", HANDSHAKE, 403),
         (["http://a.b/x"], "*/*", ("Origin: http://evil",), 403), (["http://a.b:81/x"], "*/*", (), 403),
-    ])  # fmt: skip
+    ])
     def test_referer_decides_without_sec_fetch_site(self, referers, accept, others, status):
         """Over plain HTTP to another name than localhost, browsers send no Sec-Fetch fields."""
         lines = ["Referer: " + referer for referer in referers] + ["Accept: " + accept] + list(others)
         gate = gate_for(allow_origins=["http://a.b"])
         assert refusal(gate, request("GET", "/proxy/80/a.png", *lines))[0] == status
-
-    @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
-    @pytest.mark.parametrize("origin, status", [("http://9.localhost:8888", 403), ("http://80.localhost:8888", 200)])
-    def test_other_origin_is_refused_at_the_host_of_an_app(self, method, origin, status):
-        raw = at("80.localhost:8888", method, "/", "Origin: " + origin, "Content-Length: 0")
-        assert refusal(gate_for(), raw)[0] == status
 
     @pytest.mark.parametrize("site, status", [("same-origin", 200), ("cross-site", 403), ("none", 403)])
     def test_form_of_a_page_without_referrers_is_accepted(self, site, status):
@@ -3734,22 +3668,19 @@ class TestOrigin:
             proxy.ask(request("POST", "/proxy/1/", "Origin: http://evil"))
             eventually(lambda: "http://evil, may not use this address (here:8888)" in caplog.text)
 
-    @pytest.mark.parametrize(
-        "method, lines, advice",
-        [
-            ("GET", ("Sec-Fetch-Dest: image",), "--allow-origin '*' if any page may."),
-            ("GET", ("Origin: https://a.example",), "--allow-origin https://a.example if it may."),
-            ("GET", ("Referer: https://a.example/x",), "--allow-origin https://a.example if it may."),
-            ("GET", ("Referer: https://a.example$(id)/x",), "--allow-origin '*' if any page may."),
-            ("POST", ("Origin: http://evil",), "--allow-origin http://evil if it may."),
-            ("POST", ("Origin: HTTPS://Evil.example:443",), "--allow-origin https://evil.example if it may."),
-            ("POST", ("Origin: null",), "--allow-origin '*' if any page may."),
-            ("POST", ("Origin: http://a<b",), "--allow-origin '*' if any page may."),
-            ("POST", ("Origin: \xe4",), "--allow-origin '*' if any page may."),
-            ("POST", ("Origin: http://a;reboot;$(id)",), "--allow-origin '*' if any page may."),
-            ("POST", ("Origin: http://{value}",), "--allow-origin '*' if any page may."),
-        ],
-    )
+    @pytest.mark.parametrize("method, lines, advice", [
+        ("GET", ("Sec-Fetch-Dest: image",), "--allow-origin '*' if any page may."),
+        ("GET", ("Origin: https://a.example",), "--allow-origin https://a.example if it may."),
+        ("GET", ("Referer: https://a.example/x",), "--allow-origin https://a.example if it may."),
+        ("GET", ("Referer: https://a.example$(id)/x",), "--allow-origin '*' if any page may."),
+        ("POST", ("Origin: http://evil",), "--allow-origin http://evil if it may."),
+        ("POST", ("Origin: HTTPS://Evil.example:443",), "--allow-origin https://evil.example if it may."),
+        ("POST", ("Origin: null",), "--allow-origin '*' if any page may."),
+        ("POST", ("Origin: http://a<b",), "--allow-origin '*' if any page may."),
+        ("POST", ("Origin: \xe4",), "--allow-origin '*' if any page may."),
+        ("POST", ("Origin: http://a;reboot;$(id)",), "--allow-origin '*' if any page may."),
+        ("POST", ("Origin: http://{value}",), "--allow-origin '*' if any page may."),
+    ])
     def test_advice_for_a_refused_page_helps(self, method, lines, advice):
         """It names no origin that the option refuses, and nothing that a shell interprets."""
         raw = request(method, "/proxy/1/a", "Sec-Fetch-Site: cross-site", *lines)
@@ -3765,19 +3696,16 @@ class TestOrigin:
         detail = refusal(gate, request("POST", "/proxy/1/", "Origin: https://public.example"))[1]
         assert ("must pass Host on" in detail) == is_told
 
-    @pytest.mark.parametrize(
-        "allowed, origin, status",
-        [
-            ("HTTPS://A.example:443", "https://a.example", 200), ("https://a.example", "https://A.example:443", 200),
-            ("http://a:8080", "http://a:8080", 200), ("http://a:8080", "http://a", 403),
-            ("http://[::1]:80", "http://[::1]", 200), ("https://a:80", "https://a:80", 200),
-            ("https://a:80", "https://a", 403), ("https://a:80", "http://a", 403),
-            ("https://*.a.example", "https://x.y.a.example", 200), ("https://*.a.example", "https://a.example", 403),
-            ("https://*.a.example", "http://x.a.example", 403), ("https://a*", "https://a.evil", 403),
-            ("http://10.*:8080", "http://10.1.2.3:8080", 200), ("http://10.*:8080", "http://10.evil:8080", 403),
-            ("http://[fe80::*]", "http://[fe80::1]", 200), ("http://a", "http://*", 403),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize("allowed, origin, status", [
+        ("HTTPS://A.example:443", "https://a.example", 200), ("https://a.example", "https://A.example:443", 200),
+        ("http://a:8080", "http://a:8080", 200), ("http://a:8080", "http://a", 403),
+        ("http://[::1]:80", "http://[::1]", 200), ("https://a:80", "https://a:80", 200),
+        ("https://a:80", "https://a", 403), ("https://a:80", "http://a", 403),
+        ("https://*.a.example", "https://x.y.a.example", 200), ("https://*.a.example", "https://a.example", 403),
+        ("https://*.a.example", "http://x.a.example", 403), ("https://a*", "https://a.evil", 403),
+        ("http://10.*:8080", "http://10.1.2.3:8080", 200), ("http://10.*:8080", "http://10.evil:8080", 403),
+        ("http://[fe80::*]", "http://[fe80::1]", 200), ("http://a", "http://*", 403),
+    ])
     def test_allowed_origin_is_compared_in_its_normal_form(self, allowed, origin, status):
         raw = request("POST", "/proxy/80/", "Content-Length: 0", "Origin: " + origin)
         assert refusal(gate_for(allow_origins=[allowed]), raw)[0] == status
@@ -3808,26 +3736,21 @@ class TestAuthorize:
         assert [status_of(proxy.get(*one)) for one in ((target,), (target,) + HANDSHAKE, ("/proxy/",))] == [200] * 3
         assert calls == [("GET", target, "127.0.0.1", app.port)] * 2 + [("GET", "/proxy/", "127.0.0.1", None)]
 
-    @pytest.mark.parametrize(
-        "error, status, location",
-        [
-            (lambda: ProxyError(402, "Not you."), 402, None), (lambda: KeyError("oops"), 500, None),
-            (lambda: ProxyError(302, "", (("Location", "/login"),)), 302, "/login"),
-        ],
-        ids=["refuse", "mistake", "redirect"],
-    )  # fmt: skip
+    @pytest.mark.parametrize("error, status, location", [
+        (ProxyError(402, "Not you."), 402, None), (KeyError("oops"), 500, None),
+        (ProxyError(302, "", (("Location", "/login"),)), 302, "/login"),
+    ], ids=["refuse", "mistake", "redirect"])
     def test_error_of_the_callable_is_the_response(self, start, upstream, error, status, location):
         """Nothing is connected then, and a mistake in it admits nobody."""
 
         async def authorize(head, client, route):
-            raise error()
+            raise error
 
         app = upstream(answering(OK))
         proxy = start(authorize=authorize)
         for lines in ((), HANDSHAKE):
             answer = proxy.get("/proxy/%d/" % app.port, *lines)
-            assert (status_of(answer), fields_of(answer).get("location")) == (status, location)
-            assert b"oops" not in answer[2]
+            assert (result_of(answer), b"oops" in answer[2]) == ((status, location), False)
         assert app.connections == 0
 
     @pytest.mark.parametrize("result", [False, True, "no", ProxyError(403, "No.")], ids=case_id)
@@ -3865,15 +3788,14 @@ class TestAuthorize:
         for bad in (
             ("Location", "/a\r\nX: y"), ("Location", "/a\ny"), ("Location", "/\u0142"), ("X: y\r\nZ", "a"), ("", "a"),
             ("X", "\0"),
-        ):  # fmt: skip
+        ):
             field.append(bad)
             answer = proxy.get("/proxy/80/")
             assert status_of(answer) == 500
             assert not {"location", "x", "z"} & set(fields_of(answer))
         field.append(("Location", "/\xe4 b"))
         answer = proxy.get("/proxy/80/")
-        assert status_of(answer) == 302
-        assert (fields_of(answer)["location"], fields_of(answer)["retry-after"]) == ("/\xe4 b", "5")
+        assert (result_of(answer), fields_of(answer)["retry-after"]) == ((302, "/\xe4 b"), "5")
 
 
 class UnixWire(Wire):
@@ -3887,37 +3809,18 @@ class UnixWire(Wire):
 
 
 class TestTrustedProxies:
-    @pytest.mark.parametrize(
-        "trusted, lines, address, fields",
-        [
-            ("10.0.0.0/8", (), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888")),
-            (
-                "10.0.0.0/8", ("For: 1.2.3.4", "Proto: https", "Host: evil"),
-                "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888"),
-            ),
-            ("unix", ("For: 1.2.3.4",), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888")),
-            ("127.0.0.0/8", (), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888")),
-            (
-                "127.0.0.0/8", ("For: 1.2.3.4", "Proto: HTTPS", "Host: pub.example"),
-                "1.2.3.4", ("1.2.3.4, 127.0.0.1", "https", "pub.example", "443"),
-            ),
-            (
-                "127.0.0.0/8", ("For: 6.6.6.6, 1.2.3.4", "For: 127.9.9.9"),
-                "1.2.3.4", ("6.6.6.6, 1.2.3.4, 127.9.9.9, 127.0.0.1", "http", "here:8888", "8888"),
-            ),
-            (
-                "127.0.0.0/8", ("Host: a b", "Proto: gopher", "Port: x"),
-                "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888"),
-            ),
-            ("127.0.0.1", ("Host: pub:81", "Port: 8443"), "127.0.0.1", ("127.0.0.1", "http", "pub:81", "8443")),
-            (
-                "127.0.0.1", ("Proto: https, http", "Port: 443,80"),
-                "127.0.0.1", ("127.0.0.1", "https", "here:8888", "443"),
-            ),
-            ("127.0.0.1", ("Proto: http,https", "Proto: "), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888")),
-        ],
-        ids=case_id,
-    )  # fmt: skip
+    @pytest.mark.parametrize("trusted, lines, address, fields", [
+        ("10.0.0.0/8", (), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888")),
+        ( "10.0.0.0/8", ("For: 1.2.3.4", "Proto: https", "Host: evil"), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888"), ),
+        ("unix", ("For: 1.2.3.4",), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888")),
+        ("127.0.0.0/8", (), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888")),
+        ( "127.0.0.0/8", ("For: 1.2.3.4", "Proto: HTTPS", "Host: pub.example"), "1.2.3.4", ("1.2.3.4, 127.0.0.1", "https", "pub.example", "443"), ),
+        ( "127.0.0.0/8", ("For: 6.6.6.6, 1.2.3.4", "For: 127.9.9.9"), "1.2.3.4", ("6.6.6.6, 1.2.3.4, 127.9.9.9, 127.0.0.1", "http", "here:8888", "8888"), ),
+        ( "127.0.0.0/8", ("Host: a b", "Proto: gopher", "Port: x"), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888"), ),
+        ("127.0.0.1", ("Host: pub:81", "Port: 8443"), "127.0.0.1", ("127.0.0.1", "http", "pub:81", "8443")),
+        ( "127.0.0.1", ("Proto: https, http", "Port: 443,80"), "127.0.0.1", ("127.0.0.1", "https", "here:8888", "443"), ),
+        ("127.0.0.1", ("Proto: http,https", "Proto: "), "127.0.0.1", ("127.0.0.1", "http", "here:8888", "8888")),
+    ], ids=case_id)
     def test_forwarded_fields_count_from_a_trusted_proxy_alone(self, trusted, lines, address, fields):
         """Of several addresses, the client's is the last one that is no trusted proxy itself."""
         config = checked_config(Config(trusted_proxies=[trusted]))
@@ -3956,9 +3859,9 @@ class TestTrustedProxies:
         start(bind="unix:" + path, trusted_proxies=trusted)
         assert self.forwarded_for(UnixWire(path), upstream(answering(OK))) == arrives
 
-    @pytest.mark.parametrize(
-        "origin, status", [("https://pub.example", 200), ("http://here:8888", 403), ("https://evil", 403)]
-    )
+    @pytest.mark.parametrize("origin, status", [
+        ("https://pub.example", 200), ("http://here:8888", 403), ("https://evil", 403),
+    ])
     def test_origin_is_that_of_the_forwarded_host(self, start, upstream, origin, status):
         app = upstream(answering(OK))
         proxy = start(trusted_proxies=["127.0.0.1"], token=TOKEN)
