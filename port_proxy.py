@@ -2750,7 +2750,8 @@ _PORTS_PAGE = """\
 <ul class="ports">{items}</ul><p id="none"{hidden}>{nothing}</p>
 <form action="{base}/"><label>Another port <input name="port" required \
 pattern=" *(https?://)?([^ ]+:)?[1-9][0-9]{{0,4}}(/.*)? *" \
-title="a port such as 8080, or localhost:8080" placeholder="8080" autocomplete="off"></label><button>Open</button></form>
+title="a port such as 8080, or localhost:8080" placeholder="8080" autocomplete="off"></label>
+<button>Open</button></form>
 <details><summary>Forms of an address</summary><table>{forms}</table></details>"""
 _PORT_ITEM = """\
 <li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>\
@@ -2842,7 +2843,8 @@ setTimeout(look, pause)
 """
 _SIGN_IN_FORM = """\
 <h1>Sign in</h1>{detail}<p>Enter the token of this proxy. It was printed when the proxy started, \
-in the address after <code>?token=</code>.</p><form method="post" action="{action}">\
+in the address after <code>?token=</code>, unless it was given to the proxy.</p>\
+<form method="post" action="{action}">\
 <input type="hidden" name="next" value="{target}"><label>Token <input type="password" name="token" \
 required autofocus autocomplete="current-password"></label> <button>Sign in</button></form>"""
 _SIGN_IN_LINK = """\
@@ -3093,11 +3095,10 @@ def ports_url(client: ClientInfo, base: str) -> str:
     return "%s://%s%s/" % (client.scheme, authority, base)
 
 
-def typed_location(base: str, text: str) -> str:
-    """The path for the input "Another port": a port, host:port or URL; ProxyError if it is none."""
+def typed_route(text: str, base: str = "") -> Optional[Route]:
+    """The route for a port, host:port or URL that a person typed; ProxyError if it is none."""
     upstream = re.sub(r"\A(?:https?://)?(?:localhost:)?", "", text.strip())
-    route = find_route(base, "%s/%s/" % (base, upstream))[0]
-    return (route.prefix if route else base) + "/"
+    return find_route(base, "%s/%s/" % (base, upstream))[0]
 
 
 def _sign_in_page(error: SignInNeeded) -> LocalResponse:
@@ -4718,7 +4719,8 @@ class Exchange:
         config, client = self.config, self.request.client
         port = dict(parse_qsl(self.request.target.partition("?")[2])).get("port")
         if port is not None:  # typed into the page
-            location = typed_location(config.base, port)
+            route = typed_route(port, config.base)
+            location = (route.prefix if route else config.base) + "/"
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
         found = await self.proxy.upstreams.sockets.listeners()
@@ -5977,10 +5979,11 @@ def _load_jupyter_server_extension(server: Any) -> None:
 # --------------------------------------------------------------------------------------------------
 # Port check
 # --------------------------------------------------------------------------------------------------
-# `--check PORT` examines one port of this machine and reports what keeps its app from working
-# behind the proxy.  It requests the first page, follows redirects, and looks for what would bypass
-# the proxy or lose the prefix.  Then it sends requests with a foreign Host and Origin, and opens a
-# WebSocket.  All of them go through `Upstreams`, so they meet what a real request would meet.
+# `--check PORT` examines one app and reports what keeps it from working behind the proxy.  It
+# requests the first page, follows redirects, and looks for what would bypass the proxy or lose the
+# prefix.  Then it sends requests with a foreign Host and Origin, and opens a WebSocket.  All of
+# them go through `Upstreams`, so they meet what a real request would meet.  An app that is known to
+# work is not searched for addresses: libraries contain defaults such as localhost:5006.
 
 _PAGE_SECONDS = 30.0  # some apps compile their page for the first request
 _MAX_REDIRECTS = 5  # in a row
@@ -5993,8 +5996,10 @@ _ROOTED = re.compile(
 _SCRIPT = re.compile(
     rb"""<script\s[^<>]{0,500}?\bsrc\s{0,9}=\s{0,9}["']?([^\s"'<>]{1,2000})""", re.IGNORECASE
 )
-_OWN_ADDRESS = rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\])(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
-_OWN_ORIGIN = r"(https?)://(?:localhost|127\.0\.0\.1|\[::1\]):%d(?=[/?]|\Z)"
+_OWN_ADDRESS = (
+    rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
+)
+_OWN_ORIGIN = r"(https?)://(?:localhost|127\.0\.0\.1|\[::1\]|%s):%d(?=[/?]|\Z)"
 _USER_INFORMATION = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*:)?//[^/]*@")
 _SOCKET_PATHS = ("/ws", "/socket.io/?EIO=4&transport=websocket", "/")
 _HANDSHAKE = _UPGRADE_LINES + [
@@ -6008,9 +6013,10 @@ _OWN_PORT = (
 )
 _BYPASSES = (
     "%s names port %d itself. That address bypasses the proxy and works only on this machine. If"
-    " something is missing elsewhere, tell the app its public address, as with webpack-dev-server's"
-    " --client-web-socket-url auto://0.0.0.0:0/ws."
+    " something is missing elsewhere, "
 )
+_WEBPACK_ADVICE = "start webpack-dev-server with --client-web-socket-url auto://0.0.0.0:0/ws."
+_BYPASS_ADVICE = "set the address in the app's configuration to a path, such as /api."
 _TOO_MANY_REDIRECTS = (
     "It redirected %d times in a row and showed no page. It may show one to a browser, which keeps"
     " cookies." % _MAX_REDIRECTS
@@ -6026,10 +6032,10 @@ _LOSES_PREFIX = (
 
 
 class KnownApp(NamedTuple):
-    """An app that can be recognised by its page.
+    """An app that can be recognised by its page, and works behind the proxy.
 
-    sign: a pattern of the page; socket: the path of its WebSocket, "" if that is not known; flag:
-    the option that makes it serve below a path, for which %s stands.
+    sign: a pattern of the page; socket: the path of its WebSocket, "" if it opens for nobody but
+    the page; flag: the option that makes it serve below a path, for which %s stands.
     """
 
     name: str
@@ -6041,18 +6047,14 @@ class KnownApp(NamedTuple):
 _KNOWN_APPS = (
     KnownApp("Streamlit", "<title>Streamlit</title>", "/_stcore/stream", "--server.baseUrlPath %s"),
     KnownApp("Voila", "/voila/", "", "--base_url=%s/"),
-    KnownApp(
-        "Jupyter",
-        "jupyter-config-data|<title>Jupyter",
-        "/api/events/subscribe",
-        "--ServerApp.base_url=%s/",
-    ),
+    KnownApp("Jupyter", "jupyter-config-data|<title>Jupyter", "", "--ServerApp.base_url=%s/"),
     KnownApp("Dask", "<title>Dask", "", 'http_prefix="%s"'),
     KnownApp("Panel or Bokeh", r"bokeh[.a-z-]{0,40}\.js", "", "--prefix %s"),
     KnownApp("Gradio", "gradio_config", "", 'root_path="%s"'),
     KnownApp("Dash", "_dash-config", "", 'url_base_pathname="%s/"'),
     KnownApp("TensorBoard", "tf-tensorboard|<title>TensorBoard", "", "--path_prefix %s"),
     KnownApp("marimo", "<marimo-", "", "--base-url %s"),
+    KnownApp("Shiny", r"shiny(?:\.min)?\.js", "/websocket/", ""),
     KnownApp("Next.js", "/_next/static/", "/_next/webpack-hmr", 'basePath: "%s"'),
     KnownApp("Vite", "/@vite/client", "/", "--base %s/"),
 )
@@ -6062,14 +6064,18 @@ class Report(NamedTuple):
     """The findings about a port; ok: the proxy, as configured, can reach an app there.
 
     owner, program: of the listening socket, "" if unknown.  speaks: "http", "https", "other" or "".
-    redirect: the last one's target.  rooted: the first links of the page that begin with a slash.
-    refuses_host, refuses_origin: foreign ones; None if not examined.  socket: the path at which a
-    WebSocket opened.  app: a known one's name.  use: addresses, the best first.  flag: the option
-    for the absolute form.  problems: full sentences, each with advice.
+    status: of the page.  redirect: the last one's target.  rooted: the first links of the page that
+    begin with a slash.  refuses_host, refuses_origin: foreign ones; None if not examined.  socket:
+    the path at which a WebSocket opened.  app: a known one's name.  use: addresses, the best first.
+    kept, flag: the path of the absolute form, and the app's option for it.  problems: full
+    sentences, each with advice.
     """
 
+    place: str
+    host: str
     port: int
     base: str
+    kept: str
     ok: bool = False
     addresses: Sequence[str] = ()
     owner: str = ""
@@ -6088,13 +6094,15 @@ class Report(NamedTuple):
     problems: Tuple[str, ...] = ()
 
 
-async def check_port(port: int, config: Config) -> Report:
-    """Examine a port of this machine, by requests to it."""
+async def check_port(upstream: str, config: Config) -> Report:
+    """Examine an upstream (PORT or HOST:PORT) by requests to it; ProxyError if it is neither."""
+    route = find_route(config.base, "%s/%s/" % (config.base, upstream), config.upstream_tls)[0]
+    assert route is not None
     deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
     own = []  # type: List[Address]
     with contextlib.suppress(OSError, UnicodeError):  # the proxy could not listen there either
         own = [place[4][:2] for place in _places(config)]
-    check = PortCheck(port, Upstreams(config, deadlines, own))
+    check = PortCheck(route, Upstreams(config, deadlines, own))
     try:
         await check.run()
         return check.report
@@ -6103,20 +6111,24 @@ async def check_port(port: int, config: Config) -> Report:
 
 
 class PortCheck:
-    """The examination of one port; `run` completes `report`."""
+    """The examination of one upstream; `run` completes `report`."""
 
-    def __init__(self, port: int, upstreams: Upstreams) -> None:
+    def __init__(self, route: Route, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
         self.config = upstreams.config
-        self.route = route_to_port(port, self.config.upstream_tls)
-        sockets = tcp_sockets(port)
-        self.report = Report(
-            port,
-            self.config.base,
-            addresses=listening_addresses(sockets),
-            owner=user_name(sockets[0].user) if sockets else "",
-            program=next((one.program for one in find_listeners() if one.port == port), ""),
-        )
+        self.route = route
+        self.path = "/"  # of the page, without its query
+        upstream = str(route.port) if route.host == "localhost" else route.authority
+        self.kept = "%s/absolute/%s" % (self.config.base, upstream)
+        place, base, kept = route.place, self.config.base, self.kept + "/"
+        self.report = Report(place, route.host, route.port, base, kept)
+        sockets = tcp_sockets(route.port)
+        if sockets and (route.is_local or route.host in listening_addresses(sockets)):
+            self._note(
+                addresses=listening_addresses(sockets),
+                owner=user_name(sockets[0].user),
+                program=next((x.program for x in find_listeners() if x.port == route.port), ""),
+            )
 
     def _note(self, **findings: Any) -> None:
         self.report = self.report._replace(**findings)
@@ -6127,36 +6139,39 @@ class PortCheck:
     async def run(self) -> None:
         """Examine the port step by step."""
         try:
+            check_route(self.route, self.config)
+        except ProxyError as error:
+            self._add_problem(error.detail)
+        is_allowed = not self.report.problems
+        try:
             page = await self._get("/", timeout=_PAGE_SECONDS)
         except ProxyError as error:
             await self._note_failure(error)
             return
-        config, port = self.config, self.report.port
-        self._note(ok=True, speaks=self.route.scheme, status=page.response.status)
-        self._note(use=_addresses_of(port, config))
-        page = await self._follow_redirects(page)
-        self._note(title=title_in(page.response.headers, page.body))
-        rooted = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
-        self._note(rooted=rooted[:5])
-        if rooted and not config.whole_origin:
-            self._add_problem(_LOSES_PREFIX)
-        bypass = await self._find_bypass(page)
-        if bypass:
-            self._add_problem(_BYPASSES % (bypass, port))
+        self._note(ok=is_allowed, speaks=self.route.scheme)
+        page = await self._find_page(page)
+        self._note(use=self._addresses())
+        self._note(status=page.response.status, title=title_in(page.response.headers, page.body))
         text = page.body.decode("latin-1")
-        paths = _SOCKET_PATHS  # type: Tuple[str, ...]
         app = next((app for app in _KNOWN_APPS if re.search(app.sign, text)), None)
+        self._note_links(page)
+        paths = _SOCKET_PATHS  # type: Tuple[str, ...]
         if app:
-            self._note(app=app.name, flag=app.flag % ("%s/absolute/%d" % (config.base, port)))
-            paths = (app.socket or "/ws",) + paths
-        status = await self._status("/", ["Host: " + _STRANGER])
-        self._note(refuses_host=status >= 400 > self.report.status)
+            flag = app.flag % self.kept if app.flag else ""
+            self._note(app=app.name, flag="" if self._is_kept() else flag)
+            paths = (app.socket,) if app.socket else ()
+        else:
+            await self._find_bypass(page)
+        status = await self._status(self.path, ["Host: " + _STRANGER])
+        self._note(refuses_host=status >= 400 > page.response.status)
         await self._try_websockets(paths)
 
     async def _get(
         self, target: str, lines: Sequence[str] = (), timeout: float = _FETCH_SECONDS
     ) -> Fetched:
-        return await probe(self.upstreams, self.route, target, lines, timeout)
+        """Request a page as a browser's request would reach the app."""
+        public = ["X-Forwarded-Host: localhost:%d" % self.config.port] if self.config.port else []
+        return await probe(self.upstreams, self.route, target, public + list(lines), timeout)
 
     async def _status(self, target: str, lines: Sequence[str]) -> int:
         """The status of a response; 0 if none came."""
@@ -6177,11 +6192,41 @@ class PortCheck:
             self._add_problem(speaks_tls(self.route).detail)
         else:
             self._note(speaks="other")
-            self._add_problem("It does not answer HTTP.")
+            self._add_problem("It does not answer HTTP. Is this the port of the app?")
+
+    # The page.
+
+    def _is_kept(self) -> bool:
+        """Whether the app is configured for the absolute form."""
+        return is_below(self.kept, self.path)
+
+    async def _find_page(self, first: Fetched) -> Fetched:
+        """The first page of the app, which may be configured for the absolute form."""
+        page = await self._follow_redirects(first)
+        may_be_kept = page.response.status == 404 or self.kept.encode() in page.body
+        if may_be_kept and not self._is_kept():
+            with contextlib.suppress(ProxyError):
+                other = await self._get(self.kept + "/", timeout=_PAGE_SECONDS)
+                if other.response.status != 404:
+                    self.path = self.kept + "/"
+                    page = await self._follow_redirects(other)
+        return page
+
+    def _addresses(self) -> List[str]:
+        """The addresses for a browser here; a path if the proxy's port is not known."""
+        config, route = self.config, self.route
+        path = (self.kept if self._is_kept() else route.prefix) + "/"
+        if not config.port:
+            return [path]
+        authority = "localhost:%d" % config.port
+        client = ClientInfo("127.0.0.1", "https" if config.certfile else "http", authority)
+        has_host = route.host == "localhost" and not self._is_kept()
+        host = host_form(route.port, client, config.domains) if has_host else ""
+        return [host] * bool(host) + ["%s://%s%s" % (client.scheme, authority, path)]
 
     async def _follow_redirects(self, page: Fetched) -> Fetched:
         """The page behind redirects of the app to itself, as far as they can be followed."""
-        own = re.compile(_OWN_ORIGIN % self.report.port, re.IGNORECASE)
+        own = re.compile(_OWN_ORIGIN % (re.escape(self.route.host), self.route.port), re.IGNORECASE)
         for count in range(_MAX_REDIRECTS + 1):
             location = page.response.headers.get("location").partition("#")[0]
             if not 300 <= page.response.status < 400 or not location:
@@ -6190,11 +6235,14 @@ class PortCheck:
             path = location
             if match and match.group(1).lower() == self.route.scheme:
                 path = location[match.end() :] or "/"
+            with contextlib.suppress(ValueError):  # not a URL
+                path = str(urljoin(self.path, path))
             self._note(redirect=_USER_INFORMATION.sub(r"\1//", path.partition("?")[0]))
             if not _LOCAL_TARGET.fullmatch(path):
                 if match and path == location and self.route.scheme == "http":
                     self._add_problem(_TO_TLS)
                 break
+            self.path = path.partition("?")[0]
             if count == _MAX_REDIRECTS:
                 self._add_problem(_TOO_MANY_REDIRECTS)
                 break
@@ -6205,38 +6253,41 @@ class PortCheck:
                 break
         return page
 
-    async def _find_bypass(self, page: Fetched) -> str:
-        """The path of the page, or of a script of it, that names the app's address; "" if none."""
-        own = re.compile(_OWN_ADDRESS % self.report.port)
-        here = self.report.redirect or "/"
+    def _note_links(self, page: Fetched) -> None:
+        """Report links that begin with a slash, other than those with the prefix."""
+        links = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
+        links = [link for link in links if not self._is_kept() or not is_below(self.kept, link)]
+        self._note(rooted=links[:5])
+        if links and not self.config.whole_origin:
+            self._add_problem(_LOSES_PREFIX)
+
+    async def _find_bypass(self, page: Fetched) -> None:
+        """Report that the page, or a script of it, names the app's address."""
+        names = (re.escape(self.route.host).encode(), self.route.port)
+        own, port = re.compile(_OWN_ADDRESS % names), self.route.port
         if own.search(page.body):
-            return here
+            self._add_problem(_BYPASSES % (self.path, port) + _BYPASS_ADVICE)
+            return
         for source in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_MAX_SCRIPTS]:
             # ValueError: not a URL.  ProxyError: the script cannot be fetched.
             with contextlib.suppress(ValueError, ProxyError):
-                path = str(urljoin(here, source.decode("latin-1")))
-                if _LOCAL_TARGET.fullmatch(path) and own.search((await self._get(path)).body):
-                    return path.partition("?")[0]
-        return ""
+                path = str(urljoin(self.path, source.decode("latin-1")))
+                script = (await self._get(path)).body if _LOCAL_TARGET.fullmatch(path) else b""
+                if own.search(script):
+                    is_webpack = b"webpack-dev-server" in script
+                    advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
+                    self._add_problem(_BYPASSES % (path.partition("?")[0], port) + advice)
+                    return
 
     async def _try_websockets(self, paths: Sequence[str]) -> None:
         """Report the first path at which a WebSocket opens, and if a foreign page may open it."""
         origin = "Origin: %s://%s" % (self.route.scheme, self.route.authority)
-        for path in dict.fromkeys(paths):
+        for path in paths:
+            path = self.kept * self._is_kept() + path
             if await self._status(path, _HANDSHAKE + [origin]) == 101:
                 foreign = await self._status(path, _HANDSHAKE + ["Origin: http://" + _STRANGER])
                 self._note(socket=path.partition("?")[0], refuses_origin=foreign != 101)
                 break
-
-
-def _addresses_of(port: int, config: Config) -> List[str]:
-    """The addresses of an app for a browser here; a path if the proxy's port is not known."""
-    if not config.port:
-        return ["%s/%d/" % (config.base, port)]
-    authority = "localhost:%d" % config.port
-    scheme = "https" if config.certfile else "http"
-    host = host_form(port, ClientInfo("127.0.0.1", scheme, authority), config.domains)
-    return ([host] if host else []) + ["%s://%s%s/%d/" % (scheme, authority, config.base, port)]
 
 
 def report_text(report: Report) -> str:
@@ -6244,32 +6295,30 @@ def report_text(report: Report) -> str:
     listens = [", ".join(report.addresses)]
     listens += ["by " + report.program] if report.program else []
     listens += ["of " + report.owner] if report.owner else []
-    speaks = (report.speaks, str(report.status or ""), report.title)
-    socket = "none opened at the usual places"
+    speaks = " ".join(filter(None, (report.speaks, str(report.status or ""), report.title)))
+    socket = ""
     if report.socket:
-        foreign = "; refuses pages of other origins" if report.refuses_origin else ""
-        socket = "opens at " + report.socket + foreign
+        socket = "opens at %s" % report.socket
+        socket += "; refuses pages of other origins" if report.refuses_origin else ""
+    elif report.ok and not report.app:  # a known app has one where it needs one
+        socket = "none found at /ws, /socket.io/ and /"
     links = "begin with a slash, such as " + ", ".join(report.rooted[:3])
     host = "refuses names that are not its own; the proxy sends localhost"
-    kept = "%s/absolute/%d/" % (report.base, report.port)
     rows = [
         ("listens", " ".join(filter(None, listens))),
-        ("speaks", " ".join(speaks) if report.speaks else ""),
+        ("speaks", "something other than HTTP" if report.speaks == "other" else speaks),
         ("app", report.app),
         ("redirects", report.redirect),
         ("links", links if report.rooted else ""),
         ("Host", host if report.refuses_host else ""),
-        ("WebSocket", socket if report.ok else ""),
+        ("WebSocket", socket),
     ]
     rows += [("problem", problem) for problem in report.problems]
     rows.append(("use", "  or  ".join(report.use)))
     if report.flag:
-        rows.append(("", "or start it with %s and use %s" % (report.flag, kept)))
-    lines = ["port %d of this machine" % report.port]
-    lines += ["  %-10s %s" % row for row in rows if row[1]]
-    # Parts come from the app: its control characters must not reach the terminal.
-    text = "\n".join(lines)
-    return "".join(one if one.isprintable() or one == "\n" else "?" for one in text)
+        rows.append(("", "or start it with %s and use %s" % (report.flag, report.kept)))
+    lines = ["  %-10s %s" % (name, printable(text)) for name, text in rows if text]
+    return "\n".join([report.place] + lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6320,7 +6369,12 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
     _add_options(access, ACCESS_OPTIONS)
     output = parser.add_argument_group("output")
     add = output.add_argument
-    add("--check", type=_port_number, metavar="PORT", help="check one port and show how to open it")
+    add(
+        "--check",
+        type=_upstream,
+        metavar="[HOST:]PORT",
+        help="check an app and show how to open it",
+    )
     add("--json", action="store_true", help="with --check: print JSON")
     volume = output.add_mutually_exclusive_group()
     volume.add_argument("--verbose", action="store_true", help="log every request")
@@ -6385,10 +6439,15 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argpar
     return arguments
 
 
-def _port_number(text: str) -> int:
-    if not _PORT_NAME.fullmatch(text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535, not %r" % text)
-    return int(text)
+def _upstream(text: str) -> str:
+    """PORT or HOST:PORT."""
+    with contextlib.suppress(ProxyError):
+        route = typed_route(text)
+        if route:
+            return route.prefix[1:]
+    raise argparse.ArgumentTypeError(
+        "expected a number from 1 to 65535, or HOST:PORT, not %r" % text
+    )
 
 
 def _config(arguments: argparse.Namespace) -> Config:
