@@ -1895,21 +1895,19 @@ _WRITTEN_BY_US = [
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
 _USUAL_CONNECTION = frozenset(["keep-alive", "close", "upgrade"])
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
-# As RFC 6455 section 4.1 spells them: GTK Broadway takes no other case, and servers in front of us
-# write lower case.
-_HANDSHAKE_NAMES = {
-    name.lower(): name
-    for name in "Origin Sec-WebSocket-Key Sec-WebSocket-Version Sec-WebSocket-Protocol"
-    " Sec-WebSocket-Extensions".split()
-}
-# APIs of apps that write X-Forwarded-Host into their responses and never compare it with Origin:
-# Gradio's answers name the files of a result by it.  The second part is Gradio 4 and older.
-_TELLS_PUBLIC_URLS = re.compile(r".*/gradio_api/|/(?:queue/join|run/|call/)")
+# RFC 6455 section 4.1.  GTK Broadway takes no other case; servers in front may write lower case.
+_HANDSHAKE_NAMES = (
+    "Origin Sec-WebSocket-Key Sec-WebSocket-Version Sec-WebSocket-Protocol Sec-WebSocket-Extensions"
+).split()
+_HANDSHAKE_SPELLING = {name.lower(): name for name in _HANDSHAKE_NAMES}
+# Gradio's API writes X-Forwarded-Host into the URLs of result files, and never compares it with
+# Origin.  The second part is Gradio 4 and older.
+_NEEDS_PUBLIC_ORIGIN = re.compile(r".*/gradio_api/|/(?:queue/join|run/|call/)")
 _REFRESH = re.compile(
-    r"([0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)(.*)", re.IGNORECASE
+    r"(\A[0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)()", re.IGNORECASE
 )
-# <URL> outside quoted strings, as in Link (RFC 8288 section 3) and If (RFC 4918 section 10.4).
-_BRACKETED = re.compile(r'"(?:[^"\\]|\\(?:.|\Z))*"?|<([^<>]*)>')
+# <URL> outside quoted strings: Link (RFC 8288 section 3) and If (RFC 4918 section 10.4).
+_BRACKETED = re.compile(r'"(?:[^"\\]|\\(?:.|\Z))*"?|(<)([^<>]*)(>)')
 _OTHER_HOST = re.compile(r"/\t*[/\\]")  # a browser takes the rest for the name of a host
 
 
@@ -1924,7 +1922,7 @@ def request_for_upstream(request: Request, gate: Any) -> bytes:
         "%s %s%s HTTP/1.1" % (request.method, path, gate.strip_query(request.query)),
         "Host: " + (client.authority if preserve_host else route.authority),
     ]
-    lines += _rewritten_lines(request, route, gate, request.headers, table, _WRITTEN_BY_US)
+    lines += _rewritten_lines(request.headers, table, (request, route, gate), _WRITTEN_BY_US)
     if _hides_public_origin(request, gate):
         lines += client.home_lines
         lines.append("X-Forwarded-Proto: " + route.scheme)
@@ -1933,9 +1931,7 @@ def request_for_upstream(request: Request, gate: Any) -> bytes:
     lines += route.prefix_lines
     if request.is_websocket:
         split = (line.partition(":") for line in lines)
-        lines = [
-            _HANDSHAKE_NAMES.get(one.lower(), one) + colon + rest for one, colon, rest in split
-        ]
+        lines = [_HANDSHAKE_SPELLING.get(a.lower(), a) + colon + b for a, colon, b in split]
         lines += _UPGRADE_LINES
     return serialise(lines, request.framing)
 
@@ -1946,7 +1942,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     assert route is not None
     table = _table_without(_RESPONSE_TABLE, response.connection)
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
-    lines += _rewritten_lines(request, route, gate, headers, table)
+    lines += _rewritten_lines(headers, table, (request, route, gate))
     is_empty = response.framing is NO_BODY and response.status >= 200 and response.status != 204
     if is_empty and "content-length" in headers.index:  # HEAD, 304: the length of a GET's body
         length = headers.get("content-length").partition(",")[0]
@@ -1961,14 +1957,9 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
 
 
 def _rewritten_lines(
-    request: Request,
-    route: Route,
-    gate: Any,
-    headers: Headers,
-    table: Dict[str, Any],
-    reserved: Sequence[str] = (),
+    headers: Headers, table: Dict[str, Any], context: Any, reserved: Sequence[str] = ()
 ) -> List[str]:
-    """The header lines after the actions of the table.
+    """The header lines after the actions of the table; `context` is passed on to them.
 
     reserved: names that are dropped with "_" for "-", too: CGI and WSGI cannot tell them apart.
     """
@@ -1979,7 +1970,7 @@ def _rewritten_lines(
             if translate is None:
                 continue
             value = line[len(key) + 1 :].strip(" \t")
-            translated = translate(value, request, route, gate)
+            translated = translate(value, *context)
             if translated is None:
                 continue
             if translated != value:
@@ -2017,7 +2008,7 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
     else:
         url = headers.get("destination") or headers.get("referer")
         is_own = _path_of_own_url(url, request) is not None
-    return is_own and not gate.config.preserve_host and not _TELLS_PUBLIC_URLS.match(request.path)
+    return is_own and not gate.config.preserve_host and not _NEEDS_PUBLIC_ORIGIN.match(request.path)
 
 
 def _path_of_own_url(url: str, request: Request) -> Optional[str]:
@@ -2073,32 +2064,23 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
     match = _HTTP_URL.fullmatch(value)
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
-    authority = match.group(2).lower()
-    default = "" if _PORT.search(authority) else _DEFAULT_PORTS[match.group(1).lower()]
+    scheme, authority, path = match.group(1).lower(), match.group(2).lower(), match.group(3)
+    default = "" if _PORT.search(authority) else _DEFAULT_PORTS[scheme]
     if authority + default not in route.homes and authority != request.client.authority.lower():
         return value
-    path = match.group(3) if match.group(3).startswith("/") else "/" + match.group(3)
-    path = _with_prefix(path, route)
+    path = _with_prefix(path if path.startswith("/") else "/" + path, route)
     return "/." + path if _OTHER_HOST.match(path) else path
 
 
-def _translate_refresh(value: str, request: Request, route: Route, gate: Any) -> str:
-    match = _REFRESH.fullmatch(value)
-    if not match:
-        return value
-    before, url, behind = match.groups()
-    return before + _translate_location(url, request, route, gate) + behind
+def _translate_each(pattern: Any, translate: Callable[..., str]) -> Callable[..., Any]:
+    """The action for a value with URLs in it: the second of the three groups of `pattern`."""
 
+    def action(value: str, *context: Any) -> Any:
+        def replace(match: Any) -> Any:
+            before, url, behind = match.groups()
+            return match.group() if url is None else before + translate(url, *context) + behind
 
-def _in_brackets(translate: Callable[..., str]) -> Callable[..., str]:
-    """The action that translates each <URL> in a value."""
-
-    def action(value: str, *context: Any) -> str:
-        def replace(match: Any) -> str:
-            url = match.group(1)
-            return match.group() if url is None else "<%s>" % translate(url, *context)
-
-        return _BRACKETED.sub(replace, value)
+        return pattern.sub(replace, value)
 
     return action
 
@@ -2161,13 +2143,13 @@ _REQUEST_TABLE.update(
         "origin": _translate_origin,
         "referer": _translate_referer,
         "destination": _translate_destination,
-        "if": _in_brackets(_translate_destination),
-        "cookie": lambda value, request, route, gate: gate.strip_cookies(value, route) or None,
-        "authorization": lambda value, request, route, gate: (
+        "if": _translate_each(_BRACKETED, _translate_destination),
+        "cookie": lambda value, _, route, gate: gate.strip_cookies(value, route) or None,
+        "authorization": lambda value, _, __, gate: (
             None if gate.owns_authorization(value) else value
         ),
         # RFC 9110 section 10.1.1
-        "expect": lambda value, request, route, gate: None if request.minor == "0" else value,
+        "expect": lambda value, request, *_: None if request.minor == "0" else value,
     }
 )
 _RESPONSE_TABLE = dict.fromkeys(_HOP_BY_HOP + ["content-length"])  # type: Dict[str, Any]
@@ -2175,12 +2157,10 @@ _RESPONSE_TABLE.update(
     {
         "location": _translate_location,
         "content-location": _translate_location,
-        "refresh": _translate_refresh,
-        "link": _in_brackets(_translate_location),
+        "refresh": _translate_each(_REFRESH, _translate_location),
+        "link": _translate_each(_BRACKETED, _translate_location),
         "set-cookie": _translate_set_cookie,
-        "service-worker-allowed": lambda value, request, route, gate: (
-            None if route.prefix else value
-        ),
+        "service-worker-allowed": lambda value, _, route, __: None if route.prefix else value,
     }
 )
 
