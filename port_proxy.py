@@ -1340,9 +1340,9 @@ class Connection(asyncio.StreamReaderProtocol):
 
     buffer: bytes that were read but not used.  has_unread: the reader holds bytes.  ended: nothing
     more comes; `failure` is the reason, None for a clean EOF.  was_heard: whether data has come
-    since this was last set to False.  watcher: called with the connection when data or EOF comes.
-    sink: the body that takes the data in place of the reader.  feeder: the body that is relayed to
-    this connection.
+    since this was last set to False.  is_reused: it came from the pool.  watcher: called with the
+    connection when data or EOF comes.  sink: the body that takes the data in place of the reader.
+    feeder: the body that is relayed to this connection.
     address: the peer's, "" if it has none.  scheme: "https" over TLS.  ends_body: only the end of
     this connection ends the body that its peer is being sent.  state: see above.
     """
@@ -1357,6 +1357,7 @@ class Connection(asyncio.StreamReaderProtocol):
         "failure",
         "feeder",
         "has_unread",
+        "is_reused",
         "read_deadline",
         "reader",
         "scheme",
@@ -1377,7 +1378,7 @@ class Connection(asyncio.StreamReaderProtocol):
         super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
         self.buffer = b""
-        self.has_unread = self.ended = self.was_heard = self.ends_body = False
+        self.has_unread = self.ended = self.was_heard = self.ends_body = self.is_reused = False
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
         self.sink = self.feeder = None  # type: Optional[Body]
@@ -1894,6 +1895,7 @@ _WRITTEN_BY_US = [
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
 _USUAL_CONNECTION = frozenset(["keep-alive", "close", "upgrade"])
+MARK_FIELD = "Port-Proxy-Mark"
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 # RFC 6455 section 4.1.  GTK Broadway takes no other case; servers in front may write lower case.
 _HANDSHAKE_NAMES = (
@@ -1911,8 +1913,11 @@ _BRACKETED = re.compile(r'"(?:[^"\\]|\\(?:.|\Z))*"?|(<)([^<>]*)(>)')
 _OTHER_HOST = re.compile(r"/\t*[/\\]")  # a browser takes the rest for the name of a host
 
 
-def request_for_upstream(request: Request, gate: Any) -> bytes:
-    """The head of a request as its upstream receives it."""
+def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
+    """The head of a request as its upstream receives it.
+
+    mark: the proxy's own, by which it knows a request that comes back (`MARK_FIELD`).
+    """
     route, client = request.route, request.client
     assert route is not None
     table = _table_without(_REQUEST_TABLE, request.connection)
@@ -1929,6 +1934,8 @@ def request_for_upstream(request: Request, gate: Any) -> bytes:
     else:
         lines += client.lines
     lines += route.prefix_lines
+    if mark:
+        lines.append("%s: %s" % (MARK_FIELD, mark))
     if request.is_websocket:
         split = (line.partition(":") for line in lines)
         lines = [_HANDSHAKE_SPELLING.get(a.lower(), a) + colon + b for a, colon, b in split]
@@ -3146,6 +3153,8 @@ def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalR
 # closes it, and the kernel is asked once more before it is used again.  `fetch` is our own small
 # HTTP client.
 
+_STEADY_SECONDS = 1.0  # no server is known that closes a connection so soon, if it keeps any
+_MAX_STEADY = 1000
 _FETCH_SECONDS = 3.0
 _FETCH_BYTES = 1 << 22
 
@@ -3165,28 +3174,44 @@ class Upstreams:
         self._contexts = {}  # type: Dict[bool, ssl.SSLContext]
         self._idle = {}  # type: Dict[str, List[Tuple[Connection, float]]]
         self._idle_count = 0
+        self._steady = set()  # type: Set[str]  # authorities that keep connections open
 
     def take(self, route: Route, is_replayable: bool) -> Optional[Connection]:
         """An idle connection to the route's upstream that is fit for use, or None.
 
         The upstream may close it at the moment we use it, and only a replayable request may be sent
-        again then.  Other requests get one that was used within the last second, which no server is
-        known to close.
+        again then.  Other requests get one that was used within the last second, of an upstream
+        that was seen to keep its connections open: some close them after each response, a little
+        later and without a word.
         """
         idle = self._idle.get(route.authority)
-        while idle and (is_replayable or now() - idle[-1][1] < 1.0):
+        if idle and not is_replayable and route.authority not in self._steady:
+            connection, since = idle[0]
+            if now() - since < _STEADY_SECONDS or not connection.is_fresh():
+                return None
+            self._note_steady(route.authority)
+        while idle and (is_replayable or now() - idle[-1][1] < _STEADY_SECONDS):
             connection = self._remove(route.authority, idle, len(idle) - 1)
             if connection.is_fresh():
                 connection.was_heard = False
+                connection.is_reused = True
                 return connection
             connection.abort()
         return None
+
+    def _note_steady(self, authority: str) -> None:
+        """Note that an upstream keeps its connections open."""
+        if len(self._steady) >= _MAX_STEADY:
+            self._steady.clear()
+        self._steady.add(authority)
 
     def give(self, route: Route, connection: Connection) -> None:
         """Keep a connection whose exchange ended cleanly and exactly; any data or EOF closes it."""
         if not connection.is_quiet() or self._idle_count >= self.config.max_idle_upstreams:
             connection.close()
             return
+        if connection.is_reused and route.authority not in self._steady:
+            self._note_steady(route.authority)
         idle = self._idle.get(route.authority)
         if idle is None:
             idle = self._idle[route.authority] = []
@@ -3199,7 +3224,10 @@ class Upstreams:
     def _drop(self, authority: str, connection: Connection) -> None:
         """Close an idle connection on which data or EOF came."""
         idle = self._idle[authority]
-        self._remove(authority, idle, [one for one, _ in idle].index(connection))
+        at = [one for one, _ in idle].index(connection)
+        if now() - idle[at][1] < _STEADY_SECONDS:
+            self._steady.discard(authority)
+        self._remove(authority, idle, at)
         connection.abort()
 
     def _remove(self, authority: str, idle: List[Tuple[Connection, float]], at: int) -> Connection:
@@ -4426,6 +4454,9 @@ class Exchange:
     async def _serve(self, route: Route) -> None:
         """Send the request to its upstream, on a pooled connection if there is one."""
         request, gate, upstreams = self.request, self.gate, self.proxy.upstreams
+        if self.proxy.mark in request.headers.get_all(MARK_FIELD.lower()):
+            text = "The server on %s leads back to this proxy: the request would go round for ever."
+            raise ProxyError(508, text % route.place)
         check_route(route, self.config)
         if request.is_websocket:
             self._check_websocket()
@@ -4439,7 +4470,7 @@ class Exchange:
         if request.is_unprefixed:
             request = self.request = with_own_cookies(request, gate)
         # The part of the body that is here is checked before an upstream is taken.
-        pieces = [request_for_upstream(request, gate)] + self.body.at_hand()
+        pieces = [request_for_upstream(request, gate, self.proxy.mark)] + self.body.at_hand()
         pooled = upstreams.take(route, request.is_replayable)
         if pooled is None or not await self._forward(pooled, pieces, request.is_replayable):
             await self._forward(await upstreams.connect(route), pieces, False)
@@ -4888,6 +4919,7 @@ class PortProxy:
         self.is_stopping = False
         self.tunnels = set()  # type: Set[Tunnel]
         self.titles = Titles()
+        self.mark = secrets.token_hex(8)
         self._clients = set()  # type: Set[Connection]
         self._servers = []  # type: List[asyncio.AbstractServer]
         self._sockets = []  # type: List[socket.socket]

@@ -4571,9 +4571,10 @@ class TestUpstream:
     @pytest.mark.parametrize("raw", [ok(b"evil"), b"x", b""], ids=case_id)
     def test_pooled_connection_with_bytes_or_eof_in_the_kernel_is_not_used(self, proxy, upstream, raw):
         """The proxy has not read them yet as the request comes, and a POST could not be sent again."""
-        app = upstream(in_turn(script(read_message, OK, wait, raw or end, tell, read_to_the_end), once(OK)))
-        with proxy.sent(to(app)) as wire:
-            assert wire.message()[2] == b"ok"
+        steps = (read_message, OK, read_message, OK, wait, raw or end, tell, read_to_the_end)
+        app = upstream(in_turn(script(*steps), once(OK)))
+        with proxy.sent(to(app), to(app)) as wire:
+            assert (wire.message()[2], wire.message()[2]) == (b"ok", b"ok")
             with proxy.held():  # the request is there first, so the proxy sees it first
                 wire.send(to(app, "Content-Length: 1", method="POST", body=b"a"))
                 app.happened.set()
@@ -4589,13 +4590,46 @@ class TestUpstream:
         self, proxy, upstream, method, lines, body, is_safe
     ):
         """The upstream may have acted on the other requests, so they are never sent twice."""
-        app = upstream(in_turn(script(read_message, OK, read_message), answering(OK)))  # the first closes early
-        # Both are sent at once: a POST takes only a connection that was used within the last second.
-        with proxy.sent(to(app, path="/first") + to(app, *lines, method=method, path="/second", body=body)) as wire:
-            assert wire.message()[2] == b"ok"
+        steps = (read_message, OK, read_message, OK, read_message)  # and closes before the third response
+        app = upstream(in_turn(script(*steps), answering(OK)))
+        # All are sent at once: a POST takes only a connection that was used within the last second.
+        first, second = to(app, path="/first"), to(app, *lines, method=method, path="/second", body=body)
+        with proxy.sent(first + first + second) as wire:
+            assert (wire.message()[2], wire.message()[2]) == (b"ok", b"ok")
             assert status_of(wire.message()) == (200 if is_safe else 502)
         targets = [message[0].split(" ")[1] for message in app.messages]
-        assert targets == ["/first"] + ["/second"] * (2 if is_safe else 1)
+        assert targets == ["/first"] * 2 + ["/second"] * (2 if is_safe else 1)
+
+    def test_app_that_closes_without_a_word_after_each_response_gets_every_post(self, proxy, upstream):
+        """It may be about to close the connection of the response before, and a POST cannot be sent again."""
+        app = upstream(script(read_message, OK, wait))
+        with proxy.wire() as wire:
+            for count in range(1, 21):
+                raw = to(app, "Content-Length: 1", method="POST", body=b"a")
+                assert (wire.ask(raw)[2], app.connections) == (b"ok", count)
+        app.happened.set()
+
+    def test_post_reuses_a_connection_of_an_app_that_keeps_them_open(self, proxy, upstream):
+        app = upstream(answering(OK))
+        with proxy.sent(to(app), to(app)) as wire:
+            assert (wire.message()[2], wire.message()[2]) == (b"ok", b"ok")
+            for _ in range(3):
+                raw = to(app, "Content-Length: 1", method="POST", body=b"a")
+                assert (wire.ask(raw)[2], app.connections) == (b"ok", 1)
+
+    def test_request_that_comes_back_to_the_proxy_is_refused(self, proxy, upstream):
+        """Some program forwards a port to the proxy."""
+
+        def forward(wire, app):
+            raw = wire.until(b"\r\n\r\n")
+            with Wire.to(proxy.port) as other:
+                other.send(raw.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+                wire.send(other.rest())
+
+        app = upstream(forward)
+        answer = proxy.ask(to(app, form="/proxy/absolute/%d"))
+        assert (status_of(answer), app.connections) == (508, 1)
+        assert b"port %d of this machine leads back to this proxy" % app.port in answer[2]
 
     @pytest.mark.parametrize("begun", [b"HTTP/1.1 200 O", OK[:-1]])
     def test_request_whose_response_has_begun_is_not_sent_again(self, proxy, upstream, begun):
