@@ -2568,7 +2568,7 @@ class TestRewritingOnTheWire:
             ("Host", "localhost:%d" % app.port), ("X-A", "b\xe4"), ("x-a", "c"), ("HTTP2-Settings", "e"),
             ("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-Proto", "http"), ("X-Forwarded-Host", "here:8888"),
             ("X-Forwarded-Port", "8888"), ("X-Forwarded-Prefix", prefix), ("X-Forwarded-Context", prefix),
-            ("X-ProxyContextPath", prefix),
+            ("X-ProxyContextPath", prefix), ("Port-Proxy-Mark", proxy.proxy.mark),
         ]
 
     def test_absolute_form_of_the_target_overrides_host(self, proxy, upstream):
