@@ -1879,10 +1879,10 @@ class Body:
 # --------------------------------------------------------------------------------------------------
 # Header rewriting
 # --------------------------------------------------------------------------------------------------
-# The app sees what it would see at home under `ssh -L`, and what it says of its home is translated
-# into addresses below the prefix.  Each head is written anew by one loop over its fields and a
-# table from names to actions: None drops the field, a function translates its value, and a field
-# that is not in the table is passed on as it came.
+# The app sees what it would see at home under `ssh -L`, and its own URLs in responses become paths
+# below the prefix.  Each head is written anew by one loop over its fields and a table from names to
+# actions: None drops the field, a function translates its value.  Fields that are not in the table
+# are passed on as they came.
 
 # RFC 9110 section 7.6.1, with Trailer (trailers are dropped) and proxy authentication (11.7).
 _HOP_BY_HOP = (
@@ -1950,11 +1950,12 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     table = _table_without(_RESPONSE_TABLE, response.connection)
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
     lines += _rewritten_lines(headers, table, (request, route, gate))
+    length = headers.get("content-length").partition(",")[0].strip(" \t")
     is_empty = response.framing is NO_BODY and response.status >= 200 and response.status != 204
-    if is_empty and "content-length" in headers.index:  # HEAD, 304: the length of a GET's body
-        length = headers.get("content-length").partition(",")[0]
-        lines.append("Content-Length: " + length.strip(" \t"))
-    if route.prefix and (_has_wider_default(request) or "service-worker-allowed" in headers.index):
+    if length and is_empty:  # HEAD, 304: the length of a GET's body
+        lines.append("Content-Length: " + length)
+    is_above = request.is_unprefixed or not request.path  # the folder of the client's URL
+    if route.prefix and (is_above or "service-worker-allowed" in headers.index):
         # A service worker rules its own app, never the other apps or our pages.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
     lines += gate.response_lines(response.status)
@@ -2110,21 +2111,16 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
             has_path = content.startswith("/")  # RFC 6265 section 5.2.4
             part = part[: part.find("=") + 1] + _cookie_path(content, route) if has_path else part
         kept.append(part)
-    if route.prefix and not has_path and _has_wider_default(request):
-        kept.append(" Path=%s/" % route.prefix)
+    if route.prefix and not has_path and (request.is_unprefixed or not request.path):
+        kept.append(" Path=%s/" % route.prefix)  # the default is the folder of the client's URL
     return ";".join(kept)
 
 
 def _is_home_domain(domain: str, request: Request, route: Route) -> bool:
     """Whether a cookie's Domain is the app's home, the proxy, or the domain above an app's host."""
     host = host_of(request.client.authority)
-    homes = {host_of(home) for home in route.homes} | {host}
-    return domain in homes or bool(request.client.app_port and domain == host.partition(".")[2])
-
-
-def _has_wider_default(request: Request) -> bool:
-    """Whether the folder of the client's URL, the default of some fields, is above the app's."""
-    return request.is_unprefixed or not request.path
+    above = host.partition(".")[2] if request.client.app_port else host
+    return domain in (host, above) or domain in map(host_of, route.homes)
 
 
 def _cookie_path(path: str, route: Route) -> str:
