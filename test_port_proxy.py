@@ -7398,11 +7398,13 @@ class TestCheck:
     ])  # fmt: skip
     def test_advice_on_a_named_port_fits_the_app(self, check, upstream, page, script, advice):
         def respond(target, fields, app):
-            source = b"<script src=main.js></script>" if target == "/" else script.replace("PORT", str(app.port)).encode()
-            return html_response(page + source)
+            if target == "/":
+                return html_response(page + b"<script src=main.js></script>")
+            return html_response(script.replace("PORT", str(app.port)).encode())
 
         problems = check(upstream(responding(respond)).port).problems
-        assert [text in problem for text, problem in zip(advice, problems)] == [True] * len(problems) == [True] * len(advice)
+        assert len(problems) == len(advice)
+        assert all(text in problem for text, problem in zip(advice, problems))
 
     def test_address_that_follows_the_public_host_is_no_problem(self, check, upstream):
         """As Gradio's, which is made from X-Forwarded-Host."""
@@ -7417,7 +7419,8 @@ class TestCheck:
         def respond(target, fields, app):
             prefix = "/proxy/absolute/%d/" % app.port
             if target == prefix or (target == "/" and kind == "page"):
-                return html_response(b"<title>A</title><script id=_dash-config></script><a href='%sx'>" % prefix.encode())
+                page = "<title>A</title><script id=_dash-config></script><a href='%sx'>" % prefix
+                return html_response(page.encode())
             if target == "/" and kind == "redirect":
                 return html_response(b"", "302 Found", "Location: " + prefix)
             return SWITCHING if target == prefix + "ws" else html_response(b"", "404 Not Found")
@@ -7475,7 +7478,8 @@ class TestCheck:
         ssh = upstream(lambda wire, app: (wire.send(b"SSH-2.0-x\r\n"), wire.more()))
         tls = upstream(lambda wire, app: wire.send(b"\x15\x03\x01\x00\x02\x02\x46" if wire.more() else b""))
         for port, speaks, says, line in (
-            (free_port(), "", "Nothing listens", ""), (tls.port, "https", "--upstream-tls %d" % tls.port, "speaks     https"),
+            (free_port(), "", "Nothing listens", ""),
+            (tls.port, "https", "--upstream-tls %d" % tls.port, "speaks     https"),
             (ssh.port, "other", "does not answer HTTP", "speaks     something other than HTTP"),
         ):  # fmt: skip
             report = check(port)
@@ -8246,6 +8250,10 @@ class Page:
         self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
         for domain in ("Page", "Runtime", "Log"):
             self.do(domain + ".enable")
+        # Timers of pages run ten times as fast, and are listed.
+        faster = "{ const real = setTimeout; window.waits = []; window.setTimeout = (call, ms) => "
+        faster += "{ waits.push(ms); return real(call, ms / 10) } }"
+        self.do("Page.addScriptToEvaluateOnNewDocument", source=faster)
 
     def do(self, method, **parameters):
         self.count += 1
@@ -8281,8 +8289,9 @@ class Page:
         self.do("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
-    def text(self):
-        return self.tell("document.body.innerText")
+    def shows(self, text, selector="#app"):
+        """Wait until an element, by default the content of `serve_page`, has this text."""
+        self.until("document.querySelector(%s).innerText === %s" % (json.dumps(selector), json.dumps(text)))
 
     def click(self, selector):
         self.until("!!document.querySelector(%s)" % json.dumps(selector))
@@ -8420,89 +8429,88 @@ class TestInChromium:
         assert page.complaints == []
 
     @needs_proc
-    def test_ports_page_leads_to_the_apps(self, page, upstream):
+    def test_ports_page_leads_to_the_apps(self, page, start, upstream):
         """From the banner's address to an app's own host, signed in all the way; then what comes and goes."""
         apps = [upstream(serve_page(b"app %d" % number)) for number in range(8)]
-        environment = dict(os.environ, PORT_PROXY_TOKEN=TOKEN)
-        with shell_proxy(env=environment) as (_, port):
-            page.open("http://127.0.0.1:%d/proxy/?token=%s" % (port, TOKEN))
-            home = "http://127.0.0.1:%d/proxy/" % port
-            page.until("location.href === %s" % json.dumps(home))
-            for app in apps:
-                assert page.tell("document.querySelector('#p%d .port').innerText" % app.port) == str(app.port)
-            page.click("#p%d .port" % apps[0].port)
-            page.until("document.querySelector('#app').innerText === 'app 0'")
-            assert page.tell("location.href") == "http://%d.localhost:%d/" % (apps[0].port, port)
+        proxy = start(token=TOKEN, allow_hostnames=())
+        home = "http://localhost:%d/proxy/" % proxy.port
+        page.open(home + "?token=" + TOKEN)
+        page.until("location.href === %s" % json.dumps(home))
+        for app in apps:
+            assert page.tell("document.querySelector('#p%d .port').innerText" % app.port) == str(app.port)
+        for number, selector, address in (
+            (0, "#p%d .port", "http://%d.localhost:" + "%d/" % proxy.port),
+            (1, "#p%d a[href*=absolute]", home + "absolute/%d/"),
+        ):  # fmt: skip
+            page.click(selector % apps[number].port)
+            page.shows("app %d" % number)
+            assert page.tell("location.href") == address % apps[number].port
             page.open(home)
-            page.click("#p%d a[href*=absolute]" % apps[1].port)
-            page.until("document.querySelector('#app').innerText === 'app 1'")
-            assert page.tell("location.pathname") == "/proxy/absolute/%d/" % apps[1].port
-            page.open(home)
-            page.until("document.querySelector('#p%d').innerText.includes('app 0')" % apps[0].port)  # its title, by now
-            page.click("#filter")
-            clear = "document.querySelector('#filter').value = ''; "
-            clear += "document.querySelector('#filter').dispatchEvent(new Event('input'))"
-            page.type("app 0")
-            page.until("[...document.querySelectorAll('.ports li')].filter(one => !one.hidden).length === 1")
-            page.tell(clear)
-            page.type("base path")  # which every line has, in the name of a link
-            page.until("document.querySelector('#none').innerText === 'No port matches.'")
-            page.tell(clear)
-            assert page.tell("document.querySelector('#none').hidden")
-            new = upstream(serve_page(b"new"))
-            page.until("!!document.querySelector('#p%d')" % new.port)
-            assert re.match("(New|Gone): port [0-9]+", page.tell("document.querySelector('[role=status]').innerText"))
-            new.close()
-            page.until("document.querySelector('#p%d').className === 'gone'" % new.port)
-            page.until("!document.querySelector('#p%d')" % new.port)
-            page.click("input[name=port]")
-            page.type(str(apps[2].port))
-            page.press("Enter", "\r")
-            page.until("document.querySelector('#app').innerText === 'app 2'")
-            assert page.tell("location.pathname") == "/proxy/%d/" % apps[2].port
+        page.until("document.querySelector('#p%d').innerText.includes('app 0')" % apps[0].port)  # its title, by now
+        page.click("#filter")
+        clear = "document.querySelector('#filter').value = ''; "
+        clear += "document.querySelector('#filter').dispatchEvent(new Event('input'))"
+        page.type("app 0")
+        page.until("[...document.querySelectorAll('.ports li')].filter(one => !one.hidden).length === 1")
+        page.tell(clear)
+        page.type("base path")  # which every line has, in the name of a link
+        page.shows("No port matches.", "#none")
+        page.tell(clear)
+        assert page.tell("document.querySelector('#none').hidden")
+        new = upstream(serve_page(b"new"))
+        page.until("!!document.querySelector('#p%d')" % new.port)
+        assert re.match("(New|Gone): port [0-9]+", page.tell("document.querySelector('[role=status]').innerText"))
+        new.close()
+        page.until("document.querySelector('#p%d').className === 'gone'" % new.port)
+        page.until("!document.querySelector('#p%d')" % new.port)
+        page.click("input[name=port]")
+        page.type("localhost:%d" % apps[2].port)
+        page.press("Enter", "\r")
+        page.shows("app 2")
+        assert page.tell("location.pathname") == "/proxy/%d/" % apps[2].port
         seen = repr([app.messages for app in apps])
-        assert TOKEN not in seen
-        assert "ticket" not in seen
-        assert "port_proxy_" not in seen
+        assert [text for text in (TOKEN, "ticket", "port_proxy_") if text in seen] == []
 
     @needs_proc
-    def test_ports_page_tells_that_the_proxy_is_away(self, page, proxy):
+    @pytest.mark.parametrize("result, text", [
+        ("reject('away')", "The proxy does not answer."),
+        ("resolve(new Response('', {status: 502}))", "This list is out of date. Reload the page."),
+    ])  # fmt: skip
+    def test_ports_page_tells_that_the_proxy_is_away(self, page, proxy, result, text):
         page.open("http://localhost:%d/proxy/" % proxy.port)
         fake = "{ const real = fetch; away = true; fetch = (...what) => away ? Promise.%s : real(...what) }; 1"
-        page.tell(fake % "reject('away')")
-        page.until("document.querySelector('[role=status]').innerText === 'The proxy does not answer.'")
+        page.tell(fake % result)
+        page.shows(text, "[role=status]")
         page.tell("away = false")
-        page.until("document.querySelector('[role=status]').innerText !== 'The proxy does not answer.'")
-        page.tell(fake % "resolve(new Response('', {status: 502}))")
-        page.until("document.querySelector('[role=status]').innerText === 'This list is out of date. Reload the page.'")
-        page.tell("away = false")
-        page.until("document.querySelector('[role=status]').innerText !== 'This list is out of date. Reload the page.'")
+        page.until("document.querySelector('[role=status]').innerText !== '%s'" % text)
 
     @needs_proc
-    def test_ports_page_works_by_keyboard_and_without_script(self, page, upstream):
+    def test_ports_page_works_by_keyboard_and_without_script(self, page, proxy, upstream):
         app = upstream(serve_page(b"the app"))
-        with shell_proxy() as (_, port):
-            page.do("Emulation.setScriptExecutionDisabled", value=True)
-            page.open("http://localhost:%d/proxy/" % port)
-            page.tell("document.querySelector('#p%d .port').focus()" % app.port)
-            page.press("Tab")
-            assert page.tell("document.activeElement.getAttribute('aria-label')") == "port %d, Open" % app.port
-            page.press("Tab")
-            page.press("Enter", "\r")
-            page.until("document.querySelector('#app').innerText === 'the app'")
-            assert page.tell("location.pathname") == "/proxy/%d/" % app.port
+        page.do("Emulation.setScriptExecutionDisabled", value=True)
+        page.open("http://localhost:%d/proxy/" % proxy.port)
+        page.tell("document.querySelector('#p%d .port').focus()" % app.port)
+        page.press("Tab")
+        assert page.tell("document.activeElement.getAttribute('aria-label')") == "port %d, Open" % app.port
+        page.press("Tab")
+        page.press("Enter", "\r")
+        page.shows("the app")
+        assert page.tell("location.pathname") == "/proxy/%d/" % app.port
 
-    @pytest.mark.parametrize("form", ["http://localhost:%d/proxy/%d/a?b", "http://%(app)d.localhost:%(port)d/a?b"])
-    @pytest.mark.parametrize("script", [True, False])
-    def test_waiting_page_opens_the_app_once_it_is_up(self, page, proxy, upstream, form, script):
+    @pytest.mark.parametrize("form, script", [
+        ("http://localhost:{proxy}/proxy/{app}/a?b", True), ("http://{app}.localhost:{proxy}/a?b", True),
+        ("http://localhost:{proxy}/proxy/{app}/a?b", False),
+    ])  # fmt: skip
+    def test_waiting_page_helps_and_opens_the_app_once_it_is_up(self, page, proxy, form, script):
         """Also where scripts are off."""
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))  # taken, and nobody listens
             port = sock.getsockname()[1]
             page.do("Emulation.setScriptExecutionDisabled", value=not script)
-            page.open(form % {"app": port, "port": proxy.port} if "(" in form else form % (proxy.port, port))
-            assert "Waiting for port %d" % port in page.text()
-            assert page.tell("document.querySelector('#help').hidden") is script
+            page.open(form.format(app=port, proxy=proxy.port))
+            assert page.tell("document.querySelector('h1').innerText") == "Waiting for port %d" % port
+            page.until("!document.querySelector('#help').hidden")
+            assert not script or page.tell("waits.includes(5000)")
             sock.listen(5)
             body = b"<p id=app>here"
             answer = ok(body, "Content-Type: text/html", "Connection: close")[: -len(body)]
@@ -8515,13 +8523,20 @@ class TestInChromium:
                         wire.send(answer + (b"" if head.startswith(b"HEAD") else body))
                         wire.close()
 
-            thread = threading.Thread(target=serve)
-            thread.start()
-            try:
-                page.until("document.querySelector('#app').innerText === 'here'")
-            finally:
-                sock.shutdown(socket.SHUT_RDWR)
-                thread.join(WAIT)
+            with in_thread(serve):
+                try:
+                    page.shows("here")
+                finally:
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    @needs_proc
+    def test_error_page_leads_to_all_ports(self, page, proxy, upstream):
+        app = upstream(serve_page(b"the app"))
+        with closed_port() as port:
+            page.open("http://%d.localhost:%d/a" % (port, proxy.port))
+            page.click("a[href$='/proxy/']")
+            page.click("#p%d .port" % app.port)
+            page.shows("the app")
 
     @pytest.mark.parametrize("host", [False, True])
     def test_sign_in_page_leads_to_the_app(self, page, start, upstream, host):
@@ -8541,7 +8556,7 @@ class TestInChromium:
         page.until("document.body.innerText.includes('Invalid token') && document.activeElement.name === 'token'")
         page.type(TOKEN)
         page.press("Enter", "\r")
-        page.until("document.querySelector('#app').innerText === 'signed in'")
+        page.shows("signed in")
         assert page.tell("location.href") == (url[: -len("a?b")] if host else url)
         asked = [message[0] for message in app.messages if "favicon" not in message[0]]
         assert asked == ["GET / HTTP/1.1" if host else "GET /a?b HTTP/1.1"]
@@ -8555,7 +8570,7 @@ class TestInChromium:
         page.until("document.activeElement.name === 'token'")
         page.type(TOKEN)
         page.click("button")
-        page.until("document.querySelector('#app').innerText === 'a login of its own'")
+        page.shows("a login of its own")
 
     @pytest.mark.parametrize("token", [None, TOKEN])
     def test_two_apps_with_links_from_the_root_keep_apart(self, page, profile, start, upstream, token):
@@ -8581,7 +8596,7 @@ class TestInChromium:
         page.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[1].port))
         page.until("!!document.body.dataset.report")  # leaving before would cut its upload short
         page.click("button")
-        page.until("document.querySelector('#app').innerText === 'form of two: 0'")
+        page.shows("form of two: 0")
         assert page.tell("location.pathname") == "/proxy/%d/form" % apps[1].port
         for app, name in zip(apps, ("one", "two")):
             sent = {fields_of(message).get("cookie") for message in app.messages[1:]}
@@ -8594,7 +8609,7 @@ class TestInChromium:
         """Nothing is cut off or must be scrolled sideways, down to a phone; dark where the person likes it dark."""
         open_proxy, proxy = start(), start(token=TOKEN)
         port, program, title = long_name
-        page.open("http://localhost:%d/proxy/%d/" % (open_proxy.port, port))  # so that its title is known
+        page.open("http://localhost:%d/proxy/%d/" % (open_proxy.port, port))  # its title is then known
         page.open("http://localhost:%d/proxy/" % open_proxy.port)
         line = page.tell("document.querySelector('#p%d').innerText" % port)
         assert program in line
