@@ -224,7 +224,7 @@ class Config(NamedTuple):
     bind: str = "127.0.0.1"  # address or name to listen on, or "unix:PATH"
     port: int = 8888  # 0 takes any free port
     # Hosts besides this machine's loopback names: names, addresses and patterns ("*.example.org");
-    # or a function that takes the host (in lower case, without brackets) and decides about all hosts.
+    # or a function that takes the host (lower case, no brackets) and decides about all hosts.
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # send the client's Host to the upstream instead of the target's
     domains: Sequence[str] = ("localhost",)  # <port>.<domain> is that port; none under a Hub
@@ -240,9 +240,9 @@ class Config(NamedTuple):
     allow_origins: Sequence[str] = ()  # further origins: "https://a.example.org", "*"
     allow_preflight: bool = False  # CORS preflights, which carry no credentials, reach the apps
     # Replaces all of that: `await authorize(head, visit, route)` runs once per request and Upgrade,
-    # before anything is connected.  It admits by returning None, refuses by raising ProxyError(status,
-    # detail), and redirects by raising ProxyError(302, "", (("Location", url),)).  `route` is None
-    # for the proxy's own pages.
+    # before anything is connected.  It admits by returning None, refuses by raising
+    # ProxyError(status, detail), and redirects by raising
+    # ProxyError(302, "", (("Location", url),)).  `route` is None for the proxy's own pages.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
     hub: Optional[Hub] = None  # replaces all of that too: users sign in at the Hub
     trusted_proxies: Sequence[str] = ()  # addresses, networks or "unix": keep their X-Forwarded
@@ -401,7 +401,7 @@ def check_values(config: Config) -> None:
             raise ValueError("%s needs --certfile" % option.flag)
     if not re.fullmatch("[!-~]{16,}|any|", config.token or ""):
         text = "the token must consist of visible ASCII characters without spaces, at least 16"
-        raise ValueError(text + "; --token alone makes a random one")
+        raise ValueError(text + "; if none is given, a random one is made")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ from port_proxy import (
     parse_response,
     path_below,
     port_in_host,
+    redirect_into_prefix,
     request_for_upstream,
     request_framing,
     response_framing,
@@ -2618,22 +2619,27 @@ class TestUnprefixedRequests:
         for cookie, status in ((cookies[0], 307), (theirs, 404), (cookies[0].replace("=%d." % app.port, "=80."), 404)):
             assert status_of(ours.get("/x", cookie, "Sec-Fetch-Site: same-origin")) == status
 
-    def test_dot_segments_that_leave_the_app_are_refused(self, proxy):
-        assert status_of(proxy.get("/../8081/", "Referer: %s/proxy/80/" % US)) == 400
+    @pytest.mark.parametrize("base, target, page, status", [
+        ("/proxy", target, "/proxy/80/", 404) for target in (
+            "/proxy/x", "/proxy/99999/", "/proxy//", "/proxy/absolute/", "/proxy/08/", "/%70roxy/x",
+        )
+    ] + [("/", "/absolute/x", "/80/", 404), ("/", "/static/a", "/", 404), ("/proxy", "/../8081/", "/proxy/80/", 400)])
+    def test_path_of_the_proxy_or_out_of_the_app_is_refused(self, base, target, page, status):
+        gate = gate_for(base=base)
+        asked = asked_for(target, "Referer: " + US + page, "Sec-Fetch-Site: same-origin", gate=gate)
+        assert status_of_error(find_app, asked, gate) == status
 
     @pytest.mark.parametrize("base", ["", "/proxy"])
     def test_redirect_keeps_method_and_body(self, start, upstream, base):
         """By its status, a 307; nothing reaches the app yet."""
-        app, proxy, target = upstream(answering(OK)), start(base=base or "/"), "/static/a%2F?b=/c"
-        for prefix in ("%s/%d" % (base, app.port), "%s/absolute/%d" % (base, app.port)):
-            for method, lines, body in (
-                ("GET", (), b""), ("POST", ("Content-Length: 2", "Origin: " + US), b"ab"), ("DELETE", (), b""),
-                ("FROB", (), b""),
-            ):
-                raw = request(method, target, "Referer: %s%s/x" % (US, prefix), *lines, body=body)
-                answer = proxy.ask(raw)
-                assert result_of(answer) == (307, prefix + target)
-                assert fields_of(answer)["cache-control"] == "no-store"
+        app, proxy, target = upstream(answering(OK)), start(base=base or "/"), "/static/a%2F\xe4?b=/c"
+        for form, method, lines, body in (
+            ("%s/%d", "GET", (), b""), ("%s/absolute/%d", "POST", ("Content-Length: 2", "Origin: " + US), b"ab"),
+            ("%s/%d", "FROB", (), b""),
+        ):
+            prefix = form % (base, app.port)
+            answer = proxy.ask(request(method, target, "Referer: %s%s/x" % (US, prefix), *lines, body=body))
+            assert (result_of(answer), fields_of(answer)["cache-control"]) == ((307, prefix + target), "no-store")
         assert app.connections == 0
 
     @pytest.mark.parametrize("framing, pieces", [
@@ -2658,17 +2664,6 @@ class TestUnprefixedRequests:
         lines += ("Referer: %s/proxy/80/" % US, "Origin: " + US)
         assert status_of(proxy.ask(request("POST", "/upload", *lines, body=body))) == status
 
-    @pytest.mark.parametrize("base, targets", [
-        ("/proxy", "/proxy/x /proxy/99999/ /proxy// /proxy/absolute/ /proxy/08/ /%70roxy/x"), ("/", "/absolute/x"),
-    ])
-    def test_path_of_the_proxy_itself_is_not_redirected(self, start, base, targets):
-        proxy = start(base=base)
-        for target in targets.split():
-            lines = ("Referer: %s%s/80/" % (US, base.rstrip("/")), "Sec-Fetch-Site: same-origin")
-            assert status_of(proxy.get(target, *lines)) == 404, target
-        if base == "/":  # a page of the root is no app
-            assert status_of(proxy.get("/static/a", "Referer: %s/" % US)) == 404
-
     @pytest.mark.parametrize("options, is_ours", [
         ({"whole_origin": False}, False), ({"base": "/a/b"}, False), ({"trusted_proxies": ["192.0.2.1"]}, False),
         ({"base": "/a/b", "whole_origin": True}, True),
@@ -2688,8 +2683,8 @@ class TestUnprefixedRequests:
         for _ in range(2):
             app = upstream(answering(OK))
             answer = proxy.ask(to(app, *VISIT + lines))
-            expected = r"port_proxy_%d_app=%d\.[\w-]{43}; Path=/; HttpOnly; SameSite=Lax" % (proxy.port, app.port)
             (cookie,) = cookies_set(answer)
+            expected = r"port_proxy_%d_app=%d\.[\w-]{43}; Path=/; HttpOnly; SameSite=Lax" % (proxy.port, app.port)
             assert re.fullmatch(expected, cookie)
             lines = (cookie_of(answer),)
             assert cookies_set(proxy.ask(to(app, *VISIT + lines))) == []
@@ -2699,31 +2694,20 @@ class TestUnprefixedRequests:
         ):
             assert cookies_set(proxy.ask(to(app, *lines))) == []
 
-    def test_referer_counts_more_than_the_app_opened_last(self, proxy, upstream):
-        apps = [upstream(answering(OK)) for _ in range(2)]
-        cookie = cookie_of(proxy.ask(to(apps[1], *VISIT)))
-        for line, app in (
-            ("Sec-Fetch-Site: same-origin", apps[1]), ("Referer: %s/proxy/%d/" % (US, apps[0].port), apps[0]),
-        ):
-            assert result_of(proxy.get("/x", cookie, line)) == (307, "/proxy/%d/x" % app.port)
-
     @pytest.mark.parametrize("target, lines, status", [
         ("/socket.io/?a", ("Origin: " + US,) + HANDSHAKE, 101), ("/sw.js", SERVICE_WORKER, 200),
-    ], ids=["WebSocket", "service worker"])
+        ("/socket.io/", ("Origin: http://evil",) + HANDSHAKE, 404),
+    ], ids=["WebSocket", "service worker", "foreign WebSocket"])
     def test_request_that_follows_no_redirect_is_served_in_place(self, proxy, upstream, target, lines, status):
         """The app gets it as if it had come with the prefix, without the proxy's cookie."""
         app = upstream(serve_sockets)
         cookie = cookie_of(proxy.ask(to(app, *VISIT)))
         assert status_of(proxy.get(target, cookie, *lines, no_body=status == 101)) == status
-        assert app.messages[-1][0] == "GET %s HTTP/1.1" % target
-        sent = fields_of(app.messages[-1])
-        assert (sent["x-forwarded-prefix"], "cookie" in sent) == ("/proxy/%d" % app.port, False)
-
-    def test_websocket_of_another_origin_reaches_no_app(self, proxy, upstream):
-        app = upstream(serve_sockets)
-        cookie = cookie_of(proxy.ask(to(app, *VISIT)))
-        assert status_of(proxy.get("/socket.io/", cookie, "Origin: http://evil", *HANDSHAKE)) == 404
-        assert len(app.messages) == 1
+        assert len(app.messages) == (1 if status == 404 else 2)
+        if status != 404:
+            sent = fields_of(app.messages[-1])
+            assert app.messages[-1][0] == "GET %s HTTP/1.1" % target
+            assert (sent["x-forwarded-prefix"], "cookie" in sent) == ("/proxy/%d" % app.port, False)
 
     @pytest.fixture
     def opened(self, proxy, upstream):
@@ -2800,9 +2784,10 @@ class TestUnprefixedRequests:
             assert b'value="/proxy/%d/x?y"' % app.port in answer[2]
         assert app.connections == 0
 
-    def test_redirect_has_no_token_in_it(self, start):
-        answer = start(token=TOKEN).get("/x?token=%s&y" % TOKEN, "Referer: %s/proxy/80/" % US)
-        assert result_of(answer) == (307, "/proxy/80/x?y")
+    def test_redirect_has_no_token_in_it(self):
+        gate = gate_for(token=TOKEN)
+        asked = find_app(asked_for("/x?token=%s&y" % TOKEN, "Referer: %s/proxy/80/" % US, gate=gate), gate)
+        assert dict(redirect_into_prefix(asked, gate).fields)["Location"] == "/proxy/80/x?y"
 
     def test_authorize_is_called_with_the_route_of_the_app(self, start):
         calls = []
@@ -2814,10 +2799,12 @@ class TestUnprefixedRequests:
         assert status_of(start(authorize=authorize).get("/x", "Referer: %s/proxy/80/" % US)) == 403
         assert calls == [(80, "/x")]
 
-    def test_not_found_page_advises_a_host_of_its_own(self, start):
-        answer = start().ask(at("localhost:8888", "GET", "/packages/a.whl"))
-        assert (status_of(answer), b"http://8080.localhost:8888/" in answer[2]) == (404, True)
-        assert b"host of its own" not in start(domains=()).get("/packages/a.whl")[2]
+    @pytest.mark.parametrize("options, is_advised", [({}, True), ({"domains": ()}, False)])
+    def test_not_found_page_advises_a_host_of_its_own(self, options, is_advised):
+        gate = gate_for(**options)
+        with pytest.raises(ProxyError) as caught:
+            find_app(asked_for("/packages/a.whl", host="localhost:8888", gate=gate), gate)
+        assert ("http://8080.localhost:8888/" in caught.value.detail) is is_advised
 
     def test_root_is_redirected_to_the_ports_page_or_the_app_of_the_referer(self, proxy, upstream):
         cookie = cookie_of(proxy.ask(to(upstream(answering(OK)), *VISIT)))
@@ -2835,32 +2822,19 @@ class TestUnprefixedRequests:
         assert status_of(outer.get(target, "Cookie: " + session.split(";")[0])) == 200
         assert status_of(outer.get(target)) == 401
 
-    def test_another_proxys_cookies_are_told_from_our_own(self, start, upstream):
-        """Also if one port's number begins as the other's: an app gets those of its own port alone."""
-        for _ in range(50):
-            app = upstream(answering(OK))
-            try:
-                proxy = start(port=app.port // 10)
-                break
-            except OSError:  # another program has that port
-                continue
-        ends = ("", "_app", "_app_x_a")
-        names, others = ({"port_proxy_%d%s" % (port, end) for end in ends} for port in (app.port, proxy.port))
-        line = "Cookie: " + "; ".join(name + "=1" for name in sorted(names | others | {"port_proxy_9_app"}))
-        assert status_of(proxy.ask(to(app, line))) == 200
-        assert {pair.split("=")[0] for pair in fields_of(app.messages[0])["cookie"].split("; ")} == names
-
-    @pytest.mark.parametrize("upstream, stays", [
-        ("80", True), ("absolute/80", True), ("127.0.0.1:80", True), ("[::1]:80", True), ("localhost:80", True),
-        ("127.0.0.2:80", False), ("db:80", False), ("absolute/db:80", False), ("[fe80::1]:80", False), ("81", False),
-    ])
-    def test_cookies_of_another_proxy_stay_on_this_machine(self, upstream, stays):
+    @pytest.mark.parametrize("port, upstream, stays", [
+        (8888, form, True) for form in ("80", "absolute/80", "127.0.0.1:80", "[::1]:80", "localhost:80")
+    ] + [
+        (8888, form, False) for form in ("127.0.0.2:80", "db:80", "absolute/db:80", "[fe80::1]:80", "81", "8", "8888")
+    ] + [(8, "80", True), (80, "80", False), (800, "80", True)])
+    def test_cookies_of_another_proxy_reach_its_port_alone(self, port, upstream, stays):
         """An allowed host with its port number gets no session of this machine."""
-        gate = gate_for()
-        raw = request("GET", "/proxy/%s/" % upstream, "Cookie: port_proxy_80=a; port_proxy_80_app=b; c=d")
-        sent = request_for_upstream(parse_request(raw, "127.0.0.1", "http", gate.config), gate)
-        own = b"port_proxy_80=a; port_proxy_80_app=b; " if stays else b""
-        assert b"\r\nCookie: " + own + b"c=d\r\n" in sent
+        gate = TokenGate(checked_config(Config()), True, port)
+        cookies = "port_proxy_80=a; port_proxy_80_app=b; port_proxy_80_app_1_x=c"
+        ours = "; port_proxy_%d=x; port_proxy_%d_app=y; port_proxy_%d_app_1_x=z; d=e" % (port, port, port)
+        asked = asked_for("/proxy/%s/" % upstream, "Cookie: " + cookies + ours, gate=gate)
+        sent = dict(split_head(request_for_upstream(asked, gate))[1])
+        assert sent["Cookie"] == (cookies + "; d=e" if stays else "d=e")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
