@@ -2685,7 +2685,7 @@ def _started(pid: int) -> float:
 # --------------------------------------------------------------------------------------------------
 # The responses of the proxy itself: HTML for people, JSON and plain text for programs.  Pages load
 # nothing from elsewhere: a Content-Security-Policy allows only their own style and script, by hash.
-# They work without the script.  The page of ports shows one PortEntry for each port.
+# They work without the script.  The page of ports is made from the rows that programs get as JSON.
 
 _STYLE = """\
 :root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d9e0e7;--ground:#f6f8fa;
@@ -2859,30 +2859,21 @@ class NotListening(ProxyError):
     """
 
     def __init__(self, route: Route, elsewhere: Sequence[str]) -> None:
-        text, advice, address = (
-            "Nothing listens on %s. Is the app running, and is this its port?",
-            "",
-            "",
-        )
-        text %= route.place
+        text = "Nothing listens on %s. Is the app running, and is this its port?" % route.place
+        advice = address = ""
         if elsewhere:
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(elsewhere), route.host
-            advice, address = _how_to_reach(route, elsewhere)
+            advice = "Open %d instead of %s." % (route.port, route.authority)
+        if elsewhere and not any(one in LOOPBACK_NAMES for one in elsewhere):
+            address = elsewhere[0]
+            advice = (
+                "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value}"
+                " and open %s instead of %d."
+            ) % (authority_of(address, route.port), route.port)
         fields = (("Retry-After", "2"), ("Port-Proxy", "waiting"))
         super().__init__(502, text, fields, advice, address)
         self.route = route
-
-
-def _how_to_reach(route: Route, addresses: Sequence[str]) -> Tuple[str, str]:
-    """The advice of the error, and its value."""
-    if any(address in LOOPBACK_NAMES for address in addresses):
-        return "Open %d instead of %s." % (route.port, route.authority), ""
-    advice = (
-        "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value} and"
-        " open %s instead of %d."
-    )
-    return advice % (authority_of(addresses[0], route.port), route.port), addresses[0]
 
 
 class SignInNeeded(ProxyError):
@@ -2896,17 +2887,6 @@ class SignInNeeded(ProxyError):
         super().__init__(401, detail, CHALLENGE)
         self.target = target
         self.action = action
-
-
-class PortEntry(NamedTuple):
-    """A port on the page of ports.
-
-    title: that of the last page visited there, "" if unknown.  links: by form, the best first.
-    """
-
-    listener: Listener
-    title: str
-    links: Dict[str, str]
 
 
 class Titles:
@@ -2945,87 +2925,79 @@ def title_in(headers: Headers, data: bytes) -> str:
     return printable(" ".join(title.split())[:100])
 
 
-def port_links(base: str, port: int, host_url: str) -> Dict[str, str]:
-    """The URLs of a port, by form, the best first.  host_url: that of its own host, or ""."""
-    links = {"host": host_url} if host_url else {}
-    links["stripped"] = "%s/%d/" % (base, port)
-    links["absolute"] = "%s/absolute/%d/" % (base, port)
-    return links
+def port_row(base: str, listener: Listener, title: str, host_url: str) -> Dict[str, Any]:
+    """A port as programs get it, and as the page is made from it; unknown values are None.
+
+    host_url: the URL of the port's own host, or "".  The best link is the first one.
+    """
+    row = listener._asdict()  # type: Dict[str, Any]
+    started = row.pop("started")
+    row["seconds"] = int(time.time() - started) if started else None
+    row["title"] = title or None
+    row["links"] = {"host": host_url} if host_url else {}
+    row["links"]["stripped"] = "%s/%d/" % (base, listener.port)
+    row["links"]["absolute"] = "%s/absolute/%d/" % (base, listener.port)
+    return row
 
 
-def ports_response(base: str, entries: Sequence[PortEntry], request: Request) -> LocalResponse:
+def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) -> LocalResponse:
     """The response at the base: the ports to open, and the forms of an address."""
     fields = (("Vary", "Accept"),)
+    items = "".join(map(_port_item, rows))
     if request.target.endswith("?list"):  # the script of the page
-        policy = _policy("", forms="'none'")
-        return _response(200, "text/html", "".join(map(_port_item, entries)), fields + policy)
+        return _response(200, "text/html", items, fields + _policy("", forms="'none'"))
     if request.is_navigation:
-        body = _ports_page(base, entries)
+        nothing = "None of your programs listens on a port. New ones appear here."
+        if not os.path.exists(_TABLES[0]):
+            nothing = "This system does not report which ports are in use."
+        form = "<tr><td><code>%s</code><td>%s"
+        body = _PORTS_PAGE.format(
+            items=items,
+            hidden=" hidden" if rows else "",
+            nothing=nothing,
+            base=html.escape(base),
+            forms="".join(form % (html.escape(base + path), text) for path, text in _FORMS),
+        )
         return _page(200, "Ports of this machine", body, fields, _PORTS_SCRIPT)
     if any("application/json" in value.lower() for value in request.headers.get_all("accept")):
-        data = {"ports": [_port_data(entry) for entry in entries]}
-        return _response(200, "application/json", json.dumps(data, indent=1) + "\n", fields)
+        text = json.dumps({"ports": rows}, indent=1) + "\n"
+        return _response(200, "application/json", text, fields)
     lines = ["port_proxy: every port of this machine through this one", ""]
-    lines += ["%-40s %s" % (base + form, meaning) for form, meaning in _FORMS]
+    lines += ["%-40s %s" % (base + path, meaning) for path, meaning in _FORMS]
     lines.append("")
-    lines += ["%-40s %s" % (one.links["stripped"], _summary(one.listener)) for one in entries]
+    lines += ["%-40s %s" % (row["links"]["stripped"], _summary(row)) for row in rows]
     return _response(200, "text/plain", "\n".join(lines) + "\n", fields)
 
 
-def _ports_page(base: str, entries: Sequence[PortEntry]) -> str:
-    row = "<tr><td><code>%s</code><td>%s"
-    nothing = "None of your programs listens on a port. New ones appear here."
-    if not os.path.exists(_TABLES[0]):
-        nothing = "This system does not report which ports are in use."
-    return _PORTS_PAGE.format(
-        items="".join(map(_port_item, entries)),
-        hidden=" hidden" if entries else "",
-        nothing=nothing,
-        base=html.escape(base),
-        forms="".join(row % (html.escape(base + form), meaning) for form, meaning in _FORMS),
-    )
-
-
-def _port_item(entry: PortEntry) -> str:
-    port, links = entry.listener.port, []
-    for form, url in entry.links.items():
+def _port_item(row: Dict[str, Any]) -> str:
+    links = []
+    for form, url in row["links"].items():
         name = "For apps with a base path set"
         if form != "absolute":
-            name = "Open" if form == "host" else "Open under " + url
-        values = (html.escape(url), port, html.escape(name), html.escape(name))
-        links.append('<a href="%s" aria-label="port %d, %s">%s</a> ' % values)
+            name = "Open" if form == "host" else "Open under " + html.escape(url)
+        link = '<a href="%s" aria-label="port %d, %s">%s</a> '
+        links.append(link % (html.escape(url), row["port"], name, name))
     return _PORT_ITEM.format(
-        port=port,
-        best=html.escape(next(iter(entry.links.values()))),
-        title=html.escape(entry.title),
-        about=html.escape(_summary(entry.listener)),
+        port=row["port"],
+        best=html.escape(next(iter(row["links"].values()))),
+        title=html.escape(row["title"] or ""),
+        about=html.escape(_summary(row)),
         links="".join(links),
     )
 
 
-def _port_data(entry: PortEntry) -> Dict[str, Any]:
-    """An entry for programs; unknown values are null."""
-    data = entry.listener._asdict()  # type: Dict[str, Any]
-    started = data.pop("started")
-    data["seconds"] = int(time.time() - started) if started else None
-    return dict(data, title=entry.title or None, links=entry.links)
-
-
-def _summary(listener: Listener) -> str:
+def _summary(row: Dict[str, Any]) -> str:
     """A line for people: the program, its age, and why localhost does not reach it."""
-    parts = [
-        printable(listener.program),
-        _age(time.time() - listener.started) if listener.started else "",
-    ]
-    if not reaches_any("localhost", listener.addresses):
-        parts.append("listens on %s only, not on localhost" % ", ".join(listener.addresses))
+    parts = [printable(row["program"]), "" if row["seconds"] is None else _age(row["seconds"])]
+    if not reaches_any("localhost", row["addresses"]):
+        parts.append("listens on %s only, not on localhost" % ", ".join(row["addresses"]))
     return " \u00b7 ".join(filter(None, parts))
 
 
-def _age(seconds: float) -> str:
+def _age(seconds: int) -> str:
     for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= unit:
-            count = int(seconds // unit)
+            count = seconds // unit
             return "%d %s%s" % (count, name, "" if count == 1 else "s")
     return "just started"
 
@@ -3033,30 +3005,30 @@ def _age(seconds: float) -> str:
 def error_response(
     error: ProxyError, request: Optional[Request] = None, base: str = ""
 ) -> LocalResponse:
-    """A page for a person, plain text for a program; it repeats nothing of the request but checked
-    names.  request: None if it could not be parsed."""
-    phrase = reason_phrase(error.status)
+    """A page for a person, plain text for a program; of the request it repeats only checked names.
+
+    request: None if it could not be parsed.
+    """
     if isinstance(error, SignInNeeded):
         return _sign_in_page(error)
+    phrase = title = reason_phrase(error.status)
     path = _path_meant(error, request, base) if request else ""
-    if (
-        request is None
-        or not request.is_navigation
-        or request.method not in ("GET", "HEAD", "POST")
-    ):
+    is_page = request is not None and request.is_navigation
+    if request is None or not is_page or request.method not in ("GET", "HEAD", "POST"):
         meant = " Did you mean %s?" % path if path else ""
         text = "%d %s\n%s%s\n" % (error.status, phrase, error.detail, meant)
         return _response(error.status, "text/plain", text, error.fields)
     detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
-    footer = _FOOTER % (html.escape(ports_url(request.client, base)), error.status)
+    script = ""
     if isinstance(error, NotListening) and request.is_page_visit:
-        port = error.route.port
-        body = _WAITING_PAGE.format(port=port, detail=detail, command=own_command())
+        port, script = error.route.port, _WAITING_SCRIPT
         title = "Waiting for port %d" % port
-        return _page(error.status, title, body + footer, error.fields, _WAITING_SCRIPT)
-    meant = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path)) if path else ""
-    body = "<h1>%s</h1>%s<p>%s</p>%s" % (phrase, meant, detail, footer)
-    return _page(error.status, phrase, body, error.fields)
+        body = _WAITING_PAGE.format(port=port, detail=detail, command=own_command())
+    else:
+        link = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path))
+        body = "<h1>%s</h1>%s<p>%s</p>" % (phrase, link if path else "", detail)
+    body += _FOOTER % (html.escape(ports_url(request.client, base)), error.status)
+    return _page(error.status, title, body, error.fields, script)
 
 
 def _path_meant(error: ProxyError, request: Request, base: str) -> str:
@@ -4732,14 +4704,13 @@ class Exchange:
         own = {port for _, port in self.proxy.upstreams.listening}
         found = await self.proxy.upstreams.sockets.listeners()
         ports = [one for one in found if one.port not in own]
-        entries = []
+        rows = []
         for one in ports:
             host_url = host_form(one.port, client, config.domains)
             if host_url and self.gate.token:  # the gate signs in there
                 host_url = "%s/?open=%d" % (config.base, one.port)
-            links = port_links(config.base, one.port, host_url)
-            entries.append(PortEntry(one, self.proxy.titles.get(one), links))
-        await self.respond(ports_response(config.base, entries, self.request))
+            rows.append(port_row(config.base, one, self.proxy.titles.get(one), host_url))
+        await self.respond(ports_response(config.base, rows, self.request))
 
     async def _read_form(self) -> bytes:
         """The whole body of a request to the gate."""
