@@ -294,7 +294,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 class Background:
-    """An event loop in a thread, in which several proxies live; it notes what the loop complains about."""
+    """An event loop in a thread, in which several proxies live; it records what the loop complains about."""
 
     def __init__(self):
         self.complaints = []
@@ -311,9 +311,17 @@ class Background:
     def do(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(WAIT)
 
+    async def _tasks(self):
+        asyncio_or_task = asyncio if hasattr(asyncio, "all_tasks") else asyncio.Task  # 3.6
+        tasks = asyncio_or_task.all_tasks() - {asyncio_or_task.current_task()}
+        return [task for task in tasks if not task.done()]
+
     def close(self):
+        """Stop, and return the tasks that were left."""
+        tasks = self.do(self._tasks())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(WAIT)
+        return tasks
 
 
 class Running:
@@ -389,7 +397,7 @@ def count_connections(local_port=None, remote_port=None):
 
 
 def queued(local_port=None, remote_port=None):
-    """How many bytes the kernel holds for connections: (to send or not acknowledged, not read yet)."""
+    """How many bytes the kernel holds for open connections: (to send or not acknowledged, not read yet)."""
     rows = [row for row in tcp_rows(local_port, remote_port) if row[0] != "0A"]  # LISTEN
     return sum(row[1] for row in rows), sum(row[2] for row in rows)
 
@@ -449,23 +457,11 @@ def eventually(condition):
         time.sleep(0.01)
 
 
-def running_loop():
-    background = Background()
-    yield background
-    tasks = background.do(_other_tasks())
-    background.close()
-    assert not tasks
-
-
 @pytest.fixture(scope="session")
 def background():
-    yield from running_loop()
-
-
-async def _other_tasks():
-    all_tasks = getattr(asyncio, "all_tasks", None) or asyncio.Task.all_tasks
-    current = getattr(asyncio, "current_task", None) or asyncio.Task.current_task
-    return [task for task in all_tasks() if task is not current() and not task.done()]
+    background = Background()
+    yield background
+    assert not background.close()
 
 
 @pytest.fixture
@@ -1392,25 +1388,15 @@ class TestMessages:
         assert response.is_reusable is ("keep_alive" in flags)
 
     @pytest.mark.parametrize("trusted, address, lines, client, hops", [  # client: address, scheme, authority
-        ("", "127.0.0.1", (), "127.0.0.1 http here:8888", "127.0.0.1"),
-        ("", "", ("For: 1.2.3.4",), " http here:8888", None),
-        ("10.0.0.0/8", "127.0.0.1", ("For: 1.2.3.4", "Proto: https", "Host: evil"), "127.0.0.1 http here:8888",
-         "127.0.0.1"),
-        ("unix", "127.0.0.1", ("For: 1.2.3.4",), "127.0.0.1 http here:8888", "127.0.0.1"),
-        ("unix", "", ("For: 1.2.3.4",), "1.2.3.4 http here:8888", "1.2.3.4"), ("unix", "", (), " http here:8888", None),
+        ("", "", ("For: 1.2.3.4",), " http here:8888", None), ("unix", "", (), " http here:8888", None),
         ("::1", "::1", ("For: 1.2.3.4",), "1.2.3.4 http here:8888", "1.2.3.4, ::1"),
-        ("127.0.0.0/8", "127.0.0.1", (), "127.0.0.1 http here:8888", "127.0.0.1"),
-        ("127.0.0.0/8", "127.0.0.1", ("For: 1.2.3.4", "Proto: HTTPS", "Host: pub.example"),
-         "1.2.3.4 https pub.example", "1.2.3.4, 127.0.0.1"),
-        ("127.0.0.0/8", "127.0.0.1", ("For: 6.6.6.6, 1.2.3.4", "For: 127.9.9.9"), "1.2.3.4 http here:8888",
-         "6.6.6.6, 1.2.3.4, 127.9.9.9, 127.0.0.1"),
         ("127.0.0.1", "127.0.0.1", ("Host: a b", "Proto: gopher", "For: "), "127.0.0.1 http here:8888", "127.0.0.1"),
         ("127.0.0.1", "127.0.0.1", ("Proto: https, http", "Host: a:1, b:2"), "127.0.0.1 https a:1", "127.0.0.1"),
         ("127.0.0.1", "127.0.0.1", ("Proto: http,https", "Proto: ", "Host: a", "Host: b"), "127.0.0.1 http b",
          "127.0.0.1"),
     ], ids=case_id)
-    def test_client_is_the_last_address_that_no_trusted_proxy_has(self, trusted, address, lines, client, hops):
-        """X-Forwarded fields from other addresses are ignored."""
+    def test_client_is_known_from_forwarded_fields(self, trusted, address, lines, client, hops):
+        """TestTrustedProxies has the ordinary cases."""
         raw = request("GET", "/", *["X-Forwarded-" + line for line in lines])
         one = parsed(raw, address, trusted_proxies=[trusted] if trusted else []).client
         assert ("%s %s %s" % (one.address, one.scheme, one.authority), one.app_port) == (client, 0)
@@ -2137,8 +2123,7 @@ class TestBackPressure:
         app, before = upstream(answering(OK)), 0
         for number in range(500):
             with Wire.to(process[1]) as wire:
-                wire.send(to(app, "Connection: close"))
-                assert wire.message()[2] == b"ok"
+                assert wire.ask(to(app, "Connection: close"))[2] == b"ok"
             before = rss_kib(process[0].pid) if number == 150 else before
         assert rss_kib(process[0].pid) - before < 768
 
@@ -4561,8 +4546,8 @@ class TestUpstream:
     @pytest.mark.parametrize("begun", [b"HTTP/1.1 200 O", OK[:-1]])
     def test_request_whose_response_has_begun_is_not_sent_again(self, proxy, upstream, begun):
         app = upstream(script(read_message, OK, read_message, begun))
-        with proxy.sent(to(app)) as wire:
-            assert wire.message()[2] == b"ok"
+        with proxy.wire() as wire:
+            assert wire.ask(to(app))[2] == b"ok"
             wire.send(to(app, "Connection: close"))
             wire.rest()
         assert (app.connections, len(app.messages)) == (1, 2)
@@ -4584,8 +4569,7 @@ class TestUpstream:
         apps = [upstream(answering(OK)) for _ in range(2)]
         with proxy.wire() as wire:
             for app in apps:
-                wire.send(to(app))
-                assert wire.message()[2] == b"ok"
+                assert wire.ask(to(app))[2] == b"ok"
             assert wire.rest() == b""  # The proxy closes it after 1.2 seconds: so old are the idle connections now.
         assert status_of(proxy.ask(to(apps[0]))) == 200
         assert status_of(proxy.ask(to(apps[1], "Content-Length: 1", method="POST", body=b"a"))) == 200
@@ -5389,8 +5373,7 @@ class TestResponses:
             app = upstream(in_turn(script(*steps), script(read_head, answer)))
             with proxy.wire() as wire:
                 if is_reused:
-                    wire.send(to(app))
-                    assert wire.message()[2] == b"ok"
+                    assert wire.ask(to(app))[2] == b"ok"
                 wire.send(to(app))
                 status = 100
                 while status in (100, 103):
@@ -5398,8 +5381,7 @@ class TestResponses:
                     status = status_of(message)
                 assert status == 502, answer[:80]
                 assert b"port %d of this machine" % app.port in wire.exactly(int(fields_of(message)["content-length"]))
-                wire.send(request("GET", "/proxy/"))
-                assert status_of(wire.message()) == 200
+                assert status_of(wire.ask(request("GET", "/proxy/"))) == 200
 
     @pytest.mark.parametrize("how", [end, Wire.reset_at_once], ids=["end", "reset"])
     def test_truncated_response_does_not_end_cleanly(self, proxy, upstream, how):
@@ -5581,8 +5563,7 @@ class TestRequests:
         app = upstream(script(read_head, b"HTTP/1.1 100 Continue\r\n\r\n", lambda wire, app: wire.exactly(3), OK))
         with proxy.sent(to(app, "Content-Length: 3", "Expect: 100-continue", method="POST")) as wire:
             assert wire.message(no_body=True)[0] == "HTTP/1.1 100 Continue"
-            wire.send(b"abc")
-            assert wire.message()[2] == b"ok"
+            assert wire.ask(b"abc")[2] == b"ok"
         app = upstream(lambda wire, app: app.messages.append(wire.until(b"\r\n\r\n")))
         proxy.ask(to(app, "Content-Length: 3", "Expect: 100-continue", method="POST"))
         assert b"\r\nExpect: 100-continue\r\n" in app.messages[0]
@@ -5823,8 +5804,7 @@ class TestRepeatedRequests:
         app = upstream(answering(OK))
         with start(authorize=authorize).wire() as wire:
             for path, status in (("/a", 200), ("/b", 200), ("/a", 200), ("/a", 402), ("/c", 200), ("/a", 200)):
-                wire.send(to(app, "X-Key: open sesame", "Accept: text/html", path=path))
-                assert status_of(wire.message()) == status
+                assert status_of(wire.ask(to(app, "X-Key: open sesame", "Accept: text/html", path=path))) == status
         assert seen == [["/proxy/%d/%s" % (app.port, path), "open sesame"] for path in "abaaca"]
         assert app.connections == 1
 
@@ -5995,8 +5975,7 @@ class TestTunnel:
         app = upstream(script(read_head, SWITCHING, bytes(size), lambda wire, app: wire.send(wire.exactly(4))))
         proxy = start(head_timeout=0.4, keep_alive_timeout=0.4, stall_timeout=0.4, response_timeout=0.4)
         with slow_wire(proxy) as wire:
-            wire.send(to(app, *HANDSHAKE))
-            assert status_of(wire.message(no_body=True)) == 101
+            assert status_of(wire.ask(to(app, *HANDSHAKE), no_body=True)) == 101
             outlast_keep_alive(proxy)
             assert len(wire.exactly(size)) == size
             wire.send(b"ping")
@@ -6026,8 +6005,7 @@ class TestLimits:
                 wire.send(request("GET", "/proxy/"))
                 wire.message()
             assert status_of(proxy.get("/proxy/")) == 200
-            with contextlib.suppress(ConnectionResetError):
-                assert first.rest() == b""
+            assert first.ends()
             with proxy.sent(to(app)) as third:
                 second.send(to(app))
                 eventually(lambda: app.connections == 3)
@@ -6061,6 +6039,7 @@ class TestLimits:
                 assert status_of(proxy.ask(to(app))) == 200
                 times.append(time.perf_counter() - begun)
             return sorted(times)[20]
+
 
         def drip(wires):
             for octet in single_bytes(b"GET /proxy/ HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 1000):
@@ -6368,8 +6347,7 @@ class TestUnixSockets:
         proxy = start(bind="unix:%s" % path, allow_hostnames=())
         assert path.stat().st_mode & 0o777 == 0o600
         with self.connect(path) as wire:
-            wire.send(request("GET", "/proxy/%d/" % app.port).replace(b"here", b"localhost"))
-            assert wire.message()[2] == b"ok"
+            assert wire.ask(request("GET", "/proxy/%d/" % app.port).replace(b"here", b"localhost"))[2] == b"ok"
         assert "x-forwarded-for" not in fields_of(app.messages[0])
         assert proxy.proxy.token == ""
         proxy.close()
