@@ -4034,7 +4034,7 @@ class HubApi:
         own = ["%s %s HTTP/1.1" % (method, parts.path), "Host: " + parts.netloc]
         lines = own + ["Accept: application/json"] + lines
         try:
-            connection = await asyncio.wait_for(self._connect(url), _HUB_TIMEOUT)
+            connection = await asyncio.wait_for(self._connect(parts), _HUB_TIMEOUT)
             fetched = await fetch(connection, lines, body.encode(), _HUB_TIMEOUT, self.config)
             is_json = fetched.response.status < 400 and fetched.body
             data = json.loads(fetched.body.decode()) if is_json else {}
@@ -4047,18 +4047,17 @@ class HubApi:
             raise ProxyError(503, text, _SHORTLY)
         return fetched.response, data if isinstance(data, dict) else {}
 
-    async def _connect(self, url: str) -> Connection:
-        parts, tls = urlsplit(url), {}  # type: Any, Dict[str, Any]
-        if parts.scheme == "https":
-            if self._context is None:
-                # With internal TLS, the Hub has given us an authority and a certificate of our own.
-                self._context = ssl.create_default_context(cafile=self.config.client_ca)
-                if self.config.certfile:
-                    self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
-            tls["ssl"] = self._context
-        port = parts.port or int(_DEFAULT_PORTS[parts.scheme][1:])
+    async def _connect(self, parts: Any) -> Connection:
+        """A new connection to the server of a URL in parts."""
+        if parts.scheme == "https" and self._context is None:
+            # With internal TLS, the Hub has given us an authority and a certificate of our own.
+            self._context = ssl.create_default_context(cafile=self.config.client_ca)
+            if self.config.certfile:
+                self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
+        address = parts.hostname, parts.port or int(_DEFAULT_PORTS[parts.scheme][1:])
+        tls = {"ssl": self._context} if parts.scheme == "https" else {}  # type: Dict[str, Any]
         connection = Connection(self.deadlines)
-        await self.deadlines.loop.create_connection(lambda: connection, parts.hostname, port, **tls)
+        await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
         return connection
 
 
@@ -4224,7 +4223,7 @@ class HubGate(Gate):
             "code_challenge_method": "S256",
         }
         location = self.hub.authorize_url + "?" + urlencode(parameters)
-        cookie = self._login_cookie(state, value, client, _LOGIN_SECONDS)
+        cookie = self._cookie(self._login_name(state), value, client, _LOGIN_SECONDS)
         return ProxyError(302, "Sign in at the Hub.", (("Location", location), cookie))
 
     async def _end_login(self, request: Request) -> None:
@@ -4247,7 +4246,7 @@ class HubGate(Gate):
             raise ProxyError(403, "The Hub did not name your user." + again)
         self._check_access(user)
         session = self._new_session(token, request.client)
-        expired = self._login_cookie(state, "", request.client, 0)
+        expired = self._cookie(self._login_name(state), "", request.client, 0)
         raise ProxyError(302, "Signed in.", (("Location", target), session, expired))
 
     def _login_target(self, request: Request, state: str) -> str:
@@ -4270,20 +4269,17 @@ class HubGate(Gate):
         """The cookie of a new session."""
         session = secrets.token_urlsafe(32)
         self._sessions[session] = HubBrowser(token, hub_session)
-        return self._cookie(self.cookie_name, session, self.hub.prefix + "/", client)
+        return self._cookie(self.cookie_name, session, client)
 
     def _login_name(self, state: str) -> str:
         """The name of the cookie of one sign-in; several tabs can sign in at once."""
         return "%s_%s" % (self.cookie_name, _short_hash(state))
 
-    def _login_cookie(
-        self, state: str, value: str, client: ClientInfo, seconds: int
-    ) -> Tuple[str, str]:
-        return self._cookie(self._login_name(state), value, self.callback_path, client, seconds)
-
     def _cookie(
-        self, name: str, value: str, path: str, client: ClientInfo, seconds: Optional[int] = None
+        self, name: str, value: str, client: ClientInfo, seconds: Optional[int] = None
     ) -> Tuple[str, str]:
+        """The cookie of a session, or of a sign-in, which has `seconds`."""
+        path = self.hub.prefix + "/" if seconds is None else self.callback_path
         path = "/" if self.hub.host_cookies else path
         attributes = {"Path": path, "HttpOnly": "", "SameSite": "Lax"}
         attributes.update(self.hub.cookie_options)

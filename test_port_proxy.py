@@ -54,7 +54,6 @@ from port_proxy import (
     UNTIL_CLOSE,
     ClientInfo,
     Config,
-    Deadlines,
     Framing,
     Headers,
     Hub,
