@@ -5976,7 +5976,13 @@ _OWN_ADDRESS = (
 )
 _OWN_ORIGIN = r"(https?)://(?:localhost|127\.0\.0\.1|\[::1\]|%s):%d(?=[/?]|\Z)"
 _USER_INFORMATION = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*:)?//[^/]*@")
-_SOCKET_PATHS = ("/ws", "/socket.io/?EIO=4&transport=websocket", "/")
+_SOCKET_PATHS = (  # the second is Streamlit's, the third Shiny's
+    "/ws",
+    "/_stcore/stream",
+    "/websocket/",
+    "/socket.io/?EIO=4&transport=websocket",
+    "/",
+)
 _HANDSHAKE = _UPGRADE_LINES + [
     "Sec-WebSocket-Version: 13",
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
@@ -6006,32 +6012,21 @@ _LOSES_PREFIX = (
 )
 
 
-class KnownApp(NamedTuple):
-    """An app that can be recognised by its page, and works behind the proxy.
-
-    sign: a pattern of the page; socket: the path of its WebSocket, "" if it opens for nobody but
-    the page; flag: the option that makes it serve below a path, for which %s stands.
-    """
-
-    name: str
-    sign: str
-    socket: str
-    flag: str
-
-
+# Apps that work behind the proxy: the name, a pattern of the page, and the option that makes the
+# app serve below a path, for which %s stands ("" for none).
 _KNOWN_APPS = (
-    KnownApp("Streamlit", "<title>Streamlit</title>", "/_stcore/stream", "--server.baseUrlPath %s"),
-    KnownApp("Voila", "/voila/", "", "--base_url=%s/"),
-    KnownApp("Jupyter", "jupyter-config-data|<title>Jupyter", "", "--ServerApp.base_url=%s/"),
-    KnownApp("Dask", "<title>Dask", "", 'http_prefix="%s"'),
-    KnownApp("Panel or Bokeh", r"bokeh[.a-z-]{0,40}\.js", "", "--prefix %s"),
-    KnownApp("Gradio", "gradio_config", "", 'root_path="%s"'),
-    KnownApp("Dash", "_dash-config", "", 'url_base_pathname="%s/"'),
-    KnownApp("TensorBoard", "tf-tensorboard|<title>TensorBoard", "", "--path_prefix %s"),
-    KnownApp("marimo", "<marimo-", "", "--base-url %s"),
-    KnownApp("Shiny", r"shiny(?:\.min)?\.js", "/websocket/", ""),
-    KnownApp("Next.js", "/_next/static/", "/_next/webpack-hmr", 'basePath: "%s"'),
-    KnownApp("Vite", "/@vite/client", "/", "--base %s/"),
+    ("Streamlit", "<title>Streamlit</title>", "--server.baseUrlPath %s"),
+    ("Voila", "/voila/", "--base_url=%s/"),
+    ("Jupyter", "jupyter-config-data|<title>Jupyter", "--ServerApp.base_url=%s/"),
+    ("Dask", "<title>Dask", 'http_prefix="%s"'),
+    ("Panel or Bokeh", r"bokeh[.a-z-]{0,40}\.js", "--prefix %s"),
+    ("Gradio", "gradio_config", 'root_path="%s"'),
+    ("Dash", "_dash-config", 'url_base_pathname="%s/"'),
+    ("TensorBoard", "tf-tensorboard|<title>TensorBoard", "--path_prefix %s"),
+    ("marimo", "<marimo-", "--base-url %s"),
+    ("Shiny", r"shiny(?:\.min)?\.js", ""),
+    ("Next.js", "/_next/static/", 'basePath: "%s"'),
+    ("Vite", "/@vite/client", "--base %s/"),
 )
 
 
@@ -6127,19 +6122,18 @@ class PortCheck:
         page = await self._find_page(page)
         self._note(use=self._addresses())
         self._note(status=page.response.status, title=title_in(page.response.headers, page.body))
-        text = page.body.decode("latin-1")
-        app = next((app for app in _KNOWN_APPS if re.search(app.sign, text)), None)
         self._note_links(page)
-        paths = _SOCKET_PATHS  # type: Tuple[str, ...]
-        if app:
-            flag = app.flag % self.kept if app.flag else ""
-            self._note(app=app.name, flag="" if self._is_kept() else flag)
-            paths = (app.socket,) if app.socket else ()
+        text = page.body.decode("latin-1")
+        for name, sign, flag in _KNOWN_APPS:
+            if re.search(sign, text):
+                has_flag = flag and not self._is_kept()
+                self._note(app=name, flag=flag % self.kept if has_flag else "")
+                break
         else:
             await self._find_bypass(page)
         status = await self._status(self.path, ["Host: " + _STRANGER])
         self._note(refuses_host=status >= 400 > page.response.status)
-        await self._try_websockets(paths)
+        await self._try_websockets()
 
     async def _get(
         self, target: str, lines: Sequence[str] = (), timeout: float = _FETCH_SECONDS
@@ -6254,10 +6248,10 @@ class PortCheck:
                     self._add_problem(_BYPASSES % (path.partition("?")[0], port) + advice)
                     return
 
-    async def _try_websockets(self, paths: Sequence[str]) -> None:
+    async def _try_websockets(self) -> None:
         """Report the first path at which a WebSocket opens, and if a foreign page may open it."""
         origin = "Origin: %s://%s" % (self.route.scheme, self.route.authority)
-        for path in paths:
+        for path in _SOCKET_PATHS:
             path = self.kept * self._is_kept() + path
             if await self._status(path, _HANDSHAKE + [origin]) == 101:
                 foreign = await self._status(path, _HANDSHAKE + ["Origin: http://" + _STRANGER])
@@ -6276,7 +6270,7 @@ def report_text(report: Report) -> str:
         socket = "opens at %s" % report.socket
         socket += "; refuses pages of other origins" if report.refuses_origin else ""
     elif report.ok and not report.app:  # a known app has one where it needs one
-        socket = "none found at /ws, /socket.io/ and /"
+        socket = "none found at the usual paths"
     links = "begin with a slash, such as " + ", ".join(report.rooted[:3])
     host = "refuses names that are not its own; the proxy sends localhost"
     rows = [
@@ -6344,12 +6338,7 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
     _add_options(access, ACCESS_OPTIONS)
     output = parser.add_argument_group("output")
     add = output.add_argument
-    add(
-        "--check",
-        type=_upstream,
-        metavar="[HOST:]PORT",
-        help="check an app and show how to open it",
-    )
+    add("--check", type=_upstream, metavar="[HOST:]PORT", help="check an app, show how to open it")
     add("--json", action="store_true", help="with --check: print JSON")
     volume = output.add_mutually_exclusive_group()
     volume.add_argument("--verbose", action="store_true", help="log every request")
@@ -6366,21 +6355,18 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
 def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> None:
     """Add options to a parser or a group of one.  Those that are not given will be None."""
     for option in options:
-        default = getattr(Config(), option.field)
-        text = option.help
-        how = {}  # type: Dict[str, Any]
+        default, text = getattr(Config(), option.field), option.help
+        how = {"metavar": option.metavar}  # type: Dict[str, Any]
         if option.kind is SWITCH:
             how = {"choices": ("yes", "no")} if default is None else {"action": "store_true"}
         elif option.kind is STRINGS:
-            how = {"action": "append", "metavar": option.metavar}
+            how["action"] = "append"
             text += " (repeatable)"
-        else:
-            how = {"metavar": option.metavar}
-            if option.kind in (INTEGER, SECONDS):
-                how["type"] = functools.partial(_number, option.kind)
-                default = "%g" % default
-            if default is not None:
-                text += " (default: %s)" % default
+        elif option.kind in (INTEGER, SECONDS):
+            how["type"] = functools.partial(_number, option.kind)
+            text += " (default: %g)" % default
+        elif default is not None:
+            text += " (default: %s)" % default
         text = text if show else argparse.SUPPRESS
         group.add_argument(option.flag, dest=option.field, default=None, help=text, **how)
 
@@ -6677,10 +6663,9 @@ def _say(text: str, *streams: Optional[TextIO]) -> None:
     for stream in streams or (sys.stdout, sys.stderr):
         if stream is not None:  # None: it was closed when Python started
             coding = stream.encoding or "ascii"
+            encoded = text.encode(coding, "backslashreplace").decode(coding)
             with contextlib.suppress(OSError):
-                print(
-                    text.encode(coding, "backslashreplace").decode(coding), file=stream, flush=True
-                )
+                print(encoded, file=stream, flush=True)
                 return
 
 
@@ -6706,14 +6691,12 @@ class _JsonFormatter(logging.Formatter):
 class _LoopErrors:
     """Logs errors of the event loop, at most one line in ten seconds; the loop goes on."""
 
-    def __init__(self) -> None:
-        self.silent_until = 0.0
+    silent_until = 0.0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: Dict[str, Any]) -> None:
         if loop.time() >= self.silent_until:
             self.silent_until = loop.time() + 10
-            error = context.get("exception")
-            logger.warning("%s%s", context.get("message"), ": %s" % error if error else "")
+            logger.warning("%s: %s", context.get("message"), context.get("exception", ""))
 
 
 # The program.
