@@ -1844,22 +1844,17 @@ class TestConnections:
             assert [wire.message()[2] for _ in range(3)] == [b"ok"] * 3
             assert wire.rest() == b""
 
-    def test_response_to_an_unread_body_arrives_before_the_close(self, proxy):
-        """The client gets to see the response although it is still sending."""
-        with proxy.sent(request("POST", "/nothing", "Content-Length: 5000000")) as wire:
-            message = wire.message()
+    @pytest.mark.parametrize("size, count", [(1000, 1), (5000000, 1000)])
+    def test_response_to_an_unread_body_arrives_before_the_close(self, proxy, upstream, size, count):
+        """The client gets the response although it is still sending, and its body is not taken for requests."""
+        app = upstream(answering(OK))
+        with proxy.wire() as wire:
+            message = wire.ask(request("POST", "/nothing", "Content-Length: %d" % size))
             assert (status_of(message), fields_of(message)["connection"]) == (404, "close")
             with contextlib.suppress(OSError):
-                wire.send(request("GET", "/proxy/") * 1000)
+                wire.send(to(app) * count)
                 wire.end()
                 assert wire.rest() == b""
-
-    def test_unread_body_is_not_taken_for_a_request(self, proxy, upstream):
-        app = upstream(answering(OK))
-        with proxy.sent(request("POST", "/nothing", "Content-Length: 1000"), to(app)) as wire:
-            wire.end()
-            assert status_of(wire.message()) == 404
-            assert wire.rest() == b""
         eventually(lambda: not proxy.open_connections())
         assert app.connections == 0
 
@@ -4381,7 +4376,9 @@ class TestTitles:
         # A pattern with two ways to match would take minutes for some of these.
         (HTML, b"<title>&#" + 5000 * b"9" + b";</title>", None), (HTML, b"<title" * 10000, None),
         (HTML, b"<title>" + b"a" * 60000, None), (HTML, b"<titles>x</titles>", None),
-        (HTML, b"<title>\x1b[31mred\xe2\x80\xae</title>", r"\x1b[31mred\u202e"), (HTML, b"<title lang='en'>b</title>", "b"),
+        (HTML, b"<title>\x1b[31mred\xe2\x80\xae</title>", r"\x1b[31mred\u202e"),
+        (HTML, b"<title lang='en'>b</title>", "b"),
+
     ]  # fmt: skip
 
     def title(self, proxy, app):
@@ -5692,7 +5689,7 @@ class TestRequests:
         assert len(app.messages) == 1
 
     def test_client_that_resets_before_its_request_was_sent_on_is_forgotten(self, proxy, upstream):
-        app = upstream(script(read_to_the_end))
+        app = upstream(read_to_the_end)
         for _ in range(10):
             wire = proxy.wire()
             with proxy.held():
@@ -5732,64 +5729,10 @@ class TestRequests:
 class TestRepeatedRequests:
     """The outcome of a request depends on itself alone, even if another one was much like it."""
 
-    OPTIONS = [
-        {}, {"token": TOKEN}, {"base": "/"}, {"base": "/user/a%40b.c+d/proxy"}, {"host_allowlist": ("127.0.0.2",)},
-        {"whole_origin": True, "domains": ("localhost",)}, {"trusted_proxies": ("127.0.0.0/8",), "preserve_host": True},
-        {"max_target_bytes": 40},
-    ]
-    HEADS = [
-        ("GET", (), b""), ("HEAD", (), b""), ("get", (), b""), ("CONNECT", (), b""),
-        ("POST", ("Content-Length: 1",), b"a"),
-        ("OPTIONS", ("Origin: http://here:8888", "Access-Control-Request-Method: PUT"), b""),
-        ("PUT", ("Content-Length: 3", "Content-Length: 4"), b"abc"), ("GET", HANDSHAKE, b""),
-        ("GET", ("Connection: close, X", "X: y", "X-Forwarded-Host: a.b", "X-Forwarded-For: 9.9.9.9"), b""),
-        ("GET", ("Accept: text/html", "Sec-Fetch-Dest: document"), b""), ("GET", ("X: \xe4",), b""),
-        ("GET", ("Referer: http://here:8888/proxy/9090/x", "Sec-Fetch-Site: same-origin", "Cookie: a=b"), b""),
-        ("GET", ("Authorization: token " + TOKEN,), b""),
-        ("GET", ("Authorization: token " + TOKEN, "Accept: text/html"), b""),
-    ]
-    APPS = "{0} {0} absolute/{0} localhost:{0} 127.0.0.1:{0} 127.0.0.2:{0} 0 99999 x absolute %31{0}".split()
-    PLACES = [
-        "", "/", "/a", "//a", "/a/../b", "/..", "/%2e%2e", "/.", "/a.b/%2f", "?a", "/?", "/?a=b?c/../..",
-        "/a?token=" + TOKEN, "/?%74oken=" + TOKEN + "&b", "/a b", "/a#b", "/\xe4", "/?\xe4", '/"|{}^`\\~!',
-        "/" + 40 * "a",
-
-    ]
-
-    @staticmethod
-    def outcome(proxy, raw):
-        """The response without the parts that differ each time: the date, the proxy's port, the random session."""
-        start_line, fields, body = proxy.ask(raw, no_body=raw.startswith(b"HEAD"))
-        fields = [(name, re.sub("(?<==)[^;=]{20,}", "RANDOM", value)) for name, value in fields if name != "Date"]
-        return (start_line, repr(fields).replace(str(proxy.port), "PORT"), body.replace(b"%d" % proxy.port, b"PORT"))
-
-    @pytest.mark.parametrize("options", OPTIONS, ids=case_id)
-    def test_outcome_does_not_depend_on_earlier_requests(self, start, upstream, options):
-        """Two proxies get the same requests, one of them in the opposite order and all of them twice."""
-
-        def report(wire, app):
-            """Send back the request, with a head that the proxy has to rewrite."""
-            while wire.buffer or wire.more():
-                message = wire.message()
-                fields = ("Location: /x", "Set-Cookie: a=b; Path=/", "Service-Worker-Allowed: /")
-                raw = ok(repr(message).encode(), *fields)
-                wire.send(raw[: raw.index(b"\r\n\r\n") + 4] if message[0].startswith("HEAD") else raw)
-
-        app, chance, raws = upstream(report), random.Random(repr(options)), []
-        for method, more, body in self.HEADS:
-            for place in chance.sample(self.PLACES, 3):
-                target = options.get("base", "/proxy").rstrip("/") + "/" + chance.choice(self.APPS).format(app.port)
-                raws.append(request(method, target + place, *more, body=body))
-        first, second = start(**options), start(**options)
-        outcomes = {raw: self.outcome(first, raw) for raw in raws}
-        for raw in reversed(raws):
-            assert [self.outcome(second, raw) for _ in range(2)] == [outcomes[raw]] * 2, raw
-        assert len({status for status, _, _ in outcomes.values()}) >= 3
-
     def test_responses_of_two_apps_are_rewritten_for_each(self, proxy, upstream):
-        apps = [upstream(answering(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")) for _ in "ab"]
+        apps = [upstream(answering(ok(b"", "Content-Location: /x"))) for _ in "ab"]
         for app in (apps[0], apps[1], apps[0]):
-            assert fields_of(proxy.ask(to(app)))["location"] == "/proxy/%d/x" % app.port
+            assert fields_of(proxy.ask(to(app)))["content-location"] == "/proxy/%d/x" % app.port
 
     def test_gate_sees_every_request_once(self, start, upstream):
         """Also those that it refuses, and for which a connection is at hand."""
@@ -6331,21 +6274,12 @@ class TestUnixSockets:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
 
-    @staticmethod
-    def connect(path):
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(str(path))
-        sock.settimeout(WAIT)
-        wire = Wire.__new__(Wire)
-        wire.sock, wire.buffer = sock, b""
-        return wire
-
     def test_socket_is_private_and_removed(self, start, upstream, folder):
         app = upstream(answering(OK))
         path = folder / "proxy"
         proxy = start(bind="unix:%s" % path, allow_hostnames=())
         assert path.stat().st_mode & 0o777 == 0o600
-        with self.connect(path) as wire:
+        with UnixWire(str(path)) as wire:
             assert wire.ask(request("GET", "/proxy/%d/" % app.port).replace(b"here", b"localhost"))[2] == b"ok"
         assert "x-forwarded-for" not in fields_of(app.messages[0])
         assert proxy.proxy.token == ""
@@ -6364,7 +6298,7 @@ class TestUnixSockets:
             with pytest.raises(OSError):
                 background.do(PortProxy(Config(bind="unix:%s" % (folder / name))).start())
         assert (folder / "file").read_text() == "precious"
-        self.connect(path).close()
+        UnixWire(str(path)).close()
 
     def test_socket_that_others_may_use_requires_a_token(self, background, folder):
         """A socket that was handed over is not removed."""
@@ -6439,11 +6373,9 @@ class TestLog:
 
     def test_client_that_ended_its_side_and_waits_for_a_silent_app_is_gone(self, start, upstream, records):
         app = upstream(script(read_head, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", read_to_the_end))
-        proxy = start(keep_alive_timeout=2)
-        with proxy.wire() as wire:
-            with proxy.held():
-                wire.send(to(app))
-                wire.end()
+        with start(keep_alive_timeout=2).wire() as wire:
+            wire.send(to(app))
+            wire.end()
             assert wire.rest().endswith(b"abc")
             eventually(records)
         assert (records()[0]["status"], records()[0].get("error")) == (200, None)
