@@ -427,12 +427,12 @@ def spawn(command, **popen):
             process.kill()
 
 
-def line_of(process):
-    """The next line of a process's output; it is killed if none comes in time."""
+def line_of(process, stream=None):
+    """The next line of a process's output, or of this stream of it; it is killed if none comes in time."""
     give_up = threading.Timer(WAIT, process.kill)
     give_up.start()
     try:
-        return process.stdout.readline().decode()
+        return (stream or process.stdout).readline().decode()
     finally:
         give_up.cancel()
 
@@ -4361,70 +4361,51 @@ class TestPages:
             assert wire.message()[2]
 
 
-@needs_proc
 class TestTitles:
     HTML = "Content-Type: text/html\r\n"
     TITLES = [  # fields, body, title
         (HTML, b"<html><TITLE class=a> My\n app &amp; more </TITLE>", "My app & more"),
         ("Content-Type: text/html; charset=utf-8\r\n", "<title>\u00e4</title>".encode(), "\u00e4"),
         (HTML + "Content-Encoding: gzip\r\n", gzip.compress(b"<title>a</title>" + bytes(range(256)) * 2000), "a"),
-        (HTML + "Content-Encoding: gzip\r\n", b"no gzip", None),
+        (HTML + "Content-Encoding: gzip\r\n", b"no gzip", ""),
         (HTML + "Content-Encoding: identity\r\n", b"<title>c</title>", "c"),
-        (HTML + "Content-Encoding: br\r\n", b"<title>a</title>", None),
-        ("Content-Type: text/plain\r\n", b"<title>a</title>", None), (HTML, b"<title>never closed", None),
-        (HTML, b"<title>" + b"x" * 300 + b"</title>", "x" * 100), (HTML, b"", None),
+        (HTML + "Content-Encoding: br\r\n", b"<title>a</title>", ""),
+        ("Content-Type: text/plain\r\n", b"<title>a</title>", ""), (HTML, b"<title>never closed", ""),
+        (HTML, b"<title>" + b"x" * 300 + b"</title>", "x" * 100), (HTML, b"", ""),
         # A pattern with two ways to match would take minutes for some of these.
-        (HTML, b"<title>&#" + 5000 * b"9" + b";</title>", None), (HTML, b"<title" * 10000, None),
-        (HTML, b"<title>" + b"a" * 60000, None), (HTML, b"<titles>x</titles>", None),
+        (HTML, b"<title>&#" + 5000 * b"9" + b";</title>", ""), (HTML, b"<title" * 10000, ""),
+        (HTML, b"<title>" + b"a" * 60000, ""), (HTML, b"<titles>x</titles>", ""),
         (HTML, b"<title>\x1b[31mred\xe2\x80\xae</title>", r"\x1b[31mred\u202e"),
         (HTML, b"<title lang='en'>b</title>", "b"),
-
     ]  # fmt: skip
 
-    def title(self, proxy, app):
-        return ports_in(proxy.get("/proxy/", JSON))[app.port]["title"]
-
-    def test_title_is_read_from_a_visited_page(self, proxy, upstream):
+    @pytest.mark.parametrize("fields, body, title", TITLES, ids=range(len(TITLES)))
+    def test_title_is_read_from_the_page(self, fields, body, title):
         """It is cleaned, and whatever the page holds, reading it takes no time."""
-        raws = []
-        for fields, body, _ in self.TITLES:
-            head = "HTTP/1.1 200 OK\r\n%sContent-Length: %d\r\n\r\n" % (fields, len(body))
-            raws += [page_with(b"<title>before</title>"), head.encode() + body]
-        app = upstream(answering(*raws))
+        response = parse_response(("HTTP/1.1 200 OK\r\n%s\r\n" % fields).encode(), "GET", DEFAULT)
         began = time.process_time()
-        for _, body, title in self.TITLES:
-            for sent, expected in ((b"<title>before</title>", "before"), (body, title or "before")):
-                assert proxy.get("/proxy/%d/" % app.port, *NAVIGATION)[2] == sent
-                assert self.title(proxy, app) == expected, body[:60]
+        assert port_proxy.title_in(response.headers, body) == title
         assert time.process_time() - began < 2
 
+    @needs_proc
     @pytest.mark.parametrize("coding", ["length", "chunked", "gzip", "gzip chunked", "until close"])
-    def test_title_is_read_however_the_page_comes(self, proxy, upstream, coding):
-        """At once or in parts, on new connections and on reused ones; the head is passed on before the body comes."""
-        pages = [page_parts(b"<title>%s &amp; B</title>" % name + 3000 * b" ", coding) for name in (b"A", b"C", b"D")]
+    def test_title_of_a_visited_page_is_listed(self, proxy, upstream, coding):
+        """It may come at once or in parts; its head is passed on before the body comes."""
 
-        def serve(wire, app):
-            while wire.buffer or wire.more():
-                app.messages.append(wire.message())
-                parts = pages[len(app.messages) - 1]
-                if parts is not pages[-1]:
-                    parts = [b"".join(parts)]
-                wire.send(parts[0])
-                if parts[1:]:
-                    assert app.happened.wait(WAIT)
-                wire.send(*parts[1:])
-                if coding == "until close":
-                    return
+        def title():
+            return ports_in(proxy.get("/proxy/", JSON))[app.port]["title"]
 
-        app = upstream(serve)
-        for title in ("A & B", "C & B"):
-            assert status_of(proxy.get("/proxy/%d/" % app.port, *NAVIGATION, until_close=True)) == 200
-            assert self.title(proxy, app) == title
-        with proxy.wire() as wire:
-            wire.send(request("GET", "/proxy/%d/" % app.port, *NAVIGATION))
+        whole, parts = (page_parts(b"<title>%s &amp; B</title>" % name + 3000 * b" ", coding) for name in (b"A", b"C"))
+        in_parts = script(read_message, parts[0], wait, *parts[1:])
+        app = upstream(in_turn(once(b"".join(whole)), once(OK), in_parts))
+        assert status_of(proxy.get("/proxy/%d/" % app.port, *NAVIGATION, until_close=True)) == 200
+        assert title() == "A & B"
+        proxy.get("/proxy/%d/" % app.port, *NAVIGATION)  # a page without a title
+        assert title() == "A & B"
+        with proxy.sent(to(app, *NAVIGATION)) as wire:
             assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
             app.happened.set()
-            eventually(lambda: self.title(proxy, app) == "D & B")
+            eventually(lambda: title() == "C & B")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7364,48 +7345,26 @@ class TestCheck:
 @contextlib.contextmanager
 def shell_proxy(*options, **popen):
     """Start the program as a user would: (process, port). It must end at SIGTERM with status 0, silently."""
-    errors = tempfile.TemporaryFile()  # noqa: SIM115
     command = [sys.executable, "-X", "dev"] if sys.version_info >= (3, 7) else [sys.executable]
     command += [PROGRAM, "--port", "0", "--allow-hostname", "here"] + list(options)
     popen["env"] = dict(popen.get("env", os.environ), SSH_CONNECTION="")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, **popen)
-    try:
-        with killed_in_the_end(process):
-            yield process, int(re.search(r"http://[^/]*:(\d+)/", line_of(process)).group(1))
-            process.terminate()
-            assert process.wait(WAIT) == 0
+    with tempfile.TemporaryFile() as errors, spawn(command, stdout=subprocess.PIPE, stderr=errors, **popen) as process:
+        yield process, int(re.search(r"http://[^/]*:(\d+)/", line_of(process)).group(1))
+        process.terminate()
+        assert process.wait(WAIT) == 0
         errors.seek(0)
         noise = re.sub(r"(?m)^.* Executing <.*> took [0-9.]+ seconds\n", "", errors.read().decode())  # a busy machine
         assert "Traceback" not in noise
         assert "destroyed" not in noise
         assert "--verbose" in options or noise == ""
-    finally:
-        errors.close()
-
-
-@contextlib.contextmanager
-def killed_in_the_end(process):
-    """Kill the process after the block, and if that takes too long."""
-    give_up = threading.Timer(4 * WAIT, process.kill)
-    give_up.start()
-    try:
-        yield
-    finally:
-        give_up.cancel()
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        for stream in filter(None, (process.stdout, process.stderr)):
-            stream.close()
 
 
 @contextlib.contextmanager
 def program(*options, command=(sys.executable, PROGRAM), **popen):
     """Start the program: (process, first line, its port). It must end at SIGTERM and leave no line on stderr."""
     popen = dict({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, **popen)
-    process = subprocess.Popen(list(command) + list(options), **popen)
-    with killed_in_the_end(process):
-        banner = (process.stdout or process.stderr).readline().decode()
+    with spawn(list(command) + list(options), **popen) as process:
+        banner = line_of(process, process.stdout or process.stderr)
         port = re.search(r":(\d+)/", banner)
         yield process, banner, int(port.group(1)) if port else 0
         process.terminate()
@@ -7492,8 +7451,8 @@ class TestCommandLine:
                 wire.send(to(app))
                 assert app.told.wait(WAIT)
                 process.send_signal(signal.SIGINT)
-                lines = process.stdout.readline() + process.stdout.readline()
-                assert b"waiting up to 1000 seconds for 1 running request; Ctrl-C ends it now\n" in lines
+                lines = line_of(process) + line_of(process)
+                assert "waiting up to 1000 seconds for 1 running request; Ctrl-C ends it now\n" in lines
                 process.send_signal(signal.SIGINT)
                 assert wire.rest() == b""
                 assert process.wait(WAIT) == 0
@@ -7638,19 +7597,16 @@ class TestCommandLine:
     def test_quiet_prints_nothing(self):
         port = free_port()
         command = [sys.executable, "-u", PROGRAM, "--port", str(port), "--quiet"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
         def answers():
             assert process.poll() is None
-            with contextlib.suppress(ConnectionError), Wire.to(port) as wire:
-                wire.send(b"GET /proxy/ HTTP/1.1\r\nHost: localhost:%d\r\n\r\n" % port)
-                return status_of(wire.message()) == 200
+            with contextlib.suppress(ConnectionError):
+                return status_of(ask_port(port, "/proxy/", "Sec-Fetch-Site: none")) == 403  # by the name "here"
 
-        with killed_in_the_end(process):
+        with spawn(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             eventually(answers)
             process.terminate()
-            output, _ = process.communicate(timeout=WAIT)
-        assert (process.returncode, output) == (0, b"")
+            assert (process.communicate(timeout=WAIT)[0], process.returncode) == (b"", 0)
 
     @pytest.mark.parametrize("place", ["closed", "a full disk", "a broken pipe"])
     def test_banner_goes_to_stderr_if_stdout_fails(self, place):
@@ -7670,7 +7626,7 @@ class TestCommandLine:
             if how["stdout"]:
                 os.close(how["stdout"])
             token = re.search(r"open http://localhost:\d+/proxy/\?token=(\S+)\n", banner).group(1)
-            assert process.stderr.readline().startswith(b"It reaches every port")
+            assert line_of(process, process.stderr).startswith("It reaches every port")
             assert status_of(ask_port(port, "/proxy/", "Authorization: token " + token)) == 200
 
     def test_mistake_without_stderr_still_sets_the_exit_status(self):
@@ -7686,10 +7642,10 @@ class TestCommandLine:
             with Wire.to(port) as wire:
                 wire.send(request("GET", "/proxy/%d/a?secret" % app.port))
                 assert wire.message()[2] == b"ok"
-                line = process.stderr.readline().decode()
+                line = line_of(process, process.stderr)
                 wire.send(b"GARBAGE\r\n\r\n")  # no request: a message without its parts
                 assert status_of(wire.message()) == 400
-                message = process.stderr.readline().decode()
+                message = line_of(process, process.stderr)
         if "--log-json" not in options:
             assert "GET /proxy/%d/a?... -> localhost:%d 200" % (app.port, app.port) in line
             assert "127.0.0.1 -> 400: " in message
@@ -7710,9 +7666,9 @@ class TestCommandLine:
         options = ("--port", "0", "--allow-hostname", "*", "--trusted-proxy", "127.0.0.1", "--verbose")
         with program(*options) as (process, _, port):
             ask_port(port, "/proxy/%d/" % app.port, "X-Forwarded-For: \x9b31m\x85a")
-            line = process.stderr.readline()
-        assert b"\\x9b31m\\x85a GET" in line
-        assert line.endswith(b"\n") and line[:-1].decode().isprintable()
+            line = line_of(process, process.stderr)
+        assert "\\x9b31m\\x85a GET" in line
+        assert line[:-1].isprintable()
 
     def test_stop_with_everything_under_way_is_quiet(self, upstream):
         """With requests, uploads, tunnels and half heads the exit status is 0, and nothing is logged."""
