@@ -108,6 +108,7 @@ COMMAND_LINE_TERMS = {
     "host_allowlist": "--host-allowlist",
     "insecure_upstream": "--insecure-upstream",
     "upstream_tls": "--upstream-tls",
+    "value": "%s",
 }
 
 
@@ -144,7 +145,7 @@ class ProxyError(Exception):
     status: the HTTP status code.  detail: sentences for the person who reads the response (plain
     text, escaped where it is shown).  fields: further (name, value) pairs of the response head.
     advice: a sentence about the options that would help, as a template for `str.format` with
-    the keys of COMMAND_LINE_TERMS and "value"; it is added to `detail`.
+    the keys of COMMAND_LINE_TERMS, whose "value" is filled with `value`; it is added to `detail`.
     Raises ValueError for a field that cannot stand in a head, such as a value with a line break.
     """
 
@@ -165,7 +166,7 @@ class ProxyError(Exception):
     def phrase_advice(self, terms: Mapping[str, str]) -> None:
         """Write the advice in `detail` with the given names of the options."""
         if self._advice:
-            advice = self._advice.format(value=self._value, **terms)
+            advice = self._advice.format(**dict(terms, value=terms["value"] % self._value))
             self.detail = "%s %s" % (self._reason, advice)
 
 
@@ -1371,6 +1372,8 @@ class Connection(asyncio.StreamReaderProtocol):
         "writer",
     )
 
+    is_lent = False  # whether data comes only once `read` is called; see LentConnection
+
     def __init__(
         self, deadlines: "Deadlines", accepted: Optional[Callable[["Connection"], None]] = None
     ) -> None:
@@ -1784,7 +1787,7 @@ class Body:
             if self.finished:
                 return True
             source.deadlines.is_active = True
-            if source.buffer or source.has_unread or source.ended:
+            if source.is_lent or source.buffer or source.has_unread or source.ended:
                 pieces = await self.read(self.silence)
                 if pieces:
                     target.write(pieces)
@@ -2241,7 +2244,7 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
     url, advice = host_form(8080, request.client, config.domains), ""
     port, _, domain = host_of(request.client.authority).partition(".")
     if config.domains and is_domain(domain) and port_in_host(request.client.authority, (domain,)):
-        advice = "For %s.{value} to be port %s, {start} {domains} {value}." % (port, port)
+        advice = "For %s.%s to be port %s, {start} {domains} {value}." % (port, domain, port)
         return ProxyError(404, error.detail, error.fields, advice, domain)
     if url:
         advice = " If an app's links begin with a slash, open it at a host of its own, such as %s."
@@ -5515,6 +5518,7 @@ class LentConnection(Connection):
     body_left: bytes of the request body that Tornado still has, at most; no more are read at once.
     """
 
+    is_lent = True
     body_left = sys.maxsize
 
     async def read(self) -> bytes:
@@ -5534,72 +5538,58 @@ class LentConnection(Connection):
 
 
 class TornadoTransport(asyncio.Transport):
-    """A transport on a Tornado stream, over TCP or TLS, with a `LentConnection`.
+    """A transport on a Tornado stream, over TCP or TLS.
 
     It reads when `pull` is called; once a tunnel has set its protocol, it reads all the time.
     Raises OSError if the client has left.
     """
 
-    def __init__(self, stream: Any, deadlines: Deadlines) -> None:
+    def __init__(self, stream: Any, connection: Connection) -> None:
         sock = stream.socket
         if sock is None:
             raise ConnectionResetError(errno.ECONNRESET, "the client has left")
         context = getattr(sock, "context", None)
         super().__init__({"socket": sock, "peername": sock.getpeername(), "sslcontext": context})
         self._stream = stream
-        self._call_soon = deadlines.loop.call_soon
+        self._loop = connection.deadlines.loop
+        self._protocol = connection  # type: Any
         self._queued = 0  # bytes that Tornado has not sent yet
-        self._is_pulling = self._reads_on = False
-        self._is_paused = False  # the protocol was told to pause writing
-        self._is_closing = self._is_lost = False
-        self.connection = LentConnection(deadlines)
-        self._protocol = self.connection  # type: Any
+        self._reading = None  # type: Optional[asyncio.Task[None]]
+        self._reads_on = self._is_closing = self._is_lost = False
         stream.set_close_callback(self._closed)
-        self.connection.connection_made(self)
-
-    def release(self) -> Any:
-        """The stream, for Tornado's next request; None, and it is closed, if it cannot be used."""
-        connection = self.connection
-        if self._is_pulling or self._is_closing or not connection.can_carry_more():
-            connection.close()
-            return None
-        connection.deadlines.discard(connection)
-        self._stream.set_close_callback(None)
-        return self._stream
+        connection.connection_made(self)
 
     # Reading.
 
     def pull(self, size: int = _PULL_BYTES) -> None:
         """Read the next bytes, at most `size`, for the protocol's `data_received`."""
-        if self._is_pulling or self._is_closing:
-            return
-        try:
-            future = self._stream.read_bytes(size, partial=True)
-        except OSError:  # StreamClosedError
-            self._lose()
-            return
-        self._is_pulling = True
-        future.add_done_callback(self._pulled)
+        if not self.is_reading() and not self._is_closing:
+            self._reading = self._loop.create_task(self._read(size))
 
-    def _pulled(self, future: "asyncio.Future[bytes]") -> None:
-        self._is_pulling = False
-        if future.cancelled() or future.exception():
-            self._lose()
-            return
-        self._protocol.data_received(future.result())
-        self._read_on()
+    async def _read(self, size: int) -> None:
+        with contextlib.suppress(OSError):  # StreamClosedError
+            while True:
+                data = await self._stream.read_bytes(size, partial=True)
+                if not self._is_closing:
+                    self._protocol.data_received(data)
+                    if not self._reads_on:
+                        return
+                await asyncio.sleep(0)  # other connections have their turns
+        if not self._is_lost:
+            self._is_lost = self._is_closing = True
+            self._protocol.connection_lost(self._stream.error)
 
-    def _read_on(self) -> None:
-        if self._reads_on:
-            self.pull()
+    def _closed(self) -> None:
+        self._reads_on = True  # the bytes that were read before come first
+        if not self.is_reading():
+            self._reading = self._loop.create_task(self._read(_PULL_BYTES))
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
-        self._reads_on = True
-        self._call_soon(self._read_on)  # behind the bytes that were read before
+        self.resume_reading()
 
     def is_reading(self) -> bool:
-        return self._is_pulling
+        return self._reading is not None and not self._reading.done()
 
     def pause_reading(self) -> None:
         self._reads_on = False
@@ -5611,27 +5601,24 @@ class TornadoTransport(asyncio.Transport):
     # Writing.
 
     def write(self, data: Union[bytes, bytearray, memoryview]) -> None:
-        if not data:
+        if not data or self._is_closing:
             return
         try:
             future = self._stream.write(bytes(data))
         except OSError:  # StreamClosedError; the close callback follows
             return
-        if future.done():
-            return
-        self._queued += len(data)
-        future.add_done_callback(lambda _: self._sent(len(data)))
-        if self._queued > _PULL_BYTES and not self._is_paused:
-            self._is_paused = True
-            self._protocol.pause_writing()
+        if not future.done():
+            if not self._queued:
+                self._protocol.pause_writing()
+            self._queued += len(data)
+            future.add_done_callback(lambda _: self._sent(len(data)))
 
     def _sent(self, count: int) -> None:
         self._queued -= count
-        if self._is_paused and self._queued <= _PULL_BYTES // 4:
-            self._is_paused = False
+        if not self._queued:
             self._protocol.resume_writing()
-        if self._is_closing and not self._queued:
-            self._stream.close()
+            if self._is_closing:
+                self._stream.close()
 
     def get_write_buffer_size(self) -> int:
         return self._queued
@@ -5653,19 +5640,17 @@ class TornadoTransport(asyncio.Transport):
         self._is_closing = True
         self._stream.close()
 
-    def _closed(self) -> None:
-        if not self._is_pulling:  # otherwise the bytes that were read before come first
-            self._lose()
-
-    def _lose(self) -> None:
-        if not self._is_lost:
-            self._is_lost = self._is_closing = True
-            self._call_soon(self._protocol.connection_lost, self._stream.error)
-
 
 # As `COMMAND_LINE_TERMS`.  Jupyter itself decides about origins.
 _JUPYTER_TERMS = {name: "c.PortProxy." + name for name in COMMAND_LINE_TERMS}
-_JUPYTER_TERMS.update(Start="Set", start="set", allow_origins="c.ServerApp.allow_origin")
+_JUPYTER_TERMS.update(
+    Start="Set",
+    start="set",
+    value="= ['%s']",
+    allow_origins="c.ServerApp.allow_origin",
+    any_owner="c.PortProxy.any_owner = True",
+    insecure_upstream="c.PortProxy.insecure_upstream = True",
+)
 
 
 class JupyterGate(Gate):
@@ -5674,6 +5659,8 @@ class JupyterGate(Gate):
     It still refuses requests that a foreign page makes with the browser's cookie, and removes the
     cookies and tokens of Jupyter, and of a Hub around it.  handler: Jupyter's, for the request.
     """
+
+    terms = _JUPYTER_TERMS
 
     def __init__(self, config: Config, handler: Any) -> None:
         super().__init__(config)
@@ -5688,7 +5675,6 @@ class JupyterGate(Gate):
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
         self.cookie_name = get_name(handler)
         self.cookie_marks += (_HUB_COOKIES, _JUPYTER_COOKIES, self.cookie_name)
-        self.terms = _JUPYTER_TERMS
 
     async def authorize(self, request: Request) -> None:
         if self.hub_auth is not None:
@@ -5749,7 +5735,7 @@ class JupyterGate(Gate):
     def origin_advice(self, origin: str) -> str:
         if not origin or self._allows_any_origin():  # an option would not help
             return "A program may send it with a token of Jupyter's."
-        return super().origin_advice(origin)
+        return super().origin_advice(origin).replace("{value}", "= '%s'" % origin)  # no list
 
     def response_lines(self, status: int) -> Sequence[str]:
         """The cookies that Jupyter sets with this response."""
@@ -5771,54 +5757,43 @@ class JupyterGate(Gate):
         return super().strip_cookies(";".join(pairs), route)
 
 
-async def _serve_handler(handler: Any, server: Any, proxy: "PortProxy") -> None:
+async def _serve_handler(handler: Any, parsed: Request, server: Any, proxy: "PortProxy") -> None:
     """Serve the request of a Tornado handler, which Jupyter has authenticated."""
     gate = JupyterGate(proxy.config, handler)
-    if _is_page_visit(handler.request, proxy.config):
+    if parsed.is_page_visit:
         handler.xsrf_token  # noqa: B018  reading it sets its cookie
-        clean = gate.strip_query(handler.request.uri)
-        if clean != handler.request.uri:  # Jupyter sets a session cookie with the redirect
+        clean = gate.location_without_token(parsed)
+        if clean:  # Jupyter sets a session cookie with the redirect
             handler.redirect(clean)
             return
-    deadlines = await _start_proxy(server, proxy)
-    head = _head_from_tornado(handler.request)
+    if proxy.deadlines is None:  # the event loop did not run before
+        await proxy.start([], [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)])
+    assert proxy.deadlines is not None
+    proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
+    connection = LentConnection(proxy.deadlines)
     stream = handler.detach()
     try:
-        transport = TornadoTransport(stream, deadlines)
+        transport = TornadoTransport(stream, connection)
     except OSError:  # the client has left
         stream.close()
         return
-    length = handler.request.headers.get("Content-Length", "")
-    if re.fullmatch("[0-9]+", length):
-        transport.connection.body_left = int(length)
+    if parsed.framing.kind == "length":
+        connection.body_left = parsed.framing.length
     address = transport.get_extra_info("peername")
-    if await proxy.serve_one(transport.connection, head, gate):
-        stream = transport.release()
-        if stream is not None:
-            server.http_server.handle_stream(stream, address)
-
-
-async def _start_proxy(server: Any, proxy: "PortProxy") -> Deadlines:
-    """Start the proxy at the first request: the event loop does not run before."""
-    if proxy.deadlines is None:
-        ways_back = [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)]
-        await proxy.start([], ways_back)
-    assert proxy.deadlines is not None
-    proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
-    return proxy.deadlines
+    if not await proxy.serve_one(connection, _head_from_tornado(handler.request), gate):
+        return
+    if transport.is_reading() or transport.is_closing():
+        connection.close()
+        return
+    connection.deadlines.discard(connection)
+    stream.set_close_callback(None)
+    server.http_server.handle_stream(stream, address)
 
 
 def _note_activity(settings: Dict[str, Any]) -> None:
     from datetime import datetime, timezone
 
     settings["api_last_activity"] = datetime.now(timezone.utc)
-
-
-def _is_page_visit(request: Any, config: Config) -> bool:
-    """Whether a Tornado request is a person's visit to a page."""
-    with contextlib.suppress(ProxyError):
-        return parse_request(_head_from_tornado(request), "", "http", config).is_page_visit
-    return False
 
 
 def _head_from_tornado(request: Any) -> bytes:
@@ -5858,15 +5833,21 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
             """Drop the body of a request that was refused."""
 
         def get_login_url(self) -> str:
-            if not _is_page_visit(self.request, proxy.config):
+            if not self.parsed.is_page_visit:
                 raise web.HTTPError(403, "Sign in first.")
             return str(super().get_login_url())
 
         async def prepare(self) -> None:
             method = self.request.method
-            if not _PLAIN_METHOD.fullmatch(method):  # Jupyter would read another attribute
-                self.set_status(405)
-                self.finish("405 Method Not Allowed\n")
+            try:
+                if not _PLAIN_METHOD.fullmatch(method):  # Jupyter would read another attribute
+                    raise ProxyError(405, "The method must consist of capital letters.")
+                head = _head_from_tornado(self.request)
+                self.parsed = parse_request(head, "", "http", proxy.config)
+            except ProxyError as error:
+                self.set_status(error.status)
+                self.set_header("Content-Type", "text/plain; charset=utf-8")
+                self.finish(error.detail + "\n")
                 return
             if not hasattr(self, method.lower()):  # Jupyter reads it, but nobody calls it
                 setattr(self, method.lower(), None)
@@ -5883,7 +5864,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 allowed = authorizer.is_authorized(self, user, "execute", "proxy")
                 if not (await allowed if inspect.isawaitable(allowed) else allowed):
                     raise web.HTTPError(403)
-            await _serve_handler(self, server, proxy)
+            await _serve_handler(self, self.parsed, server, proxy)
 
     return PortProxyHandler
 
@@ -5891,34 +5872,25 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
 def _config_value(name: str, value: Any) -> Any:
     """A field of Config from Jupyter's configuration; `checked_config` finds what is wrong with it.
 
-    traitlets hands over a LazyConfigValue for `append` and the like, and DeferredConfigString or
-    DeferredConfigList, whose items are strings, for its command line.
+    Text is read as on the command line.  traitlets hands over a LazyConfigValue for `append` and
+    the like, and for a field that was only read.
     """
-    if name not in OPTIONS or not hasattr(value, "get_value"):
+    if name not in OPTIONS:
         return value
-    if isinstance(value, list):
-        return [str(item) for item in value]
     kind, default = OPTIONS[name].kind, getattr(Config(), name)
-    if not isinstance(value, str):  # reading a field makes a LazyConfigValue, too
+    if isinstance(value, str):
+        text = str(value)
+        if kind is STRINGS:
+            return tuple(item.strip() for item in text.split(","))
+        if kind is SWITCH:
+            return {"true": True, "false": False}.get(text.lower(), text)
+        if kind in (INTEGER, SECONDS):
+            with contextlib.suppress(ValueError):
+                return kind.types[-1](text)
+        return text
+    if hasattr(value, "get_value") and not isinstance(value, list):
         return value.get_value(list(default)) if kind is STRINGS else default
-    text = str(value)
-    if kind is STRINGS:
-        return tuple(item.strip() for item in text.split(","))
-    if kind is SWITCH:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    if kind in (INTEGER, SECONDS):
-        with contextlib.suppress(ValueError):
-            return kind.types[-1](text)
-    return text
-
-
-def _jupyter_config(server: Any, base: str) -> Config:
-    """The configuration for a Jupyter server; TypeError or ValueError if c.PortProxy is no good."""
-    trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
-    given = server.config.get("PortProxy", {}).items()
-    fields = {name: _config_value(name, value) for name, value in given}
-    config = Config(base=base, trusted_proxies=trusted)._replace(**fields)
-    return config._replace(domains=(), whole_origin=False)  # the origin is Jupyter's
+    return value
 
 
 def _jupyter_server_extension_points() -> List[Dict[str, str]]:
@@ -5931,16 +5903,21 @@ def _load_jupyter_server_extension(server: Any) -> None:
     `c.PortProxy` in its configuration may set the fields of `Config`, host_allowlist above all.
     """
     base = server.base_url.rstrip("/") + "/proxy"
+    trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
+    given = server.config.get("PortProxy", {}).items()
     try:
-        proxy = PortProxy(_jupyter_config(server, base))
+        fields = {name: _config_value(name, value) for name, value in given}
+        config = Config(base=base, trusted_proxies=trusted)._replace(**fields)
+        # The origin is Jupyter's.
+        proxy = PortProxy(config._replace(domains=(), whole_origin=False))
     except (TypeError, ValueError) as error:
         text = "port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s"
         server.log.error(text, base, error)
         return
-    handler = _handler_class(server, proxy)
-    server.web_app.add_handlers(".*$", [(re.escape(base) + "(?:/.*)?", handler)])
-    rules = server.web_app.default_router.rules
-    rules.insert(0, rules.pop(-2))  # in front of those of other extensions
+    rules = [(re.escape(base) + "(?:/.*)?", _handler_class(server, proxy))]
+    server.web_app.add_handlers(".*$", rules)
+    all_rules = server.web_app.default_router.rules
+    all_rules.insert(0, all_rules.pop(-2))  # in front of those of other extensions
     logger.parent = getattr(server.log, "logger", server.log)
     is_debugging = server.log_level in (logging.DEBUG, "DEBUG")
     logger.setLevel(logging.INFO if is_debugging else logging.WARNING)  # as for Jupyter's requests

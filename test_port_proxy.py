@@ -8908,7 +8908,8 @@ class TestJupyterExtension:
     """Without Jupyter, which is played by what it hands to the module."""
 
     @pytest.mark.parametrize("name, value, says", [
-        ("host_allowlist", "a", "--host-allowlist must be a sequence"), ("frob", 1, "frob"),
+        ("host_allowlist", 7, "--host-allowlist must be a sequence"), ("frob", 1, "frob"),
+        ("host_allowlist", "a, b/c", "--host-allowlist: "),
         ("head_timeout", -1, "--head-timeout must be"), ("frob", Deferred("1"), "frob"),
         ("head_timeout", Deferred("x"), "--head-timeout"), ("max_fields", Deferred("7.5"), "--max-fields"),
         ("any_owner", Deferred("yes"), "--any-owner"),
@@ -8994,6 +8995,10 @@ class TestJupyterConfiguration:
         assert visitor.status("GET", "/nb/proxy/%d/" % silent.port, BY_TOKEN) == 504
         assert visitor.status("GET", target, BY_TOKEN, *["X: y"] * 20) == 431
         self.check_hosts(visitor, "a.invalid", "b.invalid")
+
+    def test_single_string_is_taken_as_a_list_with_commas(self, begin):
+        config = "c.PortProxy.host_allowlist = 'a.invalid, b.invalid'"
+        self.check_hosts(Visitor(begin(config).port), "a.invalid", "b.invalid")
 
     def test_option_that_is_repeated_makes_a_list(self, begin):
         options = ["--PortProxy.host_allowlist=" + name for name in ("a.invalid", "b.invalid")]
@@ -9145,14 +9150,14 @@ class TestJupyter:
             assert visitor.status(method, target + "/", *lines) == status
 
     def test_refusal_names_options_of_jupyter(self, target, visitor):
-        advice = "Set c.ServerApp.allow_origin https://xn--e1afmkfd.example if it may."
+        advice = "Set c.ServerApp.allow_origin = 'https://xn--e1afmkfd.example' if it may."
         for origin, says in (
             ("https://xn--e1afmkfd.example", advice), ("null", "A program may send it with a token of Jupyter's."),
         ):  # fmt: skip
             answer = visitor.ask("POST", target + "/", "Origin: " + origin)
             assert (status_of(answer), answer[2].decode().rstrip().endswith(says)) == (403, True), answer
         answer = visitor.ask("GET", "/nb/proxy/xn--a.b:80/")
-        assert answer[2].decode().rstrip().endswith("Set c.PortProxy.host_allowlist xn--a.b to allow it.")
+        assert answer[2].decode().rstrip().endswith("Set c.PortProxy.host_allowlist = ['xn--a.b'] to allow it.")
 
     def test_connection_is_shared_with_jupyter(self, target, visitor, wire):
         """It goes to the proxy and back to Tornado, request by request, with bodies of both framings."""
