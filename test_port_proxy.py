@@ -1238,8 +1238,8 @@ class TestMessages:
         assert (one.method, one.target, one.authority, one.minor, one.fields) == expected
         first = "%s %s HTTP/1.%s" % (one.method, one.target, one.minor)
         again = parsed(serialise([first] + one.headers.lines, one.framing))
-        assert (again.method, again.target, again.minor) == (one.method, one.target, one.minor)
-        assert (again.fields, again.framing) == (one.fields, one.framing)
+        for name in ("method", "target", "minor", "fields", "framing"):
+            assert getattr(again, name) == getattr(one, name)
 
     @pytest.mark.parametrize("status, raw", BAD_REQUESTS, ids=case_id)
     def test_bad_request_head_is_refused(self, status, raw):
@@ -1296,12 +1296,13 @@ class TestMessages:
     def test_partial_head_that_is_too_long_is_refused(self, is_request, status, head):
         assert status_of_error(check_partial_head, head, 0, is_request, DEFAULT) == status
 
-    def test_beginning_of_a_valid_head_is_accepted(self):
-        for is_request, heads in ((True, GOOD_REQUESTS), (False, GOOD_RESPONSES)):
-            for head, _ in heads:
-                for end in range(len(head)):
-                    for start in (0, max(0, end - 2)):
-                        check_partial_head(head[:end], start, is_request, DEFAULT)
+    @pytest.mark.parametrize("is_request, raw", [
+        (True, raw) for raw, _ in GOOD_REQUESTS
+    ] + [(False, raw) for raw, _ in GOOD_RESPONSES], ids=case_id)
+    def test_beginning_of_a_valid_head_is_accepted(self, is_request, raw):
+        for end in range(len(raw)):
+            for start in (0, max(0, end - 2)):
+                check_partial_head(raw[:end], start, is_request, DEFAULT)
 
     def test_long_garbage_is_refused_in_linear_time(self):
         """Patterns with two ways to match the same text would take minutes for these."""
@@ -1475,9 +1476,9 @@ class TestHeadsOnTheWire:
     def test_unfinished_head_is_refused_as_soon_as_it_is_wrong(self, proxy):
         """The head is never finished, and no deadline is waited for."""
         heads = [(status, head) for is_request, status, head in PARTIAL_HEADS if is_request and head != b"\r\n"]
-        heads += [(400, b"GET / HTTP/1.1\nHost: a\n\n"), (400, b"\x16\x03\x01\x02\x00\x01\x00")]
-        heads += [(414, b"GET /" + b"a" * 20000), (431, b"GET / HTTP/1.1\r\nX: " + b"a" * 70000)]
-        for status, raw in heads + [(431, LONG_HEADS[3][2]), (400, b"\r\n\r\n\r\n")]:
+        heads += [(400, b"GET / HTTP/1.1\nHost: a\n\n"), (400, b"\x16\x03\x01\x02\x00\x01\x00"), (400, b"\r\n\r\n\r\n")]
+        heads += [(status, head) for is_request, status, head in LONG_HEADS if is_request]
+        for status, raw in heads:
             with proxy.sent(raw) as wire:
                 assert status_of(wire.message()) == status, raw[:80]
                 wire.end()
@@ -5363,19 +5364,15 @@ class TestResponses:
     @pytest.mark.parametrize("how", [end, Wire.reset_at_once], ids=["end", "reset"])
     def test_truncated_response_does_not_end_cleanly(self, proxy, upstream, how):
         """A body until close is whole at EOF; a reset truncates it."""
-        answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", CHUNKED_HEAD + b"3\r\nabc\r\n"]
-        answers += [CHUNKED_HEAD + b"3\r\nabc\r\n0\r\n", CHUNKED_HEAD + b"9\r\nabc"]
-        for answer in answers + [UNTIL_CLOSE_HEAD + b"abc"] * (how is not end):
-            for version in ("1.1", "1.0"):
-                app = upstream(script(read_head, answer, wait, how))
-                with proxy.sent(to(app, version=version)) as wire:
-                    head = wire.until(b"\r\n\r\n")
-                    got = wire.until(b"abc")
-                    app.happened.set()
-                    try:
-                        got += wire.rest()
-                    except ConnectionResetError:
-                        continue  # as visible as can be
+        answers = [ok(bytes(10))[:-10] + b"abc", CHUNKED_HEAD + b"9\r\nabc", CHUNKED_HEAD + b"3\r\nabc\r\n"]
+        answers += [CHUNKED_HEAD + b"3\r\nabc\r\n0\r\n"] + [UNTIL_CLOSE_HEAD + b"abc"] * (how is not end)
+        for answer, version in itertools.product(answers, ("1.1", "1.0")):
+            app = upstream(script(read_head, answer, wait, how))
+            with proxy.sent(to(app, version=version)) as wire:
+                head, got = wire.until(b"\r\n\r\n"), wire.until(b"abc")
+                app.happened.set()
+                with contextlib.suppress(ConnectionResetError):  # as visible as can be
+                    got += wire.rest()
                     is_whole = b"chunked" in head and got.endswith(b"\r\n0\r\n\r\n")
                     assert not is_whole and (b"chunked" in head or b"Content-Length: 10" in head), answer
 
@@ -5470,9 +5467,7 @@ class TestResponses:
     def test_event_is_not_held_back_by_half_of_the_next(self, proxy, upstream):
         app = upstream(script(read_head, CHUNKED_HEAD + b"3\r\none\r\n3\r\nt", wait, b"wo\r\n0\r\n\r\n"))
         with proxy.sent(to(app)) as wire:
-            wire.until(b"\r\n\r\n")
-            got = wire.until(b"one") + wire.until(b"t")
-            assert got.endswith(b"t")
+            got = wire.until(b"one").rpartition(b"\r\n\r\n")[2] + wire.until(b"t")
             app.happened.set()
             got += wire.until(b"0\r\n\r\n")
         assert b"".join(got.split(b"\r\n")[1::2]) == b"onetwo"  # in chunks of any size
@@ -5537,22 +5532,22 @@ class TestRequests:
                 assert wire.ask(to(app, *lines, method="POST"), *pieces)[2] == body
 
     def test_expect_continue_is_end_to_end(self, proxy, upstream):
-        app = upstream(script(read_head, b"HTTP/1.1 100 Continue\r\n\r\n", lambda wire, app: wire.exactly(3), OK))
-        with proxy.sent(to(app, "Content-Length: 3", "Expect: 100-continue", method="POST")) as wire:
-            assert wire.message(no_body=True)[0] == "HTTP/1.1 100 Continue"
-            assert wire.ask(b"abc")[2] == b"ok"
-        app = upstream(lambda wire, app: app.messages.append(wire.until(b"\r\n\r\n")))
-        proxy.ask(to(app, "Content-Length: 3", "Expect: 100-continue", method="POST"))
-        assert b"\r\nExpect: 100-continue\r\n" in app.messages[0]
-
-    def test_refused_expectation_closes_the_connection(self, proxy, upstream):
-        """The proxy cannot tell whether the body still comes."""
-        app = upstream(script(read_head, b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n", read_to_the_end))
-        with proxy.wire() as wire:
-            message = wire.ask(to(app, "Content-Length: 3", "Expect: 100-continue", method="POST"))
-            assert (status_of(message), fields_of(message)["connection"]) == (417, "close")
-            wire.end()
-            assert wire.rest() == b""
+        """After a refusal the proxy cannot tell whether the body still comes, so it closes the connection."""
+        continued = (b"HTTP/1.1 100 Continue\r\n\r\n", lambda wire, app: wire.exactly(3), OK, hold)
+        refused = (b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n", read_to_the_end)
+        for steps in (continued, refused):
+            app = upstream(script(lambda wire, app: app.messages.append(wire.until(b"\r\n\r\n")), *steps))
+            with proxy.wire() as wire:
+                raw = to(app, "Content-Length: 3", "Expect: 100-continue", method="POST")
+                answer = wire.ask(raw, no_body=True)
+                assert b"\r\nExpect: 100-continue\r\n" in app.messages[0]
+                if steps is continued:
+                    assert answer[0] == "HTTP/1.1 100 Continue"
+                    assert wire.ask(b"abc")[2] == b"ok"
+                else:
+                    assert (status_of(answer), fields_of(answer)["connection"]) == (417, "close")
+                    wire.end()
+                    assert wire.rest() == b""
 
     @pytest.mark.parametrize("last", [b"", hold], ids=["closes", "holds"])
     def test_early_response_reaches_the_client(self, proxy, upstream, last):
@@ -5850,15 +5845,6 @@ class TestTunnel:
         app = upstream(script(read_head, SWITCHING, lambda wire, app: wire.exactly(3), lambda wire, app: leave(wire)))
         with proxy.tunnel(app, b"bye") as wire:
             assert wire.ends()
-
-    def test_app_that_resets_behind_its_101_leaves_nothing(self, proxy, upstream):
-        app = upstream(script(read_head, SWITCHING, Wire.reset_at_once))
-        for _ in range(20):
-            with proxy.wire() as wire:
-                with proxy.held():
-                    wire.send(to(app, *HANDSHAKE))
-                read_to_the_end(wire, app)
-        eventually(lambda: not proxy.open_connections() and not count_connections(remote_port=app.port))
 
     @pytest.mark.parametrize("first", ["client", "app"])
     @pytest.mark.parametrize("lost", ["client", "app"])
@@ -6443,14 +6429,6 @@ class TestClose:
                 assert idle.rest() == b""  # by now the proxy is closing
                 app.let_go.set()
                 assert wire.rest() == OK[-2:]
-
-    def test_request_that_does_not_finish_in_time_is_cut(self, start, upstream):
-        proxy = start(shutdown_timeout=0.1)
-        with proxy.sent(to(upstream(script(read_head, UNTIL_CLOSE_HEAD + b"abc", read_to_the_end)))) as wire:
-            wire.until(b"abc")
-            proxy.close()
-            with contextlib.suppress(ConnectionResetError):
-                assert not wire.rest().endswith(b"0\r\n\r\n")
 
     def test_close_works_twice_at_once_and_without_start(self, background):
         proxy = PortProxy(Config(port=0))
