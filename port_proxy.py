@@ -2215,6 +2215,18 @@ def sign(key: bytes, purpose: str, text: str) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
+def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
+    """Whether a signature, as a browser sent it, is that of `text`."""
+    right = sign(key, purpose, text).encode()
+    return hmac.compare_digest(signature.encode("latin-1"), right)
+
+
+def own_cookie(name: str, value: str, path: str, client: ClientInfo) -> str:
+    """A Set-Cookie value of ours, which scripts cannot read, for the browser of `client`."""
+    secure = "; Secure" if client.scheme == "https" else ""
+    return "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s" % (name, value, path, secure)
+
+
 def find_app(request: Request, gate: Any) -> Request:
     """The request with its route, even if the prefix is missing.
 
@@ -2224,15 +2236,15 @@ def find_app(request: Request, gate: Any) -> Request:
     if error is None:
         return request
     is_served = gate.app_cookie and not is_below(config.base or "/absolute", request.target)
-    if is_served and error.status == 404 and _comes_from_us(request):
-        app = _app_of_page(request, gate)
-        if app:
-            target = "%s/%s%s" % (config.base, app, request.target)
-            route, path, query = find_route(config.base, target, config.upstream_tls)
-            return request._replace(
-                route=route, path=path, query=query, route_error=None, is_unprefixed=True
-            )
-    raise _not_found(error, request, config)
+    is_served = is_served and error.status == 404 and _comes_from_us(request)
+    app = _app_of_page(request, gate) if is_served else ""
+    if not app:
+        raise _not_found(error, request, config)
+    target = "%s/%s%s" % (config.base, app, request.target)
+    route, path, query = find_route(config.base, target, config.upstream_tls)
+    return request._replace(
+        route=route, path=path, query=query, route_error=None, is_unprefixed=True
+    )
 
 
 def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyError:
@@ -2241,15 +2253,16 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
         return ProxyError(302, "Redirecting.", (("Location", config.base + "/"),))
     if error.status != 404:
         return error
-    url, advice = host_form(8080, request.client, config.domains), ""
-    port, _, domain = host_of(request.client.authority).partition(".")
-    if config.domains and is_domain(domain) and port_in_host(request.client.authority, (domain,)):
+    authority = request.client.authority
+    port, _, domain = host_of(authority).partition(".")
+    if config.domains and is_domain(domain) and port_in_host(authority, (domain,)):
         advice = "For %s.%s to be port %s, {start} {domains} {value}." % (port, domain, port)
         return ProxyError(404, error.detail, error.fields, advice, domain)
+    url, detail = host_form(8080, request.client, config.domains), error.detail
     if url:
-        advice = " If an app's links begin with a slash, open it at a host of its own, such as %s."
-        advice = advice % url
-    return ProxyError(404, error.detail + advice, error.fields)
+        detail += " If an app's links begin with a slash, open it at a host of its own, such as "
+        detail += url + "."
+    return ProxyError(404, detail, error.fields)
 
 
 def can_be_redirected(request: Request) -> bool:
@@ -2286,9 +2299,8 @@ def cookies_for_unprefixed(
     values = (line[11:].strip(" \t") for line in lines if line[:11].lower() == "set-cookie:")
     cookies = [copy for copy in (_copy(value, start) for value in values) if copy]
     if is_opened and response.status < 400 and app != last_app:
-        secure = "; Secure" if request.client.scheme == "https" else ""
-        text = "%s=%s.%s; Path=/; HttpOnly; SameSite=Lax%s"
-        cookies.append(text % (gate.app_cookie, app, sign(gate.key, "app", app), secure))
+        value = "%s.%s" % (app, sign(gate.key, "app", app))
+        cookies.append(own_cookie(gate.app_cookie, value, "/", request.client))
     return ["Set-Cookie: " + cookie for cookie in cookies]
 
 
@@ -2352,10 +2364,7 @@ def _last_app(request: Request, gate: Any) -> str:
     """
     values = cookie_values(request.headers, gate.app_cookie)
     app, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
-    is_ours = app and hmac.compare_digest(
-        signature.encode("latin-1"), sign(gate.key, "app", app).encode()
-    )
-    return app if is_ours else ""
+    return app if app and is_signed(gate.key, "app", app, signature) else ""
 
 
 def _app_name(route: Route) -> str:
@@ -3738,19 +3747,15 @@ class TokenGate(Gate):
         return "Invalid token. "
 
     def _is_signed_in(self, request: Request) -> bool:
-        session = self._session(request.client).encode()
+        host = host_of(request.client.authority)
         cookies = cookie_values(request.headers, self.cookie_name)
-        return any(hmac.compare_digest(value.encode("latin-1"), session) for value in cookies)
-
-    def _session(self, client: ClientInfo) -> str:
-        """The session cookie for the host that the client uses."""
-        return sign(self.key, "session", host_of(client.authority))
+        return any(is_signed(self.key, "session", host, cookie) for cookie in cookies)
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
-        secure = "; Secure" if client.scheme == "https" else ""
+        """The session cookie for the host that the client uses."""
+        session = sign(self.key, "session", host_of(client.authority))
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
-        text = "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s"
-        return "Set-Cookie", text % (self.cookie_name, self._session(client), path, secure)
+        return "Set-Cookie", own_cookie(self.cookie_name, session, path, client)
 
     async def _sign_in(self, form: bytes, client: ClientInfo) -> None:
         """Raise the redirect to the page that the form names, or the sign-in page again."""
