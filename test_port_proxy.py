@@ -5025,14 +5025,15 @@ class TestHub:
 
     def test_connections_of_an_ended_session_are_closed_within_a_minute(self, options, hub, upstream):
         """Tunnels and event streams, but not those of others, nor a connection that serves another user by now."""
-        sent = (SWITCHING, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        sent = (SWITCHING, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
         app = upstream(in_turn(*(script(read_head, data, hold) for data in sent * 2)))
         with proxy_with_a_clock(**options()) as (port, put_forward), contextlib.ExitStack() as opened:
             proxy, wires = ProxyAt(port), [opened.enter_context(Wire.to(port)) for _ in range(5)]
             cookie = self.sign_in(proxy, hub)
             for number, (credential, lines) in enumerate(itertools.product((cookie, AS_ADMIN), (HANDSHAKE, ()))):
                 wires[number].send(request("GET", "%s%d/" % (BASE, app.port), credential, *lines))
-                assert wires[number].until(b"\r\n\r\n").split(b" ")[1] == (b"101" if lines else b"200")
+                head = wires[number].until(b"\r\n\r\n" if lines else b"data: 1\n\n\r\n")
+                assert head.split(b" ")[1] == (b"101" if lines else b"200")
             for line in (cookie, AS_ADMIN):
                 wires[4].send(request("GET", BASE, line))
                 assert status_of(wires[4].message()) == 200
