@@ -2775,15 +2775,11 @@ function merge(items) {
   for (const item of items.reverse()) {
     const old = before.get(item.id)
     before.delete(item.id)
-    if (old && (old.contains(document.activeElement) || old.innerHTML === item.innerHTML)) {
-      old.className = ''
-      next = old
-      continue
-    }
+    const stays = old && (old.contains(document.activeElement) || old.innerHTML === item.innerHTML)
     if (!old) notice.textContent = 'New: ' + portOf(item)
-    list.insertBefore(item, next)
-    if (old) old.remove()
-    next = item
+    next = stays ? old : list.insertBefore(item, next)
+    next.className = ''
+    if (old && !stays) old.remove()
   }
   for (const old of before.values()) {
     if (old.className === 'gone') old.remove()
