@@ -551,6 +551,8 @@ def path_below(base: str, reference: str) -> Optional[str]:
     """
     if reference.startswith(base) and reference[len(base) : len(base) + 1] in ("", "/", "?", "#"):
         return reference[len(base) :]
+    if "%" not in base and "%" not in reference:
+        return None
     path = re.split("[?#]", reference, maxsplit=1)[0]
     start = "/".join(path.split("/")[: base.count("/") + 1])
     if _decoded_segments(start) != _decoded_segments(base):
@@ -1907,7 +1909,7 @@ _HANDSHAKE_NAMES = (
 _HANDSHAKE_SPELLING = {name.lower(): name for name in _HANDSHAKE_NAMES}
 # Gradio's API writes X-Forwarded-Host into the URLs of result files, and never compares it with
 # Origin.  The second part is Gradio 4 and older.
-_NEEDS_PUBLIC_ORIGIN = re.compile(r".*/gradio_api/|/(?:queue/join|run/|call/)")
+_PUBLIC_APIS = re.compile(r"/gradio_api/|\A/(?:queue/join|run/|call/)")
 _REFRESH = re.compile(
     r"(\A[0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)()", re.IGNORECASE
 )
@@ -1953,10 +1955,10 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     table = _table_without(_RESPONSE_TABLE, response.connection)
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
     lines += _rewritten_lines(headers, table, (request, route, gate))
-    length = headers.get("content-length").partition(",")[0].strip(" \t")
     is_empty = response.framing is NO_BODY and response.status >= 200 and response.status != 204
-    if length and is_empty:  # HEAD, 304: the length of a GET's body
-        lines.append("Content-Length: " + length)
+    if is_empty and "content-length" in headers.index:  # HEAD, 304: the length of a GET's body
+        length = headers.get("content-length").partition(",")[0]
+        lines.append("Content-Length: " + length.strip(" \t"))
     is_above = request.is_unprefixed or not request.path  # the folder of the client's URL
     if route.prefix and (is_above or "service-worker-allowed" in headers.index):
         # A service worker rules its own app, never the other apps or our pages.
@@ -2019,7 +2021,7 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
     else:
         url = headers.get("destination") or headers.get("referer")
         is_own = _path_of_own_url(url, request) is not None
-    return is_own and not gate.config.preserve_host and not _NEEDS_PUBLIC_ORIGIN.match(request.path)
+    return is_own and not gate.config.preserve_host and not _PUBLIC_APIS.search(request.path)
 
 
 def _path_of_own_url(url: str, request: Request) -> Optional[str]:
@@ -2128,10 +2130,10 @@ def _is_home_domain(domain: str, request: Request, route: Route) -> bool:
 
 def _cookie_path(path: str, route: Route) -> str:
     """A cookie's Path below the prefix; in an absolute form, only a wider one is changed."""
+    if not route.absolute or path_below(route.prefix, path) is not None:
+        return _with_prefix(path, route)
     is_wider = path_below(path.rstrip("/"), route.prefix) is not None
-    if route.absolute and is_wider and path_below(route.prefix, path) is None:
-        return route.prefix
-    return _with_prefix(path, route)
+    return route.prefix if is_wider else path
 
 
 def _with_prefix(path: str, route: Route) -> str:
