@@ -1891,12 +1891,12 @@ class TestDeadlines:
             wire.rest()
 
     def test_request_that_the_app_does_not_read_gets_a_504(self, start, upstream):
-        app, proxy = upstream(script(read_message, OK, hold)), start(stall_timeout=0.3, response_timeout=0.3)
+        app, proxy = upstream(script(read_head, tell, hold)), start(stall_timeout=1, response_timeout=0.3)
         app.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        with proxy.wire() as wire:
-            assert wire.ask(to(app))[2] == b"ok"
+        with proxy.sent(to(app, "Content-Length: 60000", method="PUT")) as wire:
+            assert app.told.wait(WAIT)
             narrow(app.port)
-            assert status_of(wire.ask(to(app, "Content-Length: 60000", method="PUT", body=bytes(60000)))) == 504
+            assert status_of(wire.ask(bytes(60000))) == 504
 
     def test_dripping_head_gets_a_408(self, start):
         """The whole head has a deadline, however regularly its bytes come."""
