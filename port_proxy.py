@@ -2809,12 +2809,12 @@ setTimeout(refresh, 1500)
 """
 _WAITING_PAGE = """\
 <noscript><meta http-equiv="refresh" content="5"></noscript>
-<h1 class="pulse">Waiting for port {port}</h1><p>{detail}</p>
+<h1 class="pulse">{title}</h1><p>{detail}</p>
 <p>This page opens the app as soon as it responds.</p>
 <div id="help"><p>If nothing happens:</p><ul>
 <li>Does the log of the app show an error, or another port?</li>
 <li>Does the app listen on 127.0.0.1 or 0.0.0.0, and not only on another address?</li>
-<li>On the machine, run <code>{command} --check {port}</code> to examine the port.</li>
+<li>On the machine, run <code>{command}</code> to examine the port.</li>
 </ul></div>"""
 _FOOTER = '<p class="soft"><a href="%s">All ports</a> &middot; %d &middot; port_proxy</p>'
 # Requests the head of this page, less and less often, until a response is not the proxy's own.
@@ -3031,9 +3031,9 @@ def error_response(
     detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
     script = ""
     if isinstance(error, NotListening) and request.is_page_visit:
-        port, script = error.route.port, _WAITING_SCRIPT
-        title = "Waiting for port %d" % port
-        body = _WAITING_PAGE.format(port=port, detail=detail, command=own_command())
+        title, script = "Waiting for port %d" % error.route.port, _WAITING_SCRIPT
+        command = "%s --check %s" % (own_command(), upstream_name(error.route))
+        body = _WAITING_PAGE.format(title=title, detail=detail, command=command)
     else:
         link = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path))
         body = "<h1>%s</h1>%s<p>%s</p>" % (phrase, link if path else "", detail)
@@ -3058,6 +3058,11 @@ def ports_url(client: ClientInfo, base: str) -> str:
     host = host_of(client.authority)
     authority = host.partition(".")[2] + client.authority[len(host) :]
     return "%s://%s%s/" % (client.scheme, authority, base)
+
+
+def upstream_name(route: Route) -> str:
+    """PORT or HOST:PORT, as options take it."""
+    return str(route.port) if route.is_local else route.authority
 
 
 def typed_route(text: str, base: str = "") -> Optional[Route]:
@@ -3415,11 +3420,7 @@ def speaks_tls(route: Route) -> ProxyError:
     own_certificate = ", and {insecure_upstream} if its certificate is its own" * route.is_local
     advice = "{Start} {upstream_tls} {value}%s." % own_certificate
     text = "The app on %s speaks TLS." % route.place
-    return ProxyError(502, text, (), advice, _tls_name(route))
-
-
-def _tls_name(route: Route) -> str:
-    return str(route.port) if route.is_local else route.authority
+    return ProxyError(502, text, (), advice, upstream_name(route))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4660,7 +4661,7 @@ class Exchange:
         if is_page or route.scheme == "https":
             return ProxyError(502, text + " Its log may say why.")
         advice = "If it speaks TLS, {start} {upstream_tls} {value}."
-        return ProxyError(502, text, (), advice, _tls_name(route))
+        return ProxyError(502, text, (), advice, upstream_name(route))
 
     def cut_short(self) -> None:
         """End a response that cannot be finished, so that the client sees that it is incomplete."""
@@ -6068,8 +6069,7 @@ class PortCheck:
         self.config = upstreams.config
         self.route = route
         self.path = "/"  # of the page, without its query
-        upstream = str(route.port) if route.host == "localhost" else route.authority
-        self.kept = "%s/absolute/%s" % (self.config.base, upstream)
+        self.kept = "%s/absolute/%s" % (self.config.base, upstream_name(route))
         place, base, kept = route.place, self.config.base, self.kept + "/"
         self.report = Report(place, route.host, route.port, base, kept)
         sockets = tcp_sockets(route.port)

@@ -4308,7 +4308,7 @@ class TestPages:
         assert (status_of(page), fields["port-proxy"], fields["retry-after"]) == (502, "waiting", "2")
         assert fields["cache-control"] == "no-store"
         assert b"Nothing listens on port %d of this machine" % port in page[2]
-        assert b"--check %d" % port in page[2]
+        assert b"<code>python3 port_proxy.py --check %d</code>" % port in page[2]
         assert "script-src " + digest_of(b"<script>(.*)</script>", page[2]) in fields["content-security-policy"]
 
     def test_app_that_speaks_tls_is_recognized(self, proxy, upstream):
