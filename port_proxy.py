@@ -4219,14 +4219,14 @@ class HubGate(Gate):
         if not _LOCAL_TARGET.fullmatch(target) or len(quote(target)) > _MAX_LOGIN_TARGET:
             target = self.hub.prefix + "/"
         login = "%d.%s" % (now() + _LOGIN_SECONDS, quote(target))
-        value = "%s.%s" % (self._signature("login", state, login), login)
-        digest = hashlib.sha256(self._signature("verifier", state).encode()).digest()
+        value = "%s.%s" % (sign(self._key, "login", "%s %s" % (state, login)), login)
+        digest = hashlib.sha256(sign(self._key, "verifier", state).encode()).digest()
         parameters = {
             "client_id": self.hub.client_id,
             "redirect_uri": self.hub.callback_url,
             "response_type": "code",
             "state": state,
-            "code_challenge": _base64(digest),
+            "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
             "code_challenge_method": "S256",
         }
         location = self.hub.authorize_url + "?" + urlencode(parameters)
@@ -4245,7 +4245,7 @@ class HubGate(Gate):
             error = sent.get("error", "")
             reason = error if _OAUTH_ERROR.fullmatch(error) else "no reason given"
             raise ProxyError(403, "The Hub did not sign you in: %s.%s" % (reason, again))
-        token = await self.api.token_for(sent["code"], self._signature("verifier", state))
+        token = await self.api.token_for(sent["code"], sign(self._key, "verifier", state))
         if not token:
             raise ProxyError(403, "The Hub rejected this sign-in." + again)
         user = await self.api.user_of(token, _hub_session(request), is_issued=True)
@@ -4260,15 +4260,10 @@ class HubGate(Gate):
         """The page that this browser wanted to see when its sign-in began; "" without a sign-in."""
         values = cookie_values(request.headers, self._login_name(state))
         signature, _, login = (values[0] if len(values) == 1 else "").partition(".")
-        expected = self._signature("login", state, login)
-        if not hmac.compare_digest(signature.encode("latin-1"), expected.encode()):
+        if not is_signed(self._key, "login", "%s %s" % (state, login), signature):
             return ""
         deadline, _, target = login.partition(".")
         return unquote(target) if now() <= int(deadline) else ""
-
-    def _signature(self, *texts: str) -> str:
-        """The signature of texts without line breaks; nobody else can make it."""
-        return _base64(hmac.new(self._key, "\n".join(texts).encode(), "sha256").digest())
 
     def _new_session(
         self, token: str, client: ClientInfo, hub_session: Optional[str] = None
@@ -4349,10 +4344,6 @@ def _hub_session(request: Request) -> str:
 
 def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _base64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 # --------------------------------------------------------------------------------------------------
