@@ -4001,9 +4001,8 @@ class TestPortOwner:
         with closed_port() as port:
             pass
         command = [sys.executable, "-ISc", ATTACK % (OTHER_USER, port, OK)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as attacker, contextlib.ExitStack() as stack:
-            stack.callback(attacker.kill)
-            assert attacker.stdout.readline()
+        with spawn(command, stdout=subprocess.PIPE) as attacker, contextlib.ExitStack() as stack:
+            assert line_of(attacker)
             proxy, statuses = start(), set()
             for _ in range(5):
                 wires = [stack.enter_context(proxy.wire()) for _ in range(20)]
@@ -7859,7 +7858,8 @@ def chromium(url, *options):
             yield profile
         finally:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(WAIT)
+
 
 
 def check_browser_report(app, path):
