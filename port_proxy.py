@@ -2025,7 +2025,7 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
 
 
 def _path_of_own_url(url: str, request: Request) -> Optional[str]:
-    """What stands behind the origin in a URL of ours, as the client sees us; None for any other."""
+    """Path, query and fragment of a URL of the client's origin, None for a URL of another."""
     match, authority = _HTTP_URL.fullmatch(url), request.client.authority
     if not match or not authority:
         return None

@@ -2226,30 +2226,19 @@ class TestRewriting:
         ours = FORWARDED + [("Connection", "Upgrade"), ("Upgrade", "websocket")]
         assert fields == [HOST, ("x-other", "a")] + [(name, "http://evil") for name in names] + ours
 
-    @pytest.mark.parametrize("name, value, sent", [
-        ("Cookie", "a=b; port_proxy_8888=x; c=d", "a=b; c=d"), ("Cookie", "port_proxy_8888=x; a=b", "a=b"),
-        ("Cookie", "port_proxy_8888=x", None), ("Cookie", "port_proxy_8888_app=x;  a", "a"),
-        ("Cookie", "port_proxy_1=x; a", "a"), ("Cookie", " =port_proxy_8888=x", None), ("Cookie", "a ;;b=", "a ;;b="),
-        ("Cookie", "xport_proxy_8888=x", "xport_proxy_8888=x"), ("Cookie", "port_proxy_8080=x", "port_proxy_8080=x"),
-        ("Authorization", "token s3cret-token-of-ours", None), ("Authorization", "BEARER  s3cret-token-of-ours", None),
-        ("Authorization", "Bearer other", "Bearer other"),
-        ("Authorization", "Basic s3cret-token-of-ours", "Basic s3cret-token-of-ours"),
-    ])
-    def test_credential_of_ours_does_not_reach_the_app(self, name, value, sent):
-        assert dict(sent_upstream("%s: %s" % (name, value), token="s3cret-token-of-ours")).get(name) == sent
-
-    @pytest.mark.parametrize("query, sent", [
-        ("?token=s3cret-token-of-ours", ""), ("?a&token=s3cret-token-of-ours&b=", "?a&b="),
-        ("?%74oken=s3cret%2Dtoken-of-ours", ""), ("?token=other", "?token=other"), ("?a=%zz&&", "?a=%zz&&"), ("?", "?"),
+    @pytest.mark.parametrize("line, sent", [
+        ("Cookie: port_proxy_8888_app=x;  a", "a"), ("Cookie: port_proxy_1=x; a", "a"),
+        ("Cookie:  =port_proxy_8888=x", None), ("Cookie: a ;;b=", "a ;;b="),
+        ("Cookie: port_proxy_8080=x", "port_proxy_8080=x"), ("Authorization: BEARER  s3cret-token-of-ours", None),
+        ("Authorization: Basic s3cret-token-of-ours", "Basic s3cret-token-of-ours"),
+    ] + [("Destination: http://here:8888/proxy/8080/b" + query, "http://localhost:8080/b" + sent) for query, sent in (
+        ("?token=s3cret-token-of-ours", ""), ("?a&token=s3cret-token-of-ours&b=", "?a&b="), ("?a=%zz&&", "?a=%zz&&"),
+        ("?%74oken=s3cret%2Dtoken-of-ours", ""), ("?token=other", "?token=other"), ("?", "?"),
         ("?xtoken=s3cret-token-of-ours", "?xtoken=s3cret-token-of-ours"),
-    ])
-    def test_token_of_ours_is_cut_out_of_target_referer_and_destination(self, query, sent):
-        gate = gate_with(token="s3cret-token-of-ours")
-        url = "http://here:8888%s/b%s" % (STRIPPED, query)
-        asked = asked_for(STRIPPED + "/a" + query, "Referer: " + url, "Destination: " + url, gate=gate)
-        first, fields = split_head(request_for_upstream(asked, gate))
-        assert first == "GET /a%s HTTP/1.1" % sent
-        assert [dict(fields)[name] for name in ("Referer", "Destination")] == ["http://localhost:8080/b" + sent] * 2
+    )])
+    def test_credential_of_ours_does_not_reach_the_app(self, line, sent):
+        """More cases in TestToken."""
+        assert dict(sent_upstream(line, token="s3cret-token-of-ours")).get(line.partition(":")[0]) == sent
 
     @pytest.mark.parametrize("target, home", [
         (STRIPPED + "/a", "http://localhost:8080"), (ABSOLUTE + "/a", "http://localhost:8080"),
