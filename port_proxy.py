@@ -1925,7 +1925,8 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     """
     route, client = request.route, request.client
     assert route is not None
-    table = _table_without(_REQUEST_TABLE, request.connection)
+    is_home = _hides_public_origin(request, gate)
+    table = _table_without(_HOME_TABLE if is_home else _REQUEST_TABLE, request.connection)
     path = route.prefix + request.path if route.absolute else request.path or "/"
     preserve_host = gate.config.preserve_host and client.authority
     lines = [
@@ -1933,7 +1934,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
         "Host: " + (client.authority if preserve_host else route.authority),
     ]
     lines += _rewritten_lines(request.headers, table, (request, route, gate), _WRITTEN_BY_US)
-    if _hides_public_origin(request, gate):
+    if is_home:
         lines += client.home_lines
         lines.append("X-Forwarded-Proto: " + route.scheme)
     else:
@@ -2160,6 +2161,9 @@ _REQUEST_TABLE.update(
         "expect": lambda value, request, *_: None if request.minor == "0" else value,
     }
 )
+# Servers in front tell the scheme in these, too; Rack prefers the first to X-Forwarded-Proto.
+_SCHEME_FIELDS = "x-forwarded-ssl x-forwarded-scheme x-forwarded-protocol front-end-https".split()
+_HOME_TABLE = {**_REQUEST_TABLE, **dict.fromkeys(_SCHEME_FIELDS)}
 _RESPONSE_TABLE = dict.fromkeys(_HOP_BY_HOP + ["content-length"])  # type: Dict[str, Any]
 _RESPONSE_TABLE.update(
     {

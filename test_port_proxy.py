@@ -2265,9 +2265,10 @@ class TestRewriting:
     def test_request_with_translated_origin_speaks_of_home_alone(self, lines, method, options, proto):
         """Apps compare Origin, or else Referer or Destination, with X-Forwarded-Proto and -Host."""
         proxy = {"trusted_proxies": ["192.0.2.7"]}
-        fields = sent_upstream("X-Forwarded-Proto: https", *lines, method=method, **dict(options, **proxy))
-        told = [dict(fields).get("X-Forwarded-" + name) for name in ("Proto", "Host", "Port")]
-        assert told == ([proto, None, None] if proto else ["https", "here:8888", "8888"])
+        public = ["X-Forwarded-Proto: https", "X-Forwarded-Ssl: on"]  # Rack looks at the second one first
+        fields = sent_upstream(*public, *lines, method=method, **dict(options, **proxy))
+        told = [dict(fields).get("X-Forwarded-" + name) for name in ("Proto", "Host", "Port", "Ssl")]
+        assert told == ([proto, None, None, None] if proto else ["https", "here:8888", "8888", "on"])
         kept = [line for line in lines if not proto and ("Origin" in line or options)]
         assert all(tuple(line.split(": ")) in fields for line in kept)
 
