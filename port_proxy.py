@@ -3588,8 +3588,8 @@ class Gate:
         else:
             referers = headers.get_all("referer")
             page = "/".join(headers.get("referer").split("/")[:3])
-            is_foreign = not sites and not all(_own_path(one, here) for one in referers)
-            is_foreign = is_foreign and not is_opened
+            is_ours = all(_own_path(referer, here) for referer in referers)
+            is_foreign = not (sites or is_opened or is_ours)
         # "same-site" is foreign, too: apps at hosts of their own, and other ports of this host.
         is_other_site = not is_opened and not {"same-origin", "none"}.issuperset(sites)
         origin = normal_origin(page) if _PLAIN_ORIGIN.fullmatch(page.lower()) else ""
