@@ -3662,9 +3662,11 @@ class TokenGate(Gate):
         return None
 
     async def authorize(self, request: Request) -> None:
-        asks = {"origin", "access-control-request-method"} <= request.headers.index.keys()
-        is_preflight = asks and request.method == "OPTIONS"  # it never carries credentials
-        preflight = self.config.allow_preflight and is_preflight
+        preflight = (  # a CORS preflight never carries credentials
+            self.config.allow_preflight
+            and request.method == "OPTIONS"
+            and {"origin", "access-control-request-method"} <= request.headers.index.keys()
+        )
         if self.config.authorize is not None:
             await self._ask_callable(request)
         elif not self.token:
