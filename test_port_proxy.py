@@ -6266,6 +6266,8 @@ class TestLog:
                 assert wire.rest().endswith(b"abc")
             with proxy.sent(raw("/held")) as wire:  # a client may leave a stream of events at any time
                 wire.until(b"abc")
+                wire.reset()
+
             eventually(lambda: len(outcomes()) == 3)
             held.send(raw("/held"))
             held.until(b"abc")
