@@ -5952,7 +5952,9 @@ _SCRIPT = re.compile(
 _OWN_ADDRESS = (
     rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
 )
-_OWN_ORIGIN = r"(https?)://(?:localhost|127\.0\.0\.1|\[::1\]|%s):%d(?=[/?]|\Z)"
+_OWN_ORIGIN = (  # the app's, or ours if the app obeys X-Forwarded-Host
+    r"(https?)://(?:(?:localhost|127\.0\.0\.1|\[::1\]|%s):%d|localhost:%d)(?=[/?]|\Z)"
+)
 _USER_INFORMATION = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*:)?//[^/]*@")
 _SOCKET_PATHS = (  # the second is Streamlit's, the third Shiny's
     "/ws",
@@ -6172,7 +6174,8 @@ class PortCheck:
 
     async def _follow_redirects(self, page: Fetched) -> Fetched:
         """The page behind redirects of the app to itself, as far as they can be followed."""
-        own = re.compile(_OWN_ORIGIN % (re.escape(self.route.host), self.route.port), re.IGNORECASE)
+        names = (re.escape(self.route.host), self.route.port, self.config.port)
+        own = re.compile(_OWN_ORIGIN % names, re.IGNORECASE)
         for count in range(_MAX_REDIRECTS + 1):
             location = page.response.headers.get("location").partition("#")[0]
             if not 300 <= page.response.status < 400 or not location:

@@ -7141,7 +7141,7 @@ class TestCheck:
     @pytest.mark.parametrize("location, redirect, says", [
         ("/x?secret", "/x", "5 times in a row"), ("x?secret", "/x", "5 times in a row"),
         ("http://localhost:PORT/", "/", "5 times in a row"), ("http://127.0.0.1:PORT#a", "/", "5 times in a row"),
-        ("http://localhost:PORT?x", "/", "5 times in a row"),
+        ("http://localhost:PORT?x", "/", "5 times in a row"), ("http://localhost:8888/x", "/x", "5 times in a row"),
         ("https://localhost:PORT/a?secret", "https://localhost:PORT/a", "redirects to https at its own address"),
         ("https://LOCALHOST:PORT", "https://LOCALHOST:PORT", "redirects to https at its own address"),
         ("https://elsewhere.example/", "https://elsewhere.example/", None),
