@@ -1506,8 +1506,8 @@ class Connection(asyncio.StreamReaderProtocol):
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def can_carry_more(self) -> bool:
-        """Whether another request can follow the one that has been read."""
-        return True
+        """Whether another request can follow; bytes of a lent connection cannot be returned."""
+        return not (self.is_lent and (self.buffer or self.has_unread))
 
     def queued(self) -> int:
         """How many bytes wait for the peer to take them."""
@@ -2528,44 +2528,40 @@ def _address(text: str) -> str:
     return plain_address(str(ipaddress.ip_address(struct.pack("=%dI" % count, *words))))
 
 
-# The owner of a port is the user of the socket that listens there.  The accepted socket alone does
-# not tell: once another user's program has closed it, the kernel reports nobody.  So the owner is
-# looked up before and after connecting, and an unknown owner is refused.
-
-
 class OwnerGuard:
     """Refuses a connection to a port of this machine on which another ordinary user listens.
 
-    It is made before the connection, and `check` is called after it; both raise ProxyError 403.
+    The owner of a port is the user of the socket that listens there.  The accepted socket does not
+    tell: once another user's program has closed it, the kernel reports nobody.  So the owner is
+    looked up before the connection, here, and after it, by `check`; both raise ProxyError 403.
     """
 
     def __init__(self, address: Address) -> None:
         self._there = _own_address(address) if sys.platform.startswith("linux") else None
-        self._was_listening = self._there is not None and self._is_allowed()
+        self._was_listening = self._there is not None and self._is_allowed(self._there)
 
     def check(self, here: Address) -> None:
         """Check the connection that was made from `here`."""
-        if self._there is None:
+        there = self._there
+        if there is None:
             return
         # A program that serves a single connection may have stopped listening by now.
-        if not self._is_allowed() and not self._is_allowed(here):
+        if not self._is_allowed(there) and not self._is_allowed(there, here):
             text = "The user who owns port %d of this machine could not be determined."
-            raise ProxyError(403, text % self._there[1], (), _TRUST_ADVICE)
+            raise ProxyError(403, text % there[1], (), _TRUST_ADVICE)
         if not self._was_listening:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "it has just begun to listen")
 
-    def _is_allowed(self, peer: Optional[Address] = None) -> bool:
+    def _is_allowed(self, there: Address, peer: Optional[Address] = None) -> bool:
         """Whether the port has a known owner who may be reached; ProxyError 403 for another."""
-        assert self._there is not None
-        users = _socket_users(self._there, peer)
+        users = _socket_users(there, peer)
         for user in users:
             if user >= _FIRST_ORDINARY_USER and user != os.geteuid():
                 text = (
                     "Port %d of this machine belongs to another user, %s. Its pages could use your"
                     " other apps as you."
                 )
-                text %= self._there[1], user_name(user)
-                raise ProxyError(403, text, (), _TRUST_ADVICE)
+                raise ProxyError(403, text % (there[1], user_name(user)), (), _TRUST_ADVICE)
         return bool(users)
 
 
@@ -5528,9 +5524,6 @@ class LentConnection(Connection):
         data = await super().read()
         self.body_left = max(0, self.body_left - len(data))
         return data
-
-    def can_carry_more(self) -> bool:
-        return not self.buffer and not self.has_unread  # bytes cannot be returned to Tornado
 
     def expire(self, time: float) -> None:
         super().expire(time)
