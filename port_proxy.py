@@ -6205,18 +6205,17 @@ class PortCheck:
 
     async def _find_bypass(self, page: Fetched) -> None:
         """Report that the page, or a script of it, names the app's address."""
-        names = (re.escape(self.route.host).encode(), self.route.port)
-        own, port = re.compile(_OWN_ADDRESS % names), self.route.port
-        if own.search(page.body):
-            self._add_problem(_BYPASSES % (self.path, port) + _BYPASS_ADVICE)
-            return
-        for source in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_MAX_SCRIPTS]:
+        port = self.route.port
+        own = re.compile(_OWN_ADDRESS % (re.escape(self.route.host).encode(), port))
+        scripts = [source.decode("latin-1") for source in dict.fromkeys(_SCRIPT.findall(page.body))]
+        for source in [""] + scripts[:_MAX_SCRIPTS]:  # "" is the page
             # ValueError: not a URL.  ProxyError: the script cannot be fetched.
             with contextlib.suppress(ValueError, ProxyError):
-                path = str(urljoin(self.path, source.decode("latin-1")))
-                script = (await self._get(path)).body if _LOCAL_TARGET.fullmatch(path) else b""
-                if own.search(script):
-                    is_webpack = b"webpack-dev-server" in script
+                path, body = str(urljoin(self.path, source)), b"" if source else page.body
+                if source and _LOCAL_TARGET.fullmatch(path):
+                    body = (await self._get(path)).body
+                if own.search(body):
+                    is_webpack = b"webpack-dev-server" in body
                     advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
                     self._add_problem(_BYPASSES % (path.partition("?")[0], port) + advice)
                     return
@@ -6238,12 +6237,11 @@ def report_text(report: Report) -> str:
     listens += ["by " + report.program] if report.program else []
     listens += ["of " + report.owner] if report.owner else []
     speaks = " ".join(filter(None, (report.speaks, str(report.status or ""), report.title)))
-    socket = ""
+    # A known app has a WebSocket where it needs one.
+    socket = "none found at the usual paths" if report.ok and not report.app else ""
     if report.socket:
-        socket = "opens at %s" % report.socket
-        socket += "; refuses pages of other origins" if report.refuses_origin else ""
-    elif report.ok and not report.app:  # a known app has one where it needs one
-        socket = "none found at the usual paths"
+        foreign = "; refuses pages of other origins" if report.refuses_origin else ""
+        socket = "opens at " + report.socket + foreign
     links = "begin with a slash, such as " + ", ".join(report.rooted[:3])
     host = "refuses names that are not its own; the proxy sends localhost"
     rows = [
@@ -6485,10 +6483,8 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     if not quiet or has_new_token:
         _say(_banner(proxy, has_new_token))
     if config.token == "" and not proxy.is_private and not config.hub:
-        text = (
-            "port_proxy: anybody who can reach %s can use every port of this machine (--no-token)"
-        )
-        _say(text % config.bind, sys.stderr)
+        text = "anybody who can reach %s can use every port of this machine (--no-token)"
+        _say("port_proxy: " + text % config.bind, sys.stderr)
     await stop.wait()
     count = proxy.active_requests
     if count and not quiet:
