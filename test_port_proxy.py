@@ -8956,14 +8956,11 @@ class TestJupyter:
     def stalled(self, jupyter, send):
         """`send(sent)` in a thread, until it stops because nothing is taken; Jupyter must hold little of it then."""
         sent, before = [], rss_kib(jupyter.process.pid)
-        thread = threading.Thread(target=send, args=(sent,))
-        thread.start()
-        steady(lambda: sum(sent))
-        assert sum(sent) < 60
-        assert rss_kib(jupyter.process.pid) - before < 16 << 10
-        yield
-        thread.join(WAIT)
-        assert not thread.is_alive()
+        with in_thread(send, sent):
+            steady(lambda: sum(sent))
+            assert sum(sent) < 60
+            assert rss_kib(jupyter.process.pid) - before < 16 << 10
+            yield
 
     def test_access_needs_a_sign_in_or_the_token(self, app, target, visitor, stranger):
         count = len(app.messages)
@@ -9125,15 +9122,9 @@ class TestJupyter:
         assert b"version" in wire.message()[2]
 
     def test_slow_client_stops_the_app(self, jupyter, upstream, visitor, wire):
-        def serve(wire, app):
-            wire.until(b"\r\n\r\n")
-            wire.send(MUCH_HEAD)
-            app.happened.set()
-            app.let_go.wait(WAIT)
-
-        app = upstream(serve)
+        app = upstream(script(read_head, MUCH_HEAD, tell, hold))
         wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port))
-        assert app.happened.wait(WAIT)
+        assert app.told.wait(WAIT)
         with self.stalled(jupyter, lambda sent: send_much(app.wires[-1], sent)):
             check_download(wire)
 
@@ -9164,17 +9155,13 @@ class TestJupyter:
         assert app.let_go.wait(WAIT)
         assert app.messages == [MUCH]
 
-    @pytest.mark.parametrize("behind", [None, b"", b"\r\n"], ids=["no body", "a body", "bytes behind a body"])
-    def test_client_that_leaves_is_noticed(self, upstream, visitor, wire, behind):
-        app = upstream(lambda wire, app: (wire.message(), app.happened.set(), wire.rest(), app.let_go.set()))
-        target = "/nb/proxy/%d/" % app.port
-        if behind is None:
-            wire.send(visitor.head("GET", target))
-        else:
-            wire.send(visitor.head("POST", target, "Content-Length: 3") + b"abc" + behind)
-        assert app.happened.wait(WAIT)
+    @pytest.mark.parametrize("body", [b"", b"abc", b"abc\r\n"], ids=["no body", "a body", "bytes behind a body"])
+    def test_client_that_leaves_is_noticed(self, upstream, visitor, wire, body):
+        app = upstream(script(read_message, tell, read_to_the_end, lambda wire, app: app.let_go.set()))
+        wire.send(visitor.head("POST", "/nb/proxy/%d/" % app.port, "Content-Length: %d" % len(body[:3])) + body)
+        assert app.told.wait(WAIT)
         wire.close()
-        if behind is None or sys.platform == "linux":
+        if not body or sys.platform == "linux":
             assert app.let_go.wait(WAIT)
 
     def test_clients_that_leave_at_any_moment_leave_no_descriptor_open(self, jupyter, upstream, visitor):
