@@ -6590,8 +6590,8 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
         port, there = 8888, os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
         url = url.replace("localhost", "localhost:%d" % port, 1)
         remote = remote or socket.gethostname()
-    elif not proxy.is_private and config.bind not in ("", "0.0.0.0", "::"):
-        there = "%s:%d" % (config.bind, port)
+    elif config.bind not in LOOPBACK_NAMES + ("", "0.0.0.0", "::"):
+        there = authority_of(config.bind, port)
     # Forwarded, it is at localhost.
     page = urlsplit(url)._replace(netloc="localhost:%d" % port).geturl() if remote else url
     if has_new_token:
