@@ -674,8 +674,6 @@ _ABSOLUTE_FORM = re.compile(r"(?:http|https)://([^/?]*)(/[^?]*)?(\?.*)?", re.IGN
 _AUTHORITY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _HTTP_URL = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE)
 _PORT = re.compile(r":([0-9]+)\Z")
-# Never valid, wherever a head breaks off: control bytes, and CR or LF outside CRLF.
-_ILLEGAL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 _LENGTH = re.compile("[0-9]{1,18}")
 _LENGTH_LIST = re.compile(r"[0-9]{1,18}(?:[ \t]*,[ \t]*[0-9]{1,18})*")
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())
@@ -1085,7 +1083,12 @@ def check_partial_head(head: bytes, start: int, is_request: bool, config: Config
 
     start: the part before it was checked before.
     """
-    if _ILLEGAL.search(head, start):
+    part = head[start:]
+    if part.startswith(b"\n") and start:  # its CR was checked before
+        part = part[1:]
+    pairs = part.count(b"\r\n")
+    returns = part.count(b"\r") - part.endswith(b"\r")  # the last one may be half of a CRLF
+    if part.translate(None, _LEGAL) or part.count(b"\n") != pairs or returns != pairs:
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
     end = head.find(b"\r\n")
     if is_request:
@@ -1317,6 +1320,7 @@ _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice t
 _READ_BYTES = 1 << 20  # more than a StreamReader can hold: a read takes everything there is
 _LARGE_PIECE = 1 << 15  # bytes
 _BACKLOG = 1024  # connections that wait to be accepted
+_PARTIAL_HEAD_BYTES = 1 << 25  # of all connections together; Python holds twice as much for them
 _CLOSE_SECONDS = 60.0  # that a peer has to take the bytes that are queued when we close
 _UNIX = getattr(socket, "AF_UNIX", None)
 
@@ -1343,7 +1347,8 @@ class Connection(asyncio.StreamReaderProtocol):
 
     buffer: bytes that were read but not used.  has_unread: the reader holds bytes.  ended: nothing
     more comes; `failure` is the reason, None for a clean EOF.  was_heard: whether data has come
-    since this was last set to False.  is_reused: it came from the pool.  watcher: called with the
+    since this was last set to False.  is_reused: it came from the pool.
+    is_admitted: the gate has let a request of this client in.  watcher: called with the
     connection when data or EOF comes.  sink: the body that takes the data in place of the reader.
     feeder: the body that is relayed to this connection.
     address: the peer's, "" if it has none.  scheme: "https" over TLS.  ends_body: only the end of
@@ -1360,6 +1365,7 @@ class Connection(asyncio.StreamReaderProtocol):
         "failure",
         "feeder",
         "has_unread",
+        "is_admitted",
         "is_reused",
         "read_deadline",
         "reader",
@@ -1383,7 +1389,8 @@ class Connection(asyncio.StreamReaderProtocol):
         super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
         self.buffer = b""
-        self.has_unread = self.ended = self.was_heard = self.ends_body = self.is_reused = False
+        self.has_unread = self.ended = self.was_heard = self.ends_body = False
+        self.is_reused = self.is_admitted = False
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
         self.sink = self.feeder = None  # type: Optional[Body]
@@ -1630,6 +1637,7 @@ class Deadlines:
         self.loop = loop
         self.interval = interval
         self.connections = set()  # type: Set[Any]
+        self.partial_heads = PartialHeads()
         self.is_active = False
         self.on_activity = None  # type: Optional[Callable[[], None]]
         self._empty = None  # type: Optional[asyncio.Future[None]]
@@ -1664,6 +1672,30 @@ class Deadlines:
         self._timer.cancel()
 
 
+class PartialHeads:
+    """The message heads that have come in part.
+
+    Together they are bounded: if they grow too large, the connection of the oldest is aborted.
+    """
+
+    def __init__(self) -> None:
+        self._sizes = {}  # type: Dict[Connection, int]
+        self._total = 0
+
+    def hold(self, connection: Connection, size: int) -> None:
+        """Note the size in bytes of a connection's partial head."""
+        self._total += size - self._sizes.get(connection, 0)
+        self._sizes[connection] = size
+        while self._total > _PARTIAL_HEAD_BYTES:
+            oldest = next(iter(self._sizes))
+            self.release(oldest)
+            oldest.abort()
+
+    def release(self, connection: Connection) -> None:
+        """The head is whole, or will never be."""
+        self._total -= self._sizes.pop(connection, 0)
+
+
 async def read_head(
     connection: Connection, is_request: bool, config: Config, head: bytes = b""
 ) -> bytes:
@@ -1675,24 +1707,29 @@ async def read_head(
     Truncated at EOF, TimedOut at the connection's read deadline, OSError if the connection fails.
     """
     head = head or await connection.read()
-    searched = 0
-    while True:
-        end = head.find(b"\r\n\r\n", max(0, searched - 3)) + 4
-        if 4 <= end <= config.max_head_bytes:
-            if end < len(head):
-                connection.buffer = head[end:]
-                head = head[:end]
-            return head
-        try:
-            check_partial_head(head, max(0, searched - 1), is_request, config)
-        except ProxyError:
-            connection.buffer = head
-            raise
-        searched = len(head)
-        data = await connection.read()
-        if not data:
-            raise Truncated()
-        head += data
+    searched, partial = 0, connection.deadlines.partial_heads
+    try:
+        while True:
+            end = head.find(b"\r\n\r\n", max(0, searched - 3)) + 4
+            if 4 <= end <= config.max_head_bytes:
+                if end < len(head):
+                    connection.buffer = head[end:]
+                    head = head[:end]
+                return head
+            try:
+                check_partial_head(head, max(0, searched - 1), is_request, config)
+            except ProxyError:
+                connection.buffer = head
+                raise
+            searched = len(head)
+            partial.hold(connection, searched)
+            data = await connection.read()
+            if not data:
+                raise Truncated()
+            head += data
+    finally:
+        if searched:
+            partial.release(connection)
 
 
 class Body:
@@ -4405,6 +4442,7 @@ class Exchange:
                 return
         request = self.request = find_app(self.request, self.gate)
         await self.gate.authorize(request)
+        self.client.is_admitted = True
         self.client.deadlines.is_active = True
         if request.route is not None:
             await self._serve(request.route)
@@ -4883,8 +4921,10 @@ class PortProxy:
         self.tunnels = set()  # type: Set[Tunnel]
         self.titles = Titles()
         self.mark = secrets.token_hex(8)
-        self._clients = set()  # type: Set[Connection]
+        self._clients = {}  # type: Dict[Connection, None]  # the oldest first
         self._servers = []  # type: List[asyncio.AbstractServer]
+        self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
+        self._handshakes = {}  # type: Dict[asyncio.Future[None], None]  # the oldest first
         self._sockets = []  # type: List[socket.socket]
         self._owns_sockets = True
 
@@ -4915,7 +4955,7 @@ class PortProxy:
         self.upstreams = Upstreams(self.config, self.deadlines, addresses + list(ways_back))
         try:
             for sock in self._sockets:
-                self._servers.append(await self._listen(loop, sock, tls))
+                await self._listen(loop, sock, tls)
         except BaseException:
             await self.close()
             raise
@@ -4923,20 +4963,22 @@ class PortProxy:
 
     async def _listen(
         self, loop: asyncio.AbstractEventLoop, sock: socket.socket, tls: Optional[ssl.SSLContext]
-    ) -> asyncio.AbstractServer:
+    ) -> None:
+        if tls is not None:
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+            self._acceptors.append(loop.create_task(self._accept_tls(loop, sock, tls)))
+            return
         assert self.deadlines is not None
         protocol = functools.partial(Connection, self.deadlines, self._accepted)
         options = {"sock": sock, "backlog": _BACKLOG}  # type: Dict[str, Any]
-        if tls is not None and sys.version_info < (3, 7):
-            make = functools.partial(_tls_protocol, protocol, tls, self.config.head_timeout, loop)
-            return await loop.create_server(make, **options)
-        if tls is not None:
-            options.update(ssl=tls, ssl_handshake_timeout=self.config.head_timeout)
         if sock.family != _UNIX:
-            return await loop.create_server(protocol, **options)
-        if sys.version_info >= (3, 13):
-            options["cleanup_socket"] = False  # the file may be another process's by then
-        return await loop.create_unix_server(protocol, **options)
+            server = await loop.create_server(protocol, **options)
+        else:
+            if sys.version_info >= (3, 13):
+                options["cleanup_socket"] = False  # the file may be another process's by then
+            server = await loop.create_unix_server(protocol, **options)
+        self._servers.append(server)
 
     @property
     def port(self) -> int:
@@ -4986,6 +5028,11 @@ class PortProxy:
                 os.unlink(self.config.bind[len(_UNIX_PREFIX) :])
         for server in self._servers:
             server.close()
+        accepting = self._acceptors + list(self._handshakes)
+        for task in accepting:
+            task.cancel()
+        if accepting:
+            await asyncio.wait(accepting)
         for sock in self._sockets:
             sock.close()
         self.is_stopping = True
@@ -5008,6 +5055,7 @@ class PortProxy:
         left = until - now() if self.tunnels else 0.0
         await deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
         self._servers.clear()
+        self._acceptors.clear()
         self._sockets.clear()
 
     def _tasks(self) -> "List[asyncio.Future[None]]":
@@ -5025,7 +5073,7 @@ class PortProxy:
 
         Returns whether the connection may carry another request.  Otherwise it is closed.
         """
-        self._clients.add(client)
+        self._clients[client] = None
         keep = False
         try:
             request = await self._parse(client, head)
@@ -5036,19 +5084,91 @@ class PortProxy:
             client.abort()
             raise
         finally:
-            self._clients.discard(client)
+            self._clients.pop(client, None)
         return keep
 
     # A client's connection.
 
     def _accepted(self, client: Connection) -> None:
-        count = len(self._clients) + len(self.tunnels)
-        if count >= self.config.max_connections and not self._make_room():
+        if not self._has_room():
             client.write([_FULL])
             client.close()
             return
-        self._clients.add(client)
+        self._clients[client] = None
         self._let_idle(client)
+
+    def _has_room(self) -> bool:
+        """Whether one more connection can be accepted, for which another may have to go.
+
+        Those that the gate has let nothing in from go first, then the one that was idle for longest.
+        """
+        count = len(self._clients) + len(self.tunnels) + len(self._handshakes)
+        if count < self.config.max_connections:
+            return True
+        if self._handshakes:
+            next(iter(self._handshakes)).cancel()
+            return True
+        clients = [client for client in self._clients if not client.ended]
+        idle = [client for client in clients if client.state is IDLE]
+        strangers = [client for client in clients if not client.is_admitted]
+        idle.sort(key=lambda client: client.read_deadline)
+        for client in (strangers + idle)[:1]:
+            client.abort()
+            return True
+        return False
+
+    async def _accept_tls(
+        self, loop: asyncio.AbstractEventLoop, listener: socket.socket, tls: ssl.SSLContext
+    ) -> None:
+        """Accept connections over TLS, until cancelled.
+
+        asyncio's servers report a connection after its handshake.  Here it counts from the start.
+        """
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError:  # it has gone again, or no descriptor is left
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            if self._has_room():
+                task = loop.create_task(self._shake_hands(loop, sock, tls))
+                self._handshakes[task] = None
+                task.add_done_callback(self._handshakes.pop)
+            else:
+                sock.close()
+
+    async def _shake_hands(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, tls: ssl.SSLContext
+    ) -> None:
+        """Begin a connection over TLS; plain HTTP gets a response that says so."""
+        timeout, is_taken = self.config.head_timeout, False
+        assert self.deadlines is not None
+        try:
+            first = await asyncio.wait_for(_first_byte(loop, sock), timeout)
+            is_taken = True
+            if first.isalpha():  # TLS begins with a byte that is no letter
+                make = functools.partial(Connection, self.deadlines, self._accepted_plain)
+                await loop.connect_accepted_socket(make, sock)
+            else:
+                make = functools.partial(Connection, self.deadlines, self._accepted)
+                handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
+                await asyncio.wait_for(handshake, timeout)
+        except BaseException as error:
+            # asyncio closes a socket that it has taken, but 3.6 does so at its EOF only.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            if not is_taken:
+                sock.close()
+            if not isinstance(error, (OSError, asyncio.TimeoutError)):
+                raise
+
+    def _accepted_plain(self, client: Connection) -> None:
+        """Answer a client that speaks plain HTTP where TLS is expected."""
+        error = ProxyError(400, "This port speaks HTTPS. Begin the address with https://.")
+        self._clients[client] = None
+        client.state = CLOSING
+        client.task = client.deadlines.loop.create_task(self._refuse(client, error))
+        client.task.add_done_callback(lambda _: self._clients.pop(client, None))
 
     def _let_idle(self, client: Connection) -> None:
         """Let a connection wait for its next request, without a task."""
@@ -5063,18 +5183,10 @@ class PortProxy:
         client.read_deadline = FOREVER
         client.state = READING_HEAD
         if client.ended:
-            self._clients.discard(client)
+            self._clients.pop(client, None)
             client.close()
         else:
             client.task = client.deadlines.loop.create_task(self._serve(client))
-
-    def _make_room(self) -> bool:
-        """Close the connection that has been idle for longest; whether there was one."""
-        idle = [client for client in self._clients if client.state is IDLE]
-        if not idle:
-            return False
-        min(idle, key=lambda client: client.read_deadline).abort()
-        return True
 
     async def _serve(self, client: Connection) -> None:
         """Serve the requests of a connection until it is quiet or must be closed."""
@@ -5097,7 +5209,7 @@ class PortProxy:
         finally:
             client.task = None
             if client.state is not IDLE:
-                self._clients.discard(client)
+                self._clients.pop(client, None)
 
     async def _read_request(self, client: Connection) -> Optional[Request]:
         """The next request; None if the client has ended or its head was refused."""
@@ -5251,6 +5363,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
 
 
 _UNIX_PREFIX = "unix:"
+_ACCEPT_PAUSE = 0.2  # seconds
 _FULL = local_response(
     error_response(ProxyError(503, "There are too many connections.", (("Retry-After", "5"),))),
     keep_alive=False,
@@ -5331,27 +5444,18 @@ def _is_private(sock: socket.socket) -> bool:
         return False
 
 
-def _tls_protocol(
-    make: Callable[[], Connection],
-    context: ssl.SSLContext,
-    timeout: float,
-    loop: asyncio.AbstractEventLoop,
-) -> Any:
-    """A TLS protocol with a deadline for the handshake, which asyncio lacks before 3.7."""
-    import asyncio.sslproto
-
-    connection = make()
-
-    class TlsProtocol(asyncio.sslproto.SSLProtocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            loop.call_later(timeout, abort_unless_connected, transport)
-
-    def abort_unless_connected(transport: Any) -> None:
-        if not hasattr(connection, "transport"):
-            transport.abort()
-
-    return TlsProtocol(loop, connection, context, None, server_side=True)  # type: ignore[arg-type]
+async def _first_byte(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
+    """Wait for the first byte, and leave it unread; b"" at EOF, and on Windows at once."""
+    ready = asyncio.Event()
+    try:
+        loop.add_reader(sock.fileno(), ready.set)
+    except NotImplementedError:
+        return b""
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock.fileno())
+    return sock.recv(1, socket.MSG_PEEK)
 
 
 def server_context(config: Config) -> ssl.SSLContext:

@@ -5864,6 +5864,44 @@ class TestLimits:
                 app.let_go.set()
                 assert busy.message()[2] == second.message()[2] == third.message()[2] == b"ok"
 
+    @pytest.mark.parametrize("begin", [
+        lambda proxy: proxy.sent(b"GET /proxy/ HT"), lambda proxy: proxy.wire(),
+        lambda proxy: proxy.sent(request("POST", "/proxy/", "Content-Length: 5000")),
+    ], ids=["half a head", "nothing", "half a form"])
+    def test_connections_that_the_gate_let_nothing_in_from_make_room_first(self, start, upstream, begin):
+        app, proxy = upstream(answering(OK)), start(max_connections=10, token=TOKEN)
+        visit = to(app, "Authorization: Bearer " + TOKEN)
+        with contextlib.ExitStack() as stack:
+            friend = stack.enter_context(proxy.wire())
+            assert friend.ask(visit)[2] == b"ok"
+            for _ in range(15):
+                stack.enter_context(begin(proxy))
+            for _ in range(3):
+                assert proxy.ask(visit)[2] == b"ok"
+            assert friend.ask(visit)[2] == b"ok"
+
+    def test_handshakes_that_never_begin_make_room_first(self, start, upstream, certificate):
+        app = upstream(answering(OK))
+        proxy = start(certfile=str(certificate / "both.pem"), max_connections=10)
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(proxy.wire()) for _ in range(15)]
+            with tls_wire(proxy, certificate) as wire:
+                assert wire.ask(to(app))[2] == b"ok"
+            ended = select.select([wire.sock for wire in silent], [], [], WAIT)[0]
+            assert ended
+
+    def test_partial_heads_together_are_bounded(self, upstream, process):
+        """The oldest makes room for the others."""
+        app, half = upstream(answering(OK)), b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 64000
+        with contextlib.ExitStack() as stack:
+            before = rss_kib(process[0].pid)
+            wires = [stack.enter_context(Wire.to(process[1])) for _ in range(900)]
+            for wire in wires:
+                wire.send(half)
+            eventually(lambda: select.select([wires[0].sock], [], [], 0)[0])
+            assert ask_port(process[1], "/proxy/%d/" % app.port)[2] == b"ok"
+            assert rss_kib(process[0].pid) - before < 80 * 1024
+
     def test_tunnel_too_many_gets_a_503(self, start, upstream):
         """Requests still have room, and a tunnel that ends makes room for another."""
         app, proxy = upstream(serve_sockets), start(max_tunnels=2)
@@ -6039,7 +6077,7 @@ class TestTls:
             assert ended[0] == "/tls"
 
     def test_clients_are_served_over_tls(self, start, upstream, certificate):
-        """A response may come before the whole body has been sent; plain HTTP is refused."""
+        """A response may come before the whole body has been sent; plain HTTP gets a 400 that says so."""
         app = upstream(answering(OK))
         proxy = start(certfile=str(certificate / "cert.pem"), keyfile=str(certificate / "key.pem"))
         assert proxy.proxy.url.startswith("https://")
@@ -6051,9 +6089,11 @@ class TestTls:
             assert status_of(wire.ask(early)) == 404
         assert fields_of(app.messages[0])["x-forwarded-proto"] == "https"
         assert fields_of(app.messages[1])["origin"] == "http://localhost:%d" % app.port
-
-        with proxy.sent(request("GET", "/proxy/")) as wire, contextlib.suppress(ConnectionResetError):
-            assert b"HTTP/1.1 200" not in wire.rest()
+        with proxy.sent(request("GET", "/proxy/")) as wire:
+            answer = wire.message()
+            assert (status_of(answer), b"This port speaks HTTPS." in answer[2]) == (400, True)
+            wire.end()
+            assert wire.rest() == b""
 
     @pytest.mark.parametrize("sent", [b"", client_hello(0x0303)[:9]], ids=["nothing", "a part"])
     def test_slow_handshake_times_out(self, secure, sent):
