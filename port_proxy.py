@@ -1320,7 +1320,9 @@ _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice t
 _READ_BYTES = 1 << 20  # more than a StreamReader can hold: a read takes everything there is
 _LARGE_PIECE = 1 << 15  # bytes
 _BACKLOG = 1024  # connections that wait to be accepted
-_PARTIAL_HEAD_BYTES = 1 << 25  # of all connections together; Python holds twice as much for them
+_PARTIAL_HEAD_BYTES = 1 << 26  # of all connections together
+_SMALL_HEAD = 1 << 12  # bytes; smaller ones are counted as they are read
+_LARGE_HEAD = 1 << 16  # bytes; what is more is the body
 _CLOSE_SECONDS = 60.0  # that a peer has to take the bytes that are queued when we close
 _UNIX = getattr(socket, "AF_UNIX", None)
 
@@ -1419,6 +1421,11 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.sink is not None:
             self.sink.take(data)
             return
+        if len(data) > _SMALL_HEAD and self.state in (IDLE, READING_HEAD):
+            partial = self.deadlines.partial_heads
+            if not partial.has_room(self, partial.size(self) + min(len(data), _LARGE_HEAD)):
+                self.abort()
+                return
         self.has_unread = True
         self.reader.feed_data(data)
         if self.watcher is not None:
@@ -1442,6 +1449,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if isinstance(exc, OSError) and not self.ended:
             self._read_remainder()
         self.deadlines.discard(self)
+        self.deadlines.partial_heads.release(self)
         self.end(exc)
         if self.feeder is not None:
             self.feeder.stop()
@@ -1673,23 +1681,27 @@ class Deadlines:
 
 
 class PartialHeads:
-    """The message heads that have come in part.
+    """The heads of requests that have not come whole, which are bounded together.
 
-    Together they are bounded: if they grow too large, the connection of the oldest is aborted.
+    If they grow too large, the oldest makes room.
     """
 
     def __init__(self) -> None:
         self._sizes = {}  # type: Dict[Connection, int]
         self._total = 0
 
-    def hold(self, connection: Connection, size: int) -> None:
-        """Note the size in bytes of a connection's partial head."""
+    def has_room(self, connection: Connection, size: int) -> bool:
+        """Note that a connection holds `size` bytes in all; False if there is no room for them."""
         self._total += size - self._sizes.get(connection, 0)
         self._sizes[connection] = size
-        while self._total > _PARTIAL_HEAD_BYTES:
-            oldest = next(iter(self._sizes))
-            self.release(oldest)
-            oldest.abort()
+        if self._total <= _PARTIAL_HEAD_BYTES:
+            return True
+        next(iter(self._sizes)).abort()  # its memory becomes free a little later
+        return False
+
+    def size(self, connection: Connection) -> int:
+        """The bytes that a connection holds."""
+        return self._sizes.get(connection, 0)
 
     def release(self, connection: Connection) -> None:
         """The head is whole, or will never be."""
@@ -1722,14 +1734,14 @@ async def read_head(
                 connection.buffer = head
                 raise
             searched = len(head)
-            partial.hold(connection, searched)
+            if is_request and not partial.has_room(connection, searched):
+                connection.abort()
             data = await connection.read()
             if not data:
                 raise Truncated()
             head += data
     finally:
-        if searched:
-            partial.release(connection)
+        partial.release(connection)
 
 
 class Body:
@@ -4964,12 +4976,12 @@ class PortProxy:
     async def _listen(
         self, loop: asyncio.AbstractEventLoop, sock: socket.socket, tls: Optional[ssl.SSLContext]
     ) -> None:
+        assert self.deadlines is not None
         if tls is not None:
             sock.listen(_BACKLOG)
             sock.setblocking(False)
-            self._acceptors.append(loop.create_task(self._accept_tls(loop, sock, tls)))
+            self._acceptors.append(loop.create_task(self._accept_tls(self.deadlines, sock, tls)))
             return
-        assert self.deadlines is not None
         protocol = functools.partial(Connection, self.deadlines, self._accepted)
         options = {"sock": sock, "backlog": _BACKLOG}  # type: Dict[str, Any]
         if sock.family != _UNIX:
@@ -5118,7 +5130,7 @@ class PortProxy:
         return False
 
     async def _accept_tls(
-        self, loop: asyncio.AbstractEventLoop, listener: socket.socket, tls: ssl.SSLContext
+        self, deadlines: Deadlines, listener: socket.socket, tls: ssl.SSLContext
     ) -> None:
         """Accept connections over TLS, until cancelled.
 
@@ -5126,31 +5138,30 @@ class PortProxy:
         """
         while True:
             try:
-                sock, _ = await loop.sock_accept(listener)
+                sock, _ = await deadlines.loop.sock_accept(listener)
             except OSError:  # it has gone again, or no descriptor is left
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
             if self._has_room():
-                task = loop.create_task(self._shake_hands(loop, sock, tls))
+                task = deadlines.loop.create_task(self._shake_hands(deadlines, sock, tls))
                 self._handshakes[task] = None
                 task.add_done_callback(self._handshakes.pop)
             else:
                 sock.close()
 
     async def _shake_hands(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, tls: ssl.SSLContext
+        self, deadlines: Deadlines, sock: socket.socket, tls: ssl.SSLContext
     ) -> None:
         """Begin a connection over TLS; plain HTTP gets a response that says so."""
-        timeout, is_taken = self.config.head_timeout, False
-        assert self.deadlines is not None
+        loop, timeout, is_taken = deadlines.loop, self.config.head_timeout, False
         try:
             first = await asyncio.wait_for(_first_byte(loop, sock), timeout)
             is_taken = True
             if first.isalpha():  # TLS begins with a byte that is no letter
-                make = functools.partial(Connection, self.deadlines, self._accepted_plain)
+                make = functools.partial(Connection, deadlines, self._accepted_plain)
                 await loop.connect_accepted_socket(make, sock)
             else:
-                make = functools.partial(Connection, self.deadlines, self._accepted)
+                make = functools.partial(Connection, deadlines, self._accepted)
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
