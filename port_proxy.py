@@ -5136,18 +5136,23 @@ class PortProxy:
 
         asyncio's servers report a connection after its handshake.  Here it counts from the start.
         """
-        while True:
-            try:
-                sock, _ = await deadlines.loop.sock_accept(listener)
-            except OSError:  # it has gone again, or no descriptor is left
-                await asyncio.sleep(_ACCEPT_PAUSE)
-                continue
-            if self._has_room():
-                task = deadlines.loop.create_task(self._shake_hands(deadlines, sock, tls))
-                self._handshakes[task] = None
-                task.add_done_callback(self._handshakes.pop)
-            else:
-                sock.close()
+        loop = deadlines.loop
+        try:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except OSError:  # it has gone again, or no descriptor is left
+                    await asyncio.sleep(_ACCEPT_PAUSE)
+                    continue
+                if self._has_room():
+                    task = loop.create_task(self._shake_hands(deadlines, sock, tls))
+                    self._handshakes[task] = None
+                    task.add_done_callback(self._handshakes.pop)
+                else:
+                    sock.close()
+        finally:
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                loop.remove_reader(listener.fileno())  # 3.6 leaves it
 
     async def _shake_hands(
         self, deadlines: Deadlines, sock: socket.socket, tls: ssl.SSLContext
@@ -5155,7 +5160,7 @@ class PortProxy:
         """Begin a connection over TLS; plain HTTP gets a response that says so."""
         loop, timeout, is_taken = deadlines.loop, self.config.head_timeout, False
         try:
-            first = await asyncio.wait_for(_first_byte(loop, sock), timeout)
+            first = await _first_byte(loop, sock, timeout)
             is_taken = True
             if first.isalpha():  # TLS begins with a byte that is no letter
                 make = functools.partial(Connection, deadlines, self._accepted_plain)
@@ -5455,17 +5460,26 @@ def _is_private(sock: socket.socket) -> bool:
         return False
 
 
-async def _first_byte(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
-    """Wait for the first byte, and leave it unread; b"" at EOF, and on Windows at once."""
-    ready = asyncio.Event()
+async def _first_byte(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, timeout: float
+) -> bytes:
+    """Wait for the first byte, and leave it unread; b"" at EOF and on Windows; TimeoutError."""
+    ready = loop.create_future()
+
+    def note() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
     try:
-        loop.add_reader(sock.fileno(), ready.set)
+        loop.add_reader(sock.fileno(), note)
     except NotImplementedError:
         return b""
     try:
-        await ready.wait()
+        await asyncio.wait([ready], timeout=timeout)
     finally:
         loop.remove_reader(sock.fileno())
+    if not ready.done():
+        raise asyncio.TimeoutError()
     return sock.recv(1, socket.MSG_PEEK)
 
 
