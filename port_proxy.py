@@ -1,27 +1,28 @@
 #!/usr/bin/env python3
 """port_proxy: every port of a machine, reachable through one HTTP port.
 
-Run ``python3 port_proxy.py`` and open ``http://localhost:8888/proxy/8080/``: it shows the app that
-listens on port 8080 of this machine.  It needs CPython 3.6 or newer and the standard library.
+Run ``python3 port_proxy.py``, then open ``http://localhost:8888/proxy/8080/`` to use the app that
+listens on port 8080 of this machine.  Requires CPython 3.6 or newer, and nothing else.
 
-    <base>/<port>/path?q                    /path?q at localhost:<port>; the prefix is stripped
-    <base>/absolute/<port>/path?q           the full path at localhost:<port>; the prefix is kept
-    <base>/<host>:<port>/path?q             as the first, on a host of the allowlist
-    <base>/absolute/<host>:<port>/path?q    as the second, on a host of the allowlist
-    http://<port>.localhost:8888/path?q     /path?q at localhost:<port>, an origin of its own
+    URL                                     upstream and path
+    <base>/<port>/path?q                    localhost:<port>, /path?q (prefix stripped)
+    <base>/absolute/<port>/path?q           localhost:<port>, the full path (prefix kept)
+    <base>/<host>:<port>/path?q             <host>:<port> if allowed, /path?q
+    <base>/absolute/<host>:<port>/path?q    <host>:<port> if allowed, the full path
+    http://<port>.localhost:8888/path?q     localhost:<port>, /path?q (an origin for each app)
 
-The way of a request.  Every request takes the same one; each client connection has one coroutine.
+Request flow.  Each client connection has one coroutine.  All requests take the same steps:
 
     accept -> read_head -> parse_request -> Gate.authorize -> Upstreams.take or connect
            -> request_for_upstream -> [a second task sends the request body meanwhile]
            -> read_head -> parse_response -> response_lines -> relay the body -> next request
     after a 101: a Tunnel splices both transports, and the coroutine ends
 
-What always holds.  A message is framed once, strictly; what does not match the grammar is refused
-and never repaired.  Bodies are never held: bytes go on as they come, with back-pressure both ways.
-An error is raised where it is found and answered in one place; once a response head has gone out,
-an error cuts the response short, so that it never looks whole.  Access is decided before any
-upstream is touched.  No credential of ours reaches an app.
+Invariants.  The framing of a message is decided once; messages that do not match the grammar are
+refused, never repaired.  Bodies are streamed, with back-pressure in both directions.  Exceptions
+become responses in one place; after the response head was sent, an error truncates the response so
+that the client can tell.  Access is decided before the proxy connects to an upstream.  Apps never
+receive the proxy's own credentials.
 
 Sections, each using only names above it: errors, configuration, routes, messages, bodies,
 connections, header rewriting, unprefixed requests, local sockets, pages, upstreams, access control,
@@ -85,7 +86,7 @@ __all__ = ["Config", "PortProxy", "ProxyError", "main"]
 
 logger = logging.getLogger("port_proxy")
 
-Fields = Tuple[Tuple[str, str], ...]  # (name, value) pairs in order; text is latin-1, a byte each
+Fields = Tuple[Tuple[str, str], ...]  # (name, value) pairs in order, as latin-1 text
 Address = Tuple[str, int]
 FOREVER = float("inf")
 now = time.monotonic  # the clock of all deadlines, in seconds
@@ -94,10 +95,9 @@ now = time.monotonic  # the clock of all deadlines, in seconds
 # --------------------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------------------
-# They are raised where they are found.  `PortProxy` turns each into a response, in one place.
+# `PortProxy` turns these exceptions into responses, in one place.
 
-
-# How advice in an error calls the options: as the command line does.  Jupyter has other names.
+# The names of options in error messages.  The Jupyter extension has terms of its own.
 COMMAND_LINE_TERMS = {
     "Start": "Start the proxy with",
     "start": "start the proxy with",
@@ -113,25 +113,25 @@ COMMAND_LINE_TERMS = {
 
 
 def own_command() -> str:
-    """What to type to start this program."""
+    """The command that starts this program."""
     is_installed = os.path.basename(sys.argv[0]).startswith("port-proxy")
     return "port-proxy" if is_installed else "python3 port_proxy.py"
 
 
 def printable(text: str) -> str:
-    """Text of others for a terminal, a log or a page: control characters (C0, DEL, C1) are escaped.
+    """Untrusted text for a terminal, a log or a page.
 
-    So is everything else that `str.isprintable` refuses, such as marks that reverse the text.
+    Escapes all that `str.isprintable` rejects: control characters, bidirectional marks and others.
     """
     if text.isprintable():
         return text
     return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
 def _escape_record(record: logging.LogRecord) -> bool:
-    """Filter of our logger: clients and apps choose parts of its messages."""
+    """Logging filter: messages contain text from clients and apps."""
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 
@@ -140,13 +140,14 @@ logger.addFilter(_escape_record)
 
 
 class ProxyError(Exception):
-    """A request that the proxy answers itself, because it refuses it or cannot serve it.
+    """Ends a request with a response of the proxy itself, such as an error or a redirect.
 
-    status: the HTTP status code.  detail: sentences for the person who reads the response (plain
-    text, escaped where it is shown).  fields: further (name, value) pairs of the response head.
-    advice: a sentence about the options that would help, as a template for `str.format` with
-    the keys of COMMAND_LINE_TERMS, whose "value" is filled with `value`; it is added to `detail`.
-    Raises ValueError for a field that cannot stand in a head, such as a value with a line break.
+    status: the HTTP status code.  detail: the explanation for the user, in plain text.  fields:
+    additional response headers.  advice: a sentence that names an option; it is appended to
+    `detail`.  It is a `str.format` template with the keys of COMMAND_LINE_TERMS.  value: the
+    option's value in the advice.
+
+    Raises ValueError for an invalid header, such as a value with a line break.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class ProxyError(Exception):
         super().__init__(status, detail)
         for name, content in fields:
             if not _OWN_FIELD.fullmatch("%s:%s" % (name, content)):
-                raise ValueError("the field %s cannot stand in a message head" % ascii(name))
+                raise ValueError("the header %s is not valid" % ascii(name))
         self.status = status
         self.detail = self._reason = detail
         self.fields = fields
@@ -164,7 +165,7 @@ class ProxyError(Exception):
         self.phrase_advice(COMMAND_LINE_TERMS)
 
     def phrase_advice(self, terms: Mapping[str, str]) -> None:
-        """Write the advice in `detail` with the given names of the options."""
+        """Append the advice to `detail`, with these names of the options."""
         if self._advice:
             advice = self._advice.format(**dict(terms, value=terms["value"] % self._value))
             self.detail = "%s %s" % (self._reason, advice)
@@ -174,11 +175,11 @@ _OWN_FIELD = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 
 
 
 class ClientGone(Exception):
-    """The client has left, or takes no more bytes: there is nobody to answer."""
+    """The client disconnected or stopped reading, so no response can be sent."""
 
 
 class Truncated(Exception):
-    """A connection ended in the middle of a message."""
+    """EOF in the middle of a message."""
 
 
 class TimedOut(Exception):
@@ -188,10 +189,10 @@ class TimedOut(Exception):
 # --------------------------------------------------------------------------------------------------
 # Configuration
 # --------------------------------------------------------------------------------------------------
-# Each option stands here twice.  `Config` has its type, its default and the reason for that;
-# `OPTIONS` has its name on the command line, the kind of its values and its line of help.  Checking
-# a Config, the command line, Jupyter's configuration and the test of the README read that table.
-# `checked_config` (section Server) adds the checks that need the grammar of routes and origins.
+# `Config` gives the type, the default and the rationale of each option.  `OPTIONS` gives its flag,
+# the kind of its values and its help.  `check_values`, the command line, Jupyter's configuration
+# and a test of the README use this table.  `checked_config` (section Server) also checks the syntax
+# of routes and origins.
 
 
 class Hub(NamedTuple):
@@ -200,84 +201,84 @@ class Hub(NamedTuple):
     prefix: str  # the path of this server, such as /user/ana; the proxy's base lies below it
     user: str  # the owner of this server
     api_url: str
-    api_token: str  # of this server; also the secret of its OAuth client
+    api_token: str  # of this server; also its OAuth client secret
     client_id: str
-    authorize_url: str  # browsers sign in there
-    callback_url: str  # browsers return to it; sent as the Hub gave it
-    access_scopes: FrozenSet[str]  # each of them gives access, as access:servers does
-    server_name: str = ""  # of a named server
-    home: str = ""  # the prefix redirects to it; "" for the proxy's base
+    authorize_url: str  # the Hub's sign-in page
+    callback_url: str  # OAuth redirect URI, exactly as the Hub gave it
+    access_scopes: FrozenSet[str]  # any of these grants access, for example access:servers
+    server_name: str = ""  # "" for the user's default server
+    home: str = ""  # requests for the prefix are redirected here; "" for the proxy's base
     activity_url: str = ""
     activity_interval: float = 300.0  # seconds
     is_secure: bool = False  # the Hub's public URL has the scheme https
-    host_cookies: bool = False  # cookies get the prefix __Host-, and so the path /
-    cookie_options: Tuple[Tuple[str, str], ...] = ()  # attributes of cookies; "" for no value
+    host_cookies: bool = False  # cookie names start with __Host-, so their path is /
+    cookie_options: Tuple[Tuple[str, str], ...] = ()  # attributes; "" for one without value
 
 
 class Config(NamedTuple):
-    """What one proxy does; immutable.  `PortProxy` checks it, and raises ValueError for mistakes.
+    """The settings of one proxy, immutable.  `PortProxy` raises ValueError for invalid ones.
 
-    Sizes are in bytes, times in seconds.  Bodies have no limit, and a request that makes progress
-    has no total timeout.
+    Sizes are in bytes, times in seconds.  Bodies may have any size.  A request may take any time as
+    long as it makes progress.
     """
 
     base: str = "/proxy"  # path prefix of all addresses; "/" for none
     bind: str = "127.0.0.1"  # address or name to listen on, or "unix:PATH"
     port: int = 8888  # 0 takes any free port
-    # Hosts besides this machine's loopback names: names, addresses and patterns ("*.example.org");
-    # or a function that takes the host (lower case, no brackets) and decides about all hosts.
+    # Upstream hosts besides the loopback names: names, addresses and patterns ("*.example.org").  Or
+    # a function of the host (lower case, no brackets) that decides about every host.
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # send the client's Host to the upstream instead of the target's
     domains: Sequence[str] = ("localhost",)  # <port>.<domain> is that port; none under a Hub
-    # Whether all paths of our origin are ours.  Then unprefixed requests are led back to their app,
-    # and our cookies are sent to all paths.  None: if base is the default or the root, and
-    # trusted_proxies is empty.
+    # Whether the proxy serves all paths of its origin.  If so, unprefixed requests are routed to
+    # their app, and the proxy's cookies have the path /.  None: yes if base is the default or the
+    # root, and trusted_proxies is empty.
     whole_origin: Optional[bool] = None
 
-    # None: a random token, but none if only this machine's users can connect.  "any": a random
-    # token.  "": no token.  Otherwise at least 16 characters: guesses are only slowed down.
+    # None: a random token, or no token if only users of this machine can connect.  "any": a random
+    # token.  "": no token.  Otherwise at least 16 characters, since guesses are slowed, not blocked.
     token: Optional[str] = None
-    allow_hostnames: Sequence[str] = ()  # further names, or patterns, of a proxy without a token
-    allow_origins: Sequence[str] = ()  # further origins: "https://a.example.org", "*"
-    allow_preflight: bool = False  # CORS preflights, which carry no credentials, reach the apps
-    # Replaces all of that: `await authorize(head, visit, route)` runs once per request and Upgrade,
-    # before anything is connected.  It admits by returning None, refuses by raising
-    # ProxyError(status, detail), and redirects by raising
-    # ProxyError(302, "", (("Location", url),)).  `route` is None for the proxy's own pages.
+    allow_hostnames: Sequence[str] = ()  # further Host names or patterns, without a token
+    allow_origins: Sequence[str] = ()  # may use the apps: "https://a.example.org", "*"
+    allow_preflight: bool = False  # CORS preflights reach the apps without credentials
+    # Replaces the token and allow_hostnames.  `await authorize(request, client, route)` is called
+    # once per request and Upgrade, before the proxy connects.  Return None to admit; raise
+    # ProxyError(status, detail) to refuse, or ProxyError(302, "", (("Location", url),)) to
+    # redirect.  `route` is None for the proxy's own pages.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
-    hub: Optional[Hub] = None  # replaces all of that too: users sign in at the Hub
-    trusted_proxies: Sequence[str] = ()  # addresses, networks or "unix": keep their X-Forwarded
+    hub: Optional[Hub] = None  # also replaces these: users sign in at the Hub
+    trusted_proxies: Sequence[str] = ()  # addresses, networks, "unix": trust X-Forwarded
     certfile: Optional[str] = None  # PEM, with the key in it or in keyfile; serves HTTPS
     keyfile: Optional[str] = None
-    client_ca: Optional[str] = None  # PEM; clients need a certificate that one of these signed
+    client_ca: Optional[str] = None  # PEM; clients need a certificate signed by one of these
     upstream_tls: Sequence[str] = ()  # "PORT" or "HOST:PORT" of upstreams that speak TLS
     insecure_upstream: bool = False  # do not verify the certificates of this machine's upstreams
-    any_owner: bool = False  # also reach ports on which another ordinary user listens
+    any_owner: bool = False  # also reach ports of other ordinary users
 
-    max_connections: int = 8192  # of clients; an idle one is closed for a new one
+    max_connections: int = 8192  # of clients; at the limit, an idle one is closed
     max_tunnels: int = 6144  # WebSockets; leaves room for requests
     max_head_bytes: int = 65536  # cookies of a whole hub fit; Node allows 16 KiB, nginx 32 KiB
     max_target_bytes: int = 16384  # OAuth and notebook URLs fit; nginx and Apache allow 8 KiB
     max_fields: int = 200  # Apache allows 100
     max_chunk_line_bytes: int = 4096  # 15 digits and any sensible extension
-    max_trailer_bytes: int = 16384  # trailers are read only to be dropped
+    max_trailer_bytes: int = 16384  # trailers are checked and dropped
     max_idle_upstreams: int = 1024  # pooled connections to all upstreams together
 
-    head_timeout: float = 30.0  # from the first byte of a head to its last, at any rate
+    head_timeout: float = 30.0  # from the first byte of a head to its last
     keep_alive_timeout: float = 120.0  # between requests; browsers close sooner
     connect_timeout: float = 10.0  # all addresses of a host together
-    response_timeout: float = 3600.0  # from the end of the request to a head; models take long
-    stall_timeout: float = 3600.0  # a client neither sends its body nor takes the response's
+    response_timeout: float = 3600.0  # from the end of the request to the response head
+    stall_timeout: float = 3600.0  # without progress of a client's request or response body
     linger_timeout: float = 5.0  # reading after an early response, so that the client receives it
     shutdown_timeout: float = 5.0  # for running requests when the proxy is stopped
     idle_upstream_timeout: float = 4.0  # Node and uvicorn close after 5 s, without warning
 
 
 class Kind(NamedTuple):
-    """The values that an option takes, as errors describe them, and their types."""
+    """The type of an option's values."""
 
-    words: str
-    types: Tuple[type, ...]  # for a number, the last one reads it from text
+    words: str  # for error messages
+    types: Tuple[type, ...]  # the last type of a number converts it from text
 
 
 _STRING = Kind("a string", (str,))
@@ -289,9 +290,9 @@ STRINGS = Kind("a sequence of strings", (tuple, list, set, frozenset))
 
 
 class Option(NamedTuple):
-    """A field of Config as users see it."""
+    """A field of Config on the command line."""
 
-    flag: str  # the name on the command line, and in errors
+    flag: str  # also its name in error messages
     field: str
     kind: Kind
     metavar: str
@@ -299,7 +300,6 @@ class Option(NamedTuple):
 
 
 def _option(flag: str, kind: Kind, metavar: str, text: str, field: str = "") -> Option:
-    """The option for `field`, whose name by default is that of the flag."""
     return Option(flag, field or flag.lstrip("-").replace("-", "_"), kind, metavar, text)
 
 
@@ -364,21 +364,21 @@ LIMIT_OPTIONS = (
     _option("--idle-upstream-timeout", SECONDS, "SECONDS", "for an idle connection to an app"),
     _option("--shutdown-timeout", SECONDS, "SECONDS", "for running requests at shutdown"),
 )
-_FIELDS_ALONE = (  # no option takes their value; errors name the field
+_FIELDS_WITHOUT_FLAG = (  # error messages name the field
     _option("token", _STRING, "", ""),
     _option("authorize", Kind("an asynchronous callable", ()), "", ""),
     _option("hub", Kind("a Hub", (Hub,)), "", ""),
 )
 OPTIONS = {
     option.field: option
-    for option in GENERAL_OPTIONS + ACCESS_OPTIONS + LIMIT_OPTIONS + _FIELDS_ALONE
+    for option in GENERAL_OPTIONS + ACCESS_OPTIONS + LIMIT_OPTIONS + _FIELDS_WITHOUT_FLAG
 }
 
 
 def check_values(config: Config) -> None:
     """Raise ValueError for a value of the wrong type, a number out of range, or a missing option.
 
-    A value of the wrong type is not repeated: it may be a secret.
+    The message does not contain a value of the wrong type, which may be a secret.
     """
     defaults = Config()
     for field, option in OPTIONS.items():
@@ -395,7 +395,7 @@ def check_values(config: Config) -> None:
         raise ValueError("--port must be a number from 0 to 65535, not %d" % config.port)
     for option in LIMIT_OPTIONS:
         value = getattr(config, option.field)
-        if not value > 0:  # which NaN is not, either
+        if not value > 0:  # also true for NaN
             raise ValueError("%s must be greater than 0, not %r" % (option.flag, value))
     for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
         if getattr(config, option.field) and not config.certfile:
@@ -408,12 +408,11 @@ def check_values(config: Config) -> None:
 # --------------------------------------------------------------------------------------------------
 # Routes
 # --------------------------------------------------------------------------------------------------
-# A route says where requests with a certain prefix go.  It is found in the raw request target,
-# which is never decoded and encoded again: path and query reach the app byte for byte.  Routes
-# depend on nothing but the prefix, so they are made once and kept.
+# A route maps a path prefix to an upstream.  It is parsed from the raw request target, which is
+# never decoded and re-encoded: path and query reach the app byte for byte.  Routes are cached.
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-_UNSPECIFIED = ("0.0.0.0", "::")  # some apps call themselves by the address they listen on
+_UNSPECIFIED = ("0.0.0.0", "::")  # some apps put these into their own URLs
 _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end the Path of a cookie
 _BELOW_BASE = re.compile(r"(/absolute)?/([^/?]*)(/[^?\r\n]*)?(\?.*)?")
 _UPSTREAM = re.compile(
@@ -429,14 +428,13 @@ _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPa
 
 
 class Route(NamedTuple):
-    """Where requests with a certain prefix go.
+    """The upstream for requests with a certain prefix.
 
-    host: as the client wrote it, in lower case and without brackets; "localhost" if it wrote none.
-    prefix: the part of the target in front of the app's own path, as the client wrote it; "" if
-    the host names the port.  absolute: the upstream receives the prefix, too.  scheme: "http" or
-    "https", as the upstream expects.  authority: host:port for a Host field.  homes: the names
-    (host:port, in lower case) by which the app may call itself.  prefix_lines: header lines that
-    tell the app its stripped prefix.
+    host: in lower case and without brackets; "localhost" by default.  prefix: the part of the
+    target before the app's own path, as the client spelled it; "" if the Host header names the
+    port.  absolute: the prefix is not stripped.  scheme: "http" or "https" for the upstream.
+    authority: host:port, for the Host header.  app_authorities: values of host:port, in lower case,
+    that the app may use in its own URLs.  prefix_lines: header lines with the stripped prefix.
     """
 
     host: str
@@ -445,28 +443,28 @@ class Route(NamedTuple):
     absolute: bool
     scheme: str
     authority: str
-    homes: FrozenSet[str]
+    app_authorities: FrozenSet[str]
     prefix_lines: Tuple[str, ...]
 
     @property
     def is_local(self) -> bool:
-        """Whether the route leads to this machine's loopback interface."""
+        """Whether the upstream is on this machine's loopback interface."""
         return self.host in LOOPBACK_NAMES
 
     @property
     def place(self) -> str:
-        """The upstream in words."""
+        """The upstream, for messages to users."""
         return "port %d of %s" % (self.port, "this machine" if self.is_local else self.host)
 
 
 def find_route(
     base: str, target: str, upstream_tls: Sequence[str] = ()
 ) -> Tuple[Optional[Route], str, str]:
-    """The route that a target in origin form names below `base`, and the raw path and query behind.
+    """The route, the raw path and the raw query of a request target in origin form.
 
-    The route is None for the base itself.  The path is "" if the slash behind the port is missing;
-    the query has its "?".  Raises ProxyError 404 if the target names no port, 400 if its dot
-    segments lead out of the app.
+    The route is None for the base itself.  The path is "" if the slash after the port is missing.
+    The query includes its "?".  Raises ProxyError 404 for a target without a port, 400 for dot
+    segments that lead above the app's root.
     """
     rest = path_below(base, target)
     match = _BELOW_BASE.fullmatch(rest or "")
@@ -506,10 +504,10 @@ def _make_route(
     is_tls = authority in upstream_tls or (is_local and port in upstream_tls)
     scheme = "https" if is_tls else "http"
     hosts = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),) if is_local else (host,)
-    homes = frozenset(authority_of(one, int(port)) for one in hosts)
+    app_authorities = frozenset(authority_of(name, int(port)) for name in hosts)
     fields = _PREFIX_FIELDS if prefix and not absolute else ()
     lines = tuple("%s: %s" % (field, prefix) for field in fields)
-    return Route(host, int(port), prefix, absolute, scheme, authority, homes, lines)
+    return Route(host, int(port), prefix, absolute, scheme, authority, app_authorities, lines)
 
 
 def authority_of(host: str, port: int) -> str:
@@ -518,12 +516,12 @@ def authority_of(host: str, port: int) -> str:
 
 
 def route_to_port(port: int, upstream_tls: Sequence[str] = ()) -> Route:
-    """The route to a local port that the host names: the whole target is the app's own."""
+    """The route for a host such as 8080.localhost: there is no prefix."""
     return _make_route("", "", str(port), False, upstream_tls)
 
 
 def port_in_host(authority: str, domains: Sequence[str]) -> int:
-    """The port that a host such as 8080.localhost names, 0 if it names none."""
+    """The port in a host such as 8080.localhost, or 0."""
     if not authority[:1].isdigit():
         return 0
     port, _, domain = host_of(authority).partition(".")
@@ -537,7 +535,7 @@ def host_of(authority: str) -> str:
 
 
 def forms(base: str) -> str:
-    """The forms of a path, in one sentence."""
+    """The path forms of a route, for error messages."""
     return (
         "The forms are {0}/<port>/, {0}/<host>:<port>/, {0}/absolute/<port>/ and"
         " {0}/absolute/<host>:<port>/."
@@ -545,7 +543,7 @@ def forms(base: str) -> str:
 
 
 def path_below(base: str, reference: str) -> Optional[str]:
-    """The part of a path, with its query and fragment, behind `base`; None if it is not below.
+    """`reference` without `base`, including query and fragment; None if it is not below `base`.
 
     Segments are compared percent-decoded: "+" may be written as "%2B" (RFC 3986 section 6.2.2.2).
     """
@@ -564,8 +562,8 @@ def _decoded_segments(path: str) -> List[bytes]:
     return [unquote_to_bytes(segment.encode("latin-1")) for segment in path.split("/")]
 
 
-def is_home(base: str, target: str) -> bool:
-    """Whether a target is the base itself, with or without its slash."""
+def is_base(base: str, target: str) -> bool:
+    """Whether a target is the base itself, with or without a slash at its end."""
     return path_below(base, target.partition("?")[0]) in ("", "/")
 
 
@@ -586,14 +584,14 @@ def _leads_out(path: str) -> bool:
 
 
 def is_allowed(host: str, allowlist: Union[Sequence[str], Callable[[str], bool]]) -> bool:
-    """Whether `host`, as written in lower case, may be reached; no name is looked up for this."""
+    """Whether `host`, in lower case, is allowed.  Names are not resolved for this."""
     if callable(allowlist):
         return bool(allowlist(host))
     return host in LOOPBACK_NAMES or matches(host, allowlist)
 
 
 def matches(host: str, patterns: Iterable[str]) -> bool:
-    """Whether a host, in lower case and without brackets, matches one of the normal patterns."""
+    """Whether a host (lower case, no brackets) matches one of the normalized patterns."""
     return any(_compiled(pattern).fullmatch(host) for pattern in patterns)
 
 
@@ -601,9 +599,10 @@ def matches(host: str, patterns: Iterable[str]) -> bool:
 def _compiled(pattern: str) -> "re.Pattern[str]":
     """The regex of a host pattern.
 
-    "*" alone matches every host.  A pattern of digits, dots and wildcards matches IPv4 addresses
-    alone: 10.* is not 10.evil.example.  In any other, a wildcard stays within one label of a name
-    or one group of an IPv6 address, but a leading "*." stands for one label or more.
+    "*" alone matches every host.  A pattern of digits, dots and wildcards matches only IPv4
+    addresses: 10.* does not match 10.evil.example.  In other patterns, a wildcard matches within
+    one label of a name or one group of an IPv6 address, and a leading "*." matches one or more
+    labels.
     """
     if pattern == "*":
         return re.compile(".*")
@@ -617,7 +616,7 @@ def _compiled(pattern: str) -> "re.Pattern[str]":
 
 
 def normal_base(base: str) -> str:
-    """`base` without its last slash, "" for the root; ValueError if it is not a plain path."""
+    """`base` without a slash at its end; ValueError if it is not a plain path."""
     path = base[:-1] if base.endswith("/") else base
     has_dots = any(unquote(segment) in (".", "..") for segment in path.split("/"))
     if not _BASE.fullmatch(path) or has_dots:
@@ -626,7 +625,7 @@ def normal_base(base: str) -> str:
 
 
 def normal_patterns(patterns: Iterable[str]) -> Tuple[str, ...]:
-    """Host patterns in lower case without brackets; ValueError for one that can never match."""
+    """Host patterns in lower case without brackets; ValueError for an invalid one."""
     normal = []
     for given in patterns:
         pattern = (given[1:-1] if given[:1] + given[-1:] == "[]" else given).lower()
@@ -638,13 +637,12 @@ def normal_patterns(patterns: Iterable[str]) -> Tuple[str, ...]:
 
 
 def is_domain(name: str) -> bool:
-    """Whether a name in lower case can be a domain; browsers take one that ends in digits for an
-    address."""
+    """Whether a lower-case name can be a domain.  Browsers parse 1.2.3 as an IPv4 address."""
     return bool(_DOMAIN.fullmatch(name)) and not name.rpartition(".")[2].isdigit()
 
 
 def normal_domain(domain: str) -> str:
-    """A domain in lower case; ValueError if it is none."""
+    """A domain in lower case; ValueError if it is invalid."""
     if not is_domain(domain.lower()):
         raise ValueError("a domain is a name such as apps.example.org, not %r" % domain)
     return domain.lower()
@@ -2129,7 +2127,10 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
         return value if value.startswith("//") else _with_prefix(value, route)
     scheme, authority, path = match.group(1).lower(), match.group(2).lower(), match.group(3)
     default = "" if _PORT.search(authority) else _DEFAULT_PORTS[scheme]
-    if authority + default not in route.homes and authority != request.client.authority.lower():
+    if (
+        authority + default not in route.app_authorities
+        and authority != request.client.authority.lower()
+    ):
         return value
     path = _with_prefix(path if path.startswith("/") else "/" + path, route)
     return "/." + path if _OTHER_HOST.match(path) else path
@@ -2175,7 +2176,7 @@ def _is_home_domain(domain: str, request: Request, route: Route) -> bool:
     """Whether a cookie's Domain is the app's home, the proxy, or the domain above an app's host."""
     host = host_of(request.client.authority)
     above = host.partition(".")[2] if request.client.app_port else host
-    return domain in (host, above) or domain in map(host_of, route.homes)
+    return domain in (host, above) or domain in map(host_of, route.app_authorities)
 
 
 def _cookie_path(path: str, route: Route) -> str:
@@ -2402,7 +2403,7 @@ def _app_of_page(request: Request, gate: Any) -> str:
     base = gate.config.base
     for referer in request.headers.get_all("referer"):
         path = _own_path(referer, request.client.authority)
-        if base and path and is_home(base, path):
+        if base and path and is_base(base, path):
             return ""
         with contextlib.suppress(ProxyError):
             route = find_route(base, path)[0] if path else None
@@ -3697,7 +3698,7 @@ class TokenGate(Gate):
             if path == ENTRANCE and self.token:
                 self.check_origin(request)
                 raise self._enter(sent.get("ticket", ""), request)
-        elif is_home(self.config.base, path):
+        elif is_base(self.config.base, path):
             if self.token and request.method == "POST":
                 self.check_origin(request)
                 await self._sign_in(await read_form(), client)
@@ -3967,7 +3968,7 @@ def _positive_number(text: str) -> float:
 
 def _hub_home(prefix: str, path: str) -> str:
     home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
-    return "" if is_home(prefix, home.partition("#")[0]) else home  # it would redirect to itself
+    return "" if is_base(prefix, home.partition("#")[0]) else home  # it would redirect to itself
 
 
 def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
@@ -4147,11 +4148,11 @@ class HubGate(Gate):
     async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
         if request.method not in ("GET", "HEAD"):
             return None
-        if is_home(self.hub.prefix + "/api", request.target):
+        if is_base(self.hub.prefix + "/api", request.target):
             return await self._ready()
-        if is_home(self.callback_path, request.target):
+        if is_base(self.callback_path, request.target):
             await self._end_login(request)
-        if is_home(self.hub.prefix, request.target):
+        if is_base(self.hub.prefix, request.target):
             await self.authorize(request)
             home = self.hub.home or self.config.base + "/"
             raise ProxyError(302, "Redirecting.", (("Location", home),))

@@ -75,9 +75,9 @@ from port_proxy import (
     host_of,
     is_allowed,
     is_authority,
+    is_base,
     is_below,
     is_domain,
-    is_home,
     is_own_origin,
     normal_base,
     normal_domain,
@@ -950,7 +950,7 @@ class TestRoutes:
         ("DB:8080", "db:8080"), ("db:80", "db:80"), ("[FE80::1]:80", "[fe80::1]:80"),
     ])
     def test_homes_are_all_names_that_the_app_may_have(self, upstream, homes):
-        assert route_of(upstream).homes == set(homes.lower().split())
+        assert route_of(upstream).app_authorities == set(homes.lower().split())
 
     def test_stripped_prefix_alone_is_sent_to_the_app(self):
         names = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
@@ -972,7 +972,7 @@ class TestRoutes:
     def test_path_below_the_base_is_found_without_decoding_the_rest(self, base, path, below):
         assert path_below(base, path) == below
         assert is_below(base, path + "?a") is (below is not None)
-        assert is_home(base, path + "?a") is (below in ("", "/"))
+        assert is_base(base, path + "?a") is (below in ("", "/"))
 
     @pytest.mark.parametrize("given, normal", [
         ("/proxy", "/proxy"), ("/proxy/", "/proxy"), ("/", ""), ("", ""), ("/user/ana/proxy/", "/user/ana/proxy"),
@@ -2760,8 +2760,8 @@ class TestUnprefixedRequests:
     def test_authorize_is_called_with_the_route_of_the_app(self, start):
         calls = []
 
-        async def authorize(head, visit, route):
-            calls.append((route.port, head.path))
+        async def authorize(request, client, route):
+            calls.append((route.port, request.path))
             raise ProxyError(403, "No.")
 
         assert status_of(start(authorize=authorize).get("/x", "Referer: %s/proxy/80/" % US)) == 403
@@ -5654,8 +5654,8 @@ class TestRepeatedRequests:
         """Also those that it refuses, and for which a connection is at hand."""
         seen = []
 
-        async def authorize(head, visit, route):
-            seen.append([head.target] + [value for name, value in head.fields if name == "X-Key"])
+        async def authorize(request, client, route):
+            seen.append([request.target] + [value for name, value in request.fields if name == "X-Key"])
             if seen.count(seen[-1]) == 3:
                 raise ProxyError(402, "Not any more.")
 
