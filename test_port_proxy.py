@@ -3953,8 +3953,15 @@ class TestPortOwner:
     )
     def test_owner_is_found_by_address_and_port(self, start, upstream, own_host, other_host, statuses):
         """Two users may listen on the same number, at different addresses."""
-        app, proxy = upstream(answering(OK), host=own_host), start()
-        with as_user(OTHER_USER, other_host, app.port):
+        proxy = start()
+        with contextlib.ExitStack() as stack:
+            for attempt in range(20):
+                app = upstream(answering(OK), host=own_host)
+                try:
+                    stack.enter_context(as_user(OTHER_USER, other_host, app.port))
+                    break
+                except OSError:  # a connection of another program has this number at the other address
+                    assert attempt < 19
             assert {name: status_of(proxy.get("/proxy/%s%d/" % (name, app.port))) for name in statuses} == statuses
 
     @pytest.mark.parametrize("listens, accepts, is_last, status", [
