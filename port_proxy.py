@@ -651,16 +651,15 @@ def normal_domain(domain: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # Messages
 # --------------------------------------------------------------------------------------------------
-# The grammar of RFC 9112 sections 2 to 6.  A head is looked at once.  Parsing makes one immutable
-# record with everything that later steps ask for: the header lines and their index, the framing of
-# the body, the client, the route, and a few flags.
+# The grammar of RFC 9112 sections 2 to 6.  Each head is parsed once, into an immutable record of
+# header lines, body framing, client, route and flags.
 #
-# Heads are decoded as latin-1: one character per byte, both ways.  Character classes are spelt out,
-# because \d, \s and \w also match non-ASCII text.  No pattern can match the same text in two ways,
-# so none can be made slow.
+# Heads are decoded and encoded as latin-1, one character per byte.  Patterns list their characters,
+# because \d, \s and \w also match non-ASCII text.  Patterns are unambiguous, so that no input makes
+# them slow.
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
-# Browsers send "|", "{", "^" and others raw in a target, and programs send UTF-8, against RFC 3986.
+# Against RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
 _FIELD_LINE = re.compile(r"%s:[\t -~\x80-\xff]*" % TOKEN)
@@ -677,17 +676,17 @@ _LENGTH_LIST = re.compile(r"[0-9]{1,18}(?:[ \t]*,[ \t]*[0-9]{1,18})*")
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())
 _MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
 _NO_TOKENS = frozenset()  # type: FrozenSet[str]
-_USUAL_TOKENS = {one: frozenset([one]) for one in ("close", "keep-alive", "upgrade")}
+_USUAL_TOKENS = {token: frozenset([token]) for token in ("close", "keep-alive", "upgrade")}
 
 
 class _FieldNames(Dict[str, str]):
-    """The field names met so far, as they are spelt: their lower-case forms."""
+    """A cache of field names: the name on the wire and its lower-case form."""
 
     def __missing__(self, name: str) -> str:
         if not _NAME.fullmatch(name):
             raise ValueError
         key = name.lower()
-        if len(key) <= 64:  # so that all of them together stay small
+        if len(key) <= 64:  # limits the memory of the cache
             if len(self) >= 1000:
                 self.clear()
             self[name] = key
@@ -700,8 +699,8 @@ _field_names = _FieldNames()
 class Headers:
     """The field lines of a head, in order, with an index.
 
-    keys: the field names in lower case.  lines: the lines as they came, "Name: value".  index: the
-    line of each name, the last one if a field is repeated.
+    keys: the field names in lower case.  lines: the unchanged lines, "Name: value".  index: the
+    line of each key; for a repeated field, the last line.
     """
 
     __slots__ = ("index", "keys", "lines")
@@ -715,8 +714,7 @@ class Headers:
     def parse(cls, section: bytes, config: Config, is_response: bool = False) -> "Headers":
         """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431.
 
-        White space before a colon is removed in a response and refused in a request, as section 5.1
-        demands.
+        White space before a colon is removed in responses and refused in requests (section 5.1).
         """
         lines = section.decode("latin-1").split("\r\n")[:-2]
         is_legal = not section.translate(None, _LEGAL) and (
@@ -731,10 +729,10 @@ class Headers:
             is_legal = False
         if is_legal:
             return cls(keys, lines)
-        closed = [_SPACED_NAME.sub(r"\1:", line, 1) for line in lines] if is_response else lines
-        if closed == lines:
+        repaired = [_SPACED_NAME.sub(r"\1:", line, 1) for line in lines] if is_response else lines
+        if repaired == lines:
             raise ProxyError(400, _explain_field_section(lines))
-        return cls.parse("\r\n".join(closed + ["", ""]).encode("latin-1"), config)
+        return cls.parse("\r\n".join(repaired + ["", ""]).encode("latin-1"), config)
 
     def get(self, name: str) -> str:
         """The last value of the field `name` (lower case), "" if it is missing."""
@@ -758,7 +756,8 @@ class Headers:
         if name not in self.index:
             return _NO_TOKENS
         value = ",".join(self.get_all(name)).lower()
-        return _USUAL_TOKENS.get(value) or frozenset([one.strip(" \t") for one in value.split(",")])
+        usual = _USUAL_TOKENS.get(value)
+        return usual or frozenset([member.strip(" \t") for member in value.split(",")])
 
     def pairs(self) -> Fields:
         """All fields as (name, value) pairs."""
@@ -778,7 +777,11 @@ def _explain_field_section(lines: List[str]) -> str:
 
 
 class Framing(NamedTuple):
-    """How a body ends: "none", "length", "chunked" or "close"; `length` counts for "length"."""
+    """How a body ends.
+
+    kind: "none", "length", "chunked", or "close" for a body that ends at EOF.  length: in bytes,
+    for the kind "length".
+    """
 
     kind: str
     length: int = 0
@@ -790,12 +793,12 @@ UNTIL_CLOSE = Framing("close")
 
 
 def request_framing(headers: Headers, minor: str) -> Framing:
-    """How a request body ends (RFC 9112 section 6.3); ProxyError 400 or 501 on any doubt."""
+    """The framing of a request body (RFC 9112 section 6.3); ProxyError 400 or 501."""
     return _declared_framing(headers, minor) or NO_BODY
 
 
 def response_framing(headers: Headers, minor: str, status: int, method: str) -> Framing:
-    """How the body of a response to `method` ends (RFC 9112 section 6.3); ProxyError 400 or 501."""
+    """The framing of the body of a response to `method`; ProxyError 400 or 501."""
     declared = _declared_framing(headers, minor)
     if method == "HEAD" or status < 200 or status in (204, 304):
         return NO_BODY
@@ -828,12 +831,11 @@ def _declared_framing(headers: Headers, minor: str) -> Optional[Framing]:
 
 
 class ClientInfo(NamedTuple):
-    """How the client sees the proxy, and what the app is told of the client.
+    """The address of a client, and the public origin: the origin of the proxy for this client.
 
-    address: the client's, "" if it has none.  scheme, authority (host:port): of the origin that the
-    client uses; the authority is "" if it sent none.  app_port: the port that the authority's host
-    names, 0 if it is our own host.  lines: the X-Forwarded header lines.  home_lines: those that
-    tell nothing of the public origin.
+    address: "" if unknown.  scheme, authority (host:port): of the public origin; the authority is
+    "" if the request has none.  app_port: the port in a host such as 8080.localhost, or 0.  lines:
+    the X-Forwarded header lines.  address_lines: those without the public origin.
     """
 
     address: str
@@ -841,16 +843,16 @@ class ClientInfo(NamedTuple):
     authority: str
     app_port: int = 0
     lines: Tuple[str, ...] = ()
-    home_lines: Tuple[str, ...] = ()
+    address_lines: Tuple[str, ...] = ()
 
 
 def client_info(
     headers: Headers, address: str, scheme: str, authority: str, config: Config
 ) -> ClientInfo:
-    """The client of a request that came from `address`.
+    """The client of a request; `address` and `scheme` are those of the connection.
 
-    X-Forwarded fields count only if they come from a trusted proxy.  The client then is the last
-    address that is not a trusted proxy itself.  Raises ProxyError 400.
+    X-Forwarded headers are used only if `address` is a trusted proxy.  The client is then the last
+    address in X-Forwarded-For that is not a trusted proxy.  Raises ProxyError 400.
     """
     hops, port = [address] if address else [], ""
     if _is_trusted(address, config.trusted_proxies):
@@ -858,7 +860,7 @@ def client_info(
         if len(forwarded) > _MAX_FORWARDED:
             text = "X-Forwarded-For is longer than %d characters." % _MAX_FORWARDED
             raise ProxyError(400, text)
-        before = [one.strip(" \t") for one in forwarded.split(",")] if forwarded else []
+        before = [hop.strip(" \t") for hop in forwarded.split(",")] if forwarded else []
         hops = before + hops
         while len(before) > 1 and _is_trusted(before[-1], config.trusted_proxies):
             before.pop()
@@ -876,19 +878,22 @@ def client_info(
 def _make_client_info(
     address: str, scheme: str, authority: str, port: str, hops: str, domains: Sequence[str]
 ) -> ClientInfo:
-    home = ["X-Forwarded-For: " + hops] if hops else []
-    public = ["X-Forwarded-Proto: " + scheme]
+    address_lines = ("X-Forwarded-For: " + hops,) if hops else ()
+    origin_lines = ["X-Forwarded-Proto: " + scheme]
     if authority:
         match = _PORT.search(authority)
         port = port or (match.group(1) if match else _DEFAULT_PORTS[scheme][1:])
-        public += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
+        origin_lines += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
     app_port = port_in_host(authority, domains)
-    return ClientInfo(address, scheme, authority, app_port, tuple(home + public), tuple(home))
+    lines = address_lines + tuple(origin_lines)
+    return ClientInfo(address, scheme, authority, app_port, lines, address_lines)
 
 
 def _nearest_value(headers: Headers, name: str) -> str:
-    """The first member of the last field called `name`: the statement of the nearest proxy that
-    replaces the field, or of the outermost one where each appends to it."""
+    """The first member of the last field called `name`.
+
+    If proxies replace the field, the nearest proxy wrote it; if they append, the outermost did.
+    """
     return headers.get(name).partition(",")[0].strip(" \t")
 
 
@@ -904,21 +909,20 @@ def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _networks(proxies: Sequence[str]) -> List[Any]:
-    return [ipaddress.ip_network(one, False) for one in proxies if one != "unix"]
+    return [ipaddress.ip_network(proxy, False) for proxy in proxies if proxy != "unix"]
 
 
 class Request(NamedTuple):
     """A parsed, routed request.
 
-    target: origin form or "*", raw.  path, query: the part of it behind the route's prefix.
-    authority: host:port as the client wrote them, from the absolute form or else from Host.
-    route: None for the proxy's own pages, and if routing failed with `route_error`.
-    minor: of the HTTP version, "0" or "1".  connection: the tokens of the Connection field.
-    keep_alive: the client may send another request.  is_replayable: the request may be sent again
-    if its connection turns out to be stale.  is_navigation: a browser goes to this address, rather
-    than a script or a program.  is_page_visit: a person wants to see a page.  is_own_origin: it has
-    an Origin field, which names the origin that the client uses.  is_unprefixed: the client left
-    the prefix out, and the route was found by other means.
+    target: the raw request target, in origin form or "*".  path, query: the target without the
+    route's prefix.  authority: host:port from the absolute form or else from Host.  route: None for
+    the proxy's own pages, and if there is a `route_error`.  minor: the HTTP minor version, "0" or
+    "1".  connection: the tokens of Connection.  keep_alive: the client may send another request.
+    is_replayable: the request may be sent again if a pooled connection turns out to be closed.
+    is_navigation: sent by a browser for a new page, not by a script or a program.  is_page_visit: a
+    navigation with GET or HEAD.  is_own_origin: Origin is present and is the public origin.
+    is_unprefixed: the target has no prefix; see section Unprefixed requests.
     """
 
     method: str
@@ -973,7 +977,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     authority = hosts[0] if hosts else ""
     if hosts and not is_authority(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
-    # RFC 6454 section 7.3.  The gate and the app must not look at different ones.
+    # RFC 6454 section 7.3.  Otherwise the gate and the app might use different ones.
     if "origin" in headers.index and len(headers.get_all("origin")) > 1:
         raise ProxyError(400, "A request has at most one Origin field.")
     if method == "CONNECT":
@@ -984,7 +988,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     framing = request_framing(headers, minor)
     connection = headers.tokens("connection")
     client = client_info(headers, address, scheme, authority, config)
-    route, path, query, route_error = _find_app(target, client, config)
+    route, path, query, route_error = _route_target(target, client, config)
     is_websocket = (
         "upgrade" in connection
         and method == "GET"
@@ -1018,10 +1022,10 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     )
 
 
-def _find_app(
+def _route_target(
     target: str, client: ClientInfo, config: Config
 ) -> Tuple[Optional[Route], str, str, Optional[ProxyError]]:
-    """Route, path, query, and the error if there is no route; the host counts before the path."""
+    """Route, path, query and routing error.  A port in the host overrides the path."""
     if target == "*":
         return None, "", "", None
     if client.app_port:
@@ -1029,12 +1033,12 @@ def _find_app(
         return route_to_port(client.app_port, config.upstream_tls), path, mark + query, None
     try:
         return find_route(config.base, target, config.upstream_tls) + (None,)
-    except ProxyError as error:  # the gate has its say first
+    except ProxyError as error:  # raised later, after the gate has decided
         return None, "", "", error
 
 
 def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
-    """Method, target, minor version and the end of the line; ProxyError 400, 414 or 505."""
+    """Method, target, minor version and length of the line; ProxyError 400, 414 or 505."""
     match = _REQUEST_LINE.match(text)
     if not match:
         text = "The request line is not 'METHOD TARGET HTTP/1.1' with single spaces and a target"
@@ -1077,54 +1081,55 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
 
 
 def check_partial_head(head: bytes, start: int, is_request: bool, config: Config) -> None:
-    """Refuse the beginning of a head that is too long or can never become valid (ProxyError).
+    """Raise ProxyError if an incomplete head is too long or already invalid.
 
-    start: the part before it was checked before.
+    start: the number of bytes that were checked before.
     """
     part = head[start:]
     if part.startswith(b"\n") and start:  # its CR was checked before
         part = part[1:]
     pairs = part.count(b"\r\n")
-    returns = part.count(b"\r") - part.endswith(b"\r")  # the last one may be half of a CRLF
+    returns = part.count(b"\r") - part.endswith(b"\r")  # the last CR may be half of a CRLF
     if part.translate(None, _LEGAL) or part.count(b"\n") != pairs or returns != pairs:
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
     end = head.find(b"\r\n")
     if is_request:
-        if end >= max(0, start - 1):  # the line has just become whole
+        if end >= max(0, start - 1):  # the request line is now complete
             parse_request_line(head[: end + 2].decode("latin-1"), config)
         elif end < 0 and len(head) > config.max_target_bytes:
             text = "The request line is longer than %d bytes." % config.max_target_bytes
             raise ProxyError(414, text)
     elif not head.startswith(b"HTTP/"[: len(head)]):
-        raise ProxyError(400, "It does not begin with HTTP/.")
+        raise ProxyError(400, "The response does not begin with HTTP/.")
     if len(head) > config.max_head_bytes:
         text = "The message head is longer than %d bytes." % config.max_head_bytes
         raise ProxyError(431, text)
 
 
 def is_authority(text: str) -> bool:
-    """Whether `text` is a valid host with or without a port, and without user information."""
+    """Whether `text` is a valid host or host:port, without user information."""
     return bool(_AUTHORITY.fullmatch(text))
 
 
 def is_own_origin(origin: str, authority: str) -> bool:
-    """Whether `origin` ("http://host:port") has the authority that the client uses.
+    """Whether `origin` ("http://host:port") has this authority.
 
-    The scheme is not compared: a server in front of us may speak TLS where we do not.
+    Schemes are not compared: a server in front of the proxy may terminate TLS.
     """
     match = _HTTP_URL.fullmatch(origin) if origin and authority else None
     if not match or match.group(3):
         return False
     default = _DEFAULT_PORTS[match.group(1).lower()]
-    return _without(default, match.group(2).lower()) == _without(default, authority.lower())
+    origin_authority = match.group(2).lower()
+    return _without_suffix(origin_authority, default) == _without_suffix(authority.lower(), default)
 
 
-def _without(suffix: str, text: str) -> str:
+def _without_suffix(text: str, suffix: str) -> str:
     return text[: -len(suffix)] if text.endswith(suffix) else text
 
 
 def cookie_name(cookie: str) -> str:
-    """The name in a pair of Cookie or at the start of Set-Cookie, however loosely it is read."""
+    """The cookie name in a Cookie pair or a Set-Cookie value, as lenient parsers read it."""
     return cookie.split(";")[0].lstrip(" \t=").partition("=")[0].rstrip(" \t")
 
 
@@ -1138,13 +1143,15 @@ def cookie_values(headers: Headers, name: str) -> List[str]:
 # --------------------------------------------------------------------------------------------------
 # Bodies
 # --------------------------------------------------------------------------------------------------
-# Decoders without I/O (RFC 9112 sections 6 and 7).  `feed(data)` returns the data of the body in
-# `data`, in pieces.  `finished` says whether the body has ended.  `rest` holds the bytes of `data`
-# that were not used: those behind the end of the body, or those that must be fed again because they
-# are too many pieces.  `end()` is told that the connection has ended.
+# Decoders without I/O (RFC 9112 sections 6 and 7).
+#
+# feed(data): returns the body data in `data`, as a list of at most _MAX_PIECES pieces.
+# end(): called at EOF; raises Truncated if the body is incomplete.
+# finished: the body is complete.
+# rest: the unused bytes of the last `data`.  Feed them again unless the body is finished.
 
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-# At most 15 digits: parsers differ on larger sizes, and nobody has so much to send.
+# At most 15 digits, because parsers differ on larger sizes.
 _CHUNK_LINE = re.compile(
     (
         r"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*"
@@ -1154,7 +1161,7 @@ _CHUNK_LINE = re.compile(
 _CHUNK_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?")
 _TRAILER_LINE = re.compile(_FIELD_LINE.pattern.encode("latin-1"))
 
-_MAX_PIECES = 2000  # at a time: a flood of small chunks must leave other requests their turns
+_MAX_PIECES = 2000  # so that many small chunks do not hold up other requests
 
 Pieces = List[Union[bytes, memoryview]]
 
@@ -1170,7 +1177,6 @@ class LengthDecoder:
         self.rest = b""
 
     def feed(self, data: bytes) -> Pieces:
-        """The body data in `data`."""
         if len(data) > self._remaining:
             self.rest = data[self._remaining :]
             data = data[: self._remaining]
@@ -1179,12 +1185,11 @@ class LengthDecoder:
         return [data]
 
     def end(self) -> None:
-        """The connection has ended, before the body: raises Truncated."""
         raise Truncated()
 
 
 class UntilCloseDecoder:
-    """A body that ends with its connection."""
+    """A body that ends at EOF."""
 
     __slots__ = ("finished", "rest")
 
@@ -1193,19 +1198,17 @@ class UntilCloseDecoder:
         self.rest = b""
 
     def feed(self, data: bytes) -> Pieces:
-        """All of `data`."""
         return [data]
 
     def end(self) -> None:
-        """The connection has ended, and with it the body."""
         self.finished = True
 
 
 class ChunkedDecoder:
     """A body in the chunked coding.  Extensions and trailers are checked and dropped.
 
-    Raises ProxyError 400 for anything that does not match RFC 9112 section 7.1, except that the
-    white space behind a chunk size, which some devices send, is accepted in a response.
+    Raises ProxyError 400 for data that does not match RFC 9112 section 7.1.  Responses may have
+    white space after a chunk size, because some devices send it.
     """
 
     __slots__ = (
@@ -1224,13 +1227,12 @@ class ChunkedDecoder:
         self.rest = b""
         self._config = config
         self._is_response = is_response
-        self._state = "size"  # what comes next: size, data, data end, trailer
-        self._partial = b""  # the beginning of a line that has not come whole
-        self._remaining = 0  # bytes of the current chunk
+        self._state = "size"  # expected next: size, data, data end or trailer
+        self._partial = b""  # an incomplete line
+        self._remaining = 0  # bytes of the current chunk that are missing
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> Pieces:
-        """The body data in `data`."""
         if self._partial:
             data, self._partial = self._partial + data, b""
         view, at, self.rest = memoryview(data), 0, b""
@@ -1247,22 +1249,21 @@ class ChunkedDecoder:
             in_trailer = self._state == "trailer"
             config = self._config
             limit = config.max_trailer_bytes if in_trailer else config.max_chunk_line_bytes
-            behind = data.find(b"\n", at, at + limit + 2) + 1
-            if not behind:
+            line_end = data.find(b"\n", at, at + limit + 2) + 1
+            if not line_end:
                 self._partial = data[at:]
                 self._check_partial_line(limit)
                 return pieces
-            self._take_line(data[at:behind])
-            at = behind
+            self._take_line(data[at:line_end])
+            at = line_end
         self.rest = data[at:]
         return pieces
 
     def end(self) -> None:
-        """The connection has ended, before the body: raises Truncated."""
         raise Truncated()
 
     def _check_partial_line(self, limit: int) -> None:
-        """Refuse the beginning of a line as soon as it can never become valid."""
+        """Raise ProxyError 400 if an incomplete line is already invalid."""
         line = self._partial
         if len(line) > limit + 1:
             raise ProxyError(400, "A chunk size line or trailer is longer than %d bytes." % limit)
@@ -1272,7 +1273,7 @@ class ChunkedDecoder:
             raise ProxyError(400, "A chunk is not followed by CRLF.")
 
     def _take_line(self, line: bytes) -> None:
-        """Act on a line with its line end: a chunk size, the end of a chunk, or a trailer."""
+        """Process a complete line: a chunk size, the CRLF after a chunk, or a trailer."""
         if line[-2:] != b"\r\n":
             raise ProxyError(400, "A line of a chunked body does not end in CRLF.")
         if self._state == "size":
@@ -1298,7 +1299,7 @@ class ChunkedDecoder:
 
 
 def body_decoder(framing: Framing, config: Config, is_response: bool = False) -> Any:
-    """The decoder of a body that is framed so."""
+    """A new decoder for this framing."""
     if framing is CHUNKED:
         return ChunkedDecoder(config, is_response)
     return UntilCloseDecoder() if framing is UNTIL_CLOSE else LengthDecoder(framing.length)
@@ -1982,7 +1983,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     ]
     lines += _rewritten_lines(request.headers, table, (request, route, gate), _WRITTEN_BY_US)
     if is_home:
-        lines += client.home_lines
+        lines += client.address_lines
         lines.append("X-Forwarded-Proto: " + route.scheme)
     else:
         lines += client.lines
