@@ -6110,6 +6110,14 @@ _TO_TLS = (
     "It redirects to https at its own address, which the proxy leads back to it: an endless loop."
     " Switch that off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
 )
+_REFUSES_PROXIES = (
+    "It answers %d to a request that came through a proxy (X-Forwarded-For). Add 127.0.0.1 to the"
+    " trusted proxies in the app's configuration."
+)
+_SIGNS_PATH = (
+    "It uses Digest authentication, which signs the path. Use the app's own host, where no prefix"
+    " is removed."
+)
 _LOSES_PREFIX = (
     "Its links that begin with a slash lose the prefix, and nothing restores it. Use the app's own"
     " host, its option for a base path, or --whole-origin yes."
@@ -6236,6 +6244,11 @@ class PortCheck:
             await self._find_bypass(page)
         status = await self._status(self.path, ["Host: " + _STRANGER])
         self._note(refuses_host=status >= 400 > page.response.status)
+        status = await self._status(self.path, ["X-Forwarded-For: 127.0.0.1"])
+        if status >= 400 > page.response.status:
+            self._add_problem(_REFUSES_PROXIES % status)
+        if page.response.headers.get("www-authenticate").lower().startswith("digest"):
+            self._add_problem(_SIGNS_PATH)
         await self._try_websockets()
 
     async def _get(

@@ -7121,6 +7121,19 @@ class TestCheck:
         parts = ("redirects  /lab", ", ".join(links), "refuses names that are not its own", "opens at /ws; refuses")
         assert [part for part in parts + (flag,) if part not in text] == []
 
+    @pytest.mark.parametrize("name, value, answer, advice", [
+        ("x-forwarded-for", "127.0.0.1", b"400 Bad Request", "Add 127.0.0.1 to the trusted proxies"),
+        ("host", None, b"401 No\r\nWWW-Authenticate: Digest realm=a", "Use the app's own host"),
+        ("x-forwarded-for", "1.2.3.4", b"400 Bad Request", ""),
+    ])
+    def test_app_that_refuses_proxies_or_signs_its_path_is_told_apart(self, check, upstream, name, value, answer, advice):
+        def respond(target, fields, app):
+            is_refused = name in fields and value in (None, fields[name])
+            return b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n" % (answer if is_refused else b"200 OK")
+
+        problems = check(upstream(responding(respond)).port).problems
+        assert [advice in problem for problem in problems] == [True] * bool(advice)
+
     @pytest.mark.parametrize("text, bypasses", [
         ("new WebSocket('ws://localhost:PORT/ws')", True), ("http://127.0.0.1:PORT", True), ("ws://[::1]:PORT/", True),
         ("?protocol=ws%3A&hostname=0.0.0.0&port=PORT&pathname=%2Fws", True), ("http://localhost:PORT0/", False),
