@@ -2750,7 +2750,7 @@ def _started(pid: int) -> float:
 # --------------------------------------------------------------------------------------------------
 # The responses of the proxy itself: HTML for people, JSON and plain text for programs.  Pages load
 # nothing from elsewhere: a Content-Security-Policy allows only their own style and script, by hash.
-# They work without the script.  The page of ports is made from the rows that programs get as JSON.
+# They work without the script.  The ports page shows the same rows that programs get as JSON.
 
 _STYLE = """\
 :root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d9e0e7;--ground:#f6f8fa;
@@ -2805,8 +2805,8 @@ _PORT_ITEM = """\
 <li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>\
 <div class="ways">{links}</div></li>
 """
-# Fetches the list every three seconds.  New ports are inserted at their places; a port that is gone
-# fades and leaves with the next list; the entry with the keyboard's focus stays as it is.
+# Fetches the list every three seconds.  New ports are inserted in order.  A port that disappears
+# fades, and the next list removes it.  The entry with keyboard focus is not replaced.
 _PORTS_SCRIPT = """
 const list = document.querySelector('.ports'), notice = document.querySelector('[role=status]')
 const filter = document.querySelector('#filter'), none = document.querySelector('#none')
@@ -2868,7 +2868,7 @@ _WAITING_PAGE = """\
 <li>On the machine, run <code>{command}</code> to examine the port.</li>
 </ul></div>"""
 _FOOTER = '<p class="soft"><a href="%s">All ports</a> &middot; %d &middot; port_proxy</p>'
-# Requests the head of this page, less and less often, until a response is not the proxy's own.
+# Sends HEAD requests for this page, less and less often, until the app responds.
 _WAITING_SCRIPT = """
 const help = document.querySelector('#help')
 let pause = 1000
@@ -2887,7 +2887,7 @@ setTimeout(look, pause)
 """
 _SIGN_IN_FORM = """\
 <h1>Sign in</h1>{detail}<p>Enter the token of this proxy. It was printed when the proxy started, \
-in the address after <code>?token=</code>, unless it was given to the proxy.</p>\
+in the address after <code>?token=</code>, unless you chose the token yourself.</p>\
 <form method="post" action="{action}">\
 <input type="hidden" name="next" value="{target}"><label>Token <input type="password" name="token" \
 required autofocus autocomplete="current-password"></label> <button>Sign in</button></form>"""
@@ -2902,21 +2902,21 @@ _FORMS = (
     ("/db1.example.org:8080/", "port 8080 of a host that --host-allowlist allows"),
     ("/absolute/db1.example.org:8080/", _SAME_PATH),
 )
-# Paths that people type for a port: /8080, /proxy/localhost/8080, /absproxy/8080, http://...:8080/.
-_MEANT = re.compile(
+# Mistyped paths of a port: /8080, /proxy/localhost/8080, /absproxy/8080, http://...:8080/.
+_MISTYPED_PATH = re.compile(
     r"(?:/(?:proxy|ports?))?(/abs(?:olute|proxy))?(?:/https?:/)?(?:/(?:localhost|127\.0\.0\.1))?"
     r"[/:]([1-9][0-9]{0,4})(?:[/?].*)?"
 )
 _OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
 _TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
-_TITLE_BYTES = 65536  # the part of a page that is searched for its title
+_TITLE_BYTES = 65536  # how much of a page is searched for its title
 CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers show no password dialog for this scheme
 
 
 class NotListening(ProxyError):
-    """Nothing accepts connections at the route's port yet; page visits get a page that waits.
+    """The app does not listen; page visits get a page that waits for it.
 
-    elsewhere: the addresses at which the port is listened on instead.
+    elsewhere: other addresses with a listener on the same port.
     """
 
     def __init__(self, route: Route, elsewhere: Sequence[str]) -> None:
@@ -2941,7 +2941,7 @@ class SignInNeeded(ProxyError):
     """A page visit without a valid token.
 
     The sign-in page sends the token to the path `action`, which redirects to `target`.  If `action`
-    is "", the page only links to `target`, where the token is asked for.
+    is "", the page has no form, but a link to `target`, which shows the form.
     """
 
     def __init__(self, detail: str, target: str, action: str) -> None:
@@ -2951,10 +2951,10 @@ class SignInNeeded(ProxyError):
 
 
 class Titles:
-    """The titles of visited pages, by port of this machine; no request is made for them."""
+    """Page titles of local apps, taken from the responses that the proxy relays."""
 
     def __init__(self) -> None:
-        # With the time of the visit, in seconds since the epoch.
+        # By port: the title, and the time of the visit in seconds since the epoch.
         self._seen = {}  # type: Dict[int, Tuple[str, float]]
 
     def note(self, route: Route, response: Response, data: bytes) -> None:
@@ -2965,7 +2965,7 @@ class Titles:
                 self._seen[route.port] = title, time.time()
 
     def get(self, listener: Listener) -> str:
-        """The title of the last page that this program served, or ""."""
+        """The title of the last page from the listening process, or ""."""
         title, seen = self._seen.get(listener.port, ("", 0.0))
         return title if seen >= listener.started else ""
 
@@ -2977,7 +2977,7 @@ def title_in(headers: Headers, data: bytes) -> str:
     if "html" not in media_type or coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         return ""
     try:
-        if coding not in ("", "identity"):  # 47: the head of the data tells which of the two it is
+        if coding not in ("", "identity"):  # 47: zlib detects gzip or deflate itself
             data = zlib.decompressobj(47).decompress(data, _TITLE_BYTES)
         match = _TITLE.search(data[:_TITLE_BYTES].decode("utf-8", "replace"))
         title = html.unescape(match.group(1)) if match else ""
@@ -2987,9 +2987,9 @@ def title_in(headers: Headers, data: bytes) -> str:
 
 
 def port_row(base: str, listener: Listener, title: str, host_url: str) -> Dict[str, Any]:
-    """A port as programs get it, and as the page is made from it; unknown values are None.
+    """A port for the JSON list and the ports page; unknown values are None.
 
-    host_url: the URL of the port's own host, or "".  The best link is the first one.
+    host_url: the URL of the port's own host, or "".  The best link comes first.
     """
     row = listener._asdict()  # type: Dict[str, Any]
     started = row.pop("started")
@@ -3002,10 +3002,10 @@ def port_row(base: str, listener: Listener, title: str, host_url: str) -> Dict[s
 
 
 def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) -> LocalResponse:
-    """The response at the base: the ports to open, and the forms of an address."""
+    """The response at the base: the list of ports, and the forms of an address."""
     fields = (("Vary", "Accept"),)
     items = "".join(map(_port_item, rows))
-    if request.target.endswith("?list"):  # the script of the page
+    if request.target.endswith("?list"):  # requested by the page's script
         return _response(200, "text/html", items, fields + _policy("", forms="'none'"))
     if request.is_navigation:
         nothing = "None of your programs listens on a port. New ones appear here."
@@ -3048,7 +3048,7 @@ def _port_item(row: Dict[str, Any]) -> str:
 
 
 def _summary(row: Dict[str, Any]) -> str:
-    """A line for people: the program, its age, and why localhost does not reach it."""
+    """One line: the program, its age, and its addresses if localhost does not reach it."""
     parts = [printable(row["program"]), "" if row["seconds"] is None else _age(row["seconds"])]
     if not reaches_any("localhost", row["addresses"]):
         parts.append("listens on %s only, not on localhost" % ", ".join(row["addresses"]))
@@ -3066,14 +3066,14 @@ def _age(seconds: int) -> str:
 def error_response(
     error: ProxyError, request: Optional[Request] = None, base: str = ""
 ) -> LocalResponse:
-    """A page for a person, plain text for a program; of the request it repeats only checked names.
+    """A page for a person, plain text for a program.
 
-    request: None if it could not be parsed.
+    Only validated parts of the request are shown.  request: None if it could not be parsed.
     """
     if isinstance(error, SignInNeeded):
         return _sign_in_page(error)
     phrase = title = reason_phrase(error.status)
-    path = _path_meant(error, request, base) if request else ""
+    path = _probable_path(error, request, base) if request else ""
     is_page = request is not None and request.is_navigation
     if request is None or not is_page or request.method not in ("GET", "HEAD", "POST"):
         meant = " Did you mean %s?" % path if path else ""
@@ -3092,18 +3092,18 @@ def error_response(
     return _page(error.status, title, body, error.fields, script)
 
 
-def _path_meant(error: ProxyError, request: Request, base: str) -> str:
-    """The path of ours that a mistyped one most likely means; "" if there is none."""
+def _probable_path(error: ProxyError, request: Request, base: str) -> str:
+    """The path that a mistyped path probably stands for, or ""."""
     if error.status != 404 or request.route is not None:
         return ""
-    match = _MEANT.fullmatch(path_below(base, request.target) or request.target)
+    match = _MISTYPED_PATH.fullmatch(path_below(base, request.target) or request.target)
     if not match or int(match.group(2)) > 65535:
         return ""
     return "%s%s/%s/" % (base, "/absolute" if match.group(1) else "", match.group(2))
 
 
 def ports_url(client: ClientInfo, base: str) -> str:
-    """The URL of the page of ports, for a client that may be at the host of an app."""
+    """The URL of the ports page; a full URL if the client is at an app's own host."""
     if not client.app_port:
         return base + "/"
     host = host_of(client.authority)
@@ -3117,13 +3117,13 @@ def upstream_name(route: Route) -> str:
 
 
 def typed_route(text: str, base: str = "") -> Optional[Route]:
-    """The route for a port, host:port or URL that a person typed; ProxyError if it is none."""
+    """The route for a typed port, host:port or URL.  Raises ProxyError if it is not valid."""
     upstream = re.sub(r"\A(?:https?://)?(?:localhost:)?", "", text.strip())
     return find_route(base, "%s/%s/" % (base, upstream))[0]
 
 
 def _sign_in_page(error: SignInNeeded) -> LocalResponse:
-    """The page that asks for the token, or links to the page that does."""
+    """The page with the sign-in form, or with a link to the form."""
     detail = "<p>%s</p>" % html.escape(error.detail) if error.detail else ""
     target, action = html.escape(error.target), html.escape(error.action)
     template = _SIGN_IN_FORM if action else _SIGN_IN_LINK
@@ -3131,14 +3131,8 @@ def _sign_in_page(error: SignInNeeded) -> LocalResponse:
     return _page(error.status, "Sign in", body, error.fields, is_sign_in=True)
 
 
-def redirect_response(location: str) -> LocalResponse:
-    """A temporary redirect to a path of ours."""
-    text = "Redirecting to the address with a slash after the port.\n"
-    return _response(302, "text/plain", text, (("Location", location),))
-
-
 def reason_phrase(status: int) -> str:
-    """The usual words for a status code."""
+    """The standard reason phrase of a status code."""
     try:
         return HTTPStatus(status).phrase
     except ValueError:
@@ -3148,10 +3142,10 @@ def reason_phrase(status: int) -> str:
 def _page(
     status: int, title: str, body: str, fields: Fields, script: str = "", is_sign_in: bool = False
 ) -> LocalResponse:
-    """A page with its policy.
+    """A page with its Content-Security-Policy.
 
-    Browsers apply form-action to all redirects after the form, and an app may redirect to a login
-    elsewhere: the sign-in form may lead anywhere.  No page may show it in a frame.
+    Browsers check form-action for every redirect after a form.  An app may redirect to a login at
+    another site, so the sign-in page allows all targets.  The sign-in page cannot be framed.
     """
     element = "<script>%s</script>" % script if script else ""
     text = _PAGE.format(title=html.escape(title), style=_STYLE, body=body, script=element)
@@ -3182,13 +3176,12 @@ def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalR
 # --------------------------------------------------------------------------------------------------
 # Upstreams
 # --------------------------------------------------------------------------------------------------
-# Opening connections to upstreams, and keeping idle ones for the next request.  A connection is
-# kept only after a response that ended cleanly and exactly.  Data or EOF on an idle connection
-# closes it, and the kernel is asked once more before it is used again.  `fetch` is our own small
-# HTTP client.
+# Opens connections to upstreams, and pools idle ones for the next request.  A connection is pooled
+# only after a complete response without further data.  Data or EOF closes an idle connection, and
+# the socket is polled once more before reuse.  `fetch` is a small HTTP client for our own requests.
 
-_STEADY_SECONDS = 1.0  # no server is known that closes a connection so soon, if it keeps any
-_MAX_STEADY = 1000
+_PERSISTENT_SECONDS = 1.0  # shorter than the keep-alive timeout of any known server
+_MAX_PERSISTENT = 1000
 _FETCH_SECONDS = 3.0
 _FETCH_BYTES = 1 << 22
 
@@ -3196,8 +3189,7 @@ _FETCH_BYTES = 1 << 22
 class Upstreams:
     """Opens connections to upstreams, and pools idle ones.
 
-    listening: our own addresses.  A connection that would reach one of them is refused, since the
-    request could go round for ever.
+    listening: the proxy's own addresses.  Connections to them are refused: they could form a loop.
     """
 
     def __init__(self, config: Config, deadlines: Deadlines, listening: Sequence[Address]) -> None:
@@ -3208,23 +3200,23 @@ class Upstreams:
         self._contexts = {}  # type: Dict[bool, ssl.SSLContext]
         self._idle = {}  # type: Dict[str, List[Tuple[Connection, float]]]
         self._idle_count = 0
-        self._steady = set()  # type: Set[str]  # authorities that keep connections open
+        self._persistent = set()  # type: Set[str]  # authorities that keep connections open
 
     def take(self, route: Route, is_replayable: bool) -> Optional[Connection]:
-        """An idle connection to the route's upstream that is fit for use, or None.
+        """A usable idle connection to the route's upstream, or None.
 
-        The upstream may close it at the moment we use it, and only a replayable request may be sent
-        again then.  Other requests get one that was used within the last second, of an upstream
-        that was seen to keep its connections open: some close them after each response, a little
-        later and without a word.
+        The upstream may close the connection while we send the request.  Only a replayable request
+        can be sent again then.  Other requests get a connection that was used within the last
+        second, and only if the upstream is known to keep connections open.  Some upstreams close
+        theirs shortly after each response, without announcing it.
         """
         idle = self._idle.get(route.authority)
-        if idle and not is_replayable and route.authority not in self._steady:
+        if idle and not is_replayable and route.authority not in self._persistent:
             connection, since = idle[0]
-            if now() - since < _STEADY_SECONDS or not connection.is_fresh():
+            if now() - since < _PERSISTENT_SECONDS or not connection.is_fresh():
                 return None
-            self._note_steady(route.authority)
-        while idle and (is_replayable or now() - idle[-1][1] < _STEADY_SECONDS):
+            self._note_persistent(route.authority)
+        while idle and (is_replayable or now() - idle[-1][1] < _PERSISTENT_SECONDS):
             connection = self._remove(route.authority, idle, len(idle) - 1)
             if connection.is_fresh():
                 connection.was_heard = False
@@ -3233,19 +3225,19 @@ class Upstreams:
             connection.abort()
         return None
 
-    def _note_steady(self, authority: str) -> None:
+    def _note_persistent(self, authority: str) -> None:
         """Note that an upstream keeps its connections open."""
-        if len(self._steady) >= _MAX_STEADY:
-            self._steady.clear()
-        self._steady.add(authority)
+        if len(self._persistent) >= _MAX_PERSISTENT:
+            self._persistent.clear()
+        self._persistent.add(authority)
 
     def give(self, route: Route, connection: Connection) -> None:
-        """Keep a connection whose exchange ended cleanly and exactly; any data or EOF closes it."""
+        """Pool a connection after a complete exchange; any data or EOF then closes it."""
         if not connection.is_quiet() or self._idle_count >= self.config.max_idle_upstreams:
             connection.close()
             return
-        if connection.is_reused and route.authority not in self._steady:
-            self._note_steady(route.authority)
+        if connection.is_reused and route.authority not in self._persistent:
+            self._note_persistent(route.authority)
         idle = self._idle.get(route.authority)
         if idle is None:
             idle = self._idle[route.authority] = []
@@ -3256,17 +3248,19 @@ class Upstreams:
         connection.watcher = functools.partial(self._drop, route.authority)
 
     def _drop(self, authority: str, connection: Connection) -> None:
-        """Close an idle connection on which data or EOF came."""
+        """Close an idle connection after data or EOF."""
         idle = self._idle[authority]
-        at = [one for one, _ in idle].index(connection)
-        if now() - idle[at][1] < _STEADY_SECONDS:
-            self._steady.discard(authority)
-        self._remove(authority, idle, at)
+        index = [pooled for pooled, _ in idle].index(connection)
+        if now() - idle[index][1] < _PERSISTENT_SECONDS:
+            self._persistent.discard(authority)
+        self._remove(authority, idle, index)
         connection.abort()
 
-    def _remove(self, authority: str, idle: List[Tuple[Connection, float]], at: int) -> Connection:
+    def _remove(
+        self, authority: str, idle: List[Tuple[Connection, float]], index: int
+    ) -> Connection:
         """Take an idle connection out of the pool."""
-        connection, _ = idle.pop(at)
+        connection, _ = idle.pop(index)
         connection.watcher = None
         connection.read_deadline = FOREVER
         self._idle_count -= 1
@@ -3277,18 +3271,18 @@ class Upstreams:
     def close(self) -> None:
         """Close all idle connections."""
         for authority, idle in list(self._idle.items()):
-            for at in range(len(idle) - 1, -1, -1):
-                self._remove(authority, idle, at).abort()
+            for index in range(len(idle) - 1, -1, -1):
+                self._remove(authority, idle, index).abort()
 
     async def connect(self, route: Route) -> Connection:
         """A new connection to the route's upstream; ProxyError 403, 502, 503, 504 or 508."""
         try:
             return await asyncio.wait_for(self._connect(route), self.config.connect_timeout)
-        except asyncio.TimeoutError:  # an OSError from 3.11 on
+        except asyncio.TimeoutError:  # a subclass of OSError from 3.11 on
             raise _connect_timeout(route, self.config)
         except (ssl.SSLError, ssl.CertificateError) as error:
             raise _tls_failure(route, error)
-        except (socket.gaierror, UnicodeError):  # the second: a name that cannot be looked up
+        except (socket.gaierror, UnicodeError):  # UnicodeError: not a valid host name
             text = "The host %s could not be found. Check its spelling, or the machine's DNS."
             raise ProxyError(502, text % route.host)
         except ConnectionRefusedError:
@@ -3304,7 +3298,10 @@ class Upstreams:
             raise ProxyError(502, "No connection to %s: %s." % (route.place, reason))
 
     async def _connect(self, route: Route) -> Connection:
-        """Try the addresses of the route's host in order; the most telling OSError if all fail."""
+        """Try the addresses of the route's host in order.
+
+        If all fail, raises ConnectionRefusedError if one was refused, else the first OSError.
+        """
         failures = []
         for address in await self._addresses(route):
             try:
@@ -3327,7 +3324,7 @@ class Upstreams:
         tls = {}  # type: Dict[str, Any]
         if route.scheme == "https":
             verified = not (self.config.insecure_upstream and route.is_local)
-            if verified not in self._contexts:  # making one takes longer than using it
+            if verified not in self._contexts:  # a new context loads all certificates: slow
                 self._contexts[verified] = upstream_context(verified)
             tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
         guard = None if self.config.any_owner else OwnerGuard(address)
@@ -3341,15 +3338,15 @@ class Upstreams:
         return connection
 
     def _check(self, connection: Connection, guard: Optional[OwnerGuard]) -> None:
-        """Refuse a connection to ourselves or to another user's port; OSError or ProxyError."""
+        """Raise OSError or ProxyError for a connection to ourselves or to another user's port."""
         names = [connection.transport.get_extra_info(name) for name in ("sockname", "peername")]
         if not all(names):
             raise ConnectionResetError(errno.ECONNRESET, "reset as soon as it was accepted")
         here, there = ((plain_address(name[0]), int(name[1])) for name in names)
-        if here == there:  # TCP lets a socket connect to itself if nobody listens
+        if here == there:  # without a listener, a TCP socket can connect to itself
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
         if any(_reaches(here, there, own) for own in self.listening):
-            text = "Port %d is the proxy's own: the request would go round for ever." % there[1]
+            text = "Port %d is the proxy's own: this is an endless loop." % there[1]
             raise ProxyError(508, text)
         if guard is not None:
             guard.check(here)
@@ -3367,7 +3364,7 @@ def upstream_context(verified: bool) -> ssl.SSLContext:
 def _tls_failure(route: Route, error: Exception) -> ProxyError:
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
         text = "The certificate of %s could not be verified." % route.place
-        advice = "{insecure_upstream} accepts any on this machine." if route.is_local else ""
+        advice = "{insecure_upstream} accepts any certificate on this machine." * route.is_local
         return ProxyError(502, text, (), advice)
     text = "No TLS connection to %s could be made. Does it speak TLS?" % route.place
     return ProxyError(502, text, (), "See {upstream_tls}.")
@@ -3388,7 +3385,7 @@ def _connect_timeout(route: Route, config: Config) -> ProxyError:
 
 
 class Fetched(NamedTuple):
-    """The response to a request of the proxy's own: its head, and the body as far as wanted."""
+    """The response to one of the proxy's own requests; a long body is cut off."""
 
     response: Response
     body: bytes
@@ -3397,10 +3394,10 @@ class Fetched(NamedTuple):
 async def fetch(
     connection: Connection, lines: List[str], body: bytes, timeout: float, config: Config
 ) -> Fetched:
-    """Send one request of our own on a new connection, which is closed afterwards.
+    """Send one of our own requests on a new connection, then close the connection.
 
     lines: the request line and the header fields.  Raises ProxyError 4xx or 501 if the response is
-    not valid HTTP, Truncated, TimedOut after `timeout` seconds, OSError.
+    not valid HTTP, TimedOut after `timeout` seconds, Truncated or OSError.
     """
     method = lines[0].partition(" ")[0]
     deadline = now() + timeout
@@ -3426,12 +3423,19 @@ async def probe(
     lines: Sequence[str] = (),
     timeout: float = _FETCH_SECONDS,
 ) -> Fetched:
-    """GET a target of the route's upstream; ProxyError 502 or 504 as for any request."""
+    """GET a request target of the upstream.  Raises ProxyError if there is no valid response.
+
+    lines: header lines; each replaces the default line of the same name.
+    """
     connection = await upstreams.connect(route)
     given = {line.partition(":")[0] for line in lines}
-    usual = ["Host: " + route.authority, "Accept: text/html, */*;q=0.1", "User-Agent: port_proxy"]
-    own = [line for line in usual if line.partition(":")[0] not in given]
-    head = ["GET %s HTTP/1.1" % target] + own + list(lines)
+    defaults = [
+        "Host: " + route.authority,
+        "Accept: text/html, */*;q=0.1",
+        "User-Agent: port_proxy",
+    ]
+    head = ["GET %s HTTP/1.1" % target]
+    head += [line for line in defaults if line.partition(":")[0] not in given] + list(lines)
     try:
         return await fetch(connection, head, b"", timeout, upstreams.config)
     except TimedOut:
@@ -3462,14 +3466,14 @@ async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
 
 
 def is_tls_record(data: bytes) -> bool:
-    """Whether bytes begin like a handshake or an alert of TLS (RFC 8446 section 5.1)."""
+    """Whether data begins with a TLS handshake or alert record (RFC 8446 section 5.1)."""
     return data[:2] in (b"\x15\x03", b"\x16\x03")
 
 
-def speaks_tls(route: Route) -> ProxyError:
-    """The error if an upstream speaks TLS and the proxy was not told."""
-    own_certificate = ", and {insecure_upstream} if its certificate is its own" * route.is_local
-    advice = "{Start} {upstream_tls} {value}%s." % own_certificate
+def unexpected_tls(route: Route) -> ProxyError:
+    """The error if an upstream speaks TLS without --upstream-tls."""
+    insecure = ", and {insecure_upstream} if its certificate is self-signed" * route.is_local
+    advice = "{Start} {upstream_tls} {value}%s." % insecure
     text = "The app on %s speaks TLS." % route.place
     return ProxyError(502, text, (), advice, upstream_name(route))
 
@@ -4471,7 +4475,7 @@ class Exchange:
         """Send the request to its upstream, on a pooled connection if there is one."""
         request, gate, upstreams = self.request, self.gate, self.proxy.upstreams
         if self.proxy.mark in request.headers.get_all(MARK_FIELD.lower()):
-            text = "The server on %s leads back to this proxy: the request would go round for ever."
+            text = "The server on %s leads back to this proxy: this is an endless loop."
             raise ProxyError(508, text % route.place)
         check_route(route, self.config)
         if request.is_websocket:
@@ -4481,7 +4485,9 @@ class Exchange:
             return
         elif not request.path and not route.absolute and request.method in ("GET", "HEAD"):
             location = route.prefix + "/" + gate.strip_query(request.query)
-            await self.respond(redirect_response(location))
+            text = "Redirecting to the address with a slash after the port.\n"
+            fields = (("Location", location),)
+            await self.respond(_response(302, "text/plain", text, fields))
             return
         if request.is_unprefixed:
             request = self.request = with_own_cookies(request, gate)
@@ -4694,7 +4700,7 @@ class Exchange:
                 and await accepts_tls(self.proxy.upstreams, route)
             )
         ):
-            return speaks_tls(route)
+            return unexpected_tls(route)
         if isinstance(error, ProxyError):
             text = "The response of %s is not valid HTTP. %s"
             return ProxyError(502, text % (route.place, error.detail))
@@ -6274,7 +6280,7 @@ class PortCheck:
             self._add_problem(error.detail)
         elif await accepts_tls(self.upstreams, self.route):
             self._note(speaks="https")
-            self._add_problem(speaks_tls(self.route).detail)
+            self._add_problem(unexpected_tls(self.route).detail)
         else:
             self._note(speaks="other")
             self._add_problem("It does not answer HTTP. Is this the port of the app?")

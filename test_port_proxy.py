@@ -9058,7 +9058,7 @@ class TestJupyter:
         assert not any(value.startswith("port_proxy_") for name, value in answer[1] if name == "Set-Cookie")
         for place, status in (
             ("", 200), ("nope/", 404), ("a.example.com:80/", 403), ("a.invalid:80/", 502), ("1/../../x", 400), ("1", 302),
-            ("absolute/%d/" % jupyter.port, 508),  # it would go round for ever
+            ("absolute/%d/" % jupyter.port, 508),  # an endless loop
         ):  # fmt: skip
             assert visitor.status("GET", "/nb/proxy/" + place) == status
         for form in ("%d/", "absolute/[::1]:%d/", "localhost:%d/"):
