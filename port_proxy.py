@@ -1308,24 +1308,23 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 # --------------------------------------------------------------------------------------------------
 # Connections
 # --------------------------------------------------------------------------------------------------
-# One class for the connections of clients and to upstreams: an asyncio StreamReader and
-# StreamWriter with deadlines, and with notice of data and EOF that nobody awaits.  asyncio does the
-# buffering and the flow control.  One coroutine reads from a connection at a time, and one writes
-# to it.
+# One class for connections from clients and to upstreams: an asyncio StreamReader and StreamWriter
+# with deadlines, and with callbacks for data and EOF.  asyncio does the buffering and the flow
+# control.  At most one coroutine reads from a connection at a time, and at most one writes.
 #
-# Deadlines are absolute.  One coarse timer looks after those of all connections.
+# Deadlines are absolute.  One coarse timer checks the deadlines of all connections.
 
 _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice this
-_READ_BYTES = 1 << 20  # more than a StreamReader can hold: a read takes everything there is
+_READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties it
 _LARGE_PIECE = 1 << 15  # bytes
 _BACKLOG = 1024  # connections that wait to be accepted
-_PARTIAL_HEAD_BYTES = 1 << 26  # of all connections together
+_PARTIAL_HEAD_BYTES = 1 << 26  # limit for all connections together
 _SMALL_HEAD = 1 << 12  # bytes; smaller ones are counted as they are read
-_LARGE_HEAD = 1 << 16  # bytes; what is more is the body
-_CLOSE_SECONDS = 60.0  # that a peer has to take the bytes that are queued when we close
+_LARGE_HEAD = 1 << 16  # bytes; further data is taken for a body
+_CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _UNIX = getattr(socket, "AF_UNIX", None)
 
-# The states of a client connection.  One to an upstream is either ACTIVE or, in the pool, IDLE.
+# The states of a connection.  An upstream connection is ACTIVE, or IDLE if it is in the pool.
 IDLE = "idle"  # waits for a request, without a task
 READING_HEAD = "reading head"
 ACTIVE = "active"  # serves a request
@@ -1335,8 +1334,8 @@ CLOSING = "closing"  # no further request is served
 class StreamWriter(asyncio.StreamWriter):
     """A StreamWriter that can be dropped while its transport stays open.
 
-    From 3.11.5 on, asyncio's closes the transport when it is deleted.  A tunnel takes the transport
-    over and has no use for the writer.
+    Since 3.11.5, asyncio's own class closes the transport in __del__.  A tunnel keeps the transport
+    and drops the writer.
     """
 
     def __del__(self, *_: Any) -> None:
@@ -1344,16 +1343,15 @@ class StreamWriter(asyncio.StreamWriter):
 
 
 class Connection(asyncio.StreamReaderProtocol):
-    """A connection: StreamReader, StreamWriter, deadlines, and notice of data and EOF.
+    """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    buffer: bytes that were read but not used.  has_unread: the reader holds bytes.  ended: nothing
-    more comes; `failure` is the reason, None for a clean EOF.  was_heard: whether data has come
-    since this was last set to False.  is_reused: it came from the pool.
-    is_admitted: the gate has let a request of this client in.  watcher: called with the
-    connection when data or EOF comes.  sink: the body that takes the data in place of the reader.
-    feeder: the body that is relayed to this connection.
-    address: the peer's, "" if it has none.  scheme: "https" over TLS.  ends_body: only the end of
-    this connection ends the body that its peer is being sent.  state: see above.
+    buffer: bytes that were read but not used.  has_unread: the StreamReader holds bytes.  ended:
+    EOF or a failure.  failure: the exception, None after EOF.  has_received: data has come since
+    this was last set to False.  is_reused: taken from the pool.  is_admitted: the gate has admitted
+    a request of this client.  watcher: called with the connection on data and EOF.  sink: the Body
+    that receives data instead of the StreamReader.  feeder: the Body that is sent to this
+    connection.  address: the peer's IP address, or "".  scheme: "https" with TLS, else "http".
+    ends_body: the body that is sent to the peer ends at EOF.  state: see above.
     """
 
     __slots__ = (
@@ -1365,6 +1363,7 @@ class Connection(asyncio.StreamReaderProtocol):
         "ends_body",
         "failure",
         "feeder",
+        "has_received",
         "has_unread",
         "is_admitted",
         "is_reused",
@@ -1375,13 +1374,12 @@ class Connection(asyncio.StreamReaderProtocol):
         "state",
         "task",
         "transport",
-        "was_heard",
         "watcher",
         "write_deadline",
         "writer",
     )
 
-    is_lent = False  # whether data comes only once `read` is called; see LentConnection
+    is_lent = False  # whether data comes only if `read` is called; see LentConnection
 
     def __init__(
         self, deadlines: "Deadlines", accepted: Optional[Callable[["Connection"], None]] = None
@@ -1390,7 +1388,7 @@ class Connection(asyncio.StreamReaderProtocol):
         super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
         self.buffer = b""
-        self.has_unread = self.ended = self.was_heard = self.ends_body = False
+        self.has_unread = self.ended = self.has_received = self.ends_body = False
         self.is_reused = self.is_admitted = False
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
@@ -1400,7 +1398,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.task = None  # type: Optional[asyncio.Future[None]]
         self._accepted = accepted
 
-    # What the transport calls.
+    # Protocol callbacks.
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -1416,13 +1414,13 @@ class Connection(asyncio.StreamReaderProtocol):
     def data_received(self, data: bytes) -> None:
         if self.ended:  # a deadline has passed
             return
-        self.was_heard = True
+        self.has_received = True
         if self.sink is not None:
             self.sink.take(data)
             return
         if len(data) > _SMALL_HEAD and self.state in (IDLE, READING_HEAD):
             partial = self.deadlines.partial_heads
-            if not partial.has_room(self, partial.size(self) + min(len(data), _LARGE_HEAD)):
+            if not partial.reserve(self, partial.size(self) + min(len(data), _LARGE_HEAD)):
                 self.abort()
                 return
         self.has_unread = True
@@ -1452,14 +1450,14 @@ class Connection(asyncio.StreamReaderProtocol):
         self.end(exc)
         if self.feeder is not None:
             self.feeder.stop()
-        # Not told of the failure, the reader still gives out the data that came before.
+        # Without the exception, the reader still returns the data that it holds.
         super().connection_lost(None)
 
     def _read_remainder(self) -> None:
-        """Read what the kernel still holds.
+        """Read the data that the kernel still holds.
 
-        Transports stop reading when a write fails.  An upstream that refused a body may have sent
-        its response before that.
+        asyncio stops reading when a write fails.  An upstream that rejects a request body may have
+        sent its response before that.
         """
         sock = self.transport.get_extra_info("socket")
         if sock is None or self.scheme == "https":
@@ -1469,13 +1467,13 @@ class Connection(asyncio.StreamReaderProtocol):
                 copy.setblocking(False)
                 for data in iter(lambda: copy.recv(65536), b""):
                     self.data_received(data)
-        except (OSError, RuntimeError):  # no more data; and 3.6 cannot pause a closed transport
+        except (OSError, RuntimeError):  # no more data, or in 3.6 a closed transport
             pass
 
     # Reading and writing.
 
     def end(self, failure: Optional[BaseException] = None) -> None:
-        """Note that nothing more comes, and why, unless that is a clean EOF."""
+        """Record EOF, or the failure that ends the connection."""
         if self.ended:
             return
         self.ended = True
@@ -1487,7 +1485,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.sink.end()
 
     async def read(self) -> bytes:
-        """The bytes at hand, or else the next ones; b"" at a clean EOF; OSError or TimedOut."""
+        """The bytes in `buffer`, or else the next ones; b"" at EOF.  Raises OSError or TimedOut."""
         if self.buffer:
             data, self.buffer = self.buffer, b""
             return data
@@ -1498,21 +1496,21 @@ class Connection(asyncio.StreamReaderProtocol):
         return data
 
     def write(self, pieces: Sequence[Union[bytes, memoryview]]) -> None:
-        """Send bytes, or queue them; then `drain`."""
+        """Send or queue bytes.  Callers then await `drain`."""
         if self.transport.is_closing():
             return
         # Not writelines, which never pauses the writer in 3.12.0 to 3.12.8 and 3.13.0
-        # (CVE-2024-12254).  To join large pieces costs more than to send them one by one.
+        # (CVE-2024-12254).  Large pieces are not joined: copying them costs more than system calls.
         if len(pieces) > 1 and (len(pieces) > 4 or max(map(len, pieces)) < _LARGE_PIECE):
             pieces = [b"".join(pieces)]
         for piece in pieces:
             self.writer.write(piece)
 
     async def drain(self, timeout: float) -> None:
-        """Wait until the peer has taken most of the written bytes.
+        """Wait until most of the queued bytes are sent.
 
-        The peer has `timeout` seconds for it, and as long again for what is still queued then.
-        Raises OSError if it is gone or too slow.
+        The connection is aborted if some of them are still queued after `timeout` seconds.  Raises
+        OSError if the connection is closed.
         """
         self.write_deadline = now() + timeout
         await self.writer.drain()
@@ -1520,28 +1518,28 @@ class Connection(asyncio.StreamReaderProtocol):
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def can_carry_more(self) -> bool:
-        """Whether another request can follow; bytes of a lent connection cannot be returned."""
+        """Whether another request can follow.  A lent connection cannot take unused bytes back."""
         return not (self.is_lent and (self.buffer or self.has_unread))
 
     def queued(self) -> int:
-        """How many bytes wait for the peer to take them."""
+        """The number of unsent bytes."""
         try:
             return int(self.transport.get_write_buffer_size())
-        except AttributeError:  # over TLS before 3.11, while the loss of a connection is on its way
+        except AttributeError:  # TLS before 3.11, shortly before `connection_lost`
             return 0
 
     def is_quiet(self) -> bool:
-        """Whether everything that came was used and everything written was sent."""
+        """Whether the connection is open, all received data was used, and all data was sent."""
         if self.buffer or self.has_unread or self.ended or self.transport.is_closing():
             return False
         return not self.queued()
 
     def is_fresh(self) -> bool:
-        """Whether the connection is quiet, and the kernel holds no data or EOF for it either."""
+        """Whether the connection is quiet, and the kernel holds no data or EOF for it."""
         return self.is_quiet() and not poll(self.transport, _READABLE)
 
     def expire(self, time: float) -> None:
-        """Act on the deadlines that have passed; called by Deadlines."""
+        """Act on the deadlines that have passed."""
         if time > self.read_deadline and not self.queued():  # a peer with unsent data is not idle
             self.read_deadline = FOREVER
             self.end(TimedOut())
@@ -1556,16 +1554,16 @@ class Connection(asyncio.StreamReaderProtocol):
     # Ending.
 
     def close(self) -> None:
-        """Send the queued bytes, for as long as the last `drain` allowed or a minute, and close."""
+        """Close once the queued bytes are sent, or at the deadline of `drain`, or in a minute."""
         if not self.transport.is_closing():
             if self.write_deadline == FOREVER:
                 self.write_deadline = now() + _CLOSE_SECONDS
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once.  A reader or writer here sees a failure, never a clean end.
+        """Close at once.  `read` and `drain` raise OSError.
 
-        So does the peer, if only the end of the connection ends the body that it is being sent.
+        If `ends_body`, reset the connection, so that the peer knows that the body is truncated.
         """
         sock = self.transport.get_extra_info("socket")
         if self.ends_body and sock is not None and sock.family != _UNIX and sock.fileno() >= 0:
@@ -1579,42 +1577,41 @@ _RESET = getattr(select, "POLLERR", 0)
 
 
 def poll(transport: Any, events: int) -> int:
-    """Those of `events` that the kernel reports for a connection, and POLLERR and POLLHUP; 0 for
-    none."""
+    """The bits of `events`, POLLERR and POLLHUP that poll(2) reports for a connection."""
     sock = transport.get_extra_info("socket")
     if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):  # not on Windows
         return 0
-    question = select.poll()
-    question.register(sock.fileno(), events)
-    return sum(found for _, found in question.poll(0))
+    poller = select.poll()
+    poller.register(sock.fileno(), events)
+    return sum(found for _, found in poller.poll(0))
 
 
 def has_failed(transport: Any, events: int = -1) -> bool:
-    """Whether a connection that is not being read, because of back-pressure, was reset.
+    """Whether the peer has reset a connection whose reading is paused.
 
-    events: those that count as a failure, if they are not all that `poll` reports.
+    events: the poll(2) bits that count as a failure; all by default.
     """
     try:
         is_paused = not transport.is_closing() and not transport.is_reading()
-    except (AttributeError, RuntimeError):  # not in 3.6; and as in `Connection.queued`
+    except (AttributeError, RuntimeError):  # missing in 3.6; or as in `Connection.queued`
         return False
     return bool(is_paused and poll(transport, 0) & events)
 
 
 def pause_reading(transport: Any) -> None:
-    """Let no more data come for now."""
+    """Pause reading, unless the transport is closed."""
     with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
         transport.pause_reading()
 
 
 def resume_reading(transport: Any) -> None:
-    """Let data come again."""
+    """Resume reading, unless the transport is closed."""
     with contextlib.suppress(RuntimeError, AttributeError):
         transport.resume_reading()
 
 
 def end_writing(transport: Any) -> None:
-    """Send the queued bytes, then an EOF.  TLS has no half-close: there the transport closes."""
+    """Send EOF after the queued bytes.  A TLS transport is closed: TLS has no half-close."""
     if transport.is_closing():
         return
     try:
@@ -1627,7 +1624,7 @@ def end_writing(transport: Any) -> None:
 
 
 def plain_address(text: str) -> str:
-    """An address without its zone, and as IPv4 if it is one that is mapped to IPv6."""
+    """An IP address without its zone.  IPv4-mapped IPv6 becomes IPv4."""
     if ":" not in text:
         return text
     address = ipaddress.ip_address(text.partition("%")[0])
@@ -1635,9 +1632,9 @@ def plain_address(text: str) -> str:
 
 
 class Deadlines:
-    """All open connections and tunnel ends, and the one timer for their deadlines.
+    """All open connections and tunnel ends, and one timer that checks their deadlines.
 
-    is_active: an app was used since the last tick.  on_activity: called then, once a tick at most.
+    is_active: an app was used since the last tick.  on_activity: called at the next tick if so.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
@@ -1669,7 +1666,7 @@ class Deadlines:
             self._empty.set_result(None)
 
     async def close(self, timeout: float) -> None:
-        """Give connections that are closing `timeout` seconds, abort the rest, stop the timer."""
+        """Wait `timeout` seconds for connections to close, abort the others, stop the timer."""
         for seconds in (timeout, 1.0):
             if self.connections:
                 self._empty = self.loop.create_future()
@@ -1680,42 +1677,37 @@ class Deadlines:
 
 
 class PartialHeads:
-    """The heads of requests that have not come whole, which are bounded together.
-
-    If they grow too large, the oldest makes room.
-    """
+    """Limits the memory for incomplete request heads.  At the limit, the oldest is aborted."""
 
     def __init__(self) -> None:
         self._sizes = {}  # type: Dict[Connection, int]
         self._total = 0
 
-    def has_room(self, connection: Connection, size: int) -> bool:
-        """Note that a connection holds `size` bytes in all; False if there is no room for them."""
+    def reserve(self, connection: Connection, size: int) -> bool:
+        """Record that a connection holds `size` bytes in all; False if the limit is exceeded."""
         self._total += size - self._sizes.get(connection, 0)
         self._sizes[connection] = size
         if self._total <= _PARTIAL_HEAD_BYTES:
             return True
-        next(iter(self._sizes)).abort()  # its memory becomes free a little later
+        next(iter(self._sizes)).abort()  # frees its memory soon, but not at once
         return False
 
     def size(self, connection: Connection) -> int:
-        """The bytes that a connection holds."""
         return self._sizes.get(connection, 0)
 
     def release(self, connection: Connection) -> None:
-        """The head is whole, or will never be."""
         self._total -= self._sizes.pop(connection, 0)
 
 
 async def read_head(
     connection: Connection, is_request: bool, config: Config, head: bytes = b""
 ) -> bytes:
-    """Read a message head up to its empty line; the bytes behind stay in the connection's buffer.
+    """Read a message head up to its empty line.  Further bytes stay in the connection's buffer.
 
-    head: its beginning, if some of it was read before.
+    head: the bytes of the head that were read before.
 
-    Raises ProxyError as soon as it can never become a valid head, with the bytes in the buffer;
-    Truncated at EOF, TimedOut at the connection's read deadline, OSError if the connection fails.
+    Raises ProxyError as soon as the head is invalid (its bytes are then in the buffer), Truncated
+    at EOF, TimedOut at the connection's read deadline, and OSError if the connection fails.
     """
     head = head or await connection.read()
     searched, partial = 0, connection.deadlines.partial_heads
@@ -1733,7 +1725,7 @@ async def read_head(
                 connection.buffer = head
                 raise
             searched = len(head)
-            if is_request and not partial.has_room(connection, searched):
+            if is_request and not partial.reserve(connection, searched):
                 connection.abort()
             data = await connection.read()
             if not data:
@@ -1744,13 +1736,12 @@ async def read_head(
 
 
 class Body:
-    """A message body that comes on one connection (`source`) and goes to another.
+    """A message body that is read from one connection, `source`, and sent to another.
 
-    `read` gives the next pieces.  `relay` passes all of the rest on, from transport to transport.
-    is_response: of the message.  in_chunks: the pieces are given in the chunked coding, including
-    the last chunk.  count: bytes of body data so far.  finished: the body was read to its end; the
-    connection's buffer holds the bytes behind it.  silence: seconds that the source may be silent
-    while the body is relayed.
+    `read` returns the next pieces.  `relay` sends the rest, from transport to transport.
+    in_chunks: encode the pieces as chunked, including the last chunk.  count: bytes of body data so
+    far.  finished: the body is complete; the source's buffer holds the bytes after it.  silence:
+    the timeout for data from the source, in `relay`.
     """
 
     __slots__ = (
@@ -1784,20 +1775,20 @@ class Body:
         self.silence = FOREVER
         self.finished = framing is NO_BODY or framing == Framing("length", 0)
 
-    def at_hand(self) -> Pieces:
-        """The pieces that have been read already; ProxyError 400."""
+    def buffered_pieces(self) -> Pieces:
+        """The pieces in the source's buffer; ProxyError 400."""
         if self.finished or not self.source.buffer:
             return []
         data, self.source.buffer = self.source.buffer, b""
         return self._decode(data)
 
     async def read(self, timeout: float) -> Pieces:
-        """The next pieces, which may be none.
+        """The next pieces; the list may be empty.
 
-        Raises ProxyError 400 if the body is malformed, Truncated if it breaks off, TimedOut if
-        nothing comes for `timeout` seconds, OSError if the connection fails.
+        Raises ProxyError 400 if the body is malformed, Truncated if it is incomplete, TimedOut if
+        no data comes for `timeout` seconds, and OSError if the connection fails.
         """
-        if self.source.buffer:  # more pieces than one turn may have
+        if self.source.buffer:  # more than _MAX_PIECES: other tasks run first
             await asyncio.sleep(0)
         self.source.read_deadline = now() + timeout
         data = await self.source.read()
@@ -1824,9 +1815,9 @@ class Body:
         return [b"0\r\n\r\n"] if self.in_chunks else []
 
     async def relay(self, target: Connection, stall: float) -> bool:
-        """Pass the rest of the body on as it comes; False if the target takes no more.
+        """Send the rest of the body to `target` as it comes; False if `target` is closed.
 
-        stall: seconds that the target has to take what is queued.  Raises the errors of `read`.
+        stall: the timeout for sending queued bytes.  Raises the exceptions of `read`.
         """
         source = self.source
         while True:
@@ -1844,11 +1835,11 @@ class Body:
             else:
                 await self._relay_directly(target, stall)
 
-    # From transport to transport: `take` and `end` are called by the source, `pause`, `resume` and
-    # `stop` by the target.
+    # From transport to transport: the source calls `take` and `end`; the target calls `pause`,
+    # `resume` and `stop`.
 
     async def _relay_directly(self, target: Connection, stall: float) -> None:
-        """Let the source write to the target until the body has ended or the target is lost."""
+        """Let the source write to the target until the body is complete or the target is closed."""
         source = self.source
         self._target, self._stall, self._is_paused = target, stall, False
         self._done = source.deadlines.loop.create_future()
@@ -1863,7 +1854,6 @@ class Body:
                 resume_reading(source.transport)
 
     def take(self, data: bytes) -> None:
-        """Pass on the data that has come."""
         source, time = self.source, now()
         data, source.buffer = source.buffer + data, b""
         try:
@@ -1878,12 +1868,11 @@ class Body:
             self._target.write(pieces)
         if self.finished:
             self._settle(None)
-        elif source.buffer and not self._is_paused:  # more pieces than one turn may have
+        elif source.buffer and not self._is_paused:  # more than _MAX_PIECES
             self.pause()
             source.deadlines.loop.call_soon(self.resume)
 
     def end(self) -> None:
-        """The source has ended."""
         source = self.source
         if source.failure is not None:
             self._settle(source.failure)
@@ -1895,13 +1884,11 @@ class Body:
                 self._settle(error)
 
     def pause(self) -> None:
-        """Read no more for now: the target is slow."""
         self._is_paused = True
         self.source.read_deadline = FOREVER
         pause_reading(self.source.transport)
 
     def resume(self) -> None:
-        """Go on."""
         source = self.source
         if self._done.done() or not self._is_paused:
             return
@@ -1915,11 +1902,10 @@ class Body:
             resume_reading(source.transport)
 
     def stop(self) -> None:
-        """The target is lost."""
         self._settle(None)
 
     def _settle(self, failure: Optional[BaseException]) -> None:
-        """Note that `_relay_directly` is over.  Data from now on is for the reader."""
+        """Let `_relay_directly` return.  Further data goes to the StreamReader."""
         self.source.sink = None
         if self._done.done():
             return
@@ -3219,7 +3205,7 @@ class Upstreams:
         while idle and (is_replayable or now() - idle[-1][1] < _PERSISTENT_SECONDS):
             connection = self._remove(route.authority, idle, len(idle) - 1)
             if connection.is_fresh():
-                connection.was_heard = False
+                connection.has_received = False
                 connection.is_reused = True
                 return connection
             connection.abort()
@@ -3408,7 +3394,7 @@ async def fetch(
         connection.read_deadline = deadline
         response = parse_response(await read_head(connection, False, config), method, config)
         pieces, source = [], Body(connection, response.framing, config, is_response=True)
-        pieces += [bytes(piece) for piece in source.at_hand()]
+        pieces += [bytes(piece) for piece in source.buffered_pieces()]
         while not source.finished and source.count < _FETCH_BYTES and response.status != 101:
             pieces += [bytes(piece) for piece in await source.read(deadline - now())]
         return Fetched(response, b"".join(pieces))
@@ -4492,7 +4478,9 @@ class Exchange:
         if request.is_unprefixed:
             request = self.request = with_own_cookies(request, gate)
         # The part of the body that is here is checked before an upstream is taken.
-        pieces = [request_for_upstream(request, gate, self.proxy.mark)] + self.body.at_hand()
+        pieces = [
+            request_for_upstream(request, gate, self.proxy.mark)
+        ] + self.body.buffered_pieces()
         pooled = upstreams.take(route, request.is_replayable)
         if pooled is None or not await self._forward(pooled, pieces, request.is_replayable):
             await self._forward(await upstreams.connect(route), pieces, False)
@@ -4524,7 +4512,7 @@ class Exchange:
         except (ProxyError, Truncated, TimedOut, OSError) as error:
             if self._client_failure is not None:
                 raise self._client_failure
-            if may_retry and not upstream.was_heard and not isinstance(error, TimedOut):
+            if may_retry and not upstream.has_received and not isinstance(error, TimedOut):
                 return False
             raise await self._explain(error, upstream)
         finally:
@@ -4619,7 +4607,7 @@ class Exchange:
         body.silence = self._silence
         self._incoming = body
         # A body that is malformed from the start is refused before the status has gone out.
-        pieces = body.at_hand()
+        pieces = body.buffered_pieces()
         head = self._response_head(response, sent_as)
         self.status = response.status
         client.write([head] + pieces)
@@ -4696,7 +4684,7 @@ class Exchange:
             is_tls_record(upstream.buffer)
             or (
                 is_page
-                and not upstream.was_heard
+                and not upstream.has_received
                 and await accepts_tls(self.proxy.upstreams, route)
             )
         ):
@@ -4705,7 +4693,7 @@ class Exchange:
             text = "The response of %s is not valid HTTP. %s"
             return ProxyError(502, text % (route.place, error.detail))
         ended = "closed" if isinstance(error, Truncated) else "reset"
-        if upstream.was_heard:
+        if upstream.has_received:
             text = "The app on %s %s the connection in the middle of its response."
             return ProxyError(502, text % (route.place, ended))
         text = "The app on %s %s the connection without a response." % (route.place, ended)
@@ -4773,7 +4761,7 @@ class Exchange:
         self.body.in_chunks = False
         try:
             while not self.body.finished:
-                data += b"".join(self.body.at_hand() or await self.body.read(until - now()))
+                data += b"".join(self.body.buffered_pieces() or await self.body.read(until - now()))
                 if len(data) > _MAX_FORM_BYTES:
                     raise ProxyError(413, "This is more than a sign-in page sends.")
         except TimedOut:
