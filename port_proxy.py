@@ -471,7 +471,7 @@ def find_route(
     if match is None:
         if rest == "" or (rest and rest[0] == "?"):
             return None, "", rest
-        raise ProxyError(404, "No port is named here. " + forms(base))
+        raise ProxyError(404, "No port is named here. " + path_forms(base))
     absolute, upstream, path, query = match.groups("")
     if not (absolute or upstream or path):
         return None, "/", query
@@ -489,7 +489,7 @@ def _make_route(
     """The route to `upstream`, such as "8080" or "[::1]:8080"; ProxyError 400 or 404."""
     match = _UPSTREAM.fullmatch(upstream)
     if not match:
-        raise ProxyError(404, "No port is named here. " + forms(base))
+        raise ProxyError(404, "No port is named here. " + path_forms(base))
     name, literal, port = match.groups()
     if int(port) > 65535:
         raise ProxyError(404, "There is no port %s; the highest is 65535." % port)
@@ -534,7 +534,7 @@ def host_of(authority: str) -> str:
     return re.sub(r":[0-9]*\Z", "", authority).lower()
 
 
-def forms(base: str) -> str:
+def path_forms(base: str) -> str:
     """The path forms of a route, for error messages."""
     return (
         "The forms are {0}/<port>/, {0}/<host>:<port>/, {0}/absolute/<port>/ and"
@@ -1918,57 +1918,59 @@ class Body:
 # --------------------------------------------------------------------------------------------------
 # Header rewriting
 # --------------------------------------------------------------------------------------------------
-# The app sees what it would see at home under `ssh -L`, and its own URLs in responses become paths
-# below the prefix.  Each head is written anew by one loop over its fields and a table from names to
-# actions: None drops the field, a function translates its value.  Fields that are not in the table
-# are passed on as they came.
+# Apps get requests as through `ssh -L`: URLs of the public origin become URLs of the upstream.  In
+# responses, URLs of the upstream become paths below the prefix.
+#
+# One loop rewrites the fields of a head by a table of actions: None drops a field, a function
+# translates its value.  Fields that are not in the table are unchanged.
 
 # RFC 9110 section 7.6.1, with Trailer (trailers are dropped) and proxy authentication (11.7).
 _HOP_BY_HOP = (
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade"
 ).split()
-# Written by us, so that neither a client nor its Connection field can decide about them.
-_WRITTEN_BY_US = [
+# The proxy sets these itself, and drops the client's.
+_SET_BY_PROXY = [
     "host", "content-length", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
 _USUAL_CONNECTION = frozenset(["keep-alive", "close", "upgrade"])
 MARK_FIELD = "Port-Proxy-Mark"
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
-# RFC 6455 section 4.1.  GTK Broadway takes no other case; servers in front may write lower case.
+# GTK Broadway accepts only the spelling of RFC 6455; a server in front may send lower case.
 _HANDSHAKE_NAMES = (
     "Origin Sec-WebSocket-Key Sec-WebSocket-Version Sec-WebSocket-Protocol Sec-WebSocket-Extensions"
 ).split()
 _HANDSHAKE_SPELLING = {name.lower(): name for name in _HANDSHAKE_NAMES}
-# Gradio's API writes X-Forwarded-Host into the URLs of result files, and never compares it with
-# Origin.  The second part is Gradio 4 and older.
+# Gradio's API uses X-Forwarded-Host for the URLs of result files, and does not compare it with
+# Origin.  The second part is for Gradio 4 and older.
 _PUBLIC_APIS = re.compile(r"/gradio_api/|\A/(?:queue/join|run/|call/)")
 _REFRESH = re.compile(
     r"(\A[0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)()", re.IGNORECASE
 )
 # <URL> outside quoted strings: Link (RFC 8288 section 3) and If (RFC 4918 section 10.4).
 _BRACKETED = re.compile(r'"(?:[^"\\]|\\(?:.|\Z))*"?|(<)([^<>]*)(>)')
-_OTHER_HOST = re.compile(r"/\t*[/\\]")  # a browser takes the rest for the name of a host
+_OTHER_HOST = re.compile(r"/\t*[/\\]")  # browsers parse the rest as a host
 
 
 def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
-    """The head of a request as its upstream receives it.
+    """The head of a request for its upstream.
 
-    mark: the proxy's own, by which it knows a request that comes back (`MARK_FIELD`).
+    mark: the value of MARK_FIELD, by which the proxy detects loops.
     """
     route, client = request.route, request.client
     assert route is not None
-    is_home = _hides_public_origin(request, gate)
-    table = _table_without(_HOME_TABLE if is_home else _REQUEST_TABLE, request.connection)
+    is_hidden = _hides_public_origin(request, gate)
+    table = _HIDDEN_ORIGIN_TABLE if is_hidden else _REQUEST_TABLE
+    table = _table_without(table, request.connection)
     path = route.prefix + request.path if route.absolute else request.path or "/"
     preserve_host = gate.config.preserve_host and client.authority
     lines = [
         "%s %s%s HTTP/1.1" % (request.method, path, gate.strip_query(request.query)),
         "Host: " + (client.authority if preserve_host else route.authority),
     ]
-    lines += _rewritten_lines(request.headers, table, (request, route, gate), _WRITTEN_BY_US)
-    if is_home:
+    lines += _rewritten_lines(request.headers, table, (request, route, gate), _SET_BY_PROXY)
+    if is_hidden:
         lines += client.address_lines
         lines.append("X-Forwarded-Proto: " + route.scheme)
     else:
@@ -1984,7 +1986,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
 
 
 def response_lines(response: Response, request: Request, gate: Any) -> List[str]:
-    """The status line and fields of a response as the client gets them, without the framing."""
+    """The status line and header lines of a response for the client, without its framing."""
     route, headers = request.route, response.headers
     assert route is not None
     table = _table_without(_RESPONSE_TABLE, response.connection)
@@ -1994,9 +1996,9 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     if is_empty and "content-length" in headers.index:  # HEAD, 304: the length of a GET's body
         length = headers.get("content-length").partition(",")[0]
         lines.append("Content-Length: " + length.strip(" \t"))
-    is_above = request.is_unprefixed or not request.path  # the folder of the client's URL
+    is_above = request.is_unprefixed or not request.path  # the client's URL is above the prefix
     if route.prefix and (is_above or "service-worker-allowed" in headers.index):
-        # A service worker rules its own app, never the other apps or our pages.
+        # A service worker may control only its own app.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
     lines += gate.response_lines(response.status)
     if response.status == 101:
@@ -2007,9 +2009,10 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
 def _rewritten_lines(
     headers: Headers, table: Dict[str, Any], context: Any, reserved: Sequence[str] = ()
 ) -> List[str]:
-    """The header lines after the actions of the table; `context` is passed on to them.
+    """The header lines after the actions of `table`.  `context`: the further arguments of actions.
 
-    reserved: names that are dropped with "_" for "-", too: CGI and WSGI cannot tell them apart.
+    reserved: names that are also dropped with "_" instead of "-", which CGI and WSGI do not
+    distinguish.
     """
     lines = []
     for key, line in zip(headers.keys, headers.lines):
@@ -2030,7 +2033,7 @@ def _rewritten_lines(
 
 
 def serialise(lines: List[str], framing: Framing) -> bytes:
-    """The bytes of a head: its lines, and the field that announces the body."""
+    """The bytes of a message head: its lines and the header for its framing."""
     if framing is CHUNKED:
         lines.append("Transfer-Encoding: chunked\r\n\r\n")
     elif framing.kind == "length":
@@ -2041,14 +2044,14 @@ def serialise(lines: List[str], framing: Framing) -> bytes:
 
 
 def _table_without(table: Dict[str, Any], named: FrozenSet[str]) -> Dict[str, Any]:
-    """`table`, with the fields that Connection names dropped, too (RFC 9110 section 7.6.1)."""
+    """`table`, but the fields named in Connection are dropped, too (RFC 9110 section 7.6.1)."""
     return table if named <= _USUAL_CONNECTION else {**table, **dict.fromkeys(named)}
 
 
 def _hides_public_origin(request: Request, gate: Any) -> bool:
-    """Whether X-Forwarded must agree with a translated Origin: apps compare its scheme and host.
+    """Whether X-Forwarded headers must hide the public origin, because Origin is translated.
 
-    Without Origin, Django compares Referer, and WebDAV servers compare Destination.
+    Apps compare both.  Without Origin, Django compares Referer, and WebDAV servers Destination.
     """
     headers = request.headers
     if "origin" in headers.index or request.method in ("GET", "HEAD", "OPTIONS"):
@@ -2060,7 +2063,7 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
 
 
 def _path_of_own_url(url: str, request: Request) -> Optional[str]:
-    """Path, query and fragment of a URL of the client's origin, None for a URL of another."""
+    """Path, query and fragment of a URL of the public origin; None for other URLs."""
     match, authority = _HTTP_URL.fullmatch(url), request.client.authority
     if not match or not authority:
         return None
@@ -2070,32 +2073,32 @@ def _path_of_own_url(url: str, request: Request) -> Optional[str]:
 
 
 def _path_in_app(path: str, route: Route) -> str:
-    """The path that the app receives for a path of ours, "" if it is not the app's."""
+    """The upstream's path for a path of the public origin; "" if it is outside the app."""
     below = path_below(route.prefix, path)
     if below is None or route.absolute:
         return "" if below is None else path
     return below if below.startswith("/") else "/" + below
 
 
-def _home_url(route: Route, path: str = "") -> str:
+def _upstream_url(route: Route, path: str = "") -> str:
     return "%s://%s%s" % (route.scheme, route.authority, path)
 
 
 def _translate_origin(value: str, request: Request, route: Route, gate: Any) -> str:
     is_translated = request.is_own_origin and not gate.config.preserve_host
-    return _home_url(route) if is_translated else value
+    return _upstream_url(route) if is_translated else value
 
 
 def _translate_referer(value: str, request: Request, route: Route, gate: Any) -> str:
-    """A page of this app becomes that page at home.  Of another page of our origin only the origin
-    is left, as browsers do it."""
+    """A URL of this app becomes a URL of the upstream.  Other URLs of the public origin are reduced
+    to the origin, as browsers do across origins."""
     value = gate.strip_query(value)
     path = None if gate.config.preserve_host else _path_of_own_url(value, request)
-    return value if path is None else _home_url(route, _path_in_app(path, route) or "/")
+    return value if path is None else _upstream_url(route, _path_in_app(path, route) or "/")
 
 
 def _translate_destination(value: str, request: Request, route: Route, gate: Any) -> str:
-    """A URL or a path (RFC 4918 section 10.3).  Those outside the app stay, for it to refuse."""
+    """Translate a URL or a path (RFC 4918 section 10.3), unless it is outside the app."""
     value = gate.strip_query(value)
     path = value if value.startswith("/") else _path_of_own_url(value, request)
     translated = "" if path is None else _path_in_app(path, route)
@@ -2103,12 +2106,12 @@ def _translate_destination(value: str, request: Request, route: Route, gate: Any
         return value
     if path == value or gate.config.preserve_host:
         return value[: len(value) - len(path)] + translated
-    return _home_url(route, translated)
+    return _upstream_url(route, translated)
 
 
 def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:
-    """A path gains the prefix.  A URL of the app's home becomes a path, which fits every scheme and
-    name that the client may use.  Relative and foreign references and "//host" stay."""
+    """Add the prefix to a path.  A URL of the upstream becomes a path, which is valid at every public
+    origin.  Relative references, "//host" and other URLs are unchanged."""
     match = _HTTP_URL.fullmatch(value)
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
@@ -2124,7 +2127,7 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
 
 
 def _translate_each(pattern: Any, translate: Callable[..., str]) -> Callable[..., Any]:
-    """The action for a value with URLs in it: the second of the three groups of `pattern`."""
+    """An action that translates the URLs in a value: the second of three groups of `pattern`."""
 
     def action(value: str, *context: Any) -> Any:
         def replace(match: Any) -> Any:
@@ -2137,8 +2140,8 @@ def _translate_each(pattern: Any, translate: Callable[..., str]) -> Callable[...
 
 
 def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any) -> Optional[str]:
-    """An app cannot set our cookies, nor cookies for more paths than its own.  A Domain that is the
-    target goes.  __Host- cookies stay, since both attributes are fixed for them."""
+    """Refuse the proxy's own cookies, limit Path to the app, and remove a Domain of the app or the
+    proxy.  __Host- cookies are unchanged: they always have Path=/ and no Domain."""
     if gate.owns_cookie(cookie_name(value), route):
         return None
     if value[:7].lower() == "__host-":
@@ -2148,26 +2151,26 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
     for part in attributes:
         name, _, content = part.partition("=")
         name, content = name.strip(" \t").lower(), content.strip(" \t")
-        if name == "domain" and _is_home_domain(content.lower().lstrip("."), request, route):
+        if name == "domain" and _is_app_domain(content.lower().lstrip("."), request, route):
             continue
         if name == "path":
             has_path = content.startswith("/")  # RFC 6265 section 5.2.4
             part = part[: part.find("=") + 1] + _cookie_path(content, route) if has_path else part
         kept.append(part)
     if route.prefix and not has_path and (request.is_unprefixed or not request.path):
-        kept.append(" Path=%s/" % route.prefix)  # the default is the folder of the client's URL
+        kept.append(" Path=%s/" % route.prefix)  # the default would be above the prefix
     return ";".join(kept)
 
 
-def _is_home_domain(domain: str, request: Request, route: Route) -> bool:
-    """Whether a cookie's Domain is the app's home, the proxy, or the domain above an app's host."""
+def _is_app_domain(domain: str, request: Request, route: Route) -> bool:
+    """Whether a cookie's Domain is the upstream's host, the proxy's, or above an app's own host."""
     host = host_of(request.client.authority)
     above = host.partition(".")[2] if request.client.app_port else host
     return domain in (host, above) or domain in map(host_of, route.app_authorities)
 
 
 def _cookie_path(path: str, route: Route) -> str:
-    """A cookie's Path below the prefix; in an absolute form, only a wider one is changed."""
+    """A cookie's Path below the prefix.  For an absolute route, only a Path above it is changed."""
     if not route.absolute or path_below(route.prefix, path) is not None:
         return _with_prefix(path, route)
     is_wider = path_below(path.rstrip("/"), route.prefix) is not None
@@ -2175,15 +2178,15 @@ def _cookie_path(path: str, route: Route) -> str:
 
 
 def _with_prefix(path: str, route: Route) -> str:
-    """A path of the app as a path of ours, in the client's spelling: browsers compare the paths of
-    cookies undecoded."""
+    """The public path for a path of the app.  The prefix is spelled as in the request, because
+    browsers do not decode the paths of cookies."""
     below = path_below(route.prefix, path)
     if not path.startswith("/") or (below is None and route.absolute):
         return path
     return route.prefix + (path if below is None else below)
 
 
-_REQUEST_TABLE = dict.fromkeys(_HOP_BY_HOP + _WRITTEN_BY_US)  # type: Dict[str, Any]
+_REQUEST_TABLE = dict.fromkeys(_HOP_BY_HOP + _SET_BY_PROXY)  # type: Dict[str, Any]
 _REQUEST_TABLE.update(
     {
         "origin": _translate_origin,
@@ -2198,9 +2201,9 @@ _REQUEST_TABLE.update(
         "expect": lambda value, request, *_: None if request.minor == "0" else value,
     }
 )
-# Servers in front tell the scheme in these, too; Rack prefers the first to X-Forwarded-Proto.
+# Other headers with the public scheme.  Rack prefers the first to X-Forwarded-Proto.
 _SCHEME_FIELDS = "x-forwarded-ssl x-forwarded-scheme x-forwarded-protocol front-end-https".split()
-_HOME_TABLE = {**_REQUEST_TABLE, **dict.fromkeys(_SCHEME_FIELDS)}
+_HIDDEN_ORIGIN_TABLE = {**_REQUEST_TABLE, **dict.fromkeys(_SCHEME_FIELDS)}
 _RESPONSE_TABLE = dict.fromkeys(_HOP_BY_HOP + ["content-length"])  # type: Dict[str, Any]
 _RESPONSE_TABLE.update(
     {
@@ -2215,12 +2218,12 @@ _RESPONSE_TABLE.update(
 
 
 def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
-    """The URL of the host that names `port`, as this client can reach it; "" if there is none."""
+    """The URL of `port` with a host of its own, for this client; "" if no domain fits."""
     host = host_of(client.authority)
     domain = host.partition(".")[2] if client.app_port else host
     if domain not in domains:
         named = "localhost" if host.startswith("127.") or host == "[::1]" else ""
-        others = (one for one in domains if one != "localhost")
+        others = (name for name in domains if name != "localhost")
         domain = named if named in domains else next(others, "")
     if not domain or not host:
         return ""
@@ -2230,18 +2233,18 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Unprefixed requests
 # --------------------------------------------------------------------------------------------------
-# A link such as "/static/app.js" on an app's page leaves the prefix.  If all paths of the origin
-# are ours (`Config.whole_origin`), the app is found by the page that asks (Referer), or else by a
-# signed cookie that names the app that this browser opened last.  The request is then redirected
-# into the prefix, or served as it is if it cannot be redirected.  Browsers keep the app's cookies
-# for the prefix; copies of them under names of ours are sent to all paths.
+# A link such as "/static/app.js" on an app's page lacks the prefix.  With `Config.whole_origin`, the
+# proxy finds the app by Referer, or else by a signed cookie with the app that this browser opened
+# last.  It redirects the request to the prefix, or serves it without a redirect if the client does
+# not follow redirects.  Browsers send an app's cookies only below the prefix, so the proxy also
+# sets copies with Path=/, under names of its own.
 #
-# gate: `app_cookie` is the name of the cookie, "" if unprefixed requests are not served; `key`
-# signs it.
+# gate.app_cookie: the name of the signed cookie; "" if unprefixed requests are not served.
+# gate.key: the key for signatures.
 
 
 class LocalResponse(NamedTuple):
-    """A whole response of the proxy itself."""
+    """A complete response of the proxy itself."""
 
     status: int
     fields: Fields
@@ -2250,36 +2253,36 @@ class LocalResponse(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def sign(key: bytes, purpose: str, text: str) -> str:
-    """A signature of `text` for a cookie: 43 characters that only the holder of the key can make.
+    """A signature (HMAC) of `text` for a cookie, 43 characters long.
 
-    Signatures for different purposes, each a word, are different.
+    purpose: a word.  A signature is valid for one purpose only.
     """
     digest = hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest()
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
-    """Whether a signature, as a browser sent it, is that of `text`."""
+    """Whether `signature`, from a request, is valid for `text`."""
     right = sign(key, purpose, text).encode()
     return hmac.compare_digest(signature.encode("latin-1"), right)
 
 
 def own_cookie(name: str, value: str, path: str, client: ClientInfo) -> str:
-    """A Set-Cookie value of ours, which scripts cannot read, for the browser of `client`."""
+    """A Set-Cookie value for a cookie of the proxy."""
     secure = "; Secure" if client.scheme == "https" else ""
     return "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s" % (name, value, path, secure)
 
 
 def find_app(request: Request, gate: Any) -> Request:
-    """The request with its route, even if the prefix is missing.
+    """The request with its route, also for an unprefixed request.
 
-    Raises ProxyError 302 to our own page, 400, or 404 if no app is found.
+    Raises ProxyError: 302 to the proxy's own page, 400, or 404 if no app is found.
     """
     error, config = request.route_error, gate.config
     if error is None:
         return request
     is_served = gate.app_cookie and not is_below(config.base or "/absolute", request.target)
-    is_served = is_served and error.status == 404 and _comes_from_us(request)
+    is_served = is_served and error.status == 404 and _is_from_own_origin(request)
     app = _app_of_page(request, gate) if is_served else ""
     if not app:
         raise _not_found(error, request, config)
@@ -2291,7 +2294,7 @@ def find_app(request: Request, gate: Any) -> Request:
 
 
 def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyError:
-    """The error with advice; or a redirect to our page for a person who asks for the origin."""
+    """The error with advice, or a redirect from "/" to the proxy's own page."""
     if request.target == "/" and config.whole_origin and request.is_page_visit:
         return ProxyError(302, "Redirecting.", (("Location", config.base + "/"),))
     if error.status != 404:
@@ -2309,13 +2312,13 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
 
 
 def can_be_redirected(request: Request) -> bool:
-    """Whether the client follows redirects: not for a WebSocket or a service worker's script."""
+    """Whether the client follows redirects.  WebSockets and service worker scripts do not."""
     is_script = "serviceworker" in request.headers.get_all("sec-fetch-dest")
     return not request.is_websocket and not is_script
 
 
 def redirect_into_prefix(request: Request, gate: Any) -> LocalResponse:
-    """The redirect of an unprefixed request: cookies and the next Referer then come out right."""
+    """A redirect to the prefix, so that the browser sends the app's cookies and the right Referer."""
     assert request.route is not None
     location = request.route.prefix + request.path + gate.strip_query(request.query)
     fields = (("Location", location), ("Cache-Control", "no-store"), ("Content-Length", "0"))
@@ -2325,10 +2328,10 @@ def redirect_into_prefix(request: Request, gate: Any) -> LocalResponse:
 def cookies_for_unprefixed(
     request: Request, response: Response, lines: List[str], gate: Any
 ) -> List[str]:
-    """Set-Cookie lines that let unprefixed requests of this browser find the app and its cookies.
+    """Set-Cookie lines for later unprefixed requests of this browser.
 
-    lines: those of the response for the client.  One cookie names the app once a person opens a
-    page of it.  Copies of the app's own cookies are sent to all paths.
+    lines: the header lines of the response for the client.  If a user opens a page of the app, one
+    cookie names the app.  The others are copies of the app's cookies, with Path=/.
     """
     route, sets_cookies = request.route, "set-cookie" in response.headers.index
     if route is None or not route.prefix or not (request.is_page_visit or sets_cookies):
@@ -2338,7 +2341,7 @@ def cookies_for_unprefixed(
     app, last_app = _app_name(route), _last_app(request, gate)
     if not is_opened and not last_app:
         return []
-    start = _copy_name(app, gate)
+    start = _copy_prefix(app, gate)
     values = (line[11:].strip(" \t") for line in lines if line[:11].lower() == "set-cookie:")
     cookies = [copy for copy in (_copy(value, start) for value in values) if copy]
     if is_opened and response.status < 400 and app != last_app:
@@ -2347,38 +2350,38 @@ def cookies_for_unprefixed(
     return ["Set-Cookie: " + cookie for cookie in cookies]
 
 
-def with_own_cookies(request: Request, gate: Any) -> Request:
-    """An unprefixed request that is served as it is, with the app's cookies from their copies."""
+def with_app_cookies(request: Request, gate: Any) -> Request:
+    """An unprefixed request, with the app's cookies restored from their copies."""
     assert request.route is not None
-    start, headers = _copy_name(_app_name(request.route), gate), request.headers
+    start, headers = _copy_prefix(_app_name(request.route), gate), request.headers
     values = headers.get_all("cookie")
     pairs = [pair.strip(" \t") for value in values for pair in value.split(";")]
     names = frozenset(map(cookie_name, pairs))
     restored = (pair[len(start) :] for pair in pairs if pair.startswith(start))
-    own = [pair for pair in restored if cookie_name(pair) not in names]
-    if not own:
+    missing = [pair for pair in restored if cookie_name(pair) not in names]
+    if not missing:
         return request
     fields = [(key, line) for key, line in zip(headers.keys, headers.lines) if key != "cookie"]
-    fields.append(("cookie", "Cookie: " + "; ".join(pairs + own)))
+    fields.append(("cookie", "Cookie: " + "; ".join(pairs + missing)))
     return request._replace(
         headers=Headers([key for key, _ in fields], [line for _, line in fields])
     )
 
 
-def _comes_from_us(request: Request) -> bool:
-    """Whether a page of our own origin asks, or a person does in the address bar."""
+def _is_from_own_origin(request: Request) -> bool:
+    """Whether a request comes from a page of the public origin or from the address bar."""
     headers, authority = request.headers, request.client.authority
     sites = headers.get_all("sec-fetch-site")
     if sites == ["same-origin"]:
         return True
     pages = headers.get_all("origin") + headers.get_all("referer")
-    is_typed = request.is_page_visit and request.target != "/"  # "/" means our own page
-    is_ours = all(_own_path(page, authority) for page in pages)
-    return is_ours and (is_typed if sites == ["none"] else not sites and bool(pages or is_typed))
+    is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
+    is_own = all(_own_path(page, authority) for page in pages)
+    return is_own and (is_typed if sites == ["none"] else not sites and bool(pages or is_typed))
 
 
 def _own_path(url: str, authority: str) -> str:
-    """The path of a URL of our own origin; "" for any other."""
+    """The path of a URL of the public origin; "" for other URLs."""
     match = _HTTP_URL.fullmatch(url)
     if not match or not is_own_origin("%s://%s" % match.group(1, 2), authority):
         return ""
@@ -2386,7 +2389,7 @@ def _own_path(url: str, authority: str) -> str:
 
 
 def _app_of_page(request: Request, gate: Any) -> str:
-    """The app of the page that asks, or else the last app; "" if it is our own page."""
+    """The app of the page in Referer, or else the last app; "" for the proxy's own page."""
     base = gate.config.base
     for referer in request.headers.get_all("referer"):
         path = _own_path(referer, request.client.authority)
@@ -2402,8 +2405,8 @@ def _app_of_page(request: Request, gate: Any) -> str:
 def _last_app(request: Request, gate: Any) -> str:
     """The app that this browser opened last, "" if unknown.
 
-    A page of an app or of another port can set a cookie of that name.  It cannot sign it, and next
-    to it our own does not count either.
+    Pages of apps and of other ports can set a cookie of that name, but cannot sign it.  If there
+    are several cookies of that name, none is used.
     """
     values = cookie_values(request.headers, gate.app_cookie)
     app, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
@@ -2411,18 +2414,18 @@ def _last_app(request: Request, gate: Any) -> str:
 
 
 def _app_name(route: Route) -> str:
-    """An app as our cookie names it: its prefix behind the base."""
+    """The name of an app in the signed cookie: its prefix without the base."""
     parts = route.prefix.split("/")
     return "/".join(parts[-2:] if route.absolute else parts[-1:])
 
 
-def _copy_name(app: str, gate: Any) -> str:
-    """How the names of the copies of an app's cookies begin."""
+def _copy_prefix(app: str, gate: Any) -> str:
+    """The start of the names of all copies of an app's cookies."""
     return "%s_%s_" % (gate.app_cookie, hashlib.sha256(app.encode()).hexdigest()[:8])
 
 
 def _copy(value: str, start: str) -> str:
-    """A copy of a cookie under a name of ours, sent to all paths; "" if the cookie itself is."""
+    """A copy of a Set-Cookie value, with `start` before its name and Path=/; "" if it has Path=/."""
     pair, *attributes = value.split(";")
     keys = [part.partition("=")[0].strip(" \t").lower() for part in attributes]
     split = list(zip(attributes, keys))
@@ -4476,7 +4479,7 @@ class Exchange:
             await self.respond(_response(302, "text/plain", text, fields))
             return
         if request.is_unprefixed:
-            request = self.request = with_own_cookies(request, gate)
+            request = self.request = with_app_cookies(request, gate)
         # The part of the body that is here is checked before an upstream is taken.
         pieces = [
             request_for_upstream(request, gate, self.proxy.mark)

@@ -93,7 +93,7 @@ from port_proxy import (
     response_lines,
     route_to_port,
     serialise,
-    with_own_cookies,
+    with_app_cookies,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -2729,7 +2729,7 @@ class TestUnprefixedRequests:
         copy = cookies_for_unprefixed(visit, answer, ["Set-Cookie: x=y"], gate)[0].split(": ")[1].split(";")[0]
         line = "Cookie: %s; %s" % (copy[: -len("x=y")] + smuggled, copy)
         asked = find_app(asked_for("/ws", line, "Referer: %s/proxy/80/" % US, gate=gate), gate)
-        sent = request_for_upstream(with_own_cookies(asked, gate), gate)
+        sent = request_for_upstream(with_app_cookies(asked, gate), gate)
         assert dict(split_head(sent)[1])["Cookie"] == "x=y"
 
     def test_response_in_place_is_rewritten_for_the_prefix(self, proxy, upstream):
