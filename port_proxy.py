@@ -3978,6 +3978,37 @@ def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
     return tuple(attributes)
 
 
+def _config_under_hub(
+    config: Config, arguments: argparse.Namespace, environment: Mapping[str, str]
+) -> Config:
+    """The configuration of a server that a JupyterHub starts.  Raises ValueError."""
+    for field in ("token", "token_file", "no_token", "certfile", "keyfile", "client_ca"):
+        if getattr(arguments, field):
+            text = "JupyterHub started this server (JUPYTERHUB_SERVICE_URL is set): remove --%s"
+            raise ValueError(text % field.replace("_", "-"))
+    hub = hub_in(environment)
+    url = urlsplit(environment["JUPYTERHUB_SERVICE_URL"])
+    if url.scheme not in _DEFAULT_PORTS or not url.netloc:
+        text = "JUPYTERHUB_SERVICE_URL is not valid: %s"
+        raise ValueError(text % environment["JUPYTERHUB_SERVICE_URL"])
+    files = {}  # type: Dict[str, Any]
+    if url.scheme == "https":
+        names = ("certfile", "keyfile", "client_ca")
+        files = {name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in names}
+    return config._replace(
+        hub=hub,
+        base=hub.prefix + normal_base(config.base),
+        bind=url.hostname or "0.0.0.0",
+        port=url.port or int(_DEFAULT_PORTS[url.scheme][1:]),
+        token="",
+        # A client that does not come through the Hub's own proxy has to sign in all the same.
+        trusted_proxies=config.trusted_proxies or ("0.0.0.0/0", "::/0"),
+        # A Hub that stops a server waits for it, and so does the user who clicked.
+        shutdown_timeout=min(config.shutdown_timeout, 0.3),
+        **files,
+    )
+
+
 class HubUser(NamedTuple):
     """The user that a token belongs to, and whether its scopes give access to this server."""
 
@@ -6556,37 +6587,6 @@ def _token(arguments: argparse.Namespace) -> Optional[str]:
         if not token:
             raise ValueError("there is no token in %s" % arguments.token_file)
     return token or (ANY_TOKEN if arguments.token else None)
-
-
-def _config_under_hub(
-    config: Config, arguments: argparse.Namespace, environment: Mapping[str, str]
-) -> Config:
-    """The configuration of a server that a JupyterHub starts.  Raises ValueError."""
-    for field in ("token", "token_file", "no_token", "certfile", "keyfile", "client_ca"):
-        if getattr(arguments, field):
-            text = "JupyterHub started this server (JUPYTERHUB_SERVICE_URL is set): remove --%s"
-            raise ValueError(text % field.replace("_", "-"))
-    hub = hub_in(environment)
-    url = urlsplit(environment["JUPYTERHUB_SERVICE_URL"])
-    if url.scheme not in _DEFAULT_PORTS or not url.netloc:
-        text = "JUPYTERHUB_SERVICE_URL is not valid: %s"
-        raise ValueError(text % environment["JUPYTERHUB_SERVICE_URL"])
-    files = {}  # type: Dict[str, Any]
-    if url.scheme == "https":
-        names = ("certfile", "keyfile", "client_ca")
-        files = {name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in names}
-    return config._replace(
-        hub=hub,
-        base=hub.prefix + normal_base(config.base),
-        bind=url.hostname or "0.0.0.0",
-        port=url.port or int(_DEFAULT_PORTS[url.scheme][1:]),
-        token="",
-        # A client that does not come through the Hub's own proxy has to sign in all the same.
-        trusted_proxies=config.trusted_proxies or ("0.0.0.0/0", "::/0"),
-        # A Hub that stops a server waits for it, and so does the user who clicked.
-        shutdown_timeout=min(config.shutdown_timeout, 0.3),
-        **files,
-    )
 
 
 # Running.
