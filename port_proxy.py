@@ -668,7 +668,9 @@ _SPACED_NAME = re.compile(r"\A(%s)[\t ]+:" % TOKEN)
 _LEGAL = bytes(byte for byte in range(256) if (byte >= 32 and byte != 127) or byte in b"\t\r\n")
 _ABSOLUTE_FORM = re.compile(r"(?:http|https)://([^/?]*)(/[^?]*)?(\?.*)?", re.IGNORECASE)
 # RFC 3986 section 3.2.2, without user information and IPvFuture.
-_AUTHORITY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_AUTHORITY = re.compile(
+    r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
+)
 _HTTP_URL = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE)
 _PORT = re.compile(r":([0-9]+)\Z")
 _LENGTH = re.compile("[0-9]{1,18}")
@@ -2251,6 +2253,9 @@ class LocalResponse(NamedTuple):
     body: bytes = b""
 
 
+_MAX_SIGNED = 4096  # characters; browsers keep no longer cookie
+
+
 @functools.lru_cache(maxsize=1024)
 def sign(key: bytes, purpose: str, text: str) -> str:
     """A signature (HMAC) of `text` for a cookie, 43 characters long.
@@ -2263,6 +2268,8 @@ def sign(key: bytes, purpose: str, text: str) -> str:
 
 def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
     """Whether `signature`, from a request, is valid for `text`."""
+    if len(text) > _MAX_SIGNED:
+        return False
     right = sign(key, purpose, text).encode()
     return hmac.compare_digest(signature.encode("latin-1"), right)
 
@@ -4415,8 +4422,8 @@ def all_tokens(request: Request) -> List[str]:
 
 
 def _hub_session(request: Request) -> str:
-    """The browser's session at the Hub, "" if it has none."""
-    return "".join(cookie_values(request.headers, _HUB_SESSION)[:1])
+    """A hash of the browser's session at the Hub; the cookie may be long, and is anybody's text."""
+    return _short_hash("".join(cookie_values(request.headers, _HUB_SESSION)[:1]))
 
 
 def _short_hash(text: str) -> str:

@@ -1147,7 +1147,7 @@ BAD_LINES = [(400, line) for line in (  # the first lines of requests that have 
 ]
 BAD_FIELDS = [  # the fields behind a good request line
     b"", b"Host: a\r\nHost: a", b"Host:", b"Host: a b", b"Host: u@a", b"Host: a/b", b"Host: a:b", b"Host: ::1",
-    b"Host: \xe4", b"Host: a<script>", b"Host : a", b"Host\t: a", b" Host: a", b"Host: a\r\n: x", b"Host: a\r\nX",
+    b"Host: " + b"a" * 256, b"Host: [" + b":" * 46 + b"]", b"Host: \xe4", b"Host: a<script>", b"Host : a", b"Host\t: a", b" Host: a", b"Host: a\r\n: x", b"Host: a\r\nX",
     b"Host: a\r\n X: y", b"Host: a\r\nX: y\r\n\tz", b"Host: a\r\nX: \x00", b"Host: a\r\nX: a\x0bb",
     b"Host: a\r\nX: a\rb", b"Host: a\r\nX: a\nb: c", b"Host: a\r\nX\xe4: b", b"Host: a\r\nX(: b", b"Host: a\r\nX: \x7f",
     b"Host: a\r\nX: y\nZ: z", b"Host: a\r\nOrigin: http://a\r\nOrigin: http://b",
@@ -2587,6 +2587,12 @@ class TestUnprefixedRequests:
         theirs = cookies[1].replace("proxy_%d_app" % other.port, "proxy_%d_app" % ours.port)
         for cookie, status in ((cookies[0], 307), (theirs, 404), (cookies[0].replace("=%d." % app.port, "=80."), 404)):
             assert status_of(ours.get("/x", cookie, "Sec-Fetch-Site: same-origin")) == status
+
+    @pytest.mark.parametrize("length", [4096, 4097])
+    def test_text_that_no_cookie_can_hold_is_not_signed(self, length):
+        """Signatures are remembered, and anybody can send long texts."""
+        signature = port_proxy.sign(b"key", "app", "a" * length)
+        assert port_proxy.is_signed(b"key", "app", "a" * length, signature) is (length == 4096)
 
     @pytest.mark.parametrize("base, target, page, status", [
         ("/proxy", target, "/proxy/80/", 404) for target in (
