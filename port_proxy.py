@@ -562,6 +562,15 @@ def _decoded_segments(path: str) -> List[bytes]:
     return [unquote_to_bytes(segment.encode("latin-1")) for segment in path.split("/")]
 
 
+def with_spelling_of(base: str, target: str) -> str:
+    """The target with `base` as spelled here, if it is below it.
+
+    Browsers compare the Path of a cookie without decoding it.
+    """
+    rest = path_below(base, target)
+    return target if rest is None else base + rest
+
+
 def is_base(base: str, target: str) -> bool:
     """Whether a target is the base itself, with or without a slash at its end."""
     return path_below(base, target.partition("?")[0]) in ("", "/")
@@ -3614,6 +3623,8 @@ class Gate:
         clean = self.strip_query(request.target)
         if clean == request.target or not request.is_page_visit:
             return ""
+        if not request.client.app_port:
+            clean = with_spelling_of(self.config.base, clean)
         return "/." + clean if _OTHER_HOST.match(clean) else clean
 
     def check_origin(self, request: Request) -> None:
@@ -3822,12 +3833,13 @@ class TokenGate(Gate):
 
     def _sign_in_needed(self, detail: str, target: str, client: ClientInfo) -> SignInNeeded:
         """An app's host gets no form for the token: the app's pages could read the input."""
+        base = self.config.base
         if not client.app_port:
-            return SignInNeeded(detail, target, self.config.base + "/")
+            return SignInNeeded(detail, with_spelling_of(base, target), base + "/")
         host = host_of(client.authority)
         port = client.authority[len(host) :]
         ours = "%s://%s%s" % (client.scheme, host.partition(".")[2], port)
-        return SignInNeeded(detail, "%s%s/?open=%d" % (ours, self.config.base, client.app_port), "")
+        return SignInNeeded(detail, "%s%s/?open=%d" % (ours, base, client.app_port), "")
 
     # Apps at hosts of their own.
 

@@ -3123,6 +3123,18 @@ class TestToken:
         error, _ = decision(gate_for(token=TOKEN, **options), request("GET", "%s/?token=%s" % (base, TOKEN), *VISIT))
         assert "; Path=%s; HttpOnly" % base in dict(error.fields)["Set-Cookie"]
 
+    def test_sign_in_leads_below_the_path_of_the_cookie(self):
+        """Browsers compare it undecoded.  An app at a host of its own has no base."""
+        gate = gate_for(token=TOKEN, base="/ana%2Btest")
+        visits = ("/ana+test/80/a?b", "/an%61+test/80/a?b", "/ana%2Btest/80/a?b")
+        for error, _ in [decision(gate, request("GET", target, *VISIT)) for target in visits]:
+            assert error.target == "/ana%2Btest/80/a?b"
+        for target in visits:
+            error, _ = decision(gate, request("GET", "%s&token=%s" % (target, TOKEN), *VISIT))
+            assert dict(error.fields)["Location"] == "/ana%2Btest/80/a?b"
+        error, _ = decision(gate, at("80.localhost", "GET", "%s&token=%s" % (visits[0], TOKEN), *VISIT))
+        assert dict(error.fields)["Location"] == visits[0]
+
     @pytest.mark.parametrize("query, field, waited", [
         (TOKEN, "", 0), ("", TOKEN, 0), (TOKEN, "apps-own", 0), ("apps-own", TOKEN, 0), ("wrong", "", 1),
         ("", "wrong", 1), ("wrong", "wrong", 1), (TOKEN + "&token=wrong", "", 0), ("wrong&token=" + TOKEN, "", 1),
