@@ -4228,7 +4228,7 @@ class HubGate(Gate):
         user, found = await self._user_of_session(request, hub_session), ""
         is_signed_in = user is not None
         valid = authorization_tokens(request.headers)
-        if "cross-site" not in request.headers.get_all("sec-fetch-site"):
+        if {"same-origin", "none"}.issuperset(request.headers.get_all("sec-fetch-site")):
             # A link of a foreign page must not sign this browser in as another user.
             valid += query_tokens(request.target)
         for token in tokens:

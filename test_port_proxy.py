@@ -4967,8 +4967,9 @@ class TestHub:
         answer = proxy.get(target + "a?b&token=owner-token&c", *PAGE)
         assert place_of(answer) == target + "a?b&c"
         self.check(proxy, target, (cookie_of(answer), 200))
-        foreign = proxy.get(target + "?token=admin-token", "Sec-Fetch-Site: cross-site", *PAGE)
-        assert place_of(foreign).startswith("/jh/hub/api/oauth2/authorize?")
+        for site in ("cross-site", "same-site"):
+            foreign = proxy.get(target + "?token=admin-token", "Sec-Fetch-Site: " + site, *PAGE)
+            assert place_of(foreign).startswith("/jh/hub/api/oauth2/authorize?")
         answer = proxy.get(BASE + "?token=admin-token", cookie, *PAGE)
         assert (place_of(answer), "set-cookie" in fields_of(answer)) == (BASE, False)
         self.check(proxy, target + "a?b&token=apps-own&c", (cookie, *PAGE, 200))
