@@ -6814,7 +6814,7 @@ class _JsonFormatter(logging.Formatter):
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         data = {"time": "%s.%03dZ" % (moment, record.msecs), "level": record.levelname.lower()}
         data.update(getattr(record, "request", None) or {"message": record.getMessage()})
-        return json.dumps(data).replace("\x7f", r"\u007f")  # DEL, the only one that JSON leaves
+        return json.dumps(data)
 
 
 class _LoopErrors:

@@ -4141,7 +4141,7 @@ def listing(tmp_path_factory):
         write_proc(folder, programs)
         eventually(rows)  # a proxy looks at most once a second
         ask_port(port, "/proxy/%d/" % app.port, *NAVIGATION)
-        seen.text, seen.page = ask("here:8888"), ask("localhost:8888", *NAVIGATION)
+        seen.text, seen.json, seen.page = ask("here:8888"), ask("here:8888", JSON), ask("localhost:8888", *NAVIGATION)
         seen.items = ask("localhost:8888", "Accept: */*", target="/proxy/?list")
         seen.at_localhost, seen.at_a_name = rows("localhost:8888"), rows("a.example")
         yield seen
@@ -4259,7 +4259,7 @@ class TestPages:
         ):  # fmt: skip
             assert part in listing.page
         assert not re.search("<[bi]>", listing.page)
-        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", listing.page + listing.text)
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", listing.page + listing.text + listing.json)
         assert all(r"\x1b[31m\x9bx\x7f" in text for text in (listing.page, listing.text))
         assert listing.page.count("<li id=") == listing.items.count("<li id=") == len(listing.at_localhost)
 
