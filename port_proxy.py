@@ -6856,7 +6856,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; `argv` is sys.argv[1:] by default.
 
     Returns the exit status: 0 after a signal, or if the checked port can be reached; 1 if it
-    cannot; 2 if the proxy cannot listen.  Raises SystemExit(2) for mistakes in the arguments.
+    cannot, 130 if Ctrl-C ends the check; 2 if the proxy cannot listen.  Raises SystemExit(2) for
+    mistakes in the arguments.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser(show_limits="--help-all" in argv)
@@ -6883,7 +6884,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return 0 if report.ok else 1
         return loop.run_until_complete(_run(config, argv, arguments.quiet))
     except KeyboardInterrupt:
-        return 0
+        return 130 if arguments.check else 0
     finally:
         loop.close()
 

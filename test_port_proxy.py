@@ -7438,6 +7438,13 @@ class TestCommandLine:
             process.send_signal(signal.SIGHUP)
             assert status_of(ask_port(port, "/proxy/")) == 200
 
+    def test_interrupted_check_does_not_report_success(self, upstream):
+        app = upstream(script(read_head, tell, hold))
+        with spawn([sys.executable, PROGRAM, "--check", str(app.port)], stdout=subprocess.PIPE) as process:
+            assert app.told.wait(WAIT)
+            process.send_signal(signal.SIGINT)
+            assert (process.wait(WAIT), process.stdout.read()) == (130, b"")
+
     def test_second_signal_ends_a_running_request(self, upstream):
         """After the first one, the program says what it waits for."""
         app = upstream(script(read_message, tell, hold))
