@@ -6919,7 +6919,9 @@ class Fuzzing:
         if (status, body) not in possible:
             assert b"x-app" not in fields, "the app sent %r, not %d %r" % (possible, status, body)
             assert status >= 300, "nobody sent this: %d %r" % (status, body)
-            assert not (is_certain and is_whole and client.is_plain), "a good response became %d" % status
+            is_late = b"The client has closed its side." in body  # of a machine that was busy for two seconds
+            is_good = is_certain and is_whole and client.is_plain and not is_late
+            assert not is_good, "a good response became %d" % status
 
     def scripts_for(self, asked):
         return self.scripts.get((asked[0], self.path(asked[1])), [])
