@@ -2455,21 +2455,20 @@ def _copy(value: str, start: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # Local sockets
 # --------------------------------------------------------------------------------------------------
-# Which programs of this user listen on this machine, and which user owns a port.  Linux reports
-# both in /proc (proc(5)), and the owner of one socket also by netlink (sock_diag(7)), which is much
-# faster on a machine with many sockets.  Other systems report neither: there no port is listed, and
-# no port is refused.
+# Lists the programs of this user that listen, and finds the user who owns a port.  On Linux, both
+# are in /proc (proc(5)).  For the owner of one socket, netlink (sock_diag(7)) is much faster if the
+# machine has many sockets.  On other systems, no port is listed and no port is refused.
 
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
-# A row of such a table: local address and port, remote address and port, state, user id, inode.
-# A socket that listens has the remote port 0.  One that no process holds has the inode 0.
+# A row of these tables: local address and port, remote address and port, state, user id, inode.
+# Listening sockets have the remote port 0.  Sockets without a process have the inode 0.
 _ROW = (
     r"^ *[0-9]+: ([0-9A-F]+):(%s) ([0-9A-F]+):%04X \S+ \S+ \S+ \S+ +([0-9]+) +[0-9]+ ([1-9][0-9]*) "
 )
 _FIRST_COMMON_PORT = 1024  # system services listen below
 _FIRST_ORDINARY_USER = 1000  # root and system services have lower ids
 _ANY_ADDRESS = ("0.0.0.0", "::")
-_REACHED = {  # the addresses of listening sockets that a host reaches
+_REACHED = {  # for each host, the listening addresses that it reaches
     "localhost": ("127.0.0.1", "0.0.0.0", "::", "::1"),
     "127.0.0.1": ("127.0.0.1", "0.0.0.0", "::"),
     "::1": ("::1", "::"),
@@ -2478,12 +2477,14 @@ _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
 _INTERPRETER = re.compile(
     r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*"
 )
-_PYTHON_FLAGS = "-u -E -I -s -S -O -OO -B -b -q -v -X -W".split()  # code may follow other flags
+_PYTHON_FLAGS = (
+    "-u -E -I -s -S -O -OO -B -b -q -v -X -W".split()
+)  # other flags may be followed by code
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,60}")
 
 
 class TcpSocket(NamedTuple):
-    """A TCP socket of this machine that a process holds; `address` and `port` are its own end."""
+    """A TCP socket of a process on this machine, with its local address and port."""
 
     address: str
     port: int
@@ -2494,7 +2495,7 @@ class TcpSocket(NamedTuple):
 class Listener(NamedTuple):
     """A program of this user that listens on a port.
 
-    started: when the program started, in seconds since the epoch; 0.0 if that is unknown.
+    started: in seconds since the epoch; 0.0 if unknown.
     """
 
     port: int
@@ -2505,22 +2506,22 @@ class Listener(NamedTuple):
 
 
 class LocalSockets:
-    """What listens on this machine, looked up in a thread and at most once a second."""
+    """A cache of listening sockets.  A thread looks them up, at most once a second."""
 
     def __init__(self) -> None:
-        # The last lookup by each function, and when the next one may begin.
+        # For each function: its last result, and the time until which the result is valid.
         self._lookups = {}  # type: Dict[Any, Tuple[asyncio.Future[Any], float]]
 
     async def listeners(self) -> List[Listener]:
-        """The result of `find_listeners`."""
+        """The cached result of `find_listeners`."""
         return list(await self._look_up(find_listeners))
 
     async def listening_elsewhere(self, host: str, port: int) -> Sequence[str]:
-        """The addresses that listen on a port, if `host` is in LOOPBACK_NAMES and reaches none."""
+        """The listening addresses of a local port, if `host` is a loopback name and reaches none."""
         if host not in LOOPBACK_NAMES:
             return ()
         sockets = await self._look_up(tcp_sockets)  # type: List[TcpSocket]
-        addresses = listening_addresses(one for one in sockets if one.port == port)
+        addresses = listening_addresses(sock for sock in sockets if sock.port == port)
         return () if reaches_any(host, addresses) else addresses
 
     async def _look_up(self, function: Callable[[], Any]) -> Any:
@@ -2532,18 +2533,18 @@ class LocalSockets:
 
 
 def find_listeners() -> List[Listener]:
-    """The programs of this user that listen, by port; system services are left out."""
+    """The listening programs of this user, in the order of ports; not system services."""
     by_port = {}  # type: Dict[int, List[TcpSocket]]
-    for one in tcp_sockets():
-        if one.user == os.geteuid() and one.port >= _FIRST_COMMON_PORT:
-            by_port.setdefault(one.port, []).append(one)
+    for sock in tcp_sockets():
+        if sock.user == os.geteuid() and sock.port >= _FIRST_COMMON_PORT:
+            by_port.setdefault(sock.port, []).append(sock)
     if not by_port:
         return []
-    pids = _pids_by_inode({one.inode for sockets in by_port.values() for one in sockets})
+    pids = _pids_by_inode({sock.inode for sockets in by_port.values() for sock in sockets})
     found = []
     for port, sockets in sorted(by_port.items()):
-        pid = next((pids[one.inode] for one in sockets if one.inode in pids), None)
-        if pid is not None:  # else a container on the same network may hold it
+        pid = next((pids[sock.inode] for sock in sockets if sock.inode in pids), None)
+        if pid is not None:  # else it may belong to a container on this network
             addresses = listening_addresses(sockets)
             found.append(Listener(port, addresses, _program(pid), pid, _started(pid)))
     return found
@@ -2551,135 +2552,140 @@ def find_listeners() -> List[Listener]:
 
 def listening_addresses(sockets: Iterable[TcpSocket]) -> Tuple[str, ...]:
     """The addresses of these sockets, each once."""
-    return tuple(dict.fromkeys(one.address for one in sockets))
+    return tuple(dict.fromkeys(sock.address for sock in sockets))
 
 
 def reaches_any(host: str, addresses: Iterable[str]) -> bool:
-    """Whether `host`, one of LOOPBACK_NAMES, reaches a socket that listens at these addresses."""
+    """Whether `host`, a loopback name, reaches one of these listening addresses."""
     return any(address in _REACHED[host] for address in addresses)
 
 
 def tcp_sockets(
     port: Optional[int] = None, peer: Optional[Address] = None, tables: Sequence[str] = _TABLES
 ) -> List[TcpSocket]:
-    """The sockets at a local port that listen, or are connected to `peer`; IPv4 before IPv6.
+    """Listening sockets, or those connected to `peer`; IPv4 before IPv6.
 
-    port: None for all.
+    port: the local port; None for all ports.
     """
     ports = "[0-9A-F]{4}" if port is None else "%04X" % port
     rows = re.compile(_ROW % (ports, peer[1] if peer else 0), re.MULTILINE)
     found = []
     for table in tables:
         for address, own_port, remote, user, inode in rows.findall(_read(table)):
-            if peer is None or _address(remote) == peer[0]:
-                found.append(TcpSocket(_address(address), int(own_port, 16), int(user), inode))
+            if peer is None or _parse_address(remote) == peer[0]:
+                found.append(
+                    TcpSocket(_parse_address(address), int(own_port, 16), int(user), inode)
+                )
     return found
 
 
 @functools.lru_cache(maxsize=256)
-def _address(text: str) -> str:
-    """An address from its spelling in a table: 32-bit words in the machine's byte order."""
+def _parse_address(text: str) -> str:
+    """Parse an address of these tables: 32-bit words in the byte order of this machine."""
     count = len(text) // 8
     words = struct.unpack(">%dI" % count, bytes.fromhex(text))
     return plain_address(str(ipaddress.ip_address(struct.pack("=%dI" % count, *words))))
 
 
 class OwnerGuard:
-    """Refuses a connection to a port of this machine on which another ordinary user listens.
+    """Refuses connections to local ports of other ordinary users.
 
-    The owner of a port is the user of the socket that listens there.  The accepted socket does not
-    tell: once another user's program has closed it, the kernel reports nobody.  So the owner is
-    looked up before the connection, here, and after it, by `check`; both raise ProxyError 403.
+    The owner of a port is the user of its listening socket.  The accepted socket is not enough,
+    because the kernel reports no user once its program has closed it.  The constructor checks the
+    owner before the proxy connects, and `check` does afterwards.  Both raise ProxyError 403.
     """
 
     def __init__(self, address: Address) -> None:
-        self._there = _own_address(address) if sys.platform.startswith("linux") else None
-        self._was_listening = self._there is not None and self._is_allowed(self._there)
+        self._address = _local_address(address) if sys.platform.startswith("linux") else None
+        self._had_known_owner = self._address is not None and self._has_known_owner(self._address)
 
-    def check(self, here: Address) -> None:
-        """Check the connection that was made from `here`."""
-        there = self._there
-        if there is None:
+    def check(self, peer: Address) -> None:
+        """Check a new connection.  `peer`: the address and port of the proxy's end."""
+        address = self._address
+        if address is None:
             return
-        # A program that serves a single connection may have stopped listening by now.
-        if not self._is_allowed(there) and not self._is_allowed(there, here):
+        # A program that serves a single connection may have closed its listening socket.
+        if not self._has_known_owner(address) and not self._has_known_owner(address, peer):
             text = "The user who owns port %d of this machine could not be determined."
-            raise ProxyError(403, text % there[1], (), _TRUST_ADVICE)
-        if not self._was_listening:
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "it has just begun to listen")
+            raise ProxyError(403, text % address[1], (), _TRUST_ADVICE)
+        if not self._had_known_owner:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "the port had no known owner before")
 
-    def _is_allowed(self, there: Address, peer: Optional[Address] = None) -> bool:
-        """Whether the port has a known owner who may be reached; ProxyError 403 for another."""
-        users = _socket_users(there, peer)
+    def _has_known_owner(self, address: Address, peer: Optional[Address] = None) -> bool:
+        """Whether the owner is known.  Raises ProxyError 403 if it is another ordinary user."""
+        users = _socket_users(address, peer)
         for user in users:
             if user >= _FIRST_ORDINARY_USER and user != os.geteuid():
                 text = (
                     "Port %d of this machine belongs to another user, %s. Its pages could use your"
                     " other apps as you."
                 )
-                raise ProxyError(403, text % (there[1], user_name(user)), (), _TRUST_ADVICE)
+                raise ProxyError(403, text % (address[1], user_name(user)), (), _TRUST_ADVICE)
         return bool(users)
 
 
 _TRUST_ADVICE = "If you trust it, {start} {any_owner}."
 
 
-def _own_address(address: Address) -> Optional[Address]:
-    """The address that is reached by connecting to this one; None if it is another machine's.
+def _local_address(address: Address) -> Optional[Address]:
+    """The address that a connection to `address` reaches; None if it is on another machine.
 
-    A connection to an address of this machine begins at that address, or at a loopback address.
+    A connection within this machine has equal source and destination addresses, or goes to a
+    loopback address.
     """
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:  # connecting it sends nothing
         sock.connect(address)
-        here, there = (plain_address(name[0]) for name in (sock.getsockname(), sock.getpeername()))
-    is_own = here == there or ipaddress.ip_address(there).is_loopback
-    return (there, address[1]) if is_own else None
+        source, destination = (
+            plain_address(name[0]) for name in (sock.getsockname(), sock.getpeername())
+        )
+    is_own = source == destination or ipaddress.ip_address(destination).is_loopback
+    return (destination, address[1]) if is_own else None
 
 
-def _socket_users(there: Address, peer: Optional[Address]) -> Set[int]:
-    """The users of the sockets that listen at `there`, or of the one there connected to `peer`.
+def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
+    """The users of the sockets at `address` that listen, or are connected to `peer`.
 
-    None is known if the set is empty.
+    Empty if unknown.
     """
-    is_ipv6 = ":" in there[0]
-    user = _ask_kernel(there, peer or (_ANY_ADDRESS[is_ipv6], 0))
+    is_ipv6 = ":" in address[0]
+    user = _user_by_netlink(address, peer or (_ANY_ADDRESS[is_ipv6], 0))
     if user is not None:
         return {user}
-    if _kernel_answers():
+    if _has_netlink():
         return set()
-    # A socket of IPv6 may serve IPv4 too, but not the other way round.  A socket that listens at
-    # the very address precedes one that listens at all addresses.
-    sockets = tcp_sockets(there[1], peer, _TABLES[1:] if is_ipv6 else _TABLES)
-    exact = {one.user for one in sockets if one.address == there[0]}
-    return exact or {one.user for one in sockets if one.address in _ANY_ADDRESS}
+    # An IPv6 socket may also accept IPv4, but not the reverse.  A socket that is bound to the exact
+    # address precedes a socket that is bound to all addresses.
+    sockets = tcp_sockets(address[1], peer, _TABLES[1:] if is_ipv6 else _TABLES)
+    exact = {sock.user for sock in sockets if sock.address == address[0]}
+    return exact or {sock.user for sock in sockets if sock.address in _ANY_ADDRESS}
 
 
-def _kernel_answers() -> bool:
-    """Whether netlink reports sockets: not every kernel and sandbox lets it."""
+def _has_netlink() -> bool:
+    """Whether netlink reports sockets.  Some kernels and sandboxes do not support it."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen(1)
-        return _ask_kernel(sock.getsockname(), (_ANY_ADDRESS[0], 0)) is not None
+        return _user_by_netlink(sock.getsockname(), (_ANY_ADDRESS[0], 0)) is not None
 
 
-def _ask_kernel(there: Address, peer: Address) -> Optional[int]:
-    """The user of the socket at `there` that is connected to `peer`; None if unknown.
+def _user_by_netlink(address: Address, peer: Address) -> Optional[int]:
+    """The user of the socket at `address` that is connected to `peer`; None if unknown.
 
-    If the port of `peer` is 0, it is the socket that listens at `there`.
+    If the port of `peer` is 0: of the socket that listens at `address`.
     """
-    family = socket.AF_INET6 if ":" in there[0] else socket.AF_INET
-    packed = [ipaddress.ip_address(end[0]).packed for end in (there, peer)]
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    packed = [ipaddress.ip_address(end[0]).packed for end in (address, peer)]
     # struct inet_diag_req_v2: in any state, on any interface, with any cookie.
     query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
-    query += struct.pack("!HH16s16s", there[1], peer[1], *packed) + b"\0" * 4 + b"\xff" * 8
+    query += struct.pack("!HH16s16s", address[1], peer[1], *packed) + b"\0" * 4 + b"\xff" * 8
     header = struct.pack("=IHHII", 16 + len(query), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
             kernel.setblocking(False)
             kernel.send(header + query)
             reply = kernel.recv(4096)
-    except (AttributeError, OSError):  # netlink is not allowed
+    except (AttributeError, OSError):  # netlink is missing or not allowed
         return None
     if len(reply) < 88 or struct.unpack_from("=H", reply, 4)[0] != _SOCK_DIAG_BY_FAMILY:
         return None
@@ -2698,7 +2704,7 @@ def user_name(user: int) -> str:
 
 
 def _pids_by_inode(inodes: Set[str]) -> Dict[str, int]:
-    """The lowest process id that holds each socket, as far as this user may look."""
+    """For each socket, the lowest id of its processes, without processes of other users."""
     found = {}  # type: Dict[str, int]
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         folder = "/proc/%d/fd/" % pid
@@ -2721,13 +2727,13 @@ def _read(name: str) -> str:
 
 
 def _program(pid: int) -> str:
-    """A short name for a process: its script if an interpreter runs one, else its program.
+    """The name of a process: its script if it is an interpreter, else its program.
 
-    Other arguments may hold secrets and are left out.
+    Other arguments are left out because they may contain secrets.
     """
     words = _read("/proc/%d/cmdline" % pid).split("\0")[:-1] or [""]
     command, rest = words[0], words[1:]
-    if not any(rest):  # some programs write all of their arguments into the first
+    if not any(rest):  # some programs put all arguments into the first one
         command = command.split(" ")[0]
     name = os.path.basename(command)
     while rest and rest[0] in _PYTHON_FLAGS:
@@ -2741,7 +2747,7 @@ def _program(pid: int) -> str:
 
 
 def _started(pid: int) -> float:
-    """When a process started, in seconds since the epoch; 0.0 if that is unknown."""
+    """The start time of a process in seconds since the epoch; 0.0 if unknown."""
     try:
         ticks = int(_read("/proc/%d/stat" % pid).rpartition(")")[2].split()[19])
         uptime = float(_read("/proc/uptime").split()[0])
