@@ -3492,26 +3492,26 @@ def unexpected_tls(route: Route) -> ProxyError:
 # --------------------------------------------------------------------------------------------------
 # Access control
 # --------------------------------------------------------------------------------------------------
-# A gate decides about each request before any upstream is touched, for every method and for
-# Upgrades alike.  `authorize` returns, or raises the error that answers the request.  A gate also
-# removes our own credentials from requests to apps.  `TokenGate` protects a proxy that stands
-# alone; JupyterHub and Jupyter have gates of their own below.
+# A gate admits or refuses each request before an upstream is contacted, whatever its method.
+# `authorize` returns, or raises the ProxyError to respond with.  A gate also removes our own
+# credentials from requests to apps.  `TokenGate` protects a proxy that stands alone; JupyterHub and
+# Jupyter have gates of their own below.
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
 _NO_REFERRER = ("Referrer-Policy", "no-referrer")
-# A path, and not "//host"; no backslash, which browsers take for a slash.
+# A path, but not "//host".  No backslashes: browsers read them as slashes.
 _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~\x80-\xff]*')
-# Hosts and origins in this form are safe to copy into a shell; no real name looks otherwise.
+# All real hosts and origins have this form, and it is safe to paste into a shell.
 _PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
 _PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
 _ORIGIN = re.compile(r"(https?)://([a-z0-9_.*-]+|\[[0-9a-f.*]*:[0-9a-f:.*]*\])(:[0-9]{1,5})?")
-ANY_TOKEN = "any"  # as Config.token: make one at random
-COOKIE_PREFIX = "port_proxy_"  # the port follows, since browsers do not keep ports apart
+ANY_TOKEN = "any"  # value of Config.token for a random token
+COOKIE_PREFIX = "port_proxy_"  # the port follows: browsers share cookies between ports
 ENTRANCE = "/.well-known/port-proxy"  # our only path at an app's own host (RFC 8615)
 _MAX_TICKETS = 1000
-_TICKET_SECONDS = 30.0  # from the ports page to an app's host
-_WRONG_TOKEN_SECONDS = 1.0  # before the response to a wrong token
+_TICKET_SECONDS = 30.0  # lifetime of a ticket, which signs a browser in at an app's host
+_WRONG_TOKEN_SECONDS = 1.0  # delay of the response to a wrong token
 
 ReadForm = Callable[[], Awaitable[bytes]]
 
@@ -3543,31 +3543,31 @@ def check_route(route: Route, config: Config) -> None:
 
 
 class Gate:
-    """What all gates share: removing our credentials, and refusing foreign origins."""
+    """Base class of the gates: removes our credentials and refuses foreign origins."""
 
-    token = ""  # for everybody; "" if there is none
-    app_cookie = ""  # the name of the cookie that names the last app; "" for none
-    cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # each cookie of ours has one
+    token = ""  # required of every client; "" for none
+    app_cookie = ""  # name of the cookie that holds the last app; "" for none
+    cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # our cookies' names contain one
     terms = COMMAND_LINE_TERMS  # the names of options in errors
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
-        """The response, if the request is for the gate itself, as a sign-in is; or None.
+        """Handle a request for the gate itself, such as a sign-in; None for other requests.
 
-        read_form: reads the body of the request.  Raises ProxyError.
+        read_form: reads the request body.  Raises ProxyError, also for redirects.
         """
         return None
 
     async def authorize(self, request: Request) -> None:
-        """Return to admit the request; raise the ProxyError that answers it otherwise."""
+        """Return to admit the request; raise ProxyError to refuse it."""
         raise NotImplementedError
 
     def note_request(self, connection: Any, request: Optional[Request]) -> None:
-        """Note the request that a client's connection or tunnel serves now, None for no more.
+        """Record the current request of a client's connection or tunnel; None at its end.
 
-        A gate can close the connection (`abort`) once the request would not be admitted any more.
+        A gate can abort the connection when the request's access ends.
         """
 
     async def close(self) -> None:
@@ -3589,8 +3589,8 @@ class Gate:
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
         """Whether a cookie belongs to us, or to another port_proxy under the same host name.
 
-        Browsers do not keep ports apart.  If the app behind `route` is a port_proxy itself, on this
-        machine, its own cookies stay.
+        Browsers share cookies between ports.  If the app behind `route` is a port_proxy on this
+        machine, it keeps its own cookies.
         """
         if not name.startswith(COOKIE_PREFIX):
             return False
@@ -3598,7 +3598,7 @@ class Gate:
         return name != of_app and not name.startswith(of_app + "_app")
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
-        """The value of a Cookie field without our cookies; every other byte stays."""
+        """The value of a Cookie field without our cookies, otherwise unchanged."""
         if not any(mark in value for mark in self.cookie_marks):
             return value
         pairs = value.split(";")
@@ -3616,15 +3616,19 @@ class Gate:
         before, hash_mark, fragment = url.partition("#")
         path, mark, query = before.partition("?")
         parameters = query.split("&")
-        kept = [one for one in parameters if not any(map(self.owns_token, query_tokens("?" + one)))]
+        kept = [
+            parameter
+            for parameter in parameters
+            if not any(map(self.owns_token, query_tokens("?" + parameter)))
+        ]
         if len(kept) == len(parameters):
             return url
         return path + (mark + "&".join(kept) if kept else "") + hash_mark + fragment
 
     def location_without_token(self, request: Request) -> str:
-        """The target without our token, for a redirect of a page visit; "" if it holds none.
+        """The target without our token, to redirect a page visit to; "" without need.
 
-        After the redirect, the token is neither in the address bar nor in a Referer.
+        The redirect removes the token from the address bar and from later Referer fields.
         """
         clean = self.strip_query(request.target)
         if clean == request.target or not request.is_page_visit:
@@ -3634,10 +3638,10 @@ class Gate:
         return "/." + clean if _OTHER_HOST.match(clean) else clean
 
     def check_origin(self, request: Request) -> None:
-        """Refuse what pages of other origins make a browser send; ProxyError 403.
+        """Raise ProxyError 403 for a request that a page of another origin caused.
 
-        Browsers send Sec-Fetch-Site to HTTPS and localhost alone.  Elsewhere, what has no Origin,
-        such as a request for an image, is judged by its Referer.  A person may follow a link.
+        Following a link is allowed.  Browsers send Sec-Fetch-Site only to HTTPS and localhost.
+        Without it and Origin, as for an image over plain HTTP, the Referer decides.
         """
         headers, here = request.headers, request.client.authority
         sites, has_origin = headers.get_all("sec-fetch-site"), "origin" in headers.index
@@ -3647,14 +3651,14 @@ class Gate:
         is_opened = request.is_page_visit and not in_frame
         if has_origin:
             page = headers.get("origin")
-            is_own_form = page == "null" and sites == ["same-origin"]  # of a page without referrer
+            is_own_form = page == "null" and sites == ["same-origin"]  # under no-referrer
             is_foreign = not request.is_own_origin and not is_own_form
         else:
             referers = headers.get_all("referer")
             page = "/".join(headers.get("referer").split("/")[:3])
             is_ours = all(_own_path(referer, here) for referer in referers)
             is_foreign = not (sites or is_opened or is_ours)
-        # "same-site" is foreign, too: apps at hosts of their own, and other ports of this host.
+        # "same-site" is foreign, too: it includes the hosts of apps, and other ports of this host.
         is_other_site = not is_opened and not {"same-origin", "none"}.issuperset(sites)
         origin = normal_origin(page) if _PLAIN_ORIGIN.fullmatch(page.lower()) else ""
         allowed = self.config.allow_origins
@@ -3669,25 +3673,25 @@ class Gate:
         raise ProxyError(403, text, (), self.origin_advice(origin), origin)
 
     def origin_advice(self, origin: str) -> str:
-        """The advice of an error that refuses pages of `origin`, "" if it has no proper one."""
+        """The advice of an error that refuses pages of `origin`; "" if the origin is not valid."""
         if not origin:
-            return "{Start} {allow_origins} '*' if any page may."
-        advice = "{Start} {allow_origins} {value} if it may."
+            return "{Start} {allow_origins} '*' to allow every page."
+        advice = "{Start} {allow_origins} {value} to allow it."
         if self.config.trusted_proxies:
-            advice += " If that is this site, the server in front must pass Host on unchanged."
+            advice += " If that is this site, the server in front must pass Host unchanged."
         return advice
 
 
 class TokenGate(Gate):
     """The gate of a proxy that stands alone.
 
-    With a token, it admits requests that show the token, and browsers that have shown it once and
-    got a signed cookie.  Without, Host must be a name that only this machine has, so that no
-    foreign page can point its own name here.  Requests that a browser can send on its own, with a
-    cookie or because all is open, must not come from foreign pages.
+    With a token, it admits requests with the token, or with the signed cookie of an earlier
+    sign-in.  Without a token, Host must be a name of this machine: this prevents DNS rebinding.
+    Requests that need no token, because of a cookie or because none is set, must not come from
+    foreign pages.
 
-    Browsers send no cookie from one host to another, so every app's host has a session of its own.
-    A browser that is signed in at our host gets there with a ticket, which is valid once.
+    Browsers do not share cookies between hosts, so each app's host has a session of its own.  A
+    browser that is signed in at our host signs in there with a one-time ticket.
 
     is_private: only this machine's users can connect.  port: ours, 0 for a Unix socket.
     """
@@ -3715,7 +3719,7 @@ class TokenGate(Gate):
         if client.app_port:
             if path == ENTRANCE and self.token:
                 self.check_origin(request)
-                raise self._enter(sent.get("ticket", ""), request)
+                raise self._redeem_ticket(sent.get("ticket", ""), request)
         elif is_base(self.config.base, path):
             if self.token and request.method == "POST":
                 self.check_origin(request)
@@ -3738,14 +3742,14 @@ class TokenGate(Gate):
             for authority in {request.authority, request.client.authority}:
                 self._check_host(authority)
         elif preflight or not await self._check_credentials(request):
-            return  # a page of another site does not know the token
+            return  # admitted by the token, which foreign pages do not know
         if not preflight:
             self.check_origin(request)
 
     async def _ask_callable(self, request: Request) -> None:
         authorize = self.config.authorize  # type: Any
         result = await authorize(request, request.client, request.route)
-        if result is not None:  # such as False: it must not admit by mistake
+        if result is not None:  # such as False, which must not admit the request
             text = "authorize returned %s: it must return None to admit a request, and raise"
             text = (text + " ProxyError to refuse it.") % type(result).__name__
             logger.error(text)
@@ -3761,14 +3765,14 @@ class TokenGate(Gate):
     # Without a token.
 
     def _check_host(self, authority: str) -> None:
-        """Refuse a host name that a foreign page could have pointed here; ProxyError 403."""
+        """Raise ProxyError 403 for a host name that is not ours, to prevent DNS rebinding."""
         host = host_of(authority)
         bare = host.strip("[]")
         if not bare or matches(bare, self._names):
             return
         if not self.is_private:
             with contextlib.suppress(ValueError):
-                ipaddress.ip_address(bare)  # no page can point an address elsewhere
+                ipaddress.ip_address(bare)  # an address cannot be rebound
                 return
         advice = "{Start} {allow_hostnames} {value} if it leads here."
         advice = advice if _PLAIN_HOST.fullmatch(host) else ""
@@ -3777,9 +3781,9 @@ class TokenGate(Gate):
     # With a token.
 
     async def _check_credentials(self, request: Request) -> bool:
-        """Whether a cookie admits the request, which browsers send on their own.
+        """True if a cookie admits the request, False if a token does.
 
-        False if a token does.  ProxyError 302, 401 or 403 otherwise.
+        Raises ProxyError 401 or 403 without either, or 302 to remove the token from the URL.
         """
         signed_in = self._is_signed_in(request)
         if not signed_in:
@@ -3791,7 +3795,7 @@ class TokenGate(Gate):
         return signed_in
 
     async def _check_tokens(self, request: Request) -> None:
-        """Refuse a request without a valid token; one token per place is looked at."""
+        """Refuse a request without a valid token; only the first in query and field counts."""
         in_query, in_field = query_tokens(request.target), authorization_tokens(request.headers)
         shown = in_query[:1] + in_field[:1]
         if any(map(self.owns_token, shown)):
@@ -3807,9 +3811,9 @@ class TokenGate(Gate):
         raise ProxyError(401, wrong + text, CHALLENGE)
 
     async def _note_wrong_token(self, client: ClientInfo) -> str:
-        """Log a wrong token, and delay the response: a connection can try one in a second.
+        """Log a wrong token and delay the response: each connection can try one per second.
 
-        Nobody is locked out, so no client can use up the tries of another.
+        There is no lockout, so a client cannot lock out others.
         """
         logger.warning("invalid token from %s", client.address or "-")
         await asyncio.sleep(_WRONG_TOKEN_SECONDS)
@@ -3827,7 +3831,7 @@ class TokenGate(Gate):
         return "Set-Cookie", own_cookie(self.cookie_name, session, path, client)
 
     async def _sign_in(self, form: bytes, client: ClientInfo) -> None:
-        """Raise the redirect to the page that the form names, or the sign-in page again."""
+        """Handle the sign-in form: raise the redirect to its page, or the sign-in page again."""
         sent = dict(parse_qsl(form.decode("latin-1")))
         target = sent.get("next", "")
         if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
@@ -3838,7 +3842,7 @@ class TokenGate(Gate):
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(client)))
 
     def _sign_in_needed(self, detail: str, target: str, client: ClientInfo) -> SignInNeeded:
-        """An app's host gets no form for the token: the app's pages could read the input."""
+        """The sign-in page; without a form at an app's host, whose pages could read the token."""
         base = self.config.base
         if not client.app_port:
             return SignInNeeded(detail, with_spelling_of(base, target), base + "/")
@@ -3853,7 +3857,7 @@ class TokenGate(Gate):
         """The redirect to the host of a port, with a ticket if the proxy has a token."""
         url = host_form(port, client, self.config.domains)
         if not url or port > 65535:
-            text = "Apps have no host of their own at this name of the proxy."
+            text = "Apps have no host of their own under this name of the proxy."
             advice = "{Start} {domains}, and a name whose subdomains lead here."
             raise ProxyError(404, text, (), advice)
         if self.token:
@@ -3862,8 +3866,8 @@ class TokenGate(Gate):
             url += ENTRANCE[1:] + "?ticket=" + ticket
         return ProxyError(303, "Redirecting.", (("Location", url), _NO_REFERRER))
 
-    def _enter(self, ticket: str, request: Request) -> ProxyError:
-        """The redirect to an app's front page at its host, for a browser with a ticket for it."""
+    def _redeem_ticket(self, ticket: str, request: Request) -> ProxyError:
+        """The redirect to an app's front page at its host, if the ticket is valid."""
         client = request.client
         port, deadline = self._tickets.pop(ticket, (0, 0.0))
         if port != client.app_port or now() > deadline:
@@ -3876,7 +3880,7 @@ class TokenGate(Gate):
 def normal_origin(origin: str) -> str:
     """An origin in lower case and without its scheme's default port; its host may be a pattern.
 
-    ValueError if it is none.
+    Raises ValueError if it is not valid.
     """
     match = _ORIGIN.fullmatch(origin.lower())
     if not match:
@@ -3888,9 +3892,9 @@ def normal_origin(origin: str) -> str:
 
 
 def allows_origin(allowed: Iterable[str], origin: str) -> bool:
-    """Whether an origin, "" for none, has scheme and port of an allowed one and matches its host.
+    """Whether an allowed origin has the scheme and port of `origin`, and its host matches.
 
-    All are in normal form.
+    All origins are in normal form.  "" is never allowed.
     """
     page = _ORIGIN.fullmatch(origin)
     if not page:
@@ -3901,7 +3905,7 @@ def allows_origin(allowed: Iterable[str], origin: str) -> bool:
 
 def query_tokens(target: str) -> List[str]:
     """The values of all `token` parameters in the query of a target."""
-    parameters = [one.partition("=") for one in target.partition("?")[2].split("&")]
+    parameters = [pair.partition("=") for pair in target.partition("?")[2].split("&")]
     return [unquote(value) for name, _, value in parameters if unquote(name) == "token"]
 
 
@@ -3916,27 +3920,27 @@ def authorization_tokens(headers: Headers) -> List[str]:
 # --------------------------------------------------------------------------------------------------
 # If a JupyterHub started this server, the Hub decides about access.  Programs send a token of the
 # Hub.  Browsers sign in at the Hub (OAuth 2.0, RFC 6749 section 4.1, with PKCE, RFC 7636) and get a
-# cookie with a random session id; the token behind the session stays in memory.  `HubApi` asks the
-# Hub and caches its answers about tokens.  `HubGate` decides, and closes the connections of a
-# session that has ended.  Activity is reported, so that the Hub can stop idle servers.
+# cookie with a random session id; the token of the session stays in memory.  `HubApi` looks up
+# tokens at the Hub and caches the results.  `HubGate` admits requests, and closes the connections
+# of ended sessions.  Activity is reported, so that the Hub can stop idle servers.
 
-# An ended session has lost all access after the sum of both: within a minute.
-_CACHE_SECONDS = 45.0  # that the Hub's answer about a token is valid
-_RECHECK_SECONDS = 10.0  # between looks at the sessions of open connections
-_LOGIN_SECONDS = 600  # that a person may take to sign in
+# An ended session loses its access within the sum of these two: less than a minute.
+_CACHE_SECONDS = 45.0  # lifetime of a token's cached user
+_RECHECK_SECONDS = 10.0  # interval of the session checks for open connections
+_LOGIN_SECONDS = 600  # timeout of a sign-in
 _MAX_REMEMBERED = 1000  # sessions and tokens, each
-_MAX_PENDING = 64  # questions about unknown tokens at once
-_MAX_TOKENS = 8  # different ones in a request
+_MAX_PENDING = 64  # concurrent lookups of unknown tokens
+_MAX_TOKENS = 8  # distinct tokens in a request
 _MAX_LOGIN_TARGET = 2048  # characters; a browser refuses cookies of more than 4096
 _HUB_TIMEOUT = 10.0  # seconds
 _HUB_COOKIES = "jupyterhub-"
-_HUB_SESSION = "jupyterhub-session-id"  # the Hub's own cookie, which a sign-out changes
-# Any other token is an app's own, and must not get into the head of a request.
+_HUB_SESSION = "jupyterhub-session-id"  # cookie of the Hub; a sign-out changes its value
+# Tokens of another form are an app's, and are not sent to the Hub.
 _HUB_TOKEN = re.compile("[!-~]{1,1024}")
 _OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
 _FORM = "Content-Type: application/x-www-form-urlencoded"
 _JSON = "Content-Type: application/json"
-_SHORTLY = (("Retry-After", "5"),)
+_RETRY_SOON = (("Retry-After", "5"),)
 
 
 def hub_in(environment: Mapping[str, str]) -> Hub:
@@ -4048,17 +4052,17 @@ class HubBrowser(NamedTuple):
     hub_session: Optional[str]
 
 
-# By token and Hub session, so that a browser that signs out of the Hub is looked up again at once:
-# the request to the Hub, and the time until which its answer is valid.
-HubAnswers = BoundedDict[Tuple[str, str], Tuple["asyncio.Task[Optional[HubUser]]", float]]
+# By token and Hub session: the running or finished lookup, and the time at which it expires.  A
+# sign-out at the Hub changes the session, and so causes a new lookup.
+TokenCache = BoundedDict[Tuple[str, str], Tuple["asyncio.Task[Optional[HubUser]]", float]]
 
 
 class HubApi:
-    """The Hub's API.  Raises ProxyError 503 if the Hub does not answer properly.
+    """The Hub's API.  Raises ProxyError 503 without a valid response from the Hub.
 
-    Anybody can make us ask about made-up tokens.  So their answers have a cache of their own, and
-    only questions about them are limited.  tokens: those that the Hub knows, and whether they gave
-    access to this server when they were looked up.
+    Anybody can cause lookups of invented tokens.  Unknown tokens therefore have a cache of their
+    own, and only their lookups are limited.  tokens: the tokens that the Hub knows, with True if
+    they gave access to this server at the last lookup.
     """
 
     def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
@@ -4066,11 +4070,11 @@ class HubApi:
         self.config = config
         self.deadlines = deadlines
         self._version = ""
-        self._next_try = 0.0  # no request for the version before then
+        self._next_try = 0.0  # earliest time of the next request for the version
         self._context = None  # type: Optional[ssl.SSLContext]
         self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, bool]
-        self._known = BoundedDict(_MAX_REMEMBERED)  # type: HubAnswers
-        self._unknown = BoundedDict(_MAX_REMEMBERED)  # type: HubAnswers
+        self._known = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
+        self._unknown = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
 
     async def user_of(self, token: str, session: str, is_issued: bool = False) -> Optional[HubUser]:
         """The user of a token in a Hub session; None if the Hub does not know the token.
@@ -4086,14 +4090,14 @@ class HubApi:
             pending = sum(not task.done() for task, _ in self._unknown.values())
             if pending >= _MAX_PENDING and not is_known:
                 text = "There are too many requests to the Hub. Try again shortly."
-                raise ProxyError(503, text, _SHORTLY)
+                raise ProxyError(503, text, _RETRY_SOON)
             task = self.deadlines.loop.create_task(self._find_user(token))
             until = now() + _CACHE_SECONDS
             answers[key] = task, until
         try:
             user = await task
         except ProxyError:
-            answers.pop(key, None)  # asked again next time
+            answers.pop(key, None)  # failures are not cached
             raise
         if user is not None or token in self.tokens:
             self.tokens[token] = user is not None and user.has_access
@@ -4109,7 +4113,7 @@ class HubApi:
         name, scopes = data.get("name"), data.get("scopes")
         if response.status != 200 or not isinstance(name, str) or not isinstance(scopes, list):
             text = "The Hub did not name the user of a token (%d)." % response.status
-            raise ProxyError(503, text, _SHORTLY)
+            raise ProxyError(503, text, _RETRY_SOON)
         wanted = self.hub.access_scopes | {"access:servers"}
         return HubUser(name, not wanted.isdisjoint(map(str, scopes)))
 
@@ -4152,14 +4156,14 @@ class HubApi:
         ) as error:  # fmt: skip
             reason = getattr(error, "strerror", None) or type(error).__name__
             logger.warning("no valid response from the Hub at %s: %s", url, reason)
-            text = "The Hub, which decides about access, does not answer. Try again shortly."
-            raise ProxyError(503, text, _SHORTLY)
+            text = "The Hub, which decides about access, does not respond. Try again shortly."
+            raise ProxyError(503, text, _RETRY_SOON)
         return fetched.response, data if isinstance(data, dict) else {}
 
     async def _connect(self, parts: Any) -> Connection:
-        """A new connection to the server of a URL in parts."""
+        """A new connection to the server of a split URL."""
         if parts.scheme == "https" and self._context is None:
-            # With internal TLS, the Hub has given us an authority and a certificate of our own.
+            # With internal TLS, the Hub supplies our CA and our client certificate.
             self._context = ssl.create_default_context(cafile=self.config.client_ca)
             if self.config.certfile:
                 self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
@@ -4173,7 +4177,7 @@ class HubApi:
 class HubGate(Gate):
     """The gate of a server that a JupyterHub started: the Hub's scopes decide about access.
 
-    The state of a sign-in lives in a signed cookie of its browser, so that nobody can displace it.
+    The state of a sign-in is kept in a signed cookie, so other clients cannot evict it.
     """
 
     def __init__(self, config: Config, deadlines: Deadlines) -> None:
@@ -4217,18 +4221,19 @@ class HubGate(Gate):
         if location:
             fields = (("Location", location),)  # type: Fields
             if token and not is_signed_in:
-                # The token outlives a sign-out at the Hub, so its session is bound to the Hub's.
+                # A sign-out at the Hub does not revoke this token.  So the new session is bound to
+                # the Hub session, and ends with it.
                 fields += (self._new_session(token, request.client, _hub_session(request)),)
             raise ProxyError(302, "Signed in.", fields)
-        if not token:  # a page of another site does not know one
+        if not token:  # foreign pages do not know one
             self.check_origin(request)
 
     async def _find_user(
         self, request: Request, tokens: Iterable[str]
     ) -> Tuple[Optional[HubUser], str, bool]:
-        """The user, the token that names them ("" for none), and whether the browser has a session.
+        """The user, the user's token in the request or "", and whether the browser has a session.
 
-        All `tokens` of the request are looked up, since no token of the Hub may reach the app.
+        All `tokens` are looked up, so that every token of the Hub can be removed from the request.
         """
         hub_session = _hub_session(request)
         user, found = await self._user_of_session(request, hub_session), ""
@@ -4289,12 +4294,12 @@ class HubGate(Gate):
         """Close the connections of ended sessions: their tunnels, downloads and event streams."""
         while True:
             await asyncio.sleep(_RECHECK_SECONDS)
-            open_ones = self.deadlines.connections  # a tunnel may have ended
-            self._served = {one: self._served[one] for one in self._served if one in open_ones}
+            connections = self.deadlines.connections  # without ended tunnels
+            self._served = {key: self._served[key] for key in self._served if key in connections}
             for connection, request in list(self._served.items()):
-                # An unknown token has admitted nobody, and the Hub may be busy with others.
+                # Other tokens gave no access: they need no lookup.
                 tokens = filter(self.api.tokens.get, all_tokens(request))
-                with contextlib.suppress(ProxyError):  # the Hub does not answer: asked again soon
+                with contextlib.suppress(ProxyError):  # no response: the next check tries again
                     user, _, _ = await self._find_user(request, tokens)
                     if self._served.get(connection) is not request or (user and user.has_access):
                         continue
@@ -4305,18 +4310,18 @@ class HubGate(Gate):
 
     def _sign_in_needed(self, request: Request) -> ProxyError:
         if request.is_websocket:
-            text = "A WebSocket needs a browser that is signed in at the Hub, or a token of it."
+            text = "A WebSocket needs a browser that is signed in at the Hub, or a Hub token."
             return ProxyError(403, text)
         if request.is_page_visit:
             return self._begin_login(request.target, request.client)
-        text = "Sign in at the Hub, or send a token of it as 'Authorization: token TOKEN'."
+        text = "Sign in at the Hub, or send a Hub token as 'Authorization: token TOKEN'."
         return ProxyError(403, text, CHALLENGE)
 
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
         """The redirect to the Hub, which redirects the browser back to `_end_login`."""
         state = secrets.token_urlsafe(32)
         path, mark, query = target.partition("?")
-        # Browsers compare the cookie's Path undecoded, so the prefix is spelt as in the cookie.
+        # Browsers do not decode paths to match a cookie's Path: spell the prefix as in the cookie.
         target = self.hub.prefix + (path_below(self.hub.prefix, path) or "/") + mark + query
         if not _LOCAL_TARGET.fullmatch(target) or len(quote(target)) > _MAX_LOGIN_TARGET:
             target = self.hub.prefix + "/"
@@ -4336,7 +4341,7 @@ class HubGate(Gate):
         return ProxyError(302, "Sign in at the Hub.", (("Location", location), cookie))
 
     async def _end_login(self, request: Request) -> None:
-        """Raise the redirect to the page that the person opened, or ProxyError 403."""
+        """Handle the redirect from the Hub: redirect to the page first requested, or 403."""
         sent = dict(parse_qsl(request.target.partition("?")[2]))
         state, again = sent.get("state", ""), " Open %s/ again." % self.hub.prefix
         target = self._login_target(request, state)
@@ -4359,7 +4364,7 @@ class HubGate(Gate):
         raise ProxyError(302, "Signed in.", (("Location", target), session, expired))
 
     def _login_target(self, request: Request, state: str) -> str:
-        """The page that this browser wanted to see when its sign-in began; "" without a sign-in."""
+        """The page that the browser requested before its sign-in; "" if no sign-in is valid."""
         values = cookie_values(request.headers, self._login_name(state))
         signature, _, login = (values[0] if len(values) == 1 else "").partition(".")
         if not is_signed(self._key, "login", "%s %s" % (state, login), signature):
@@ -4382,7 +4387,7 @@ class HubGate(Gate):
     def _cookie(
         self, name: str, value: str, client: ClientInfo, seconds: Optional[int] = None
     ) -> Tuple[str, str]:
-        """The cookie of a session, or of a sign-in, which has `seconds`."""
+        """The cookie of a session, or with `seconds` that of a sign-in."""
         path = self.hub.prefix + "/" if seconds is None else self.callback_path
         path = "/" if self.hub.host_cookies else path
         attributes = {"Path": path, "HttpOnly": "", "SameSite": "Lax"}
@@ -4394,12 +4399,12 @@ class HubGate(Gate):
         pairs = [key + ("=" + text if text else "") for key, text in attributes.items()]
         return "Set-Cookie", "; ".join(["%s=%s" % (name, value)] + pairs)
 
-    # What the Hub wants to know.
+    # Reports to the Hub.
 
     async def _ready(self) -> LocalResponse:
         """The Hub polls this until the server is up, and compares the version with its own."""
         fields = (("Content-Type", "application/json"), ("Content-Length", "2"))  # type: Fields
-        with contextlib.suppress(ProxyError):  # the server is up in any case
+        with contextlib.suppress(ProxyError):  # the version is optional
             version = await self.api.version()
             fields += (("X-JupyterHub-Version", version),) if version else ()
         return LocalResponse(200, fields, b"{}")
@@ -4424,7 +4429,7 @@ class HubGate(Gate):
 
 
 def all_tokens(request: Request) -> List[str]:
-    """The different tokens in a request, in each place where an app would find them.
+    """The distinct tokens in a request: in Authorization, the query and Referer.
 
     Raises ProxyError 400 for too many.
     """
@@ -4440,7 +4445,7 @@ def all_tokens(request: Request) -> List[str]:
 
 
 def _hub_session(request: Request) -> str:
-    """A hash of the browser's session at the Hub; the cookie may be long, and is anybody's text."""
+    """A hash of the browser's session at the Hub: clients may send a cookie of any length."""
     return _short_hash("".join(cookie_values(request.headers, _HUB_SESSION)[:1]))
 
 
@@ -5878,7 +5883,7 @@ class JupyterGate(Gate):
             except Exception as error:  # of Tornado or of the connection to the Hub
                 logger.warning("the Hub could not be asked: %s", type(error).__name__)
                 text = "The Hub, which knows whose a token is, does not answer."
-                raise ProxyError(503, text, _SHORTLY)
+                raise ProxyError(503, text, _RETRY_SOON)
             if user:
                 self.tokens.append(token)
 
