@@ -4456,13 +4456,13 @@ def _short_hash(text: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # Exchange
 # --------------------------------------------------------------------------------------------------
-# One request and its response, from the parsed head to the last byte.  `Exchange.run` is the story
-# of a request.  Errors are raised as ProxyError, or as ClientGone if nobody is there to answer; the
-# server answers them.
+# One request and its response, from the parsed head to the last byte.  `Exchange.run` serves it.
+# Failures are raised as ProxyError, or as ClientGone if the client has left.  The server turns
+# ProxyErrors into responses.
 #
-# An EOF of the client is ambiguous: it may have left, or have closed its writing side only, as `nc`
-# does.  From then on, the app may be silent for `_HALF_CLOSED_SECONDS`.  A reset, and any close
-# over TLS, ends the request at once.
+# An EOF of the client is ambiguous: it may have left, or only have closed its sending side, as `nc`
+# does.  After the EOF, `_HALF_CLOSED_SECONDS` is the timeout for data from the upstream.  A reset,
+# and any close over TLS, ends the request at once.
 
 _HALF_CLOSED_SECONDS = 2.0
 _MAX_FORM_BYTES = 8192
@@ -4472,8 +4472,8 @@ _ALLOW = (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),)
 class Exchange:
     """One request of a client, and its response.
 
-    status: of the final response, once its head has gone out; 0 before.  keep_alive: the client's
-    connection may carry another request.  tunnel: what took both connections over after a 101.
+    status: of the final response; 0 until its head is sent.  keep_alive: the client's connection
+    may carry another request.  tunnel: owns both connections after a 101; otherwise None.
     For the log: `started`, `sent` (bytes of the response body), `failure` (in words).
     """
 
@@ -4494,16 +4494,17 @@ class Exchange:
         self.status = self.sent = 0
         self.failure = ""
         self.tunnel = None  # type: Optional[Tunnel]
-        self._silence = FOREVER  # seconds that the upstream may be silent
-        self._incoming = None  # type: Optional[Body]  # of the response
-        self._sender = None  # type: Optional[asyncio.Task[None]]
+        self._silence = FOREVER  # timeout for data from the upstream, in seconds
+        self._response_body = None  # type: Optional[Body]
+        self._sender = None  # type: Optional[asyncio.Task[None]]  # of the request body
         self._client_failure = None  # type: Optional[Exception]
 
     async def run(self) -> None:
-        """Serve the request; ProxyError if it must be answered, ClientGone if nobody is there."""
-        if (
-            self.request.route is None or self.request.client.app_port
-        ):  # it may mean the gate itself
+        """Serve the request.
+
+        Raises ProxyError for an error response or a redirect, ClientGone if the client has left.
+        """
+        if self.request.route is None or self.request.client.app_port:  # possibly a sign-in
             response = await self.gate.respond(self.request, self._read_form)
             if response is not None:
                 await self.respond(response)
@@ -4541,7 +4542,7 @@ class Exchange:
             return
         if request.is_unprefixed:
             request = self.request = with_app_cookies(request, gate)
-        # The part of the body that is here is checked before an upstream is taken.
+        # Body data that has already come is validated before a connection is taken.
         pieces = [
             request_for_upstream(request, gate, self.proxy.mark)
         ] + self.body.buffered_pieces()
@@ -4556,9 +4557,9 @@ class Exchange:
             raise ProxyError(503, "There are too many open WebSockets.", (("Retry-After", "10"),))
 
     async def _forward(self, upstream: Connection, pieces: Pieces, may_retry: bool) -> bool:
-        """Exchange the request for its response on one connection; then pool or close it.
+        """Send the request and relay its response on one connection; then pool or close it.
 
-        False if the connection turned out to be stale and the request may be sent on another.
+        Returns False if the connection was stale and the request may be sent on another.
         """
         is_reusable = False
         try:
@@ -4593,33 +4594,33 @@ class Exchange:
     # The client may leave at any time.
 
     def _watch_client(self, upstream: Connection) -> None:
-        """Be told when the client ends its side; it may have done so already."""
-        self.client.watcher = functools.partial(self._client_stirred, upstream)
+        """Watch for EOF or failure of the client, which may have happened already."""
+        self.client.watcher = functools.partial(self._on_client_data, upstream)
         if self.client.ended:
-            self._client_stirred(upstream, self.client)
+            self._on_client_data(upstream, self.client)
         if self._client_failure is not None:
             raise self._client_failure
 
-    def _client_stirred(self, upstream: Connection, client: Connection) -> None:
+    def _on_client_data(self, upstream: Connection, client: Connection) -> None:
         """Data or EOF has come from the client."""
-        if not client.ended or isinstance(client.failure, TimedOut):  # the latter ends `_send_body`
+        if not client.ended or isinstance(client.failure, TimedOut):  # `_send_body` raises TimedOut
             return
         if client.failure is not None or not client.transport.can_write_eof():
             self._client_failure = self._client_failure or ClientGone()
             upstream.abort()
         else:
             self._silence = _HALF_CLOSED_SECONDS
-            if self._incoming is not None:
-                self._incoming.silence = self._silence
+            if self._response_body is not None:
+                self._response_body.silence = self._silence
             upstream.read_deadline = min(upstream.read_deadline, now() + self._silence)
 
-    # The request body goes on while the response is already awaited.
+    # The request body is sent while the response is awaited.
 
     async def _send_body(self, upstream: Connection) -> None:
         timeout = self.config.stall_timeout
         self.body.silence = timeout
         try:
-            # An upstream that takes no more may have sent its response.
+            # If the upstream has stopped reading, it may have sent its response already.
             if await self.body.relay(upstream, timeout) and not self.status:
                 upstream.read_deadline = self._response_deadline()
         except (ProxyError, Truncated, TimedOut, OSError) as error:
@@ -4644,7 +4645,7 @@ class Exchange:
     # The response.
 
     async def _read_response(self, upstream: Connection) -> Response:
-        """The final response or a 101; other interim responses are passed on as they come."""
+        """The final response or a 101; other interim responses are relayed at once."""
         while True:
             upstream.read_deadline = FOREVER if self._is_sending() else self._response_deadline()
             head = await read_head(upstream, False, self.config)
@@ -4656,23 +4657,23 @@ class Exchange:
                 lines = response_lines(response, self.request, self.gate)
                 self.client.write([serialise(lines, NO_BODY)])
                 await self._drain()
-            await asyncio.sleep(0)  # a flood of them leaves other requests their turns
+            await asyncio.sleep(0)  # yield: a flood of them must not starve other requests
 
     async def _relay(self, upstream: Connection, response: Response) -> bool:
-        """Pass the response on as it comes; whether the upstream's connection can be reused."""
-        client, request, came_as = self.client, self.request, response.framing
-        sent_as = came_as
-        if came_as is CHUNKED or came_as is UNTIL_CLOSE:
-            sent_as = CHUNKED if request.minor == "1" else UNTIL_CLOSE
-        self.keep_alive = self._may_keep_alive() and sent_as is not UNTIL_CLOSE
-        client.ends_body = sent_as is UNTIL_CLOSE
-        in_chunks = sent_as is CHUNKED
-        body = Body(upstream, came_as, self.config, is_response=True, in_chunks=in_chunks)
+        """Relay the response.  Returns whether the upstream's connection can be reused."""
+        client, framing = self.client, response.framing
+        client_framing = framing
+        if framing is CHUNKED or framing is UNTIL_CLOSE:
+            client_framing = CHUNKED if self.request.minor == "1" else UNTIL_CLOSE
+        self.keep_alive = self._may_keep_alive() and client_framing is not UNTIL_CLOSE
+        client.ends_body = client_framing is UNTIL_CLOSE
+        in_chunks = client_framing is CHUNKED
+        body = Body(upstream, framing, self.config, is_response=True, in_chunks=in_chunks)
         body.silence = self._silence
-        self._incoming = body
-        # A body that is malformed from the start is refused before the status has gone out.
+        self._response_body = body
+        # Malformed data at the start of the body raises here, before the head is sent.
         pieces = body.buffered_pieces()
-        head = self._response_head(response, sent_as)
+        head = self._response_head(response, client_framing)
         self.status = response.status
         client.write([head] + pieces)
         while not body.finished and not body.count:  # the first data may hold the page's title
@@ -4686,14 +4687,14 @@ class Exchange:
             self.sent = body.count
         return response.is_reusable
 
-    def _response_head(self, response: Response, sent_as: Framing) -> bytes:
-        """The head that the client gets."""
+    def _response_head(self, response: Response, framing: Framing) -> bytes:
+        """The response head for the client."""
         lines = response_lines(response, self.request, self.gate)
         if self.gate.app_cookie:
             lines += cookies_for_unprefixed(self.request, response, lines, self.gate)
         if not self.keep_alive and response.status >= 200:
             lines.append("Connection: close")
-        return serialise(lines, sent_as)
+        return serialise(lines, framing)
 
     def _note_title(self, response: Response, body: Body, pieces: Pieces) -> None:
         if self.request.is_page_visit and body.count and self.request.route is not None:
@@ -4701,9 +4702,9 @@ class Exchange:
             self.proxy.titles.note(self.request.route, response, data)
 
     def _may_keep_alive(self) -> bool:
-        """Whether the client may send another request behind the response that begins now.
+        """Whether the client may send another request after the response that starts now.
 
-        After an early response, the rest of the request body may never be read.
+        If the response starts before the end of the request body, the rest may never be read.
         """
         is_read = self.body.finished and not self._is_sending() and self.client.can_carry_more()
         return self.keep_alive and is_read and not self.proxy.is_stopping
@@ -4715,11 +4716,11 @@ class Exchange:
             raise ClientGone()
 
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
-        """Send the upstream's 101 to the client, then let a tunnel have both connections."""
+        """Send the upstream's 101 to the client, then move both connections to a tunnel."""
         is_upgrade = "upgrade" in response.connection
         is_websocket = "websocket" in response.headers.tokens("upgrade")
         if not self.request.is_websocket or not is_upgrade or not is_websocket:
-            text = "It switched protocols (101) to something that was not asked for."
+            text = "It switched to a protocol (101) that the request did not name."
             raise ProxyError(502, text)
         self.keep_alive = False
         await upstream.drain(self.config.stall_timeout)
@@ -4739,20 +4740,17 @@ class Exchange:
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
-            if self.status:  # only a client that has ended its side is waited for so briefly
+            if self.status:  # only a half-closed client has this timeout
                 return ClientGone()
             timeout = min(self.config.response_timeout, self._silence)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
-        if route.scheme == "http" and (
-            is_tls_record(upstream.buffer)
-            or (
-                is_page
-                and not upstream.has_received
-                and await accepts_tls(self.proxy.upstreams, route)
-            )
-        ):
-            return unexpected_tls(route)
+        if route.scheme == "http":
+            may_be_tls = is_page and not upstream.has_received
+            if is_tls_record(upstream.buffer) or (
+                may_be_tls and await accepts_tls(self.proxy.upstreams, route)
+            ):
+                return unexpected_tls(route)
         if isinstance(error, ProxyError):
             text = "The response of %s is not valid HTTP. %s"
             return ProxyError(502, text % (route.place, error.detail))
@@ -4783,7 +4781,8 @@ class Exchange:
         self.status = response.status
         self.client.write([local_response(response, self.keep_alive, is_head)])
         try:
-            await self.client.drain(self.config.head_timeout)  # it is short, and may go to anybody
+            # Not `stall_timeout`: the response is short, and the client may not be signed in.
+            await self.client.drain(self.config.head_timeout)
         except OSError:
             raise ClientGone()
         self.sent = 0 if is_head else len(response.body)
@@ -4795,7 +4794,7 @@ class Exchange:
         await self.respond(error_response(error, self.request, self.config.base))
 
     async def _redirect_into_prefix(self) -> None:
-        """Redirect an unprefixed request after its body; browsers read no response before."""
+        """Redirect an unprefixed request after its body: browsers read no earlier response."""
         while not self.body.finished and "expect" not in self.request.headers.index:
             await self.body.read(self.config.stall_timeout)
         await self.respond(redirect_into_prefix(self.request, self.gate))
@@ -4803,19 +4802,21 @@ class Exchange:
     async def _show_ports(self) -> None:
         config, client = self.config, self.request.client
         port = dict(parse_qsl(self.request.target.partition("?")[2])).get("port")
-        if port is not None:  # typed into the page
+        if port is not None:  # from the form of the page
             route = typed_route(port, config.base)
             location = (route.prefix if route else config.base) + "/"
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
         found = await self.proxy.upstreams.sockets.listeners()
-        ports = [one for one in found if one.port not in own]
         rows = []
-        for one in ports:
-            host_url = host_form(one.port, client, config.domains)
-            if host_url and self.gate.token:  # the gate signs in there
-                host_url = "%s/?open=%d" % (config.base, one.port)
-            rows.append(port_row(config.base, one, self.proxy.titles.get(one), host_url))
+        for listener in found:
+            if listener.port in own:
+                continue
+            host_url = host_form(listener.port, client, config.domains)
+            if host_url and self.gate.token:  # this path adds a ticket, which signs in there
+                host_url = "%s/?open=%d" % (config.base, listener.port)
+            title = self.proxy.titles.get(listener)
+            rows.append(port_row(config.base, listener, title, host_url))
         await self.respond(ports_response(config.base, rows, self.request))
 
     async def _read_form(self) -> bytes:
@@ -4844,10 +4845,10 @@ def local_response(response: LocalResponse, keep_alive: bool, is_head: bool = Fa
 
 
 class Tunnel:
-    """Two connections whose bytes go to each other as they come, until both sides have ended.
+    """Relays data between two connections in both directions, until both are closed.
 
-    An EOF of one side is passed on; a failure of one side ends both.  tunnels: the set of the open
-    ones, which this one joins.  on_end: called without arguments when it has ended.
+    An EOF of one side is passed on; a failure of one side aborts both.  tunnels: the set of open
+    tunnels, to which the new one is added.  on_end: called when the tunnel has ended.
     """
 
     __slots__ = ("client", "on_end", "timeout", "tunnels", "upstream")
@@ -4864,7 +4865,7 @@ class Tunnel:
         tunnels.add(self)
 
     async def start(self, client: Connection, upstream: Connection) -> None:
-        """Take both connections over; the bytes that were read from them go first."""
+        """Take both connections over; data that they have buffered is sent first."""
         connections = client.deadlines.connections
         ends = ((self.client, client), (self.upstream, upstream))
         for end, connection in ends:
@@ -4873,7 +4874,7 @@ class Tunnel:
             connections.add(end)
         for end, connection in ends:
             while connection.buffer or connection.has_unread:
-                end.data_received(await connection.read())  # the bytes are here: it does not wait
+                end.data_received(await connection.read())  # buffered: returns at once
         for end, connection in ends:
             if connection.transport.is_closing():
                 end.connection_lost(connection.failure)
@@ -4881,18 +4882,18 @@ class Tunnel:
                 end.eof_received()
 
     def close(self) -> None:
-        """Close both sides after the queued bytes."""
+        """Close both sides after sending the queued data."""
         for end in (self.client, self.upstream):
             end.deadline = now() + self.timeout
             end.transport.close()
 
     def abort(self) -> None:
-        """End both sides at once."""
+        """Abort both sides."""
         for end in (self.client, self.upstream):
             end.transport.abort()
 
     def note_lost(self) -> None:
-        """One side is closed: the tunnel has ended once both are."""
+        """Called when one side is closed; the tunnel ends when both are."""
         if self.client.is_lost and self.upstream.is_lost:
             self.tunnels.discard(self)
             if self.on_end:
@@ -4900,7 +4901,7 @@ class Tunnel:
 
 
 class TunnelEnd(asyncio.Protocol):
-    """One side of a tunnel: its data is written to the peer, at the pace of the peer."""
+    """One side of a tunnel: writes its data to the peer, with back-pressure."""
 
     __slots__ = (
         "deadline",
@@ -4928,7 +4929,7 @@ class TunnelEnd(asyncio.Protocol):
         self.received += len(data)
         self.deadlines.is_active = True
         self.write(data)
-        if self.peer.ended:  # it still listens
+        if self.peer.ended:  # half-closed: data extends the deadline
             self.deadline = now() + self.tunnel.timeout
 
     def pause_writing(self) -> None:
@@ -4959,15 +4960,15 @@ class TunnelEnd(asyncio.Protocol):
         self.tunnel.note_lost()
 
     def expire(self, time: float) -> None:
-        """Act on a deadline that has passed; called by Deadlines.
+        """Abort after the deadline or a reset; called by Deadlines.
 
-        A hang-up is no failure: after our EOF it may have data in front of it.
+        A hang-up does not count as failure: after our EOF, unread data may precede it.
         """
         if time > self.deadline or has_failed(self.transport, _RESET):
             self.tunnel.abort()
 
     def abort(self) -> None:
-        """End both sides at once."""
+        """Abort both sides."""
         self.tunnel.abort()
 
 

@@ -3578,7 +3578,7 @@ class TestOrigin:
         raw = request(method, "/proxy/1/a", "Sec-Fetch-Site: cross-site", *lines)
         status, detail = refusal(gate_for(), raw)
         assert (status, detail.endswith(" Start the proxy with " + advice)) == (403, True)
-        (option,) = shlex.split(re.search("--allow-origin ([^ ]+) if", detail).group(1))
+        (option,) = shlex.split(re.search("--allow-origin ([^ ]+) to", detail).group(1))
         assert refusal(gate_for(allow_origins=[option]), raw)[0] == 200
 
     @pytest.mark.parametrize("proxies, is_told", [(["127.0.0.1"], True), ([], False)])
