@@ -238,15 +238,15 @@ class Config(NamedTuple):
     # None: a random token, or no token if only users of this machine can connect.  "any": a random
     # token.  "": no token.  Otherwise at least 16 characters, since guesses are slowed, not blocked.
     token: Optional[str] = None
-    allow_hostnames: Sequence[str] = ()  # further Host names or patterns, without a token
-    allow_origins: Sequence[str] = ()  # may use the apps: "https://a.example.org", "*"
+    allow_hostnames: Sequence[str] = ()  # Host names and patterns to accept without a token
+    allow_origins: Sequence[str] = ()  # whose pages may use apps: "https://a.example.org", "*"
     allow_preflight: bool = False  # CORS preflights reach the apps without credentials
     # Replaces the token and allow_hostnames.  `await authorize(request, client, route)` is called
     # once per request and Upgrade, before the proxy connects.  Return None to admit; raise
     # ProxyError(status, detail) to refuse, or ProxyError(302, "", (("Location", url),)) to
     # redirect.  `route` is None for the proxy's own pages.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
-    hub: Optional[Hub] = None  # also replaces these: users sign in at the Hub
+    hub: Optional[Hub] = None  # replaces these, too: users sign in at the Hub
     trusted_proxies: Sequence[str] = ()  # addresses, networks, "unix": trust X-Forwarded
     certfile: Optional[str] = None  # PEM, with the key in it or in keyfile; serves HTTPS
     keyfile: Optional[str] = None
@@ -309,7 +309,7 @@ GENERAL_OPTIONS = (
     _option("--base", _STRING, "PATH", "path prefix of all addresses"),
     _option("--host-allowlist", STRINGS, "HOST", "also reach this host: name, address or pattern"),
     _option("--domain", STRINGS, "NAME", "also reach port 8080 as 8080.NAME", "domains"),
-    _option("--whole-origin", SWITCH, "", "lead requests without the prefix back to their app"),
+    _option("--whole-origin", SWITCH, "", "route requests without the prefix to their app"),
     _option(
         "--preserve-host", SWITCH, "", "send the browser's Host to the app, not localhost:PORT"
     ),
@@ -563,9 +563,9 @@ def _decoded_segments(path: str) -> List[bytes]:
 
 
 def with_spelling_of(base: str, target: str) -> str:
-    """The target with `base` as spelled here, if it is below it.
+    """The target, with the spelling of `base` if it is below `base`.
 
-    Browsers compare the Path of a cookie without decoding it.
+    Browsers compare cookie paths without decoding.
     """
     rest = path_below(base, target)
     return target if rest is None else base + rest
@@ -781,7 +781,7 @@ def _explain_field_section(lines: List[str]) -> str:
         if line and not _FIELD_LINE.fullmatch(line):
             if line[0] in " \t":
                 return "A field line is folded or begins with white space (RFC 9112 section 5.2)."
-            if re.match(TOKEN + "[ \t]+:", line):
+            if _SPACED_NAME.match(line):
                 return "A field line has white space before its colon (RFC 9112 section 5.1)."
             break
     return "A field line is not 'name: value' without control bytes (RFC 9112 section 5)."
@@ -1082,7 +1082,7 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
     text = head.decode("latin-1")
     match = _STATUS_LINE.match(text)
     if not match:
-        raise ProxyError(400, "The status line is not one of HTTP/1.0 or HTTP/1.1.")
+        raise ProxyError(400, "The status line is not valid for HTTP/1.0 or HTTP/1.1.")
     minor, status, reason = match.groups()
     headers = Headers.parse(head[match.end() :], config, is_response=True)
     connection = headers.tokens("connection")
@@ -1240,7 +1240,7 @@ class ChunkedDecoder:
         self._is_response = is_response
         self._state = "size"  # expected next: size, data, data end or trailer
         self._partial = b""  # an incomplete line
-        self._remaining = 0  # bytes of the current chunk that are missing
+        self._remaining = 0  # bytes of the current chunk still to come
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> Pieces:
@@ -1550,7 +1550,6 @@ class Connection(asyncio.StreamReaderProtocol):
         return self.is_quiet() and not poll(self.transport, _READABLE)
 
     def expire(self, time: float) -> None:
-        """Act on the deadlines that have passed."""
         if time > self.read_deadline and not self.queued():  # a peer with unsent data is not idle
             self.read_deadline = FOREVER
             self.end(TimedOut())
@@ -1671,7 +1670,6 @@ class Deadlines:
         self.is_active = False
 
     def discard(self, connection: Any) -> None:
-        """Forget a connection that is closed."""
         self.connections.discard(connection)
         if not self.connections and self._empty is not None and not self._empty.done():
             self._empty.set_result(None)
@@ -1991,7 +1989,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
         lines.append("%s: %s" % (MARK_FIELD, mark))
     if request.is_websocket:
         split = (line.partition(":") for line in lines)
-        lines = [_HANDSHAKE_SPELLING.get(a.lower(), a) + colon + b for a, colon, b in split]
+        lines = [_HANDSHAKE_SPELLING.get(n.lower(), n) + colon + value for n, colon, value in split]
         lines += _UPGRADE_LINES
     return serialise(lines, request.framing)
 
@@ -2069,13 +2067,13 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
         is_own = request.is_own_origin
     else:
         url = headers.get("destination") or headers.get("referer")
-        is_own = _path_of_own_url(url, request) is not None
+        is_own = _path_of_own_url(url, request.client.authority) is not None
     return is_own and not gate.config.preserve_host and not _PUBLIC_APIS.search(request.path)
 
 
-def _path_of_own_url(url: str, request: Request) -> Optional[str]:
+def _path_of_own_url(url: str, authority: str) -> Optional[str]:
     """Path, query and fragment of a URL of the public origin; None for other URLs."""
-    match, authority = _HTTP_URL.fullmatch(url), request.client.authority
+    match = _HTTP_URL.fullmatch(url)
     if not match or not authority:
         return None
     origin = "%s://%s" % match.group(1, 2)
@@ -2104,18 +2102,21 @@ def _translate_referer(value: str, request: Request, route: Route, gate: Any) ->
     """A URL of this app becomes a URL of the upstream.  Other URLs of the public origin are reduced
     to the origin, as browsers do across origins."""
     value = gate.strip_query(value)
-    path = None if gate.config.preserve_host else _path_of_own_url(value, request)
+    if gate.config.preserve_host:
+        return value
+    path = _path_of_own_url(value, request.client.authority)
     return value if path is None else _upstream_url(route, _path_in_app(path, route) or "/")
 
 
 def _translate_destination(value: str, request: Request, route: Route, gate: Any) -> str:
     """Translate a URL or a path (RFC 4918 section 10.3), unless it is outside the app."""
     value = gate.strip_query(value)
-    path = value if value.startswith("/") else _path_of_own_url(value, request)
+    is_path = value.startswith("/")
+    path = value if is_path else _path_of_own_url(value, request.client.authority)
     translated = "" if path is None else _path_in_app(path, route)
     if path is None or not translated:
         return value
-    if path == value or gate.config.preserve_host:
+    if is_path or gate.config.preserve_host:
         return value[: len(value) - len(path)] + translated
     return _upstream_url(route, translated)
 
@@ -2262,7 +2263,7 @@ class LocalResponse(NamedTuple):
     body: bytes = b""
 
 
-_MAX_SIGNED = 4096  # characters; browsers keep no longer cookie
+_MAX_SIGNED = 4096  # characters; browsers reject longer cookies
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2397,11 +2398,9 @@ def _is_from_own_origin(request: Request) -> bool:
 
 
 def _own_path(url: str, authority: str) -> str:
-    """The path of a URL of the public origin; "" for other URLs."""
-    match = _HTTP_URL.fullmatch(url)
-    if not match or not is_own_origin("%s://%s" % match.group(1, 2), authority):
-        return ""
-    return re.split("[?#]", match.group(3))[0] or "/"
+    """The path of a URL of the public origin, without its query; "" for other URLs."""
+    path = _path_of_own_url(url, authority)
+    return "" if path is None else re.split("[?#]", path)[0] or "/"
 
 
 def _app_of_page(request: Request, gate: Any) -> str:
