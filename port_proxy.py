@@ -1172,7 +1172,7 @@ _CHUNK_LINE = re.compile(
 _CHUNK_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?")
 _TRAILER_LINE = re.compile(_FIELD_LINE.pattern.encode("latin-1"))
 
-_MAX_PIECES = 2000  # so that many small chunks do not hold up other requests
+_MAX_PIECES = 250  # so that many small chunks do not hold up other requests
 
 Pieces = List[Union[bytes, memoryview]]
 
@@ -1757,6 +1757,7 @@ class Body:
         "_decoder",
         "_done",
         "_is_paused",
+        "_is_slow",
         "_stall",
         "_target",
         "count",
@@ -1850,7 +1851,8 @@ class Body:
     async def _relay_directly(self, target: Connection, stall: float) -> None:
         """Let the source write to the target until the body is complete or the target is closed."""
         source = self.source
-        self._target, self._stall, self._is_paused = target, stall, False
+        self._target, self._stall = target, stall
+        self._is_paused = self._is_slow = False
         self._done = source.deadlines.loop.create_future()
         source.sink = target.feeder = self
         source.read_deadline = now() + self.silence
@@ -1878,8 +1880,8 @@ class Body:
         if self.finished:
             self._settle(None)
         elif source.buffer and not self._is_paused:  # more than _MAX_PIECES
-            self.pause()
-            source.deadlines.loop.call_soon(self.resume)
+            self._pause_source()
+            source.deadlines.loop.call_soon(self._go_on)
 
     def end(self) -> None:
         source = self.source
@@ -1893,13 +1895,22 @@ class Body:
                 self._settle(error)
 
     def pause(self) -> None:
+        self._is_slow = True
+        self._pause_source()
+
+    def resume(self) -> None:
+        self._is_slow = False
+        self._go_on()
+
+    def _pause_source(self) -> None:
         self._is_paused = True
         self.source.read_deadline = FOREVER
         pause_reading(self.source.transport)
 
-    def resume(self) -> None:
+    def _go_on(self) -> None:
+        """Take the next turn, unless the target is slow: TLS gives data out while it is paused."""
         source = self.source
-        if self._done.done() or not self._is_paused:
+        if self._done.done() or not self._is_paused or self._is_slow:
             return
         self._is_paused = False
         if source.buffer:
@@ -1940,7 +1951,7 @@ _HOP_BY_HOP = (
 ).split()
 # The proxy sets these itself, and drops the client's.
 _SET_BY_PROXY = [
-    "host", "content-length", "forwarded",
+    "host", "content-length", "transfer-encoding", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
 _USUAL_CONNECTION = frozenset(["keep-alive", "close", "upgrade"])
@@ -4524,7 +4535,7 @@ class Exchange:
     async def _serve(self, route: Route) -> None:
         """Send the request to its upstream, on a pooled connection if there is one."""
         request, gate, upstreams = self.request, self.gate, self.proxy.upstreams
-        if self.proxy.mark in request.headers.get_all(MARK_FIELD.lower()):
+        if self.proxy.mark in request.headers.tokens(MARK_FIELD.lower()):
             text = "The server on %s leads back to this proxy: this is an endless loop."
             raise ProxyError(508, text % route.place)
         check_route(route, self.config)

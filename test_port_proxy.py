@@ -35,6 +35,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -1439,7 +1440,8 @@ class TestMessages:
             assert parsed(raw.encode()).is_own_origin is own
 
     @pytest.mark.parametrize("valid, texts", [
-        (True, "a a:80 a: 1.2.3.4 [::1] [::1]:80 a_b-c.~!$&'()*+,;=%20".split()),
+        (True, "a a:80 a: 1.2.3.4 [::1] [::1]:80 a_b-c.~!$&'()*+,;=%20".split() + [255 * "a"]),
+        (False, [256 * "a", "[" + 46 * ":" + "]"]),  # records of clients are kept
         (False, ["", "a b", "a\n", "\xe4"] + ":80 a:b a:123456 u@a ::1 [::1 [v1.a] a/ a?".split()),
     ])
     def test_authority_is_a_host_with_or_without_a_port(self, valid, texts):
@@ -1595,8 +1597,8 @@ class TestBodies:
         while not decoder.finished:
             pieces = decoder.feed(data)
             data, turns, count = decoder.rest, turns + 1, count + len(pieces)
-            assert len(pieces) <= 2000
-        assert (data, count, turns >= 15) == (b"rest", 30000, True)
+            assert len(pieces) <= 300
+        assert (data, count, turns >= 100) == (b"rest", 30000, True)
 
     @pytest.mark.parametrize("raw", BAD_CHUNKED_BODIES, ids=case_id)
     def test_bad_chunk_is_refused(self, raw):
@@ -2029,6 +2031,50 @@ def assert_stalls(progress):
     assert sum(progress) < 60 << 20
 
 
+class PausedTransport(asyncio.Transport):
+    """The transport of a peer that takes nothing by itself; it pauses its writer above `limit` bytes."""
+
+    def __init__(self, protocol, limit):
+        super().__init__()
+        self.protocol, self.limit = protocol, limit
+        self.written = self.queued = 0
+        self.is_paused = self.is_writer_paused = self.is_closed = False
+
+    def is_closing(self):
+        return self.is_closed
+
+    def is_reading(self):
+        return not self.is_paused
+
+    def pause_reading(self):
+        self.is_paused = True
+
+    def resume_reading(self):
+        self.is_paused = False
+
+    def get_write_buffer_size(self):
+        return self.queued
+
+    def write(self, data):
+        self.written += len(data)
+        self.queued += len(data)
+        if self.queued > self.limit and not self.is_writer_paused:
+            self.is_writer_paused = True
+            self.protocol.pause_writing()
+
+    def take_all(self):
+        """What a peer does that reads everything."""
+        self.queued = 0
+        if self.is_writer_paused:
+            self.is_writer_paused = False
+            self.protocol.resume_writing()
+
+    def abort(self):
+        if not self.is_closed:
+            self.is_closed = True
+            self.protocol.connection_lost(None)
+
+
 class TestBackPressure:
     """A peer that does not read stops the other side, and memory stays where it was."""
 
@@ -2114,6 +2160,36 @@ class TestBackPressure:
             steady(lambda: len(app.messages))
             assert len(app.messages) * 60000 < 16 << 20  # the kernel's buffers hold a few MiB of 114
 
+    def test_source_that_gives_out_data_while_paused_waits_for_a_slow_target(self, background):
+        """As TLS does before 3.11: it may give out data between two turns of a flood of small chunks."""
+
+        async def relay():
+            loop = asyncio.get_event_loop()
+            deadlines = port_proxy.Deadlines(loop, WAIT)
+            source, target = (port_proxy.Connection(deadlines) for _ in range(2))
+            for connection in (source, target):
+                connection.connection_made(PausedTransport(connection, 500))
+            body = port_proxy.Body(source, CHUNKED, DEFAULT, is_response=True)
+            task = loop.create_task(body.relay(target, WAIT))
+            await turns()
+            for _ in range(3):
+                source.data_received(b"1\r\nx\r\n" * 2000)
+            await turns()
+            assert source.transport.is_paused and target.transport.written < 3000
+            while body.count != 6000:
+                target.transport.take_all()
+                await turns()
+            source.data_received(b"0\r\n\r\n")
+            target.transport.take_all()
+            await asyncio.wait_for(task, WAIT)
+            await deadlines.close(0.1)
+
+        async def turns():
+            for _ in range(50):
+                await asyncio.sleep(0)
+
+        background.do(relay())
+
     def test_connections_that_are_over_leave_no_memory(self, upstream, process):
         """If each of 350 connections left only a few of its objects, they would exceed the bound."""
         app, before = upstream(answering(OK)), 0
@@ -2198,6 +2274,7 @@ class TestRewriting:
         "Forwarded: for=1.2.3.4", "x-forwarded-for: 1.2.3.4", "X-FORWARDED-HOST: evil", "X-Forwarded-Prefix: /evil",
         "X-Forwarded-Context: /evil", "X-ProxyContextPath: /evil", "X-Forwarded-Port: 1", "X-Forwarded-Proto: https",
         "X_Forwarded_For: 1.2.3.4", "x-forwarded_host: evil", "X_Forwarded-Prefix: /evil", "Content_Length: 5",
+        "Transfer_Encoding: chunked",
     )] + [
         (("Content-Length: 03",), [("Content-Length", "3")]), (("content-length:0",), [("Content-Length", "0")]),
         (("Content-Length: 3", "Content-Length: 3, 3"), [("Content-Length", "3")]),
@@ -2995,6 +3072,15 @@ class TestToken:
         """The answer to a form of the sign-in page."""
         lines += ("Content-Type: application/x-www-form-urlencoded", "Content-Length: %d" % len(form))
         return proxy.ask(request("POST", base + "/", *(lines + VISIT), body=form.encode()))
+
+    def test_values_of_a_wrong_cookie_leave_no_memory(self):
+        tracemalloc.start()
+        try:
+            for number in range(300):
+                assert not port_proxy.is_signed(b"key", "app", "%d" % number + "a" * 50000, "wrong")
+            assert tracemalloc.get_traced_memory()[0] < 1 << 20
+        finally:
+            tracemalloc.stop()
 
     def test_nothing_is_reached_without_the_token(self, proxy, app):
         """A browser gets a form; a wrong token is called invalid, and is not shown."""
@@ -4491,17 +4577,23 @@ class TestUpstream:
                 raw = to(app, "Content-Length: 1", method="POST", body=b"a")
                 assert (wire.ask(raw)[2], app.connections) == (b"ok", 1)
 
-    def test_request_that_comes_back_to_the_proxy_is_refused(self, proxy, upstream):
-        """Some program forwards a port to the proxy."""
+    @pytest.mark.parametrize("joins_fields", [False, True])
+    def test_request_that_comes_back_to_the_proxy_is_refused(self, proxy, upstream, joins_fields):
+        """Some program forwards a port to the proxy; those on Node join fields of the same name."""
 
         def forward(wire, app):
             raw = wire.until(b"\r\n\r\n")
+            if joins_fields:
+                marks = re.findall(br"\r\nPort-Proxy-Mark: (\S+)", raw)
+                raw = re.sub(br"\r\nPort-Proxy-Mark: \S+", b"", raw)[:-4]
+                raw += b"\r\nPort-Proxy-Mark: %s\r\n\r\n" % b", ".join(marks)
             with Wire.to(proxy.port) as other:
                 other.send(raw.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
                 wire.send(other.rest())
 
         app = upstream(forward)
-        answer = proxy.ask(to(app, form="/proxy/absolute/%d"))
+        lines = ["Port-Proxy-Mark: of-another-proxy"] * joins_fields
+        answer = proxy.ask(to(app, *lines, form="/proxy/absolute/%d"))
         assert (status_of(answer), app.connections) == (508, 1)
         assert b"port %d of this machine leads back to this proxy" % app.port in answer[2]
 
