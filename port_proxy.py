@@ -4040,9 +4040,9 @@ def _config_under_hub(
         bind=url.hostname or "0.0.0.0",
         port=url.port or int(_DEFAULT_PORTS[url.scheme][1:]),
         token="",
-        # A client that does not come through the Hub's own proxy has to sign in all the same.
+        # Any peer may set X-Forwarded headers: clients must sign in at the Hub in any case.
         trusted_proxies=config.trusted_proxies or ("0.0.0.0/0", "::/0"),
-        # A Hub that stops a server waits for it, and so does the user who clicked.
+        # The Hub and its user wait until a stopped server has exited.
         shutdown_timeout=min(config.shutdown_timeout, 0.3),
         **files,
     )
@@ -4985,16 +4985,16 @@ class TunnelEnd(asyncio.Protocol):
 # --------------------------------------------------------------------------------------------------
 # Server
 # --------------------------------------------------------------------------------------------------
-# Accepts connections and serves the requests of each, one after the other.  A connection that waits
-# for a request has no task: the first byte starts one, which ends when the connection is quiet
-# again.  `_serve_request` is the one place that turns errors into responses.
+# Accepts connections and serves their requests in order.  An idle connection has no task.  The
+# first byte of a request starts a task, which ends when the connection is idle again.  Errors of
+# requests become responses in `_serve_request` only.
 
 
 class PortProxy:
     """The proxy: `await PortProxy(config).start()`, then `await proxy.close()`.
 
-    Several can live in one event loop.  Raises ValueError for a configuration that makes no sense.
-    It logs to the logger "port_proxy" and configures none.
+    Several can run in one event loop.  Raises ValueError for an invalid configuration.  It logs to
+    the logger "port_proxy", which the caller may configure.
     """
 
     def __init__(self, config: Config = Config()) -> None:
@@ -5014,14 +5014,15 @@ class PortProxy:
     async def start(
         self,
         sockets: Optional[Sequence[socket.socket]] = None,
-        ways_back: Sequence[Address] = (),
+        front_servers: Sequence[Address] = (),
     ) -> "PortProxy":
-        """Listen and accept connections from now on.
+        """Listen, and begin to accept connections.
 
         sockets: bound stream sockets to use in place of `bind` and `port`; they are closed with the
-        proxy.  An empty sequence makes a proxy that only serves `serve_one`.  ways_back: addresses
-        of servers that pass requests on to this one; they are never an upstream.  Raises OSError if
-        a file cannot be read or the address is not available, ValueError for bad certificates.
+        proxy.  With an empty sequence, requests come through `serve_one` only.  front_servers:
+        addresses of servers that forward requests to this proxy; they are refused as upstreams.
+        Raises OSError if a file cannot be read or an address is not available, ValueError for bad
+        certificates.
         """
         loop = asyncio.get_event_loop()
         tls = server_context(self.config) if self.config.certfile else None
@@ -5035,7 +5036,7 @@ class PortProxy:
             if self.config.hub
             else TokenGate(self.config, self.is_private, self.port)
         )  # type: Gate
-        self.upstreams = Upstreams(self.config, self.deadlines, addresses + list(ways_back))
+        self.upstreams = Upstreams(self.config, self.deadlines, addresses + list(front_servers))
         try:
             for sock in self._sockets:
                 await self._listen(loop, sock, tls)
@@ -5059,13 +5060,13 @@ class PortProxy:
             server = await loop.create_server(protocol, **options)
         else:
             if sys.version_info >= (3, 13):
-                options["cleanup_socket"] = False  # the file may be another process's by then
+                options["cleanup_socket"] = False  # another process may own the file by then
             server = await loop.create_unix_server(protocol, **options)
         self._servers.append(server)
 
     @property
     def port(self) -> int:
-        """The TCP port that is listened on; 0 before `start`, and if there is none."""
+        """The TCP port of the proxy; 0 before `start`, and for a Unix socket."""
         return next((sock.getsockname()[1] for sock in self._sockets if sock.family != _UNIX), 0)
 
     @property
@@ -5075,7 +5076,7 @@ class PortProxy:
 
     @property
     def token(self) -> str:
-        """The token that clients must show; "" if none is asked for."""
+        """The token that clients must send; "" if none is required."""
         return self.gate.token if self.deadlines else ""
 
     @property
@@ -5095,7 +5096,7 @@ class PortProxy:
 
     @property
     def active_requests(self) -> int:
-        """How many requests are being served; open WebSockets are not counted."""
+        """The number of requests in progress, without open WebSockets."""
         return sum(client.state is ACTIVE for client in self._clients)
 
     async def close(self) -> None:
@@ -5152,7 +5153,7 @@ class PortProxy:
             tunnel.abort()
 
     async def serve_one(self, client: Connection, head: bytes, gate: Gate) -> bool:
-        """Serve the request with this head from another server's connection; `gate` decides.
+        """Serve a request that another server has accepted; `gate` controls access.
 
         Returns whether the connection may carry another request.  Otherwise it is closed.
         """
@@ -5181,9 +5182,10 @@ class PortProxy:
         self._let_idle(client)
 
     def _has_room(self) -> bool:
-        """Whether one more connection can be accepted, for which another may have to go.
+        """Whether one more connection can be accepted; may close another to make room.
 
-        Those that the gate has let nothing in from go first, then the one that was idle for longest.
+        Closes a TLS handshake first, then a connection without an admitted request, then the
+        connection that has been idle for longest.
         """
         count = len(self._clients) + len(self.tunnels) + len(self._handshakes)
         if count < self.config.max_connections:
@@ -5193,9 +5195,9 @@ class PortProxy:
             return True
         clients = [client for client in self._clients if not client.ended]
         idle = [client for client in clients if client.state is IDLE]
-        strangers = [client for client in clients if not client.is_admitted]
+        unadmitted = [client for client in clients if not client.is_admitted]
         idle.sort(key=lambda client: client.read_deadline)
-        for client in (strangers + idle)[:1]:
+        for client in (unadmitted + idle)[:1]:
             client.abort()
             return True
         return False
@@ -5205,14 +5207,15 @@ class PortProxy:
     ) -> None:
         """Accept connections over TLS, until cancelled.
 
-        asyncio's servers report a connection after its handshake.  Here it counts from the start.
+        asyncio's servers report a connection only after its handshake.  Here, handshakes count as
+        connections.
         """
         loop = deadlines.loop
         try:
             while True:
                 try:
                     sock, _ = await loop.sock_accept(listener)
-                except OSError:  # it has gone again, or no descriptor is left
+                except OSError:  # the client has left, or there is no file descriptor
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
                 if self._has_room():
@@ -5223,17 +5226,17 @@ class PortProxy:
                     sock.close()
         finally:
             with contextlib.suppress(NotImplementedError):  # on Windows
-                loop.remove_reader(listener.fileno())  # 3.6 leaves it
+                loop.remove_reader(listener.fileno())  # Python 3.6 does not remove it
 
     async def _shake_hands(
         self, deadlines: Deadlines, sock: socket.socket, tls: ssl.SSLContext
     ) -> None:
-        """Begin a connection over TLS; plain HTTP gets a response that says so."""
+        """Do the TLS handshake; plain HTTP gets an error response."""
         loop, timeout, is_taken = deadlines.loop, self.config.head_timeout, False
         try:
             first = await _first_byte(loop, sock, timeout)
             is_taken = True
-            if first.isalpha():  # TLS begins with a byte that is no letter
+            if first.isalpha():  # plain HTTP begins with a letter, TLS does not
                 make = functools.partial(Connection, deadlines, self._accepted_plain)
                 await loop.connect_accepted_socket(make, sock)
             else:
@@ -5241,7 +5244,7 @@ class PortProxy:
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
-            # asyncio closes a socket that it has taken, but 3.6 does so at its EOF only.
+            # asyncio closes a socket that it has taken over; Python 3.6 only after EOF.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             if not is_taken:
@@ -5286,11 +5289,11 @@ class PortProxy:
                 if client.is_quiet() and not self.is_stopping:
                     self._let_idle(client)
                     return
-                await asyncio.sleep(0)  # a client that pipelines leaves the others their turns
+                await asyncio.sleep(0)  # yield: a pipelining client must not starve others
             client.close()
         except (ClientGone, Truncated, TimedOut, OSError):
             client.abort()
-        except BaseException:  # cancelled, above all
+        except BaseException:  # CancelledError, for example
             client.abort()
             raise
         finally:
@@ -5320,13 +5323,13 @@ class PortProxy:
         return None
 
     async def _refuse(self, client: Connection, error: ProxyError) -> None:
-        """Answer bytes that are not a request, and close the connection."""
+        """Send the error for an invalid request head, and close the connection."""
         logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
         client.write([local_response(error_response(error), keep_alive=False)])
         await self._linger(client, is_read=False)
 
     async def _serve_request(self, client: Connection, request: Request, gate: Gate) -> bool:
-        """Serve a request; whether another may follow.  Errors become responses here alone."""
+        """Serve a request, and turn its errors into responses.  Returns whether another may follow."""
         client.state = ACTIVE
         exchange = Exchange(self, gate, client, request)
         try:
@@ -5339,7 +5342,7 @@ class PortProxy:
             except asyncio.CancelledError:
                 exchange.failure = "The proxy was told to stop." if self.is_stopping else ""
                 raise
-            except Exception as error:  # a bug: the request is lost, the proxy goes on
+            except Exception as error:  # a bug: only this request fails
                 logger.error("internal error: %r", error)
                 logger.debug("", exc_info=True)
                 text = "Internal error of the proxy. Its log says more."
@@ -5362,11 +5365,11 @@ class PortProxy:
             await exchange.respond_error(error)
 
     async def _linger(self, client: Connection, is_read: bool) -> None:
-        """Close, but read on until the client has ended its side or `linger_timeout` has passed.
+        """Close the connection, but first read until EOF or `linger_timeout`.
 
-        Closing with unread data would reset the connection, and could take the response from the
-        client (RFC 9112 section 9.6).  TLS has no half-close: there we read on only if the request
-        was not read whole (is_read).
+        To close with unread data would reset the connection, and the client could lose the response
+        (RFC 9112 section 9.6).  TLS has no half-close: it lingers only after an incomplete request.
+        is_read: the request was read completely.
         """
         client.state = CLOSING
         if client.transport.can_write_eof():
@@ -5383,9 +5386,9 @@ class PortProxy:
     # The access log.
 
     def _log_end(self, client: Connection, exchange: Exchange) -> None:
-        """Log a request at its end, which is that of its tunnel if it has one."""
+        """Log a request at its end, or at the end of its tunnel."""
         if not logger.isEnabledFor(logging.INFO):
-            return  # and so nothing of the request is kept for as long as its tunnel lasts
+            return  # a tunnel then does not keep its exchange in memory
         tunnel = exchange.tunnel
         if tunnel is not None and tunnel in self.tunnels:
             tunnel.on_end = functools.partial(_log, exchange)
@@ -5411,7 +5414,7 @@ def _log(exchange: Exchange) -> None:
     )
     if tunnel:
         record["bytes_received"] = tunnel.client.received
-        line = line.replace(" bytes,", " bytes and back %(bytes_received)d,")
+        line = line.replace(" bytes,", " bytes sent, %(bytes_received)d received,")
     if exchange.failure:
         record["error"] = exchange.failure
         line += ": %(error)s"
@@ -5419,9 +5422,9 @@ def _log(exchange: Exchange) -> None:
 
 
 async def _read_request_head(client: Connection, config: Config) -> bytes:
-    """The next request head; b"" if the client ends or stays silent before its first byte.
+    """The next request head; b"" at EOF or timeout before its first byte.
 
-    Some clients send a CRLF behind a body: up to two are tolerated (RFC 9112 section 2.2).
+    Some clients send a CRLF after a body: up to two are skipped (RFC 9112 section 2.2).
     Raises ProxyError 400 or 408.
     """
     data = b""
@@ -5482,7 +5485,7 @@ def _bind(config: Config) -> List[socket.socket]:
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             port = config.port
-            if not port and len(sockets) > 1:  # the free port that the first address got
+            if not port and len(sockets) > 1:  # all addresses get the first one's free port
                 port = sockets[0].getsockname()[1]
             sock.bind((address[0], port) + address[2:])
     except BaseException:
@@ -5493,9 +5496,9 @@ def _bind(config: Config) -> List[socket.socket]:
 
 
 def _bind_unix(path: str) -> socket.socket:
-    """A Unix socket that only its owner can connect to.  It replaces a dead socket of this user.
+    """A Unix socket that only its owner can connect to.  It replaces an unused socket of this user.
 
-    Raises OSError if there is another file, or a program listens there.
+    Raises OSError if `path` is another file, or a program listens on it.
     """
     if _UNIX is None:
         raise OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets")
@@ -5575,8 +5578,8 @@ def server_context(config: Config) -> ssl.SSLContext:
 def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[str]) -> None:
     """Load a certificate and its key; asks on the terminal for the pass phrase of the key.
 
-    OpenSSL names neither the file nor its fault.  After a failure both files are read again, to
-    find which one is wrong.
+    OpenSSL's errors do not name the file.  After a failure, both files are read again to find the
+    wrong one.
     """
     key_path = keyfile or certfile
     has_asked = False
@@ -5606,7 +5609,7 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
 
 
 def _pass_phrase() -> str:
-    """The pass phrase from the terminal, "" for none; from 3.15 on OpenSSL does not ask itself."""
+    """The pass phrase from the terminal, or ""; OpenSSL does not ask in Python 3.15 and later."""
     import getpass
 
     try:
@@ -5631,7 +5634,7 @@ def _is_pipe(path: str) -> bool:
     return stat.S_ISFIFO(os.stat(path).st_mode)
 
 
-# Configuration, the part that needs the sections above.
+# Validation of Config.
 
 
 def _normal_origins(origins: Iterable[str]) -> Tuple[str, ...]:
@@ -5669,7 +5672,7 @@ _NORMALISERS = {
 
 
 def checked_config(config: Config) -> Config:
-    """`config` in normal form.  Raises ValueError, with the name of the option, for mistakes."""
+    """`config` in normal form.  Raises ValueError, which names the option, for invalid values."""
     check_values(config)
     for field, normalise in _NORMALISERS.items():
         value = getattr(config, field)
@@ -5687,7 +5690,7 @@ def checked_config(config: Config) -> Config:
 
 
 def _tick_interval(config: Config) -> float:
-    """Fine enough for the shortest deadline, and never more often than twenty times a second."""
+    """Seconds between checks of the deadlines: a quarter of the shortest, between 0.05 and 1."""
     shortest = min(
         float(getattr(config, name)) for name in Config._fields if name.endswith("_timeout")
     )
@@ -5698,21 +5701,21 @@ def _tick_interval(config: Config) -> float:
 # Jupyter extension
 # --------------------------------------------------------------------------------------------------
 # Inside a running Jupyter server, a Tornado handler serves `<base>/proxy/`.  Jupyter authenticates
-# each request; then the handler lends Tornado's connection to one exchange.  `TornadoTransport` is
-# an asyncio transport on a Tornado stream.  It reads only on demand, so that no byte of the next
-# request is taken from Tornado, which gets the connection back afterwards.
+# each request; then the handler detaches Tornado's stream for one exchange, and returns it.
+# `TornadoTransport` is an asyncio transport on a Tornado stream.  It reads only on demand, so that
+# the bytes of the next request stay in Tornado's buffer.
 
-_JUPYTER_COOKIES = "username-"  # of signed-in users; the host and port in the browser follow
+_JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _XSRF = "_xsrf"
 _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
-_PULL_BYTES = 65536  # less than a StreamReader can hold, so that it never pauses us
-_HANG_UP = getattr(select, "POLLRDHUP", 0)  # EOF of the peer, even behind unread data; Linux only
+_PULL_BYTES = 65536  # below the limit at which a StreamReader pauses its transport
+_HANG_UP = getattr(select, "POLLRDHUP", 0)  # EOF of the peer, even after unread data; Linux only
 
 
 class LentConnection(Connection):
     """A client connection that belongs to Tornado.
 
-    body_left: bytes of the request body that Tornado still has, at most; no more are read at once.
+    body_left: upper limit of the request body's unread bytes; each read takes no more.
     """
 
     is_lent = True
@@ -5727,14 +5730,14 @@ class LentConnection(Connection):
 
     def expire(self, time: float) -> None:
         super().expire(time)
-        if poll(self.transport, _HANG_UP):  # Tornado misses an EOF behind data that nobody reads
+        if poll(self.transport, _HANG_UP):  # Tornado does not detect an EOF after unread data
             self.abort()
 
 
 class TornadoTransport(asyncio.Transport):
     """A transport on a Tornado stream, over TCP or TLS.
 
-    It reads when `pull` is called; once a tunnel has set its protocol, it reads all the time.
+    It reads when `pull` is called.  After `set_protocol`, for a tunnel, it reads continuously.
     Raises OSError if the client has left.
     """
 
@@ -5768,13 +5771,13 @@ class TornadoTransport(asyncio.Transport):
                     self._protocol.data_received(data)
                     if not self._reads_on:
                         return
-                await asyncio.sleep(0)  # other connections have their turns
+                await asyncio.sleep(0)  # yield to other connections
         if not self._is_lost:
             self._is_lost = self._is_closing = True
             self._protocol.connection_lost(self._stream.error)
 
     def _closed(self) -> None:
-        self._reads_on = True  # the bytes that were read before come first
+        self._reads_on = True  # delivers the buffered data before `connection_lost`
         if not self.is_reading():
             self._reading = self._loop.create_task(self._read(_PULL_BYTES))
 
@@ -5835,7 +5838,7 @@ class TornadoTransport(asyncio.Transport):
         self._stream.close()
 
 
-# As `COMMAND_LINE_TERMS`.  Jupyter itself decides about origins.
+# Like `COMMAND_LINE_TERMS`.  Allowed origins are an option of Jupyter itself.
 _JUPYTER_TERMS = {name: "c.PortProxy." + name for name in COMMAND_LINE_TERMS}
 _JUPYTER_TERMS.update(
     Start="Set",
@@ -5850,8 +5853,8 @@ _JUPYTER_TERMS.update(
 class JupyterGate(Gate):
     """The gate for one request to a Jupyter server, which has authenticated it.
 
-    It still refuses requests that a foreign page makes with the browser's cookie, and removes the
-    cookies and tokens of Jupyter, and of a Hub around it.  handler: Jupyter's, for the request.
+    It refuses requests that a foreign page makes with the browser's cookie.  It removes the cookies
+    and tokens of Jupyter, and of a Hub around it.  handler: Jupyter's handler of the request.
     """
 
     terms = _JUPYTER_TERMS
@@ -5875,16 +5878,16 @@ class JupyterGate(Gate):
             await self._find_hub_tokens(request)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
-        # As Jupyter's own options say.
+        # According to Jupyter's own options.
         allowed = "origin" in request.headers.index and self.handler.check_origin()
         if allowed and request.method not in _SAFE and self._allows_any_origin():
-            # Jupyter's own handlers require its XSRF token then.  Pages of apps do not have it.
+            # Jupyter's own handlers require the XSRF token here, which pages of apps do not have.
             allowed = "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
             self.check_origin(request)
 
     async def _find_hub_tokens(self, request: Request) -> None:
-        """Find the tokens of the Hub in a request; the Hub's client has a cache."""
+        """Add the request's tokens of the Hub to `tokens`; the Hub's client caches lookups."""
         for token in filter(_HUB_TOKEN.fullmatch, all_tokens(request)):
             try:
                 session = self.hub_auth.get_session_id(self.handler)
@@ -5892,8 +5895,8 @@ class JupyterGate(Gate):
             except TypeError:  # before JupyterHub 2.4, whose call would block
                 return
             except Exception as error:  # of Tornado or of the connection to the Hub
-                logger.warning("the Hub could not be asked: %s", type(error).__name__)
-                text = "The Hub, which knows whose a token is, does not answer."
+                logger.warning("no valid response from the Hub: %s", type(error).__name__)
+                text = "The Hub, which checks tokens, does not respond."
                 raise ProxyError(503, text, _RETRY_SOON)
             if user:
                 self.tokens.append(token)
@@ -5911,8 +5914,8 @@ class JupyterGate(Gate):
     def owns_token(self, token: str) -> bool:
         read = re.sub("[\x00-\x08\x0e-\x1f+]", " ", token).strip()  # as Jupyter reads it
         return any(
-            hmac.compare_digest(one.encode(), own.encode())
-            for one in (token, read)
+            hmac.compare_digest(candidate.encode(), own.encode())
+            for candidate in (token, read)
             for own in self.tokens
         )
 
@@ -5928,7 +5931,7 @@ class JupyterGate(Gate):
 
     def origin_advice(self, origin: str) -> str:
         if not origin or self._allows_any_origin():  # an option would not help
-            return "A program may send it with a token of Jupyter's."
+            return "A program can send it with a Jupyter token."
         return super().origin_advice(origin).replace("{value}", "= '%s'" % origin)  # no list
 
     def response_lines(self, status: int) -> Sequence[str]:
@@ -5939,10 +5942,10 @@ class JupyterGate(Gate):
         return ["Set-Cookie: " + cookie.OutputString(None) for cookie in cookies]
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
-        """Also without Jupyter's XSRF cookie, which a signed-in browser sends.
+        """Also removes Jupyter's XSRF cookie from the requests of signed-in browsers.
 
-        Every Tornado app has one of that name.  Jupyter's has the shortest path of all, and so
-        comes last (RFC 6265 section 5.4).
+        Every Tornado app may set a cookie of this name.  Jupyter's cookie has the shortest path, so
+        it comes last (RFC 6265 section 5.4).
         """
         pairs = value.split(";")
         names = [cookie_name(pair) for pair in pairs]
@@ -5960,7 +5963,7 @@ async def _serve_handler(handler: Any, parsed: Request, server: Any, proxy: "Por
         if clean:  # Jupyter sets a session cookie with the redirect
             handler.redirect(clean)
             return
-    if proxy.deadlines is None:  # the event loop did not run before
+    if proxy.deadlines is None:  # not started yet: the event loop was not running
         await proxy.start([], [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)])
     assert proxy.deadlines is not None
     proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
@@ -5991,14 +5994,14 @@ def _note_activity(settings: Dict[str, Any]) -> None:
 
 
 def _head_from_tornado(request: Any) -> bytes:
-    """The head that Tornado parsed; we parse it again, more strictly."""
+    """The request head, restored from Tornado's request for our stricter parser."""
     lines = ["%s %s %s" % (request.method, request.uri, request.version)]
     lines += ["%s: %s" % field for field in request.headers.get_all()]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 class AnyMethod(Tuple[str, ...]):
-    """The methods that Tornado knows; but any method is among them."""
+    """Tornado's list of methods, which seems to contain every method."""
 
     def __contains__(self, method: object) -> bool:
         return True
@@ -6034,7 +6037,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
         async def prepare(self) -> None:
             method = self.request.method
             try:
-                if not _PLAIN_METHOD.fullmatch(method):  # Jupyter would read another attribute
+                if not _PLAIN_METHOD.fullmatch(method):  # Jupyter reads the attribute of this name
                     raise ProxyError(405, "The method must consist of capital letters.")
                 head = _head_from_tornado(self.request)
                 self.parsed = parse_request(head, "", "http", proxy.config)
@@ -6043,13 +6046,13 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 self.set_header("Content-Type", "text/plain; charset=utf-8")
                 self.finish(error.detail + "\n")
                 return
-            if not hasattr(self, method.lower()):  # Jupyter reads it, but nobody calls it
+            if not hasattr(self, method.lower()):  # Jupyter reads it, but does not call it
                 setattr(self, method.lower(), None)
             result = super().prepare()
             if inspect.isawaitable(result):
                 await result
             if not self._finished:
-                web.authenticated(lambda handler: None)(self)  # not every version has done so
+                web.authenticated(lambda handler: None)(self)  # some versions have not done so
             if self._finished:  # redirected to sign in
                 return
             authorizer = self.settings.get("authorizer")
@@ -6064,10 +6067,10 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
 
 
 def _config_value(name: str, value: Any) -> Any:
-    """A field of Config from Jupyter's configuration; `checked_config` finds what is wrong with it.
+    """Convert a value of Jupyter's configuration for a field of Config; `checked_config` checks it.
 
-    Text is read as on the command line.  traitlets hands over a LazyConfigValue for `append` and
-    the like, and for a field that was only read.
+    Text is parsed as on the command line.  traitlets passes a LazyConfigValue after calls such as
+    `append`, and for a field that was only read.
     """
     if name not in OPTIONS:
         return value
@@ -6102,10 +6105,10 @@ def _load_jupyter_server_extension(server: Any) -> None:
     try:
         fields = {name: _config_value(name, value) for name, value in given}
         config = Config(base=base, trusted_proxies=trusted)._replace(**fields)
-        # The origin is Jupyter's.
+        # Jupyter owns the origin.
         proxy = PortProxy(config._replace(domains=(), whole_origin=False))
     except (TypeError, ValueError) as error:
-        text = "port_proxy: %s/ is not served, for c.PortProxy cannot be used: %s"
+        text = "port_proxy: %s/ is not served, because c.PortProxy is not valid: %s"
         server.log.error(text, base, error)
         return
     rules = [(re.escape(base) + "(?:/.*)?", _handler_class(server, proxy))]
@@ -6117,8 +6120,8 @@ def _load_jupyter_server_extension(server: Any) -> None:
     logger.setLevel(logging.INFO if is_debugging else logging.WARNING)  # as for Jupyter's requests
     extensions = getattr(getattr(server, "extension_manager", None), "extensions", {})
     if getattr(extensions.get("jupyter_server_proxy"), "enabled", False):
-        text = "port_proxy: jupyter_server_proxy is enabled too; port_proxy answers at %s/."
-        server.log.warning(text + " Its named servers are not touched.", base)
+        text = "port_proxy: jupyter_server_proxy is enabled too; port_proxy serves %s/."
+        server.log.warning(text + " The named servers of jupyter_server_proxy still work.", base)
     server.log.info("port_proxy: every port of this machine is at %s/<port>/", base)
 
 
@@ -6126,15 +6129,15 @@ def _load_jupyter_server_extension(server: Any) -> None:
 # Port check
 # --------------------------------------------------------------------------------------------------
 # `--check PORT` examines one app and reports what keeps it from working behind the proxy.  It
-# requests the first page, follows redirects, and looks for what would bypass the proxy or lose the
-# prefix.  Then it sends requests with a foreign Host and Origin, and opens a WebSocket.  All of
-# them go through `Upstreams`, so they meet what a real request would meet.  An app that is known to
-# work is not searched for addresses: libraries contain defaults such as localhost:5006.
+# requests the first page, follows redirects, and looks for addresses that bypass the proxy and for
+# links that lose the prefix.  Then it sends requests with a foreign Host and Origin, and opens a
+# WebSocket.  All connections go through `Upstreams`, with the checks of real requests.  Known apps
+# are not searched for addresses: libraries contain defaults such as localhost:5006.
 
 _PAGE_SECONDS = 30.0  # some apps compile their page for the first request
 _MAX_REDIRECTS = 5  # in a row
 _MAX_SCRIPTS = 4  # scripts of a page that are searched
-_STRANGER = "port-proxy-check.invalid"  # no such host can exist (RFC 6761)
+_FOREIGN_HOST = "port-proxy-check.invalid"  # no such host can exist (RFC 6761)
 
 _ROOTED = re.compile(
     rb"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?(/(?!/)[^\s"'<>?#]{0,2000})""", re.IGNORECASE
@@ -6162,22 +6165,22 @@ _HANDSHAKE = _UPGRADE_LINES + [
 ]
 
 _OWN_PORT = (
-    "Port %d is the proxy's own, so no app can be reached there. If an app has it, say with --port"
-    " where the proxy listens."
+    "Port %d is the proxy's own, so no app can be reached there. If an app uses this port, set the"
+    " port of the proxy with --port."
 )
 _BYPASSES = (
-    "%s names port %d itself. That address bypasses the proxy and works only on this machine. If"
-    " something is missing elsewhere, "
+    "%s contains an address with port %d. This address bypasses the proxy and works only on this"
+    " machine. If the app does not work from other machines, "
 )
 _WEBPACK_ADVICE = "start webpack-dev-server with --client-web-socket-url auto://0.0.0.0:0/ws."
 _BYPASS_ADVICE = "set the address in the app's configuration to a path, such as /api."
 _TOO_MANY_REDIRECTS = (
-    "It redirected %d times in a row and showed no page. It may show one to a browser, which keeps"
-    " cookies." % _MAX_REDIRECTS
+    "It redirected %d times in a row and showed no page. A browser, which keeps cookies, may get"
+    " one." % _MAX_REDIRECTS
 )
 _TO_TLS = (
-    "It redirects to https at its own address, which the proxy leads back to it: an endless loop."
-    " Switch that off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
+    "It redirects to https at its own address. Behind the proxy, this is an endless loop. Switch the"
+    " redirect off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
 )
 _REFUSES_PROXIES = (
     "It answers %d to a request that came through a proxy (X-Forwarded-For). Add 127.0.0.1 to the"
@@ -6246,7 +6249,7 @@ class Report(NamedTuple):
 
 
 async def check_port(upstream: str, config: Config) -> Report:
-    """Examine an upstream (PORT or HOST:PORT) by requests to it; ProxyError if it is neither."""
+    """Examine an upstream by requests to it; ProxyError if it is not PORT or HOST:PORT."""
     route = find_route(config.base, "%s/%s/" % (config.base, upstream), config.upstream_tls)[0]
     assert route is not None
     deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
@@ -6311,7 +6314,7 @@ class PortCheck:
                 break
         else:
             await self._find_bypass(page)
-        status = await self._status(self.path, ["Host: " + _STRANGER])
+        status = await self._status(self.path, ["Host: " + _FOREIGN_HOST])
         self._note(refuses_host=status >= 400 > page.response.status)
         status = await self._status(self.path, ["X-Forwarded-For: 127.0.0.1"])
         if status >= 400 > page.response.status:
@@ -6323,7 +6326,7 @@ class PortCheck:
     async def _get(
         self, target: str, lines: Sequence[str] = (), timeout: float = _FETCH_SECONDS
     ) -> Fetched:
-        """Request a page as a browser's request would reach the app."""
+        """Send a request that looks to the app like a browser's request through the proxy."""
         public = ["X-Forwarded-Host: localhost:%d" % self.config.port] if self.config.port else []
         return await probe(self.upstreams, self.route, target, public + list(lines), timeout)
 
@@ -6379,7 +6382,7 @@ class PortCheck:
         return [host] * bool(host) + ["%s://%s%s" % (client.scheme, authority, path)]
 
     async def _follow_redirects(self, page: Fetched) -> Fetched:
-        """The page behind redirects of the app to itself, as far as they can be followed."""
+        """Follow the app's redirects to itself; the last page."""
         names = (re.escape(self.route.host), self.route.port, self.config.port)
         own = re.compile(_OWN_ORIGIN % names, re.IGNORECASE)
         for count in range(_MAX_REDIRECTS + 1):
@@ -6417,7 +6420,7 @@ class PortCheck:
             self._add_problem(_LOSES_PREFIX)
 
     async def _find_bypass(self, page: Fetched) -> None:
-        """Report that the page, or a script of it, names the app's address."""
+        """Report an address of the app in the page or in one of its scripts."""
         port = self.route.port
         own = re.compile(_OWN_ADDRESS % (re.escape(self.route.host).encode(), port))
         scripts = [source.decode("latin-1") for source in dict.fromkeys(_SCRIPT.findall(page.body))]
@@ -6434,12 +6437,12 @@ class PortCheck:
                     return
 
     async def _try_websockets(self) -> None:
-        """Report the first path at which a WebSocket opens, and if a foreign page may open it."""
+        """Report the first path that opens a WebSocket, and if it refuses a foreign Origin."""
         origin = "Origin: %s://%s" % (self.route.scheme, self.route.authority)
         for path in _SOCKET_PATHS:
             path = self.kept * self._is_kept() + path
             if await self._status(path, _HANDSHAKE + [origin]) == 101:
-                foreign = await self._status(path, _HANDSHAKE + ["Origin: http://" + _STRANGER])
+                foreign = await self._status(path, _HANDSHAKE + ["Origin: http://" + _FOREIGN_HOST])
                 self._note(socket=path.partition("?")[0], refuses_origin=foreign != 101)
                 break
 
@@ -6537,22 +6540,22 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
 
 
 def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> None:
-    """Add options to a parser or a group of one.  Those that are not given will be None."""
+    """Add options to a parser or an argument group.  The value of an omitted option is None."""
     for option in options:
         default, text = getattr(Config(), option.field), option.help
-        how = {"metavar": option.metavar}  # type: Dict[str, Any]
+        settings = {"metavar": option.metavar}  # type: Dict[str, Any]
         if option.kind is SWITCH:
-            how = {"choices": ("yes", "no")} if default is None else {"action": "store_true"}
+            settings = {"choices": ("yes", "no")} if default is None else {"action": "store_true"}
         elif option.kind is STRINGS:
-            how["action"] = "append"
+            settings["action"] = "append"
             text += " (repeatable)"
         elif option.kind in (INTEGER, SECONDS):
-            how["type"] = functools.partial(_number, option.kind)
+            settings["type"] = functools.partial(_number, option.kind)
             text += " (default: %g)" % default
         elif default is not None:
             text += " (default: %s)" % default
         text = text if show else argparse.SUPPRESS
-        group.add_argument(option.flag, dest=option.field, default=None, help=text, **how)
+        group.add_argument(option.flag, dest=option.field, default=None, help=text, **settings)
 
 
 def _number(kind: Kind, text: str) -> Any:
@@ -6563,7 +6566,7 @@ def _number(kind: Kind, text: str) -> Any:
 
 
 def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argparse.Namespace:
-    """The arguments.  Raises SystemExit(2) for mistakes, and says what to type instead."""
+    """The arguments.  Exits with status 2 for mistakes, and suggests the right form."""
     if any(word.startswith("--token=") for word in argv):
         parser.error(_TOKEN_HAS_NO_VALUE)
     arguments, unknown = parser.parse_known_args(argv)
@@ -6608,21 +6611,21 @@ def _config(arguments: argparse.Namespace) -> Config:
         options["domains"] = Config().domains + options["domains"]
     if "whole_origin" in options:
         options["whole_origin"] = options["whole_origin"] == "yes"
-    # The terminals of a Hub's server have the same environment.  A proxy that is started there has
-    # a port or an address of its own.
-    is_own = "port" in options or "bind" in options
-    if "JUPYTERHUB_SERVICE_URL" in os.environ and not is_own:
+    # Terminals in a server of a Hub inherit its environment.  A proxy that a user starts in one
+    # needs --port or --bind.
+    is_by_user = "port" in options or "bind" in options
+    if "JUPYTERHUB_SERVICE_URL" in os.environ and not is_by_user:
         return _config_under_hub(Config(**options), arguments, os.environ)
     return Config(**options)
 
 
 def _token(arguments: argparse.Namespace) -> Optional[str]:
-    """A value for Config.token; PORT_PROXY_TOKEN is removed from the environment."""
+    """The value of Config.token.  Removes PORT_PROXY_TOKEN from the environment."""
     token = os.environ.pop("PORT_PROXY_TOKEN", "")
     if arguments.no_token:
         return ""
     if arguments.token_file:
-        # In latin-1 any file can be read; `check_values` then refuses what is not ASCII.
+        # latin-1 can decode every file; `check_values` then refuses characters outside of ASCII.
         with open(arguments.token_file, encoding="latin-1") as file:
             token = file.read().strip()
         if not token:
@@ -6634,7 +6637,7 @@ def _token(arguments: argparse.Namespace) -> Optional[str]:
 
 
 async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
-    """Serve until SIGINT, SIGTERM or SIGHUP.  A second signal cuts running requests off."""
+    """Serve until SIGINT, SIGTERM or SIGHUP.  A second signal cancels running requests."""
     loop = asyncio.get_event_loop()
     stop = asyncio.Event()
     sockets = _inherited_sockets()
@@ -6654,14 +6657,14 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
         return 2
     numbers = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup does
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(hangup)
     for number in numbers:
         try:
             loop.add_signal_handler(number, interrupt)
         except NotImplementedError:  # the event loop of Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
-    has_new_token = proxy.token != (config.token or "")  # useless unless it is printed
+    has_new_token = proxy.token != (config.token or "")  # it must be printed, even with --quiet
     if not quiet or has_new_token:
         _say(_banner(proxy, has_new_token))
     if config.token == "" and not proxy.is_private and not config.hub:
@@ -6674,7 +6677,7 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
         plural = ("s", "them") if count > 1 else ("", "it")
         _say(text % (config.shutdown_timeout, count, *plural))
     await proxy.close()
-    if hasattr(signal, "pthread_sigmask"):  # a signal would interrupt the exit
+    if hasattr(signal, "pthread_sigmask"):  # no signal may interrupt the exit
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     return 0
 
@@ -6703,7 +6706,7 @@ def _place_of(sock: socket.socket) -> Dict[str, Any]:
 
 
 def _listen_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
-    """What is wrong, and the option that helps."""
+    """The message for a failed start, with the option that helps."""
     no_address = "%s is not an address of this machine; see --bind" % config.bind
     where = "port %d of %s" % (config.port, config.bind)
     if isinstance(error, UnicodeError):  # the IDNA codec refuses the name
@@ -6732,7 +6735,7 @@ def _listen_failure(error: Exception, config: Config, argv: Sequence[str]) -> st
 
 
 def _holder(port: int) -> str:
-    """The program that listens on a port of this machine, in words."""
+    """A description of the program that listens on a local port."""
     for listener in find_listeners():
         if listener.port == port:
             return "%s (process %d)" % (printable(listener.program), listener.pid)
@@ -6760,7 +6763,7 @@ def _command_with_free_port(config: Config, argv: Sequence[str]) -> str:
 
 
 def _banner(proxy: PortProxy, has_new_token: bool) -> str:
-    """The lines that the proxy prints when it starts: how to reach it, and what to open."""
+    """The text that the proxy prints at its start: how to reach it, and the page to open."""
     config, url = proxy.config, proxy.url
     name = "port_proxy %s: " % __version__
     if config.hub:
@@ -6774,7 +6777,7 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
         remote = remote or socket.gethostname()
     elif config.bind not in LOOPBACK_NAMES + ("", "0.0.0.0", "::"):
         there = authority_of(config.bind, port)
-    # Forwarded, it is at localhost.
+    # ssh -L forwards it to localhost.
     page = urlsplit(url)._replace(netloc="localhost:%d" % port).geturl() if remote else url
     if has_new_token:
         page += "?token=" + proxy.token
@@ -6791,7 +6794,7 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
         text += ", and on " + ", ".join(config.host_allowlist)
     lines.append(text + ".")
     if proxy.token and not has_new_token:
-        lines.append("It asks for the token that you gave it.")
+        lines.append("It requires the token that you set.")
     return "\n".join(lines)
 
 
@@ -6806,10 +6809,10 @@ def _ssh_destination(environment: Mapping[str, str]) -> str:
 
 
 def _say(text: str, *streams: Optional[TextIO]) -> None:
-    """Print on the first of these streams that takes it; by default on stdout, then stderr.
+    """Print on the first stream that accepts the text; by default stdout, then stderr.
 
-    A stream may be closed, a broken pipe, or a file on a full disk.  Characters that it cannot
-    encode are escaped.
+    Writing fails if the stream is closed, a broken pipe, or a file on a full disk.  Characters that
+    the stream cannot encode are escaped.
     """
     for stream in streams or (sys.stdout, sys.stderr):
         if stream is not None:  # None: it was closed when Python started
@@ -6830,7 +6833,7 @@ def _log_to_stderr(arguments: argparse.Namespace) -> None:
 
 
 class _JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; that of a request with its parts."""
+    """Formats a record as one line of JSON; a request's record has a member for each value."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -6854,7 +6857,7 @@ class _LoopErrors:
 
 
 def _raise_descriptor_limit(config: Config) -> Config:
-    """Raise the limit of file descriptors, and fit the limits of connections to it."""
+    """Raise the limit of file descriptors, and adapt the limits of connections to it."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -6864,7 +6867,7 @@ def _raise_descriptor_limit(config: Config) -> Config:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    most = max(8, (soft - 32) // 2)  # each client may need a connection to an upstream
+    most = max(8, (soft - 32) // 2)  # a client may need an upstream connection, too
     if soft == resource.RLIM_INFINITY or config.max_connections <= most:
         return config
     return config._replace(

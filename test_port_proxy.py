@@ -6458,7 +6458,7 @@ class TestLog:
             wire.end()
             wire.rest()
             eventually(records)
-        pattern = r"127\.0\.0\.1 GET /proxy/{0}/ws -> localhost:{0} 101, 3 bytes and back 5, [0-9.]+ s"
+        pattern = r"127\.0\.0\.1 GET /proxy/{0}/ws -> localhost:{0} 101, 3 bytes sent, 5 received, [0-9.]+ s"
         assert re.fullmatch(pattern.format(app.port), caplog.records[0].getMessage())
         assert records()[0]["bytes_received"] == 5
 
@@ -7262,7 +7262,7 @@ class TestCheck:
             return html_response((scripts if target == "/" else b"") + named)
 
         app = upstream(responding(respond))
-        report, problem = check(app.port), "%s names port %d itself" % (place, app.port)
+        report, problem = check(app.port), "%s contains an address with port %d" % (place, app.port)
         assert [found.startswith(problem) for found in report.problems] == [True] * bypasses
         assert report.ok
 
@@ -7397,7 +7397,7 @@ class TestCheck:
         for bind in ("127.0.0.1", "0.0.0.0", "", "LOCALHOST", "127.1"):
             report = check(app.port, port=app.port, bind=bind)
             assert (report.ok, report.use, app.happened.is_set()) == (False, (), False)
-            assert re.match("Port %d is the proxy's own, .* say with --port" % app.port, report.problems[0])
+            assert re.match("Port %d is the proxy's own, .* set the port of the proxy with --port" % app.port, report.problems[0])
         for bind in ("unix:/a", "127.0.0.5", "nowhere.invalid", "a..b"):
             assert check(app.port, port=app.port, bind=bind).ok
 
@@ -7585,7 +7585,7 @@ class TestCommandLine:
             (tmp_path / "token").write_text(TOKEN + "\n")
             options = ("--token-file", str(tmp_path / "token"))
         text = "\n".join(banner_of(*options))
-        assert (TOKEN in text, "/proxy/\n" in text, "It asks for the token" in text) == (False, True, True)
+        assert (TOKEN in text, "/proxy/\n" in text, "It requires the token" in text) == (False, True, True)
 
     @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no Unix sockets")
     @pytest.mark.parametrize("kind", ["TCP", "Unix"])
@@ -9007,7 +9007,7 @@ class TestJupyterExtension:
         server = argparse.Namespace(base_url="/nb/", config={"PortProxy": {name: value}}, log=log)
         port_proxy._load_jupyter_server_extension(server)  # as Jupyter calls it
         (record,) = caplog.records
-        assert record.getMessage().startswith("port_proxy: /nb/proxy/ is not served, for c.PortProxy cannot be used: ")
+        assert record.getMessage().startswith("port_proxy: /nb/proxy/ is not served, because c.PortProxy is not valid: ")
         assert says in record.getMessage()
 
     def gate(self, hub_auth=None, **attributes):
@@ -9080,12 +9080,12 @@ class TestJupyterConfiguration:
         assert visitor.status("POST", target, "Origin: http://127.0.0.1:%d" % visitor.port) == 200
         assert visitor.status("GET", target + "ws", FOREIGN, *HANDSHAKE, no_body=True) == 101
         answer = visitor.ask("POST", target, "Origin: null")  # to allow one more would not help
-        assert answer[2].endswith(b" A program may send it with a token of Jupyter's.\n")
+        assert answer[2].endswith(b" A program can send it with a Jupyter token.\n")
 
     def test_mistake_is_logged_and_jupyter_runs_without_the_proxy(self, begin):
         server = begin("", "--PortProxy.frob=1")
         assert Visitor(server.port).status("GET", "/nb/proxy/80", BY_TOKEN) == 404
-        assert re.search("/nb/proxy/ is not served, for c.PortProxy cannot be used: .*frob", server.output)
+        assert re.search("/nb/proxy/ is not served, because c.PortProxy is not valid: .*frob", server.output)
 
     def test_option_on_the_command_line_has_the_type_of_its_field(self, begin, upstream, real_app):
         """Jupyter knows no types of ours: all values are strings there."""
@@ -9258,7 +9258,7 @@ class TestJupyter:
     def test_refusal_names_options_of_jupyter(self, target, visitor):
         advice = "Set c.ServerApp.allow_origin = 'https://xn--e1afmkfd.example' to allow it."
         for origin, says in (
-            ("https://xn--e1afmkfd.example", advice), ("null", "A program may send it with a token of Jupyter's."),
+            ("https://xn--e1afmkfd.example", advice), ("null", "A program can send it with a Jupyter token."),
         ):  # fmt: skip
             answer = visitor.ask("POST", target + "/", "Origin: " + origin)
             assert (status_of(answer), answer[2].decode().rstrip().endswith(says)) == (403, True), answer
