@@ -867,15 +867,15 @@ def client_info(
     """
     hops, port = [address] if address else [], ""
     if _is_trusted(address, config.trusted_proxies):
-        forwarded = ",".join(headers.get_all("x-forwarded-for"))
-        if len(forwarded) > _MAX_FORWARDED:
+        value = ",".join(headers.get_all("x-forwarded-for"))
+        if len(value) > _MAX_FORWARDED:
             text = "X-Forwarded-For is longer than %d characters." % _MAX_FORWARDED
             raise ProxyError(400, text)
-        before = [hop.strip(" \t") for hop in forwarded.split(",")] if forwarded else []
-        hops = before + hops
-        while len(before) > 1 and _is_trusted(before[-1], config.trusted_proxies):
-            before.pop()
-        address = before[-1] if before else address
+        forwarded = [hop.strip(" \t") for hop in value.split(",")] if value else []
+        hops = forwarded + hops
+        while len(forwarded) > 1 and _is_trusted(forwarded[-1], config.trusted_proxies):
+            forwarded.pop()
+        address = forwarded[-1] if forwarded else address
         proto = _nearest_value(headers, "x-forwarded-proto").lower()
         host = _nearest_value(headers, "x-forwarded-host")
         port = _nearest_value(headers, "x-forwarded-port")
@@ -1749,8 +1749,8 @@ class Body:
 
     `read` returns the next pieces.  `relay` sends the rest, from transport to transport.
     in_chunks: encode the pieces as chunked, including the last chunk.  count: bytes of body data so
-    far.  finished: the body is complete; the source's buffer holds the bytes after it.  silence:
-    the timeout for data from the source, in `relay`.
+    far.  finished: the body is complete; the source's buffer holds the bytes after it.
+    read_timeout: for data from the source, in `relay`.
     """
 
     __slots__ = (
@@ -1758,12 +1758,12 @@ class Body:
         "_done",
         "_is_paused",
         "_is_slow",
-        "_stall",
         "_target",
+        "_write_timeout",
         "count",
         "finished",
         "in_chunks",
-        "silence",
+        "read_timeout",
         "source",
     )
 
@@ -1782,7 +1782,7 @@ class Body:
             self._decoder = body_decoder(framing, config, is_response)
         self.in_chunks = in_chunks
         self.count = 0
-        self.silence = FOREVER
+        self.read_timeout = FOREVER
         self.finished = framing is NO_BODY or framing == Framing("length", 0)
 
     def buffered_pieces(self) -> Pieces:
@@ -1824,38 +1824,38 @@ class Body:
         self.finished = True
         return [b"0\r\n\r\n"] if self.in_chunks else []
 
-    async def relay(self, target: Connection, stall: float) -> bool:
+    async def relay(self, target: Connection, write_timeout: float) -> bool:
         """Send the rest of the body to `target` as it comes; False if `target` is closed.
 
-        stall: the timeout for sending queued bytes.  Raises the exceptions of `read`.
+        write_timeout: for sending queued bytes.  Raises the exceptions of `read`.
         """
         source = self.source
         while True:
             try:
-                await target.drain(stall)
+                await target.drain(write_timeout)
             except OSError:
                 return False
             if self.finished:
                 return True
             source.deadlines.is_active = True
             if source.is_lent or source.buffer or source.has_unread or source.ended:
-                pieces = await self.read(self.silence)
+                pieces = await self.read(self.read_timeout)
                 if pieces:
                     target.write(pieces)
             else:
-                await self._relay_directly(target, stall)
+                await self._relay_directly(target, write_timeout)
 
     # From transport to transport: the source calls `take` and `end`; the target calls `pause`,
     # `resume` and `stop`.
 
-    async def _relay_directly(self, target: Connection, stall: float) -> None:
+    async def _relay_directly(self, target: Connection, write_timeout: float) -> None:
         """Let the source write to the target until the body is complete or the target is closed."""
         source = self.source
-        self._target, self._stall = target, stall
+        self._target, self._write_timeout = target, write_timeout
         self._is_paused = self._is_slow = False
         self._done = source.deadlines.loop.create_future()
         source.sink = target.feeder = self
-        source.read_deadline = now() + self.silence
+        source.read_deadline = now() + self.read_timeout
         try:
             await self._done
         finally:
@@ -1873,9 +1873,9 @@ class Body:
             self._settle(error)
             return
         source.deadlines.is_active = True
-        source.read_deadline = FOREVER if self._is_paused else time + self.silence
+        source.read_deadline = FOREVER if self._is_paused else time + self.read_timeout
         if pieces:
-            self._target.write_deadline = time + self._stall
+            self._target.write_deadline = time + self._write_timeout
             self._target.write(pieces)
         if self.finished:
             self._settle(None)
@@ -1918,7 +1918,7 @@ class Body:
         if source.ended and not self._done.done():
             self.end()
         if not self._is_paused and not self._done.done():
-            source.read_deadline = now() + self.silence
+            source.read_deadline = now() + self.read_timeout
             resume_reading(source.transport)
 
     def stop(self) -> None:
@@ -2178,7 +2178,8 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
             continue
         if name == "path":
             has_path = content.startswith("/")  # RFC 6265 section 5.2.4
-            part = part[: part.find("=") + 1] + _cookie_path(content, route) if has_path else part
+            if has_path:
+                part = part[: part.find("=") + 1] + _cookie_path(content, route)
         kept.append(part)
     if route.prefix and not has_path and (request.is_unprefixed or not request.path):
         kept.append(" Path=%s/" % route.prefix)  # the default would be above the prefix
@@ -2186,7 +2187,7 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
 
 
 def _is_app_domain(domain: str, request: Request, route: Route) -> bool:
-    """Whether a cookie's Domain is the upstream's host, the proxy's, or above an app's own host."""
+    """Whether a cookie's Domain is the upstream, the proxy, or the parent of 8080.localhost."""
     host = host_of(request.client.authority)
     above = host.partition(".")[2] if request.client.app_port else host
     return domain in (host, above) or domain in map(host_of, route.app_authorities)
@@ -2404,8 +2405,11 @@ def _is_from_own_origin(request: Request) -> bool:
         return True
     pages = headers.get_all("origin") + headers.get_all("referer")
     is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
-    is_own = all(_own_path(page, authority) for page in pages)
-    return is_own and (is_typed if sites == ["none"] else not sites and bool(pages or is_typed))
+    if not all(_own_path(page, authority) for page in pages):
+        return False
+    if sites == ["none"]:
+        return is_typed
+    return not sites and bool(pages or is_typed)
 
 
 def _own_path(url: str, authority: str) -> str:
@@ -4621,14 +4625,14 @@ class Exchange:
         else:
             self._silence = _HALF_CLOSED_SECONDS
             if self._response_body is not None:
-                self._response_body.silence = self._silence
+                self._response_body.read_timeout = self._silence
             upstream.read_deadline = min(upstream.read_deadline, now() + self._silence)
 
     # The request body is sent while the response is awaited.
 
     async def _send_body(self, upstream: Connection) -> None:
         timeout = self.config.stall_timeout
-        self.body.silence = timeout
+        self.body.read_timeout = timeout
         try:
             # If the upstream has stopped reading, it may have sent its response already.
             if await self.body.relay(upstream, timeout) and not self.status:
@@ -4679,7 +4683,7 @@ class Exchange:
         client.ends_body = client_framing is UNTIL_CLOSE
         in_chunks = client_framing is CHUNKED
         body = Body(upstream, framing, self.config, is_response=True, in_chunks=in_chunks)
-        body.silence = self._silence
+        body.read_timeout = self._silence
         self._response_body = body
         # Malformed data at the start of the body raises here, before the head is sent.
         pieces = body.buffered_pieces()
@@ -4687,7 +4691,7 @@ class Exchange:
         self.status = response.status
         client.write([head] + pieces)
         while not body.finished and not body.count:  # the first data may hold the page's title
-            pieces = await body.read(body.silence)
+            pieces = await body.read(body.read_timeout)
             client.write(pieces or [b""])
         self._note_title(response, body, pieces)
         try:
