@@ -5197,14 +5197,14 @@ class PortProxy:
         if self._handshakes:
             next(iter(self._handshakes)).cancel()
             return True
-        clients = [client for client in self._clients if not client.ended]
-        idle = [client for client in clients if client.state is IDLE]
-        unadmitted = [client for client in clients if not client.is_admitted]
-        idle.sort(key=lambda client: client.read_deadline)
-        for client in (unadmitted + idle)[:1]:
-            client.abort()
-            return True
-        return False
+        living = [client for client in self._clients if not client.ended]
+        victim = next((client for client in living if not client.is_admitted), None)
+        if victim is None:
+            idle = (client for client in living if client.state is IDLE)
+            victim = min(idle, key=lambda client: client.read_deadline, default=None)
+        if victim is not None:
+            victim.abort()
+        return victim is not None
 
     async def _accept_tls(
         self, deadlines: Deadlines, listener: socket.socket, tls: ssl.SSLContext
