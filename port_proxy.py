@@ -3251,7 +3251,6 @@ class Upstreams:
         return None
 
     def _note_persistent(self, authority: str) -> None:
-        """Note that an upstream keeps its connections open."""
         if len(self._persistent) >= _MAX_PERSISTENT:
             self._persistent.clear()
         self._persistent.add(authority)
@@ -3294,7 +3293,6 @@ class Upstreams:
         return connection
 
     def close(self) -> None:
-        """Close all idle connections."""
         for authority, idle in list(self._idle.items()):
             for index in range(len(idle) - 1, -1, -1):
                 self._remove(authority, idle, index).abort()
@@ -3367,14 +3365,14 @@ class Upstreams:
         names = [connection.transport.get_extra_info(name) for name in ("sockname", "peername")]
         if not all(names):
             raise ConnectionResetError(errno.ECONNRESET, "reset as soon as it was accepted")
-        here, there = ((plain_address(name[0]), int(name[1])) for name in names)
-        if here == there:  # without a listener, a TCP socket can connect to itself
+        local, peer = ((plain_address(name[0]), int(name[1])) for name in names)
+        if local == peer:  # without a listener, a TCP socket can connect to itself
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
-        if any(_reaches(here, there, own) for own in self.listening):
-            text = "Port %d is the proxy's own: this is an endless loop." % there[1]
+        if any(_reaches(local, peer, own) for own in self.listening):
+            text = "Port %d is the proxy's own: this is an endless loop." % peer[1]
             raise ProxyError(508, text)
         if guard is not None:
-            guard.check(here)
+            guard.check(local)
 
 
 def upstream_context(verified: bool) -> ssl.SSLContext:
@@ -3395,13 +3393,13 @@ def _tls_failure(route: Route, error: Exception) -> ProxyError:
     return ProxyError(502, text, (), "See {upstream_tls}.")
 
 
-def _reaches(here: Address, there: Address, listening: Address) -> bool:
-    """Whether a connection from `here` to `there` ends at the socket listening at `listening`."""
-    if there[1] != listening[1]:
+def _reaches(local: Address, peer: Address, listening: Address) -> bool:
+    """Whether a connection from `local` to `peer` ends at the socket listening at `listening`."""
+    if peer[1] != listening[1]:
         return False
     if listening[0] not in ("0.0.0.0", "::"):
-        return bool(there[0] == listening[0])
-    return bool(there[0] == here[0]) or ipaddress.ip_address(there[0]).is_loopback
+        return bool(peer[0] == listening[0])
+    return bool(peer[0] == local[0]) or ipaddress.ip_address(peer[0]).is_loopback
 
 
 def _connect_timeout(route: Route, config: Config) -> ProxyError:
@@ -3657,7 +3655,7 @@ class Gate:
         Following a link is allowed.  Browsers send Sec-Fetch-Site only to HTTPS and localhost.
         Without it and Origin, as for an image over plain HTTP, the Referer decides.
         """
-        headers, here = request.headers, request.client.authority
+        headers, authority = request.headers, request.client.authority
         sites, has_origin = headers.get_all("sec-fetch-site"), "origin" in headers.index
         if not has_origin and sites in (["same-origin"], ["none"]):
             return
@@ -3670,7 +3668,7 @@ class Gate:
         else:
             referers = headers.get_all("referer")
             page = "/".join(headers.get("referer").split("/")[:3])
-            is_ours = all(_own_path(referer, here) for referer in referers)
+            is_ours = all(_own_path(referer, authority) for referer in referers)
             is_foreign = not (sites or is_opened or is_ours)
         # "same-site" is foreign, too: it includes the hosts of apps, and other ports of this host.
         is_other_site = not is_opened and not {"same-origin", "none"}.issuperset(sites)
@@ -3683,7 +3681,7 @@ class Gate:
             text = "A page of another site, %s, may not use this address (%%s)." % origin
         elif not has_origin:
             text = "A page of another site may not use this address (%s)."
-        text %= here or "a server without a name"
+        text %= authority or "a server without a name"
         raise ProxyError(403, text, (), self.origin_advice(origin), origin)
 
     def origin_advice(self, origin: str) -> str:
@@ -3860,10 +3858,7 @@ class TokenGate(Gate):
         base = self.config.base
         if not client.app_port:
             return SignInNeeded(detail, with_spelling_of(base, target), base + "/")
-        host = host_of(client.authority)
-        port = client.authority[len(host) :]
-        ours = "%s://%s%s" % (client.scheme, host.partition(".")[2], port)
-        return SignInNeeded(detail, "%s%s/?open=%d" % (ours, base, client.app_port), "")
+        return SignInNeeded(detail, "%s?open=%d" % (ports_url(client, base), client.app_port), "")
 
     # Apps at hosts of their own.
 
@@ -4005,7 +4000,7 @@ def _positive_number(text: str) -> float:
 
 def _hub_home(prefix: str, path: str) -> str:
     home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
-    return "" if is_base(prefix, home.partition("#")[0]) else home  # it would redirect to itself
+    return "" if is_base(prefix, home.partition("#")[0]) else home  # else a redirect loop
 
 
 def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
@@ -4098,8 +4093,8 @@ class HubApi:
         if not _HUB_TOKEN.fullmatch(token):
             return None
         is_known, key = is_issued or self.tokens.get(token), (token, session)
-        answers = self._known if is_known else self._unknown
-        task, until = answers.get(key, (None, 0.0))
+        cache = self._known if is_known else self._unknown
+        task, until = cache.get(key, (None, 0.0))
         if task is None or now() > until:
             pending = sum(not task.done() for task, _ in self._unknown.values())
             if pending >= _MAX_PENDING and not is_known:
@@ -4107,11 +4102,11 @@ class HubApi:
                 raise ProxyError(503, text, _RETRY_SOON)
             task = self.deadlines.loop.create_task(self._find_user(token))
             until = now() + _CACHE_SECONDS
-            answers[key] = task, until
+            cache[key] = task, until
         try:
             user = await task
         except ProxyError:
-            answers.pop(key, None)  # failures are not cached
+            cache.pop(key, None)  # failures are not cached
             raise
         if user is not None or token in self.tokens:
             self.tokens[token] = user is not None and user.has_access
@@ -4389,7 +4384,6 @@ class HubGate(Gate):
     def _new_session(
         self, token: str, client: ClientInfo, hub_session: Optional[str] = None
     ) -> Tuple[str, str]:
-        """The cookie of a new session."""
         session = secrets.token_urlsafe(32)
         self._sessions[session] = HubBrowser(token, hub_session)
         return self._cookie(self.cookie_name, session, client)
@@ -4702,7 +4696,6 @@ class Exchange:
         return response.is_reusable
 
     def _response_head(self, response: Response, framing: Framing) -> bytes:
-        """The response head for the client."""
         lines = response_lines(response, self.request, self.gate)
         if self.gate.app_cookie:
             lines += cookies_for_unprefixed(self.request, response, lines, self.gate)
@@ -4789,7 +4782,6 @@ class Exchange:
     # Responses of our own.
 
     async def respond(self, response: LocalResponse) -> None:
-        """Send a response of our own."""
         self.keep_alive = self._may_keep_alive()
         is_head = self.request.method == "HEAD"
         self.status = response.status
@@ -4827,7 +4819,7 @@ class Exchange:
             if listener.port in own:
                 continue
             host_url = host_form(listener.port, client, config.domains)
-            if host_url and self.gate.token:  # this path adds a ticket, which signs in there
+            if host_url and self.gate.token:  # the gate redirects to the host, with a ticket
                 host_url = "%s/?open=%d" % (config.base, listener.port)
             title = self.proxy.titles.get(listener)
             rows.append(port_row(config.base, listener, title, host_url))
@@ -4842,7 +4834,7 @@ class Exchange:
             while not self.body.finished:
                 data += b"".join(self.body.buffered_pieces() or await self.body.read(until - now()))
                 if len(data) > _MAX_FORM_BYTES:
-                    raise ProxyError(413, "This is more than a sign-in page sends.")
+                    raise ProxyError(413, "The sign-in form is too long.")
         except TimedOut:
             text = "The sign-in did not arrive within %g seconds." % timeout
             raise ProxyError(408, text)
@@ -4902,7 +4894,6 @@ class Tunnel:
             end.transport.close()
 
     def abort(self) -> None:
-        """Abort both sides."""
         for end in (self.client, self.upstream):
             end.transport.abort()
 
@@ -4982,7 +4973,6 @@ class TunnelEnd(asyncio.Protocol):
             self.tunnel.abort()
 
     def abort(self) -> None:
-        """Abort both sides."""
         self.tunnel.abort()
 
 
@@ -5756,7 +5746,7 @@ class TornadoTransport(asyncio.Transport):
         self._protocol = connection  # type: Any
         self._queued = 0  # bytes that Tornado has not sent yet
         self._reading = None  # type: Optional[asyncio.Task[None]]
-        self._reads_on = self._is_closing = self._is_lost = False
+        self._is_continuous = self._is_closing = self._is_lost = False
         stream.set_close_callback(self._closed)
         connection.connection_made(self)
 
@@ -5773,7 +5763,7 @@ class TornadoTransport(asyncio.Transport):
                 data = await self._stream.read_bytes(size, partial=True)
                 if not self._is_closing:
                     self._protocol.data_received(data)
-                    if not self._reads_on:
+                    if not self._is_continuous:
                         return
                 await asyncio.sleep(0)  # yield to other connections
         if not self._is_lost:
@@ -5781,7 +5771,7 @@ class TornadoTransport(asyncio.Transport):
             self._protocol.connection_lost(self._stream.error)
 
     def _closed(self) -> None:
-        self._reads_on = True  # delivers the buffered data before `connection_lost`
+        self._is_continuous = True  # delivers the buffered data before `connection_lost`
         if not self.is_reading():
             self._reading = self._loop.create_task(self._read(_PULL_BYTES))
 
@@ -5793,10 +5783,10 @@ class TornadoTransport(asyncio.Transport):
         return self._reading is not None and not self._reading.done()
 
     def pause_reading(self) -> None:
-        self._reads_on = False
+        self._is_continuous = False
 
     def resume_reading(self) -> None:
-        self._reads_on = True
+        self._is_continuous = True
         self.pull()
 
     # Writing.
@@ -6219,14 +6209,14 @@ _KNOWN_APPS = (
 
 
 class Report(NamedTuple):
-    """The findings about a port; ok: the proxy, as configured, can reach an app there.
+    """The findings about a port; "" or None for unknown values.
 
-    owner, program: of the listening socket, "" if unknown.  speaks: "http", "https", "other" or "".
-    status: of the page.  redirect: the last one's target.  rooted: the first links of the page that
-    begin with a slash.  refuses_host, refuses_origin: foreign ones; None if not examined.  socket:
-    the path at which a WebSocket opened.  app: a known one's name.  use: addresses, the best first.
-    kept, flag: the path of the absolute form, and the app's option for it.  problems: full
-    sentences, each with advice.
+    ok: whether the proxy can reach the app.  owner, program: of the listening socket.  speaks:
+    "http", "https" or "other".  status: of the page.  redirect: target of the last redirect.
+    rooted: the page's first links that begin with a slash.  refuses_host, refuses_origin: whether
+    the app refuses foreign values.  socket: the first path that opened a WebSocket.  app: the name
+    of a known app.  use: addresses, the best first.  kept: the path of the absolute form.  flag:
+    the app's option for this path.  problems: full sentences, each with advice.
     """
 
     place: str
@@ -6258,7 +6248,7 @@ async def check_port(upstream: str, config: Config) -> Report:
     assert route is not None
     deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
     own = []  # type: List[Address]
-    with contextlib.suppress(OSError, UnicodeError):  # the proxy could not listen there either
+    with contextlib.suppress(OSError, UnicodeError):  # the proxy cannot listen on this address
         own = [place[4][:2] for place in _places(config)]
     check = PortCheck(route, Upstreams(config, deadlines, own))
     try:
@@ -6294,7 +6284,6 @@ class PortCheck:
         self._note(problems=self.report.problems + (text,))
 
     async def run(self) -> None:
-        """Examine the port step by step."""
         try:
             check_route(self.route, self.config)
         except ProxyError as error:
@@ -6374,7 +6363,7 @@ class PortCheck:
         return page
 
     def _addresses(self) -> List[str]:
-        """The addresses for a browser here; a path if the proxy's port is not known."""
+        """The URLs for a browser on this machine; a path if the proxy's port is not known."""
         config, route = self.config, self.route
         path = (self.kept if self._is_kept() else route.prefix) + "/"
         if not config.port:
@@ -6457,7 +6446,7 @@ def report_text(report: Report) -> str:
     listens += ["by " + report.program] if report.program else []
     listens += ["of " + report.owner] if report.owner else []
     speaks = " ".join(filter(None, (report.speaks, str(report.status or ""), report.title)))
-    # A known app has a WebSocket where it needs one.
+    # Known apps work without a WebSocket, or open it at another path.
     socket = "none found at the usual paths" if report.ok and not report.app else ""
     if report.socket:
         foreign = "; refuses pages of other origins" if report.refuses_origin else ""
@@ -6486,7 +6475,7 @@ def report_text(report: Report) -> str:
 # --------------------------------------------------------------------------------------------------
 # The parser is built from the table of options.  The arguments, and the environment that a
 # JupyterHub sets, become a Config; `main` then runs the proxy until a signal stops it, or checks
-# one port.  What users must read goes to stdout, errors and the log go to stderr.
+# one port.  Messages for users go to stdout, errors and the log go to stderr.
 
 _INTRODUCTION = """\
 Makes every port of this machine reachable through one HTTP port.
@@ -6580,7 +6569,7 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argpar
             parser.error(_TOKEN_HAS_NO_VALUE)
         if _PORT_NAME.fullmatch(word):
             parser.error(_BARE_PORT % {"port": word})
-        import difflib  # takes memory, and only mistakes need it
+        import difflib  # here, because it takes memory
 
         flags = re.findall("--[a-z-]+", _parser(show_limits=True).format_help())
         similar = difflib.get_close_matches(word.partition("=")[0], flags, 1)
@@ -6774,13 +6763,13 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
         text = "%sreaches every port of this machine as %s/<port>/, for %s"
         return text % (name, config.base, config.hub.user or "users with access at the Hub")
     remote = _ssh_destination(os.environ)
-    port, there = proxy.port, "localhost:%d" % proxy.port
+    port, destination = proxy.port, "localhost:%d" % proxy.port
     if config.bind.startswith(_UNIX_PREFIX):
-        port, there = 8888, os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
+        port, destination = 8888, os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
         url = url.replace("localhost", "localhost:%d" % port, 1)
         remote = remote or socket.gethostname()
     elif config.bind not in LOOPBACK_NAMES + ("", "0.0.0.0", "::"):
-        there = authority_of(config.bind, port)
+        destination = authority_of(config.bind, port)
     # ssh -L forwards it to localhost.
     page = urlsplit(url)._replace(netloc="localhost:%d" % port).geturl() if remote else url
     if has_new_token:
@@ -6788,7 +6777,7 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
     lines = ["%sopen %s" % (name, page)]
     if remote:
         text = "%son your own machine, run  ssh -N -L %d:%s %s"
-        lines = [text % (name, port, there, remote), "and open " + page]
+        lines = [text % (name, port, destination, remote), "and open " + page]
     parts = urlsplit(url)
     own = host_form(8080, ClientInfo("", parts.scheme, parts.netloc), config.domains)
     text = "It reaches every port of this machine as %s<port>/" % url
@@ -6803,7 +6792,7 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
 
 
 def _ssh_destination(environment: Mapping[str, str]) -> str:
-    """The arguments for ssh that lead to this machine; "" outside an SSH session (ssh(1))."""
+    """The arguments of ssh for this machine; "" outside an SSH session (ssh(1))."""
     words = environment.get("SSH_CONNECTION", "").split(" ")
     if len(words) != 4:
         return ""
@@ -6847,7 +6836,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _LoopErrors:
-    """Logs errors of the event loop, at most one line in ten seconds; the loop goes on."""
+    """Logs errors of the event loop, at most one line in ten seconds."""
 
     silent_until = 0.0
 
