@@ -1881,7 +1881,7 @@ class Body:
             self._settle(None)
         elif source.buffer and not self._is_paused:  # more than _MAX_PIECES
             self._pause_source()
-            source.deadlines.loop.call_soon(self._go_on)
+            source.deadlines.loop.call_soon(self._continue)
 
     def end(self) -> None:
         source = self.source
@@ -1900,15 +1900,15 @@ class Body:
 
     def resume(self) -> None:
         self._is_slow = False
-        self._go_on()
+        self._continue()
 
     def _pause_source(self) -> None:
         self._is_paused = True
         self.source.read_deadline = FOREVER
         pause_reading(self.source.transport)
 
-    def _go_on(self) -> None:
-        """Take the next turn, unless the target is slow: TLS gives data out while it is paused."""
+    def _continue(self) -> None:
+        """Continue, unless the target is slow: a paused TLS transport may still deliver data."""
         source = self.source
         if self._done.done() or not self._is_paused or self._is_slow:
             return
@@ -2012,12 +2012,12 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     table = _table_without(_RESPONSE_TABLE, response.connection)
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
     lines += _rewritten_lines(headers, table, (request, route, gate))
-    is_empty = response.framing is NO_BODY and response.status >= 200 and response.status != 204
-    if is_empty and "content-length" in headers.index:  # HEAD, 304: the length of a GET's body
+    is_bodiless = response.framing is NO_BODY and response.status >= 200 and response.status != 204
+    if is_bodiless and "content-length" in headers.index:  # HEAD and 304: as for GET
         length = headers.get("content-length").partition(",")[0]
         lines.append("Content-Length: " + length.strip(" \t"))
-    is_above = request.is_unprefixed or not request.path  # the client's URL is above the prefix
-    if route.prefix and (is_above or "service-worker-allowed" in headers.index):
+    is_above_prefix = request.is_unprefixed or not request.path
+    if route.prefix and (is_above_prefix or "service-worker-allowed" in headers.index):
         # A service worker may control only its own app.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
     lines += gate.response_lines(response.status)
@@ -2133,8 +2133,8 @@ def _translate_destination(value: str, request: Request, route: Route, gate: Any
 
 
 def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:
-    """Add the prefix to a path.  A URL of the upstream becomes a path, which is valid at every public
-    origin.  Relative references, "//host" and other URLs are unchanged."""
+    """Add the prefix to a path, and reduce a URL of the app to such a path.  Relative references,
+    "//host" and other URLs are unchanged."""
     match = _HTTP_URL.fullmatch(value)
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
