@@ -5872,8 +5872,9 @@ class JupyterGate(Gate):
             await self._find_hub_tokens(request)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
-        # According to Jupyter's own options.
-        allowed = "origin" in request.headers.index and self.handler.check_origin()
+        # As Jupyter's own options say.  It allows any origin for OPTIONS, because of preflights.
+        has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
+        allowed = has_origin and self.handler.check_origin()
         if allowed and request.method not in _SAFE and self._allows_any_origin():
             # Jupyter's own handlers require the XSRF token here, which pages of apps do not have.
             allowed = "same-origin" in request.headers.get_all("sec-fetch-site")

@@ -9037,7 +9037,7 @@ class TestJupyterExtension:
         something is refused then, unless it comes from the server's own page, or with a token."""
         gate = self.gate(**attributes)
         for method, lines, is_admitted in (
-            ("GET", (), True), ("POST", (), may_post), ("PUT", (), may_post), ("GET", HANDSHAKE, True),
+            ("GET", (), True), ("POST", (), may_post), ("PUT", (), may_post), ("GET", HANDSHAKE, True), ("OPTIONS", (), False),
             ("POST", ("Sec-Fetch-Site: same-origin",), True), ("POST", ("Sec-Fetch-Site: cross-site",), may_post),
         ):  # fmt: skip
             decision = gate.authorize(parsed(request(method, "/proxy/1/", FOREIGN, *lines)))
