@@ -5870,6 +5870,10 @@ class JupyterGate(Gate):
     async def authorize(self, request: Request) -> None:
         if self.hub_auth is not None:
             await self._find_hub_tokens(request)
+        location = self.location_without_token(request)
+        if location:  # Jupyter sets a session cookie with the redirect
+            cookies = tuple(("Set-Cookie", cookie) for cookie in self._new_cookies())
+            raise ProxyError(302, "Signed in.", (("Location", location),) + cookies)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
         # As Jupyter's own options say.  It allows any origin for OPTIONS, because of preflights.
@@ -5933,8 +5937,11 @@ class JupyterGate(Gate):
         """The cookies that Jupyter sets with this response."""
         if status < 200 and status != 101:
             return ()
+        return ["Set-Cookie: " + cookie for cookie in self._new_cookies()]
+
+    def _new_cookies(self) -> List[str]:
         cookies = getattr(self.handler, "_new_cookie", {}).values()
-        return ["Set-Cookie: " + cookie.OutputString(None) for cookie in cookies]
+        return [cookie.OutputString(None) for cookie in cookies]
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """Also removes Jupyter's XSRF cookie from the requests of signed-in browsers.
@@ -5954,10 +5961,6 @@ async def _serve_handler(handler: Any, parsed: Request, server: Any, proxy: "Por
     gate = JupyterGate(proxy.config, handler)
     if parsed.is_page_visit:
         handler.xsrf_token  # noqa: B018  reading it sets its cookie
-        clean = gate.location_without_token(parsed)
-        if clean:  # Jupyter sets a session cookie with the redirect
-            handler.redirect(clean)
-            return
     if proxy.deadlines is None:  # not started yet: the event loop was not running
         await proxy.start([], [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)])
     assert proxy.deadlines is not None

@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+from http.cookies import SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -9026,6 +9027,61 @@ class TestJupyterExtension:
 
         gate = self.gate(argparse.Namespace(user_for_token=user_for_token, get_session_id=lambda handler: ""))
         assert status_of_error(background.do, gate.authorize(parsed(request("GET", "/proxy/1/?token=unknown")))) == 503
+
+    def hub_auth(self, **users):
+        """The Hub's client inside Jupyter, which knows these tokens."""
+
+        async def user_for_token(token, **_):
+            return users.get(token)
+
+        return argparse.Namespace(user_for_token=user_for_token, get_session_id=lambda handler: "")
+
+    def test_token_of_the_hub_leaves_the_address_of_a_page(self, background):
+        """The app's script could read it there."""
+        gate, target = self.gate(self.hub_auth(known={"name": "ana"})), "/proxy/1/?a&token=known&token=apps-own"
+        gate.handler._new_cookie = SimpleCookie("jupyterhub-user-ana=x")
+        with pytest.raises(ProxyError) as caught:
+            background.do(gate.authorize(parsed(request("GET", target, *VISIT))))
+        assert caught.value.status == 302
+        assert caught.value.fields == (
+            ("Location", "/proxy/1/?a&token=apps-own"), ("Set-Cookie", "jupyterhub-user-ana=x"),
+        )  # fmt: skip
+        background.do(gate.authorize(parsed(request("GET", target))))  # of a script
+
+    @pytest.mark.parametrize("sessions, is_closed", [
+        ([True, OSError(), True, False], True), ([True, True, "left"], False), ([True, True, "tunnel ended"], False),
+    ], ids=case_id)
+    def test_connection_of_an_ended_hub_session_is_closed(self, sessions, is_closed):
+        """Jupyter is asked with a new handler each time.  While the Hub does not answer, the connection stays."""
+        gate, answers, aborted = self.gate(self.hub_auth()), list(sessions), []
+
+        class Handler(argparse.Namespace):
+            def __init__(self, application=None, request=None):
+                super().__init__(application=application, request=argparse.Namespace(remote_ip="192.0.2.7"))
+
+        async def get_user(handler):
+            assert handler is not gate.handler
+            answer = answers.pop(0)
+            if answer == "left":
+                gate.note_request(connection, None)
+            elif answer == "tunnel ended":
+                connection.deadlines.connections.clear()
+            elif isinstance(answer, Exception):
+                raise answer
+            return answer or None
+
+        async def serve():
+            gate.note_request(connection, parsed(request("GET", "/proxy/1/", *HANDSHAKE)))
+            for _ in range(100):
+                await asyncio.sleep(1)
+
+        gate.handler, gate.provider.get_user = Handler(), get_user
+        with contextlib.closing(Hasty()) as loop:
+            deadlines = argparse.Namespace(loop=loop, connections=set())
+            connection = Connected(deadlines, aborted)
+            deadlines.connections.add(connection)
+            loop.run_until_complete(serve())
+        assert (answers, aborted) == ([], [connection] if is_closed else [])
 
     @pytest.mark.parametrize("attributes, may_post", [
         ({"allow_origin": "*"}, False), ({"allow_origin": "*", "disable_check_xsrf": True}, True),
