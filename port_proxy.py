@@ -5857,7 +5857,8 @@ class JupyterGate(Gate):
         super().__init__(config)
         self.handler = handler
         # Before Jupyter Server 2.0, the handler is its own identity provider.
-        provider = handler.settings.get("identity_provider") or handler
+        provider = self.provider = handler.settings.get("identity_provider") or handler
+        self._watches = {}  # type: Dict[Any, asyncio.Task[None]]  # by connection
         self.hub_auth = getattr(provider, "hub_auth", None)  # type: Any
         self.tokens = [handler.token] if handler.token else []
         if handler.token_authenticated and self.hub_auth is None:
@@ -5884,6 +5885,40 @@ class JupyterGate(Gate):
             allowed = "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
             self.check_origin(request)
+
+    def note_request(self, connection: Any, request: Optional[Request]) -> None:
+        """Watch the session of a connection, if it is one of a Hub, which can end it."""
+        if request is None:
+            watch = self._watches.pop(connection, None)
+            if watch is not None:
+                watch.cancel()
+        elif self.hub_auth is not None and hasattr(self.provider, "get_user"):
+            watch = connection.deadlines.loop.create_task(self._watch_session(connection))
+            self._watches[connection] = watch
+
+    async def _watch_session(self, connection: Any) -> None:
+        """Close a connection once Jupyter would not admit its request any more.
+
+        Jupyter keeps the Hub's answers (HubOAuth.cache_max_age) and the user of a handler, so it
+        is asked with a new handler.
+        """
+        handler = self.handler
+        while True:
+            await asyncio.sleep(_RECHECK_SECONDS)
+            if connection not in connection.deadlines.connections:  # a tunnel has ended
+                return
+            try:
+                again = type(handler)(handler.application, handler.request)
+                user = await self.provider.get_user(again)
+            except asyncio.CancelledError:  # an Exception before Python 3.8
+                raise
+            except Exception as error:  # the Hub does not answer: asked again soon
+                logger.warning("the Hub could not be asked: %s", type(error).__name__)
+                continue
+            if user is None:
+                logger.info("%s: closed, its session has ended", handler.request.remote_ip)
+                connection.abort()
+                return
 
     async def _find_hub_tokens(self, request: Request) -> None:
         """Add the request's tokens of the Hub to `tokens`; the Hub's client caches lookups."""

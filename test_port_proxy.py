@@ -8993,6 +8993,13 @@ class Deferred(str):
         raise AssertionError
 
 
+class Connected:
+    """A connection that records when it is aborted."""
+
+    def __init__(self, deadlines, aborted):
+        self.deadlines, self.abort = deadlines, lambda: aborted.append(self)
+
+
 class TestJupyterExtension:
     """Without Jupyter, which is played by what it hands to the module."""
 
