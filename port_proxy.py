@@ -2951,7 +2951,7 @@ class NotListening(ProxyError):
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(elsewhere), route.host
             advice = "Open %d instead of %s." % (route.port, route.authority)
-        if elsewhere and not any(one in LOOPBACK_NAMES for one in elsewhere):
+        if elsewhere and not any(name in LOOPBACK_NAMES for name in elsewhere):
             address = elsewhere[0]
             advice = (
                 "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value}"
@@ -3048,7 +3048,7 @@ def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) 
     if any("application/json" in value.lower() for value in request.headers.get_all("accept")):
         text = json.dumps({"ports": rows}, indent=1) + "\n"
         return _response(200, "application/json", text, fields)
-    lines = ["port_proxy: every port of this machine through this one", ""]
+    lines = ["port_proxy: every port of this machine through one HTTP port", ""]
     lines += ["%-40s %s" % (base + path, meaning) for path, meaning in _FORMS]
     lines.append("")
     lines += ["%-40s %s" % (row["links"]["stripped"], _summary(row)) for row in rows]
@@ -3786,7 +3786,7 @@ class TokenGate(Gate):
             with contextlib.suppress(ValueError):
                 ipaddress.ip_address(bare)  # an address cannot be rebound
                 return
-        advice = "{Start} {allow_hostnames} {value} if it leads here."
+        advice = "{Start} {allow_hostnames} {value} if this name belongs to the proxy."
         advice = advice if _PLAIN_HOST.fullmatch(host) else ""
         raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
 
@@ -3867,7 +3867,7 @@ class TokenGate(Gate):
         url = host_form(port, client, self.config.domains)
         if not url or port > 65535:
             text = "Apps have no host of their own under this name of the proxy."
-            advice = "{Start} {domains}, and a name whose subdomains lead here."
+            advice = "{Start} {domains}, and a name whose subdomains resolve to this machine."
             raise ProxyError(404, text, (), advice)
         if self.token:
             ticket = secrets.token_urlsafe(32)
@@ -4234,7 +4234,7 @@ class HubGate(Gate):
                 # the Hub session, and ends with it.
                 fields += (self._new_session(token, request.client, _hub_session(request)),)
             raise ProxyError(302, "Signed in.", fields)
-        if not token:  # foreign pages do not know one
+        if not token:  # foreign pages do not know tokens
             self.check_origin(request)
 
     async def _find_user(
@@ -4898,7 +4898,7 @@ class Tunnel:
             end.transport.abort()
 
     def note_lost(self) -> None:
-        """Called when one side is closed; the tunnel ends when both are."""
+        """Called when a side is closed; the tunnel ends when both sides are closed."""
         if self.client.is_lost and self.upstream.is_lost:
             self.tunnels.discard(self)
             if self.on_end:
@@ -6209,7 +6209,7 @@ _WEBPACK_ADVICE = "start webpack-dev-server with --client-web-socket-url auto://
 _BYPASS_ADVICE = "set the address in the app's configuration to a path, such as /api."
 _TOO_MANY_REDIRECTS = (
     "It redirected %d times in a row and showed no page. A browser, which keeps cookies, may get"
-    " one." % _MAX_REDIRECTS
+    " a page." % _MAX_REDIRECTS
 )
 _TO_TLS = (
     "It redirects to https at its own address. Behind the proxy, this is an endless loop. Switch the"
@@ -6298,7 +6298,7 @@ async def check_port(upstream: str, config: Config) -> Report:
 
 
 class PortCheck:
-    """The examination of one upstream; `run` completes `report`."""
+    """Examines an upstream; `run` completes `report`."""
 
     def __init__(self, route: Route, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
@@ -6771,7 +6771,7 @@ def _holder(port: int) -> str:
     for listener in find_listeners():
         if listener.port == port:
             return "%s (process %d)" % (printable(listener.program), listener.pid)
-    users = [user_name(one.user) for one in tcp_sockets(port)]
+    users = [user_name(found.user) for found in tcp_sockets(port)]
     return "a program of %s" % users[0] if users else "another program"
 
 
