@@ -1356,7 +1356,7 @@ class StreamWriter(asyncio.StreamWriter):
 class Connection(asyncio.StreamReaderProtocol):
     """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    buffer: bytes that were read but not used.  has_unread: the StreamReader holds bytes.  ended:
+    buffer: bytes that were read but not used.  unread: the bytes that the StreamReader holds.  ended:
     EOF or a failure.  failure: the exception, None after EOF.  has_received: data has come since
     this was last set to False.  is_reused: taken from the pool.  is_admitted: the gate has admitted
     a request of this client.  watcher: called with the connection on data and EOF.  sink: the Body
@@ -1375,7 +1375,6 @@ class Connection(asyncio.StreamReaderProtocol):
         "failure",
         "feeder",
         "has_received",
-        "has_unread",
         "is_admitted",
         "is_reused",
         "read_deadline",
@@ -1385,6 +1384,7 @@ class Connection(asyncio.StreamReaderProtocol):
         "state",
         "task",
         "transport",
+        "unread",
         "watcher",
         "write_deadline",
         "writer",
@@ -1399,8 +1399,9 @@ class Connection(asyncio.StreamReaderProtocol):
         super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
         self.buffer = b""
-        self.has_unread = self.ended = self.has_received = self.ends_body = False
-        self.is_reused = self.is_admitted = False
+        self.unread = 0
+        self.ended = self.has_received = self.ends_body = self.is_reused = False
+        self.is_admitted = accepted is None
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
         self.sink = self.feeder = None  # type: Optional[Body]
@@ -1429,15 +1430,28 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.sink is not None:
             self.sink.take(data)
             return
-        if len(data) > _SMALL_HEAD and self.state in (IDLE, READING_HEAD):
-            partial = self.deadlines.partial_heads
-            if not partial.reserve(self, partial.size(self) + min(len(data), _LARGE_HEAD)):
-                self.abort()
-                return
-        self.has_unread = True
+        if not self._has_room(data):
+            self.abort()
+            return
+        self.unread += len(data)
         self.reader.feed_data(data)
         if self.watcher is not None:
             self.watcher(self)
+
+    def _has_room(self, data: bytes) -> bool:
+        """Whether `partial_heads` has room for data, unless it is the body of an admitted client."""
+        partial = self.deadlines.partial_heads
+        if not self.is_admitted:
+            is_held = self.state is not CLOSING  # else it is dropped as it comes
+            return not is_held or partial.reserve(self, partial.size(self) + len(data))
+        if len(data) <= _SMALL_HEAD or self.state not in (IDLE, READING_HEAD):
+            return True
+        return partial.reserve(self, partial.size(self) + min(len(data), _LARGE_HEAD))
+
+    def admit(self) -> None:
+        """Note that the gate has admitted a request of this client."""
+        self.is_admitted = True
+        self.deadlines.partial_heads.release(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -1501,7 +1515,7 @@ class Connection(asyncio.StreamReaderProtocol):
             data, self.buffer = self.buffer, b""
             return data
         data = await self.reader.read(_READ_BYTES)
-        self.has_unread = False
+        self.unread = 0
         if not data and self.failure is not None:
             raise self.failure
         return data
@@ -1530,7 +1544,7 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def can_carry_more(self) -> bool:
         """Whether another request can follow.  A lent connection cannot take unused bytes back."""
-        return not (self.is_lent and (self.buffer or self.has_unread))
+        return not (self.is_lent and (self.buffer or self.unread))
 
     def queued(self) -> int:
         """The number of unsent bytes."""
@@ -1541,7 +1555,7 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def is_quiet(self) -> bool:
         """Whether the connection is open, all received data was used, and all data was sent."""
-        if self.buffer or self.has_unread or self.ended or self.transport.is_closing():
+        if self.buffer or self.unread or self.ended or self.transport.is_closing():
             return False
         return not self.queued()
 
@@ -1686,7 +1700,8 @@ class Deadlines:
 
 
 class PartialHeads:
-    """Limits the memory for incomplete request heads.  At the limit, the oldest is aborted."""
+    """Limits the memory for incomplete request heads, and for all bytes of clients that are not
+    admitted: they can send more requests while one waits.  At the limit, the oldest is aborted."""
 
     def __init__(self) -> None:
         self._sizes = {}  # type: Dict[Connection, int]
@@ -1703,6 +1718,16 @@ class PartialHeads:
 
     def size(self, connection: Connection) -> int:
         return self._sizes.get(connection, 0)
+
+    def head_ended(self, connection: Connection) -> None:
+        """The head is complete or invalid; the bytes behind it may be held for longer."""
+        held = 0
+        if not connection.is_admitted and not connection.transport.is_closing():
+            held = len(connection.buffer) + connection.unread
+        if not held:
+            self.release(connection)
+        elif not self.reserve(connection, held):
+            connection.abort()
 
     def release(self, connection: Connection) -> None:
         self._total -= self._sizes.pop(connection, 0)
@@ -1741,7 +1766,7 @@ async def read_head(
                 raise Truncated()
             head += data
     finally:
-        partial.release(connection)
+        partial.head_ended(connection)
 
 
 class Body:
@@ -1838,7 +1863,7 @@ class Body:
             if self.finished:
                 return True
             source.deadlines.is_active = True
-            if source.is_lent or source.buffer or source.has_unread or source.ended:
+            if source.is_lent or source.buffer or source.unread or source.ended:
                 pieces = await self.read(self.read_timeout)
                 if pieces:
                     target.write(pieces)
@@ -4519,7 +4544,7 @@ class Exchange:
                 return
         request = self.request = find_app(self.request, self.gate)
         await self.gate.authorize(request)
-        self.client.is_admitted = True
+        self.client.admit()
         self.client.deadlines.is_active = True
         if request.route is not None:
             await self._serve(request.route)
@@ -4879,7 +4904,7 @@ class Tunnel:
             connections.discard(connection)
             connections.add(end)
         for end, connection in ends:
-            while connection.buffer or connection.has_unread:
+            while connection.buffer or connection.unread:
                 end.data_received(await connection.read())  # buffered: returns at once
         for end, connection in ends:
             if connection.transport.is_closing():
@@ -5716,7 +5741,7 @@ class LentConnection(Connection):
     body_left = sys.maxsize
 
     async def read(self) -> bytes:
-        if not self.buffer and not self.has_unread:
+        if not self.buffer and not self.unread:
             self.transport.pull(min(self.body_left, _PULL_BYTES) or _PULL_BYTES)
         data = await super().read()
         self.body_left = max(0, self.body_left - len(data))

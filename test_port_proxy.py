@@ -6023,6 +6023,20 @@ class TestLimits:
             eventually(lambda: len(poll.poll(0)) >= count - room)
             assert ask_port(process[1], "/proxy/%d/" % app.port)[2] == b"ok"
 
+    def test_bytes_of_clients_that_are_not_admitted_are_bounded(self, start):
+        """Each could send 256 KiB of further requests while its first one waits for the response to a wrong token."""
+        proxy, attempts = start(token=TOKEN), request("GET", "/proxy/?token=wrong") * 4000
+        with contextlib.ExitStack() as stack:
+            poll = select.poll()
+            for _ in range(500):
+                wire = stack.enter_context(proxy.wire())
+                wire.sock.setblocking(False)
+                poll.register(wire.sock, 0)
+                with contextlib.suppress(OSError):
+                    wire.sock.send(attempts)
+            eventually(lambda: len(poll.poll(0)) > 50)
+            assert status_of(proxy.ask(request("GET", "/proxy/", "Authorization: token " + TOKEN))) == 200
+
     def test_tunnel_too_many_gets_a_503(self, start, upstream):
         """Requests still have room, and a tunnel that ends makes room for another."""
         app, proxy = upstream(serve_sockets), start(max_tunnels=2)
