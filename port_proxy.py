@@ -5966,9 +5966,9 @@ class JupyterGate(Gate):
         if handler.settings.get("disable_check_xsrf"):
             return False
         pattern = handler.allow_origin_pat
-        return handler.allow_origin == "*" or bool(
-            pattern and re.match(pattern, "https://any.invalid")
-        )
+        others = ("http://any.invalid", "https://any.invalid")
+        matches_any = pattern and any(re.match(pattern, origin) for origin in others)
+        return handler.allow_origin == "*" or bool(matches_any)
 
     def owns_token(self, token: str) -> bool:
         read = re.sub("[\x00-\x08\x0e-\x1f+]", " ", token).strip()  # as Jupyter reads it

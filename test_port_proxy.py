@@ -9106,7 +9106,7 @@ class TestJupyterExtension:
 
     @pytest.mark.parametrize("attributes, may_post", [
         ({"allow_origin": "*"}, False), ({"allow_origin": "*", "disable_check_xsrf": True}, True),
-        ({"allow_origin_pat": ".*"}, False), ({"allow_origin_pat": "https?://.*"}, False),
+        ({"allow_origin_pat": ".*"}, False), ({"allow_origin_pat": "https?://.*"}, False), ({"allow_origin_pat": "http://.*"}, False),
         ({"allow_origin_pat": r"https://.*\.example"}, True), ({"allow_origin": "https://a.example"}, True),
     ])  # fmt: skip
     def test_origin_that_jupyter_allows_is_allowed(self, background, attributes, may_post):
