@@ -448,7 +448,6 @@ class Route(NamedTuple):
 
     @property
     def is_local(self) -> bool:
-        """Whether the upstream is on this machine's loopback interface."""
         return self.host in LOOPBACK_NAMES
 
     @property
@@ -513,11 +512,6 @@ def _make_route(
 def authority_of(host: str, port: int) -> str:
     """host:port, with brackets around an IPv6 address."""
     return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
-
-
-def route_to_port(port: int, upstream_tls: Sequence[str] = ()) -> Route:
-    """The route for a host such as 8080.localhost: there is no prefix."""
-    return _make_route("", "", str(port), False, upstream_tls)
 
 
 def port_in_host(authority: str, domains: Sequence[str]) -> int:
@@ -1041,7 +1035,8 @@ def _route_target(
         return None, "", "", None
     if client.app_port:
         path, mark, query = target.partition("?")
-        return route_to_port(client.app_port, config.upstream_tls), path, mark + query, None
+        route = _make_route("", "", str(client.app_port), False, config.upstream_tls)
+        return route, path, mark + query, None
     try:
         return find_route(config.base, target, config.upstream_tls) + (None,)
     except ProxyError as error:  # raised later, after the gate has decided
@@ -2552,7 +2547,6 @@ class LocalSockets:
         self._lookups = {}  # type: Dict[Any, Tuple[asyncio.Future[Any], float]]
 
     async def listeners(self) -> List[Listener]:
-        """The cached result of `find_listeners`."""
         return list(await self._look_up(find_listeners))
 
     async def listening_elsewhere(self, host: str, port: int) -> Sequence[str]:

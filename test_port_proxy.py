@@ -93,7 +93,6 @@ from port_proxy import (
     request_framing,
     response_framing,
     response_lines,
-    route_to_port,
     serialise,
     with_app_cookies,
 )  # fmt: skip
@@ -960,7 +959,8 @@ class TestRoutes:
         assert route_of("absolute/8080").prefix_lines == ()
 
     def test_route_to_a_port_has_no_prefix(self):
-        route = route_to_port(8080, ("8080",))
+        head = b"GET /a HTTP/1.1\r\nHost: 8080.localhost\r\n\r\n"
+        route = parsed(head, upstream_tls=("8080",)).route
         assert (route.host, route.port, route.authority, route.scheme) == ("localhost", 8080, "localhost:8080", "https")
         assert (route.prefix, route.absolute, route.prefix_lines) == ("", False, ())
 
