@@ -5896,7 +5896,7 @@ class JupyterGate(Gate):
             raise ProxyError(302, "Signed in.", (("Location", location),) + cookies)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
-        # As Jupyter's own options say.  It allows any origin for OPTIONS, because of preflights.
+        # According to Jupyter's own options, except for OPTIONS: there it allows all origins.
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and self.handler.check_origin()
         if allowed and request.method not in _SAFE and self._allows_any_origin():
@@ -5906,7 +5906,7 @@ class JupyterGate(Gate):
             self.check_origin(request)
 
     def note_request(self, connection: Any, request: Optional[Request]) -> None:
-        """Watch the session of a connection, if it is one of a Hub, which can end it."""
+        """Watch the session of a connection if a Hub manages it, and so can end it."""
         if request is None:
             watch = self._watches.pop(connection, None)
             if watch is not None:
@@ -5916,23 +5916,23 @@ class JupyterGate(Gate):
             self._watches[connection] = watch
 
     async def _watch_session(self, connection: Any) -> None:
-        """Close a connection once Jupyter would not admit its request any more.
+        """Close a connection after its session has ended.
 
-        Jupyter keeps the Hub's answers (HubOAuth.cache_max_age) and the user of a handler, so it
-        is asked with a new handler.
+        Each check uses a new handler: Jupyter caches the user in the handler.  It also caches the
+        Hub's responses (HubOAuth.cache_max_age).
         """
         handler = self.handler
         while True:
             await asyncio.sleep(_RECHECK_SECONDS)
-            if connection not in connection.deadlines.connections:  # a tunnel has ended
+            if connection not in connection.deadlines.connections:  # an ended tunnel
                 return
             try:
-                again = type(handler)(handler.application, handler.request)
-                user = await self.provider.get_user(again)
+                new_handler = type(handler)(handler.application, handler.request)
+                user = await self.provider.get_user(new_handler)
             except asyncio.CancelledError:  # an Exception before Python 3.8
                 raise
-            except Exception as error:  # the Hub does not answer: asked again soon
-                logger.warning("the Hub could not be asked: %s", type(error).__name__)
+            except Exception as error:  # no response: the next check tries again
+                logger.warning("no valid response from the Hub: %s", type(error).__name__)
                 continue
             if user is None:
                 logger.info("%s: closed, its session has ended", handler.request.remote_ip)
