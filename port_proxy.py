@@ -4557,7 +4557,11 @@ class Exchange:
             raise ProxyError(508, text % route.place)
         check_route(route, self.config)
         if request.is_websocket:
-            self._check_websocket()
+            if request.framing is not NO_BODY:
+                raise ProxyError(400, "A WebSocket handshake has no body.")
+            if len(self.proxy.tunnels) >= self.config.max_tunnels:
+                fields = (("Retry-After", "10"),)
+                raise ProxyError(503, "There are too many open WebSockets.", fields)
         elif request.is_unprefixed and can_be_redirected(request):
             await self._redirect_into_prefix()
             return
@@ -4576,12 +4580,6 @@ class Exchange:
         pooled = upstreams.take(route, request.is_replayable)
         if pooled is None or not await self._forward(pooled, pieces, request.is_replayable):
             await self._forward(await upstreams.connect(route), pieces, False)
-
-    def _check_websocket(self) -> None:
-        if self.request.framing is not NO_BODY:
-            raise ProxyError(400, "A WebSocket handshake has no body.")
-        if len(self.proxy.tunnels) >= self.config.max_tunnels:
-            raise ProxyError(503, "There are too many open WebSockets.", (("Retry-After", "10"),))
 
     async def _forward(self, upstream: Connection, pieces: Pieces, may_retry: bool) -> bool:
         """Send the request and relay its response on one connection; then pool or close it.
@@ -4916,13 +4914,6 @@ class Tunnel:
         for end in (self.client, self.upstream):
             end.transport.abort()
 
-    def note_lost(self) -> None:
-        """Called when a side is closed; the tunnel ends when both sides are closed."""
-        if self.client.is_lost and self.upstream.is_lost:
-            self.tunnels.discard(self)
-            if self.on_end:
-                self.on_end()
-
 
 class TunnelEnd(asyncio.Protocol):
     """One side of a tunnel: writes its data to the peer, with back-pressure."""
@@ -4981,7 +4972,10 @@ class TunnelEnd(asyncio.Protocol):
             self.peer.transport.close()
         else:
             self.peer.transport.abort()
-        self.tunnel.note_lost()
+        if self.peer.is_lost:
+            self.tunnel.tunnels.discard(self.tunnel)
+            if self.tunnel.on_end:
+                self.tunnel.on_end()
 
     def expire(self, time: float) -> None:
         """Abort after the deadline or a reset; called by Deadlines.
