@@ -3449,6 +3449,8 @@ async def fetch(
         connection.write([head, body])
         connection.read_deadline = deadline
         response = parse_response(await read_head(connection, False, config), method, config)
+        while response.status < 200 and response.status != 101:  # interim (RFC 9110 section 15.2)
+            response = parse_response(await read_head(connection, False, config), method, config)
         pieces, source = [], Body(connection, response.framing, config, is_response=True)
         pieces += [bytes(piece) for piece in source.buffered_pieces()]
         while not source.finished and source.count < _FETCH_BYTES and response.status != 101:

@@ -7249,6 +7249,11 @@ class TestCheck:
         parts = ("redirects  /lab", ", ".join(links), "refuses names that are not its own", "opens at /ws; refuses")
         assert [part for part in parts + (flag,) if part not in text] == []
 
+    def test_interim_response_is_not_taken_for_the_page(self, check, upstream):
+        interim = b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"
+        report = check(upstream(responding(lambda *_: interim + html_response(b"<title>After it</title>"))).port)
+        self.assert_found(report, status=200, title="After it")
+
     @pytest.mark.parametrize("name, value, answer, advice", [
         ("x-forwarded-for", "127.0.0.1", b"400 Bad Request", "Add 127.0.0.1 to the trusted proxies"),
         ("host", None, b"401 No\r\nWWW-Authenticate: Digest realm=a", "Use the app's own host"),
