@@ -225,8 +225,8 @@ class Config(NamedTuple):
     base: str = "/proxy"  # path prefix of all addresses; "/" for none
     bind: str = "127.0.0.1"  # address or name to listen on, or "unix:PATH"
     port: int = 8888  # 0 takes any free port
-    # Upstream hosts besides the loopback names: names, addresses and patterns ("*.example.org").  Or
-    # a function of the host (lower case, no brackets) that decides about every host.
+    # Upstream hosts besides the loopback names: names, addresses, patterns ("*.example.org").  Or a
+    # function of the host (lower case, no brackets) that decides about every host.
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # send the client's Host to the upstream instead of the target's
     domains: Sequence[str] = ("localhost",)  # <port>.<domain> is that port; none under a Hub
@@ -236,7 +236,7 @@ class Config(NamedTuple):
     whole_origin: Optional[bool] = None
 
     # None: a random token, or no token if only users of this machine can connect.  "any": a random
-    # token.  "": no token.  Otherwise at least 16 characters, since guesses are slowed, not blocked.
+    # token.  "": no token.  Otherwise at least 16 characters: guesses are slowed, not blocked.
     token: Optional[str] = None
     allow_hostnames: Sequence[str] = ()  # Host names and patterns to accept without a token
     allow_origins: Sequence[str] = ()  # whose pages may use apps: "https://a.example.org", "*"
@@ -1351,7 +1351,7 @@ class StreamWriter(asyncio.StreamWriter):
 class Connection(asyncio.StreamReaderProtocol):
     """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    buffer: bytes that were read but not used.  unread: the bytes that the StreamReader holds.  ended:
+    buffer: bytes that were read but not used.  unread: those that the StreamReader holds.  ended:
     EOF or a failure.  failure: the exception, None after EOF.  has_received: data has come since
     this was last set to False.  is_reused: taken from the pool.  is_admitted: the gate has admitted
     a request of this client.  watcher: called with the connection on data and EOF.  sink: the Body
@@ -1434,7 +1434,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.watcher(self)
 
     def _has_room(self, data: bytes) -> bool:
-        """Whether `partial_heads` has room for data, unless it is the body of an admitted client."""
+        """Whether `partial_heads` has room for data that is not an admitted client's body."""
         partial = self.deadlines.partial_heads
         if not self.is_admitted:
             is_held = self.state is not CLOSING  # else it is dropped as it comes
@@ -2277,11 +2277,11 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Unprefixed requests
 # --------------------------------------------------------------------------------------------------
-# A link such as "/static/app.js" on an app's page lacks the prefix.  With `Config.whole_origin`, the
-# proxy finds the app by Referer, or else by a signed cookie with the app that this browser opened
-# last.  It redirects the request to the prefix, or serves it without a redirect if the client does
-# not follow redirects.  Browsers send an app's cookies only below the prefix, so the proxy also
-# sets copies with Path=/, under names of its own.
+# A link such as "/static/app.js" on an app's page lacks the prefix.  With `Config.whole_origin`,
+# the proxy finds the app by Referer, or else by a signed cookie with the app that this browser
+# opened last.  It redirects the request to the prefix, or serves it without a redirect if the
+# client does not follow redirects.  Browsers send an app's cookies only below the prefix, so the
+# proxy also sets copies with Path=/, under names of its own.
 #
 # gate.app_cookie: the name of the signed cookie; "" if unprefixed requests are not served.
 # gate.key: the key for signatures.
@@ -2367,7 +2367,7 @@ def can_be_redirected(request: Request) -> bool:
 
 
 def redirect_into_prefix(request: Request, gate: Any) -> LocalResponse:
-    """A redirect to the prefix, so that the browser sends the app's cookies and the right Referer."""
+    """A redirect to the prefix: there the browser sends the app's cookies and the right Referer."""
     assert request.route is not None
     location = request.route.prefix + request.path + gate.strip_query(request.query)
     fields = (("Location", location), ("Cache-Control", "no-store"), ("Content-Length", "0"))
@@ -2475,7 +2475,7 @@ def _copy_prefix(app: str, gate: Any) -> str:
 
 
 def _copy(value: str, start: str) -> str:
-    """A copy of a Set-Cookie value, with `start` before its name and Path=/; "" if it has Path=/."""
+    """A copy of a Set-Cookie value with `start` before its name and Path=/; "" if it has Path=/."""
     pair, *attributes = value.split(";")
     keys = [part.partition("=")[0].strip(" \t").lower() for part in attributes]
     split = list(zip(attributes, keys))
@@ -2550,7 +2550,7 @@ class LocalSockets:
         return list(await self._look_up(find_listeners))
 
     async def listening_elsewhere(self, host: str, port: int) -> Sequence[str]:
-        """The listening addresses of a local port, if `host` is a loopback name and reaches none."""
+        """Where a local port listens, if `host` is a loopback name at which it does not."""
         if host not in LOOPBACK_NAMES:
             return ()
         sockets = await self._look_up(tcp_sockets)  # type: List[TcpSocket]
@@ -5338,7 +5338,7 @@ class PortProxy:
         await self._linger(client, is_read=False)
 
     async def _serve_request(self, client: Connection, request: Request, gate: Gate) -> bool:
-        """Serve a request, and turn its errors into responses.  Returns whether another may follow."""
+        """Serve a request, and turn its errors into responses; whether another may follow."""
         client.state = ACTIVE
         exchange = Exchange(self, gate, client, request)
         try:
@@ -6227,8 +6227,8 @@ _TOO_MANY_REDIRECTS = (
     " a page." % _MAX_REDIRECTS
 )
 _TO_TLS = (
-    "It redirects to https at its own address. Behind the proxy, this is an endless loop. Switch the"
-    " redirect off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
+    "It redirects to https at its own address. Behind the proxy, this is an endless loop. Switch"
+    " the redirect off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
 )
 _REFUSES_PROXIES = (
     "It answers %d to a request that came through a proxy (X-Forwarded-For). Add 127.0.0.1 to the"

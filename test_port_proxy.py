@@ -1149,7 +1149,8 @@ BAD_LINES = [(400, line) for line in (  # the first lines of requests that have 
 ]
 BAD_FIELDS = [  # the fields behind a good request line
     b"", b"Host: a\r\nHost: a", b"Host:", b"Host: a b", b"Host: u@a", b"Host: a/b", b"Host: a:b", b"Host: ::1",
-    b"Host: " + b"a" * 256, b"Host: [" + b":" * 46 + b"]", b"Host: \xe4", b"Host: a<script>", b"Host : a", b"Host\t: a", b" Host: a", b"Host: a\r\n: x", b"Host: a\r\nX",
+    b"Host: " + b"a" * 256, b"Host: [" + b":" * 46 + b"]", b"Host: \xe4", b"Host: a<script>", b"Host : a",
+    b"Host\t: a", b" Host: a", b"Host: a\r\n: x", b"Host: a\r\nX",
     b"Host: a\r\n X: y", b"Host: a\r\nX: y\r\n\tz", b"Host: a\r\nX: \x00", b"Host: a\r\nX: a\x0bb",
     b"Host: a\r\nX: a\rb", b"Host: a\r\nX: a\nb: c", b"Host: a\r\nX\xe4: b", b"Host: a\r\nX(: b", b"Host: a\r\nX: \x7f",
     b"Host: a\r\nX: y\nZ: z", b"Host: a\r\nOrigin: http://a\r\nOrigin: http://b",
@@ -7259,7 +7260,7 @@ class TestCheck:
         ("host", None, b"401 No\r\nWWW-Authenticate: Digest realm=a", "Use the app's own host"),
         ("x-forwarded-for", "1.2.3.4", b"400 Bad Request", ""),
     ])
-    def test_app_that_refuses_proxies_or_signs_its_path_is_told_apart(self, check, upstream, name, value, answer, advice):
+    def test_app_that_refuses_proxies_or_signs_its_path_is_named(self, check, upstream, name, value, answer, advice):
         def respond(target, fields, app):
             is_refused = name in fields and value in (None, fields[name])
             return b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n" % (answer if is_refused else b"200 OK")
@@ -7417,7 +7418,8 @@ class TestCheck:
         for bind in ("127.0.0.1", "0.0.0.0", "", "LOCALHOST", "127.1"):
             report = check(app.port, port=app.port, bind=bind)
             assert (report.ok, report.use, app.happened.is_set()) == (False, (), False)
-            assert re.match("Port %d is the proxy's own, .* set the port of the proxy with --port" % app.port, report.problems[0])
+            problem = "Port %d is the proxy's own, .* set the port of the proxy with --port" % app.port
+            assert re.match(problem, report.problems[0])
         for bind in ("unix:/a", "127.0.0.5", "nowhere.invalid", "a..b"):
             assert check(app.port, port=app.port, bind=bind).ok
 
@@ -9034,8 +9036,9 @@ class TestJupyterExtension:
         server = argparse.Namespace(base_url="/nb/", config={"PortProxy": {name: value}}, log=log)
         port_proxy._load_jupyter_server_extension(server)  # as Jupyter calls it
         (record,) = caplog.records
-        assert record.getMessage().startswith("port_proxy: /nb/proxy/ is not served, because c.PortProxy is not valid: ")
-        assert says in record.getMessage()
+        message = record.getMessage()
+        assert message.startswith("port_proxy: /nb/proxy/ is not served, because c.PortProxy is not valid: ")
+        assert says in message
 
     def gate(self, hub_auth=None, **attributes):
         """The gate for a browser that is signed in; attributes: of the handler that stands for Jupyter's."""
@@ -9111,7 +9114,8 @@ class TestJupyterExtension:
 
     @pytest.mark.parametrize("attributes, may_post", [
         ({"allow_origin": "*"}, False), ({"allow_origin": "*", "disable_check_xsrf": True}, True),
-        ({"allow_origin_pat": ".*"}, False), ({"allow_origin_pat": "https?://.*"}, False), ({"allow_origin_pat": "http://.*"}, False),
+        ({"allow_origin_pat": ".*"}, False), ({"allow_origin_pat": "https?://.*"}, False),
+        ({"allow_origin_pat": "http://.*"}, False),
         ({"allow_origin_pat": r"https://.*\.example"}, True), ({"allow_origin": "https://a.example"}, True),
     ])  # fmt: skip
     def test_origin_that_jupyter_allows_is_allowed(self, background, attributes, may_post):
@@ -9119,7 +9123,8 @@ class TestJupyterExtension:
         something is refused then, unless it comes from the server's own page, or with a token."""
         gate = self.gate(**attributes)
         for method, lines, is_admitted in (
-            ("GET", (), True), ("POST", (), may_post), ("PUT", (), may_post), ("GET", HANDSHAKE, True), ("OPTIONS", (), False),
+            ("GET", (), True), ("POST", (), may_post), ("PUT", (), may_post), ("GET", HANDSHAKE, True),
+            ("OPTIONS", (), False),
             ("POST", ("Sec-Fetch-Site: same-origin",), True), ("POST", ("Sec-Fetch-Site: cross-site",), may_post),
         ):  # fmt: skip
             decision = gate.authorize(parsed(request(method, "/proxy/1/", FOREIGN, *lines)))
@@ -9156,7 +9161,8 @@ class TestJupyterConfiguration:
         target = "/nb/proxy/%d/" % real_app.port
         assert status_of(visitor.visit(target + "?token=" + TOKEN)) == 200
         for method, lines, status in (
-            ("GET", (), 200), ("POST", (), 403), ("POST", (BY_TOKEN,), 200), ("POST", ("Sec-Fetch-Site: same-origin",), 200),
+            ("GET", (), 200), ("POST", (), 403), ("POST", (BY_TOKEN,), 200),
+            ("POST", ("Sec-Fetch-Site: same-origin",), 200),
         ):  # fmt: skip
             assert visitor.status(method, target, FOREIGN, *lines) == status
         assert visitor.status("POST", target, "Origin: http://127.0.0.1:%d" % visitor.port) == 200
@@ -9259,7 +9265,8 @@ class TestJupyter:
         answer = visitor.ask("GET", target + "/", *PAGE)
         assert not any(value.startswith("port_proxy_") for name, value in answer[1] if name == "Set-Cookie")
         for place, status in (
-            ("", 200), ("nope/", 404), ("a.example.com:80/", 403), ("a.invalid:80/", 502), ("1/../../x", 400), ("1", 302),
+            ("", 200), ("nope/", 404), ("a.example.com:80/", 403), ("a.invalid:80/", 502), ("1/../../x", 400),
+            ("1", 302),
             ("absolute/%d/" % jupyter.port, 508),  # an endless loop
         ):  # fmt: skip
             assert visitor.status("GET", "/nb/proxy/" + place) == status
