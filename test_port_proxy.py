@@ -6032,7 +6032,7 @@ class TestLimits:
             for _ in range(500):
                 wire = stack.enter_context(proxy.wire())
                 wire.sock.setblocking(False)
-                poll.register(wire.sock, 0)
+                poll.register(wire.sock, getattr(select, "POLLRDHUP", 0))
                 with contextlib.suppress(OSError):
                     wire.sock.send(attempts)
             eventually(lambda: len(poll.poll(0)) > 50)
