@@ -6865,9 +6865,12 @@ def _say(text: str, *streams: Optional[TextIO]) -> None:
         if stream is not None:  # None: it was closed when Python started
             coding = stream.encoding or "ascii"
             encoded = text.encode(coding, "backslashreplace").decode(coding)
-            with contextlib.suppress(OSError):
+            try:
                 print(encoded, file=stream, flush=True)
                 return
+            except OSError:  # what it still holds must not fail again when Python exits
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _log_to_stderr(arguments: argparse.Namespace) -> None:
