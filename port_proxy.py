@@ -2298,7 +2298,6 @@ class LocalResponse(NamedTuple):
 _MAX_SIGNED = 4096  # characters; browsers reject longer cookies
 
 
-@functools.lru_cache(maxsize=1024)
 def sign(key: bytes, purpose: str, text: str) -> str:
     """A signature (HMAC) of `text` for a cookie, 43 characters long.
 
@@ -6715,7 +6714,7 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     if not quiet or has_new_token:
         _say(_banner(proxy, has_new_token))
     if config.token == "" and not proxy.is_private and not config.hub:
-        text = "anybody who can reach %s can use every port of this machine (--no-token)"
+        text = "no token is required (--no-token): all clients of %s can use every port"
         _say("port_proxy: " + text % config.bind, sys.stderr)
     await stop.wait()
     count = proxy.active_requests
@@ -6855,6 +6854,16 @@ def _ssh_destination(environment: Mapping[str, str]) -> str:
     return ("" if port == "22" else "-p %s " % port) + (user and user + "@") + address
 
 
+def _abandon(stream: TextIO) -> None:
+    """Use a stream no longer.  Python flushes it at exit: /dev/null accepts its unwritten text."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    if stream is sys.stdout:
+        sys.stdout = None
+
+
 def _say(text: str, *streams: Optional[TextIO]) -> None:
     """Print on the first stream that accepts the text; by default stdout, then stderr.
 
@@ -6868,9 +6877,8 @@ def _say(text: str, *streams: Optional[TextIO]) -> None:
             try:
                 print(encoded, file=stream, flush=True)
                 return
-            except OSError:  # what it still holds must not fail again when Python exits
-                with contextlib.suppress(OSError, ValueError):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except OSError:
+                _abandon(stream)
 
 
 def _log_to_stderr(arguments: argparse.Namespace) -> None:

@@ -7712,7 +7712,7 @@ class TestCommandLine:
     def test_public_address_without_a_token_is_warned_of(self):
         lines = banner_of("--no-token", "--bind", "0.0.0.0", "--quiet", stream="stderr")
         assert len(lines) == 1
-        assert "anybody who can reach 0.0.0.0" in lines[0]
+        assert "all clients of 0.0.0.0 can use every port" in lines[0]
 
     def test_quiet_prints_nothing(self):
         port = free_port()
@@ -7748,6 +7748,24 @@ class TestCommandLine:
             token = re.search(r"open http://localhost:\d+/proxy/\?token=(\S+)\n", banner).group(1)
             assert line_of(process, process.stderr).startswith("It reaches every port")
             assert status_of(ask_port(port, "/proxy/", "Authorization: token " + token)) == 200
+
+    def test_later_messages_go_to_stderr_too_if_stdout_fails(self, upstream):
+        app, (reader, writer) = upstream(script(read_message, tell, hold)), os.pipe()
+        os.close(reader)
+        command = [sys.executable, PROGRAM, "--port", "0", "--allow-hostname", "*", "--shutdown-timeout", "1000"]
+        environment = dict(os.environ, SSH_CONNECTION="")
+        with spawn(command, stdout=writer, stderr=subprocess.PIPE, env=environment) as process:
+            os.close(writer)
+            port = int(re.search(r":(\d+)/", line_of(process, process.stderr)).group(1))
+            assert line_of(process, process.stderr).startswith("It reaches every port")
+            with Wire.to(port) as wire:
+                wire.send(to(app))
+                assert app.told.wait(WAIT)
+                process.send_signal(signal.SIGINT)
+                assert "waiting up to 1000 seconds" in line_of(process, process.stderr)
+                process.send_signal(signal.SIGINT)
+                assert wire.rest() == b""
+                assert process.wait(WAIT) == 0
 
     def test_mistake_without_stderr_still_sets_the_exit_status(self):
         pytest.importorskip("resource")  # and so no Windows
