@@ -261,6 +261,8 @@ class Upstream:
     def _serve(self, wire):
         try:
             self.serve(wire, self)
+        except ConnectionError:
+            pass  # the proxy may reset a connection to which the app still sends, once the client has left
         except Exception as error:
             if not (self.is_closing and isinstance(error, OSError)):
                 self.failures.append(error)
