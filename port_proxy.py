@@ -595,11 +595,15 @@ def is_allowed(host: str, allowlist: Union[Sequence[str], Callable[[str], bool]]
 
 def matches(host: str, patterns: Iterable[str]) -> bool:
     """Whether a host (lower case, no brackets) matches one of the normalized patterns."""
-    return any(_compiled(pattern).fullmatch(host) for pattern in patterns)
+    return bool(re.fullmatch(host_regex(patterns), host))
 
 
-@functools.lru_cache(maxsize=256)
-def _compiled(pattern: str) -> "re.Pattern[str]":
+def host_regex(patterns: Iterable[str]) -> str:
+    """A regex for the hosts that match one of the normalized patterns."""
+    return "|".join(map(_pattern_regex, patterns)) or "(?!)"
+
+
+def _pattern_regex(pattern: str) -> str:
     """The regex of a host pattern.
 
     "*" alone matches every host.  A pattern of digits, dots and wildcards matches only IPv4
@@ -608,14 +612,14 @@ def _compiled(pattern: str) -> "re.Pattern[str]":
     labels.
     """
     if pattern == "*":
-        return re.compile(".*")
+        return ".*"
     start, wild = "", "[^.:]"
     if re.fullmatch("[0-9.*?]+", pattern):
         start, wild = _ONLY_IPV4, "."
     elif pattern.startswith("*."):
         start, pattern = r"(?:[^.:]+\.)+", pattern[2:]
     wildcards = {"*": wild + "*", "?": wild}
-    return re.compile(start + "".join(wildcards.get(c) or re.escape(c) for c in pattern))
+    return start + "".join(wildcards.get(c) or re.escape(c) for c in pattern)
 
 
 def normal_base(base: str) -> str:
@@ -2611,7 +2615,6 @@ def tcp_sockets(
     return found
 
 
-@functools.lru_cache(maxsize=256)
 def _parse_address(text: str) -> str:
     """Parse an address of these tables: 32-bit words in the byte order of this machine."""
     count = len(text) // 8
@@ -3743,7 +3746,8 @@ class TokenGate(Gate):
         names = ["localhost", "*.localhost", "127.*", "::1", *config.allow_hostnames]
         for domain in config.domains:
             names += [domain, "*." + domain]
-        self._names = names if is_private else [*names, socket.gethostname().lower()]
+        names += [] if is_private else [socket.gethostname().lower()]
+        self._names = re.compile(host_regex(names))
 
     async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
         client, (path, _, query) = request.client, request.target.partition("?")
@@ -3800,7 +3804,7 @@ class TokenGate(Gate):
         """Raise ProxyError 403 for a host name that is not ours, to prevent DNS rebinding."""
         host = host_of(authority)
         bare = host.strip("[]")
-        if not bare or matches(bare, self._names):
+        if not bare or self._names.fullmatch(bare):
             return
         if not self.is_private:
             with contextlib.suppress(ValueError):
