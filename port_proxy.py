@@ -2299,9 +2299,6 @@ class LocalResponse(NamedTuple):
     body: bytes = b""
 
 
-_MAX_SIGNED = 4096  # characters; browsers reject longer cookies
-
-
 def sign(key: bytes, purpose: str, text: str) -> str:
     """A signature (HMAC) of `text` for a cookie, 43 characters long.
 
@@ -2313,8 +2310,6 @@ def sign(key: bytes, purpose: str, text: str) -> str:
 
 def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
     """Whether `signature`, from a request, is valid for `text`."""
-    if len(text) > _MAX_SIGNED:
-        return False
     right = sign(key, purpose, text).encode()
     return hmac.compare_digest(signature.encode("latin-1"), right)
 
@@ -2369,12 +2364,11 @@ def can_be_redirected(request: Request) -> bool:
     return not request.is_websocket and not is_script
 
 
-def redirect_into_prefix(request: Request, gate: Any) -> LocalResponse:
+def redirect_into_prefix(request: Request, gate: Any) -> ProxyError:
     """A redirect to the prefix: there the browser sends the app's cookies and the right Referer."""
     assert request.route is not None
     location = request.route.prefix + request.path + gate.strip_query(request.query)
-    fields = (("Location", location), ("Cache-Control", "no-store"), ("Content-Length", "0"))
-    return LocalResponse(307, fields)
+    return ProxyError(307, "Redirecting.", (("Location", location),))
 
 
 def cookies_for_unprefixed(
@@ -2393,9 +2387,13 @@ def cookies_for_unprefixed(
     app, last_app = _app_name(route), _last_app(request, gate)
     if not is_opened and not last_app:
         return []
-    start = _copy_prefix(app, gate)
     values = (line[11:].strip(" \t") for line in lines if line[:11].lower() == "set-cookie:")
-    cookies = [copy for copy in (_copy(value, start) for value in values) if copy]
+    # Of two attributes Path, browsers use the last.  Cookies with __Host- have Path=/ already.
+    cookies = [
+        "%s%s; Path=/; HttpOnly" % (_copy_prefix(route, gate), value)
+        for value in values
+        if value[:7].lower() != "__host-"
+    ]
     if is_opened and response.status < 400 and app != last_app:
         value = "%s.%s" % (app, sign(gate.key, "app", app))
         cookies.append(own_cookie(gate.app_cookie, value, "/", request.client))
@@ -2403,36 +2401,24 @@ def cookies_for_unprefixed(
 
 
 def with_app_cookies(request: Request, gate: Any) -> Request:
-    """An unprefixed request, with the app's cookies restored from their copies."""
+    """An unprefixed request, in which the copies of the app's cookies have the app's names."""
     assert request.route is not None
-    start, headers = _copy_prefix(_app_name(request.route), gate), request.headers
-    values = headers.get_all("cookie")
-    pairs = [pair.strip(" \t") for value in values for pair in value.split(";")]
-    names = frozenset(map(cookie_name, pairs))
-    restored = (pair[len(start) :] for pair in pairs if pair.startswith(start))
-    missing = [pair for pair in restored if cookie_name(pair) not in names]
-    if not missing:
-        return request
-    fields = [(key, line) for key, line in zip(headers.keys, headers.lines) if key != "cookie"]
-    fields.append(("cookie", "Cookie: " + "; ".join(pairs + missing)))
-    return request._replace(
-        headers=Headers([key for key, _ in fields], [line for _, line in fields])
-    )
+    keys, lines = request.headers.keys, request.headers.lines
+    start = _copy_prefix(request.route, gate)
+    lines = [line.replace(start, "") if key == "cookie" else line for key, line in zip(keys, lines)]
+    return request._replace(headers=Headers(keys, lines))
 
 
 def _is_from_own_origin(request: Request) -> bool:
     """Whether a request comes from a page of the public origin or from the address bar."""
-    headers, authority = request.headers, request.client.authority
+    headers = request.headers
     sites = headers.get_all("sec-fetch-site")
     if sites == ["same-origin"]:
         return True
     pages = headers.get_all("origin") + headers.get_all("referer")
     is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
-    if not all(_own_path(page, authority) for page in pages):
-        return False
-    if sites == ["none"]:
-        return is_typed
-    return not sites and bool(pages or is_typed)
+    is_ours = all(_own_path(page, request.client.authority) for page in pages)
+    return is_ours and (is_typed if sites == ["none"] else not sites and bool(pages or is_typed))
 
 
 def _own_path(url: str, authority: str) -> str:
@@ -2472,21 +2458,9 @@ def _app_name(route: Route) -> str:
     return "/".join(parts[-2:] if route.absolute else parts[-1:])
 
 
-def _copy_prefix(app: str, gate: Any) -> str:
+def _copy_prefix(route: Route, gate: Any) -> str:
     """The start of the names of all copies of an app's cookies."""
-    return "%s_%s_" % (gate.app_cookie, hashlib.sha256(app.encode()).hexdigest()[:8])
-
-
-def _copy(value: str, start: str) -> str:
-    """A copy of a Set-Cookie value with `start` before its name and Path=/; "" if it has Path=/."""
-    pair, *attributes = value.split(";")
-    keys = [part.partition("=")[0].strip(" \t").lower() for part in attributes]
-    split = list(zip(attributes, keys))
-    paths = [part.partition("=")[2].strip(" \t") for part, key in split if key == "path"]
-    if not pair.strip(" \t").partition("=")[0] or paths[-1:] == ["/"]:
-        return ""
-    kept = [part for part, key in split if key not in ("path", "domain", "httponly")]
-    return ";".join([start + pair.strip(" \t")] + kept + [" Path=/", " HttpOnly"])
+    return "%s_%s_" % (gate.app_cookie, hashlib.sha256(_app_name(route).encode()).hexdigest()[:8])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4825,7 +4799,7 @@ class Exchange:
         """Redirect an unprefixed request after its body: browsers read no earlier response."""
         while not self.body.finished and "expect" not in self.request.headers.index:
             await self.body.read(self.config.stall_timeout)
-        await self.respond(redirect_into_prefix(self.request, self.gate))
+        raise redirect_into_prefix(self.request, self.gate)
 
     async def _show_ports(self) -> None:
         config, client = self.config, self.request.client
