@@ -95,7 +95,8 @@ now = time.monotonic  # the clock of all deadlines, in seconds
 # --------------------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------------------
-# `PortProxy` turns these exceptions into responses, in one place.
+# `PortProxy` turns a ProxyError into the response, in one place.  The other exceptions are failures
+# of connections.
 
 # The names of options in error messages.  The Jupyter extension has terms of its own.
 COMMAND_LINE_TERMS = {
@@ -108,7 +109,7 @@ COMMAND_LINE_TERMS = {
     "host_allowlist": "--host-allowlist",
     "insecure_upstream": "--insecure-upstream",
     "upstream_tls": "--upstream-tls",
-    "value": "%s",
+    "value": "%s",  # the value of an option
 }
 
 
@@ -142,10 +143,10 @@ logger.addFilter(_escape_record)
 class ProxyError(Exception):
     """Ends a request with a response of the proxy itself, such as an error or a redirect.
 
-    status: the HTTP status code.  detail: the explanation for the user, in plain text.  fields:
-    additional response headers.  advice: a sentence that names an option; it is appended to
-    `detail`.  It is a `str.format` template with the keys of COMMAND_LINE_TERMS.  value: the
-    option's value in the advice.
+    status: the HTTP status code.  detail: the explanation for the user, in plain text, followed by
+    the advice.  fields: additional response headers.  advice: a sentence that names an option, as a
+    `str.format` template with the keys of COMMAND_LINE_TERMS.  value: the option's value, for
+    "{value}" in the advice.
 
     Raises ValueError for an invalid header, such as a value with a line break.
     """
@@ -158,17 +159,17 @@ class ProxyError(Exception):
             if not _OWN_FIELD.fullmatch("%s:%s" % (name, content)):
                 raise ValueError("the header %s is not valid" % ascii(name))
         self.status = status
-        self.detail = self._reason = detail
+        self.detail = self._explanation = detail
         self.fields = fields
         self._advice = advice
         self._value = value
         self.phrase_advice(COMMAND_LINE_TERMS)
 
     def phrase_advice(self, terms: Mapping[str, str]) -> None:
-        """Append the advice to `detail`, with these names of the options."""
+        """Set `detail` to the explanation and the advice, with these names of the options."""
         if self._advice:
             advice = self._advice.format(**dict(terms, value=terms["value"] % self._value))
-            self.detail = "%s %s" % (self._reason, advice)
+            self.detail = "%s %s" % (self._explanation, advice)
 
 
 _OWN_FIELD = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
@@ -422,7 +423,7 @@ _HOST_PATTERN = re.compile(r"[a-z0-9_.*?-]+|[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _ONLY_IPV4 = r"(?=%s(?:\.%s){3}\Z)" % (_OCTET, _OCTET)
 _DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?)*")
-_PORT_NAME = re.compile(r"[1-9][0-9]{0,4}")
+_PORT_NUMBER = re.compile(r"[1-9][0-9]{0,4}")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 
@@ -468,7 +469,7 @@ def find_route(
     rest = path_below(base, target)
     match = _BELOW_BASE.fullmatch(rest or "")
     if match is None:
-        if rest == "" or (rest and rest[0] == "?"):
+        if rest is not None and rest[:1] in ("", "?"):
             return None, "", rest
         raise ProxyError(404, "No port is named here. " + path_forms(base))
     absolute, upstream, path, query = match.groups("")
@@ -502,7 +503,9 @@ def _make_route(
     is_local = host in LOOPBACK_NAMES
     is_tls = authority in upstream_tls or (is_local and port in upstream_tls)
     scheme = "https" if is_tls else "http"
-    hosts = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),) if is_local else (host,)
+    hosts = (host,)  # type: Tuple[str, ...]
+    if is_local:
+        hosts = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),)
     app_authorities = frozenset(authority_of(name, int(port)) for name in hosts)
     fields = _PREFIX_FIELDS if prefix and not absolute else ()
     lines = tuple("%s: %s" % (field, prefix) for field in fields)
@@ -519,7 +522,7 @@ def port_in_host(authority: str, domains: Sequence[str]) -> int:
     if not authority[:1].isdigit():
         return 0
     port, _, domain = host_of(authority).partition(".")
-    is_port = domain in domains and _PORT_NAME.fullmatch(port) and int(port) <= 65535
+    is_port = domain in domains and _PORT_NUMBER.fullmatch(port) and int(port) <= 65535
     return int(port) if is_port else 0
 
 
@@ -557,7 +560,7 @@ def _decoded_segments(path: str) -> List[bytes]:
 
 
 def with_spelling_of(base: str, target: str) -> str:
-    """The target, with the spelling of `base` if it is below `base`.
+    """The target, with `base` instead of the same path in another percent-encoding.
 
     Browsers compare cookie paths without decoding.
     """
@@ -3734,7 +3737,7 @@ class TokenGate(Gate):
             if self.token and request.method == "POST":
                 self.check_origin(request)
                 await self._sign_in(await read_form(), client)
-            if _PORT_NAME.fullmatch(sent.get("open", "")):
+            if _PORT_NUMBER.fullmatch(sent.get("open", "")):
                 await self.authorize(request)
                 raise self._redirect_to_host(int(sent["open"]), client)
         return None
@@ -6598,7 +6601,7 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argpar
         word = unknown[0]
         if argv[argv.index(word) - 1] == "--token":
             parser.error(_TOKEN_HAS_NO_VALUE)
-        if _PORT_NAME.fullmatch(word):
+        if _PORT_NUMBER.fullmatch(word):
             parser.error(_BARE_PORT % {"port": word})
         import difflib  # here, because it takes memory
 
