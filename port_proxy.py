@@ -669,7 +669,7 @@ def normal_domain(domain: str) -> str:
 # them slow.
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
-# Against RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
+# Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
 _FIELD_LINE = re.compile(r"%s:[\t -~\x80-\xff]*" % TOKEN)
@@ -741,10 +741,10 @@ class Headers:
             is_legal = False
         if is_legal:
             return cls(keys, lines)
-        repaired = [_SPACED_NAME.sub(r"\1:", line, 1) for line in lines] if is_response else lines
-        if repaired == lines:
+        unspaced = [_SPACED_NAME.sub(r"\1:", line, 1) for line in lines] if is_response else lines
+        if unspaced == lines:
             raise ProxyError(400, _explain_field_section(lines))
-        return cls.parse("\r\n".join(repaired + ["", ""]).encode("latin-1"), config)
+        return cls.parse("\r\n".join(unspaced + ["", ""]).encode("latin-1"), config)
 
     def get(self, name: str) -> str:
         """The last value of the field `name` (lower case), "" if it is missing."""
@@ -757,7 +757,7 @@ class Headers:
         if line is None:
             return []
         start = len(name) + 1
-        if len(self.index) == len(self.keys):
+        if len(self.index) == len(self.keys):  # no field is repeated
             return [line[start:].strip(" \t")]
         return [
             line[start:].strip(" \t") for key, line in zip(self.keys, self.lines) if key == name
@@ -785,7 +785,7 @@ def _explain_field_section(lines: List[str]) -> str:
             if _SPACED_NAME.match(line):
                 return "A field line has white space before its colon (RFC 9112 section 5.1)."
             break
-    return "A field line is not 'name: value' without control bytes (RFC 9112 section 5)."
+    return "A field line must be 'name: value', without control bytes (RFC 9112 section 5)."
 
 
 class Framing(NamedTuple):
@@ -843,11 +843,11 @@ def _declared_framing(headers: Headers, minor: str) -> Optional[Framing]:
 
 
 class ClientInfo(NamedTuple):
-    """The address of a client, and the public origin: the origin of the proxy for this client.
+    """The address of a client, and the public origin: the proxy's origin in the client's URLs.
 
     address: "" if unknown.  scheme, authority (host:port): of the public origin; the authority is
     "" if the request has none.  app_port: the port in a host such as 8080.localhost, or 0.  lines:
-    the X-Forwarded header lines.  address_lines: those without the public origin.
+    the X-Forwarded header lines.  address_lines: the line of X-Forwarded-For alone, if any.
     """
 
     address: str
@@ -877,9 +877,9 @@ def client_info(
         while len(forwarded) > 1 and _is_trusted(forwarded[-1], config.trusted_proxies):
             forwarded.pop()
         address = forwarded[-1] if forwarded else address
-        proto = _nearest_value(headers, "x-forwarded-proto").lower()
-        host = _nearest_value(headers, "x-forwarded-host")
-        port = _nearest_value(headers, "x-forwarded-port")
+        proto = _first_member(headers, "x-forwarded-proto").lower()
+        host = _first_member(headers, "x-forwarded-host")
+        port = _first_member(headers, "x-forwarded-port")
         scheme = proto if proto in _DEFAULT_PORTS else scheme
         authority = host if is_authority(host) else authority
         port = port if re.fullmatch("[0-9]{1,5}", port) else ""
@@ -901,10 +901,11 @@ def _make_client_info(
     return ClientInfo(address, scheme, authority, app_port, lines, address_lines)
 
 
-def _nearest_value(headers: Headers, name: str) -> str:
+def _first_member(headers: Headers, name: str) -> str:
     """The first member of the last field called `name`.
 
-    If proxies replace the field, the nearest proxy wrote it; if they append, the outermost did.
+    If the nearest proxy replaces the field, this is its only member.  If proxies append members,
+    the outermost proxy wrote the first one.
     """
     return headers.get(name).partition(",")[0].strip(" \t")
 
@@ -913,10 +914,10 @@ def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
     if not trusted_proxies:
         return False
     try:
-        known = ipaddress.ip_address(address)
+        ip_address = ipaddress.ip_address(address)
     except ValueError:
-        return not address and "unix" in trusted_proxies
-    return any(known in network for network in _networks(trusted_proxies))
+        return not address and "unix" in trusted_proxies  # Unix sockets have no address
+    return any(ip_address in network for network in _networks(trusted_proxies))
 
 
 @functools.lru_cache(maxsize=8)
@@ -990,7 +991,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     if hosts and not is_authority(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
     # RFC 6454 section 7.3.  Otherwise the gate and the app might use different ones.
-    if "origin" in headers.index and len(headers.get_all("origin")) > 1:
+    if len(headers.get_all("origin")) > 1:
         raise ProxyError(400, "A request has at most one Origin field.")
     if method == "CONNECT":
         allow = (("Allow", "GET, HEAD, POST, OPTIONS"),)
@@ -1029,8 +1030,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         is_websocket=is_websocket,  # RFC 6455 section 4.1; other upgrades, such as h2c, are ignored
         is_navigation=is_navigation,
         is_page_visit=is_navigation and method in ("GET", "HEAD") and not is_websocket,
-        is_own_origin="origin" in headers.index
-        and is_own_origin(headers.get("origin"), client.authority),
+        is_own_origin=is_own_origin(headers.get("origin"), client.authority),
     )
 
 
@@ -1054,8 +1054,8 @@ def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
     """Method, target, minor version and length of the line; ProxyError 400, 414 or 505."""
     match = _REQUEST_LINE.match(text)
     if not match:
-        text = "The request line is not 'METHOD TARGET HTTP/1.1' with single spaces and a target"
-        raise ProxyError(400, text + " without control bytes.")
+        text = "The request line must be 'METHOD TARGET HTTP/1.1', with single spaces and without"
+        raise ProxyError(400, text + " control bytes.")
     method, target, major, minor = match.groups()
     if major != "1" or minor not in "01":
         raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
@@ -1093,13 +1093,14 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
     return Response(int(status), reason or "", headers, connection, framing, is_reusable)
 
 
-def check_partial_head(head: bytes, start: int, is_request: bool, config: Config) -> None:
+def check_partial_head(head: bytes, checked: int, is_request: bool, config: Config) -> None:
     """Raise ProxyError if an incomplete head is too long or already invalid.
 
-    start: the number of bytes that were checked before.
+    checked: the number of bytes that an earlier call has checked.
     """
+    start = max(0, checked - 1)  # this byte may be the CR of a CRLF
     part = head[start:]
-    if part.startswith(b"\n") and start:  # its CR was checked before
+    if start and part.startswith(b"\n"):  # its CR was checked before
         part = part[1:]
     pairs = part.count(b"\r\n")
     returns = part.count(b"\r") - part.endswith(b"\r")  # the last CR may be half of a CRLF
@@ -1107,7 +1108,7 @@ def check_partial_head(head: bytes, start: int, is_request: bool, config: Config
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
     end = head.find(b"\r\n")
     if is_request:
-        if end >= max(0, start - 1):  # the request line is now complete
+        if end >= 0 and end + 2 > checked:  # the request line is now complete
             parse_request_line(head[: end + 2].decode("latin-1"), config)
         elif end < 0 and len(head) > config.max_target_bytes:
             text = "The request line is longer than %d bytes." % config.max_target_bytes

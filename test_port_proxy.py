@@ -1294,9 +1294,9 @@ class TestMessages:
     def test_partial_head_is_refused_at_the_byte_that_makes_it_wrong(self, is_request, status, head):
         """Whether the last byte comes with all others or alone; the bytes before it are checked by then."""
         for end in range(1, len(head)):
-            check_partial_head(head[:end], max(0, end - 2), is_request, DEFAULT)
-        for start in (0, max(0, len(head) - 2)):
-            assert status_of_error(check_partial_head, head, start, is_request, DEFAULT) == status
+            check_partial_head(head[:end], end - 1, is_request, DEFAULT)
+        for checked in (0, len(head) - 1):
+            assert status_of_error(check_partial_head, head, checked, is_request, DEFAULT) == status
 
     @pytest.mark.parametrize("is_request, status, head", LONG_HEADS, ids=case_id)
     def test_partial_head_that_is_too_long_is_refused(self, is_request, status, head):
@@ -1307,8 +1307,8 @@ class TestMessages:
     ] + [(False, raw) for raw, _ in GOOD_RESPONSES], ids=case_id)
     def test_beginning_of_a_valid_head_is_accepted(self, is_request, raw):
         for end in range(len(raw)):
-            for start in (0, max(0, end - 2)):
-                check_partial_head(raw[:end], start, is_request, DEFAULT)
+            for checked in (0, max(0, end - 1)):
+                check_partial_head(raw[:end], checked, is_request, DEFAULT)
 
     def test_long_garbage_is_refused_in_linear_time(self):
         """Patterns with two ways to match the same text would take minutes for these."""
