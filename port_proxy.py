@@ -1332,9 +1332,9 @@ _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice t
 _READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties it
 _LARGE_PIECE = 1 << 15  # bytes
 _BACKLOG = 1024  # connections that wait to be accepted
-_PARTIAL_HEAD_BYTES = 1 << 26  # limit for all connections together
-_SMALL_HEAD = 1 << 12  # bytes; smaller ones are counted as they are read
-_LARGE_HEAD = 1 << 16  # bytes; further data is taken for a body
+_PENDING_BYTES = 1 << 26  # limit for all connections together
+_SMALL_PIECE = 1 << 12  # bytes; `read_head` counts smaller pieces, `data_received` larger ones
+_LARGE_HEAD = 1 << 16  # bytes; the rest of a larger piece is taken for a body
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _UNIX = getattr(socket, "AF_UNIX", None)
 
@@ -1359,17 +1359,18 @@ class StreamWriter(asyncio.StreamWriter):
 class Connection(asyncio.StreamReaderProtocol):
     """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    buffer: bytes that were read but not used.  unread: those that the StreamReader holds.  ended:
-    EOF or a failure.  failure: the exception, None after EOF.  has_received: data has come since
-    this was last set to False.  is_reused: taken from the pool.  is_admitted: the gate has admitted
-    a request of this client.  watcher: called with the connection on data and EOF.  sink: the Body
-    that receives data instead of the StreamReader.  feeder: the Body that is sent to this
-    connection.  address: the peer's IP address, or "".  scheme: "https" with TLS, else "http".
-    ends_body: the body that is sent to the peer ends at EOF.  state: see above.
+    on_accept: called when a client has connected; None for a connection to an upstream.  buffer:
+    bytes that were read but not used.  unread: the number of bytes in the StreamReader.  ended: EOF
+    or a failure.  failure: the exception, None after EOF.  has_received: data has come since this
+    was last set to False.  is_reused: taken from the pool.  is_admitted: the gate has admitted a
+    request of this client, or the peer is an upstream.  watcher: called with the connection on data
+    and EOF.  sink: the Body that receives data instead of the StreamReader.  feeder: the Body that
+    is sent to this connection.  address: the peer's IP address, or "".  scheme: "https" with TLS,
+    else "http".  ends_body: the body that is sent to the peer ends at EOF.  state: see above.
     """
 
     __slots__ = (
-        "_accepted",
+        "_on_accept",
         "address",
         "buffer",
         "deadlines",
@@ -1396,7 +1397,7 @@ class Connection(asyncio.StreamReaderProtocol):
     is_lent = False  # whether data comes only if `read` is called; see LentConnection
 
     def __init__(
-        self, deadlines: "Deadlines", accepted: Optional[Callable[["Connection"], None]] = None
+        self, deadlines: "Deadlines", on_accept: Optional[Callable[["Connection"], None]] = None
     ) -> None:
         self.reader = asyncio.StreamReader(_READER_LIMIT, loop=deadlines.loop)
         super().__init__(self.reader, loop=deadlines.loop)
@@ -1404,14 +1405,14 @@ class Connection(asyncio.StreamReaderProtocol):
         self.buffer = b""
         self.unread = 0
         self.ended = self.has_received = self.ends_body = self.is_reused = False
-        self.is_admitted = accepted is None
+        self.is_admitted = on_accept is None
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
         self.sink = self.feeder = None  # type: Optional[Body]
         self.read_deadline = self.write_deadline = FOREVER
         self.state = ACTIVE
         self.task = None  # type: Optional[asyncio.Future[None]]
-        self._accepted = accepted
+        self._on_accept = on_accept
 
     # Protocol callbacks.
 
@@ -1423,8 +1424,8 @@ class Connection(asyncio.StreamReaderProtocol):
         self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""
         self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         self.deadlines.connections.add(self)
-        if self._accepted is not None:
-            self._accepted(self)
+        if self._on_accept is not None:
+            self._on_accept(self)
 
     def data_received(self, data: bytes) -> None:
         if self.ended:  # a deadline has passed
@@ -1433,28 +1434,27 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.sink is not None:
             self.sink.take(data)
             return
-        if not self._has_room(data):
-            self.abort()
+        if not self._count_pending(data):
             return
         self.unread += len(data)
         self.reader.feed_data(data)
         if self.watcher is not None:
             self.watcher(self)
 
-    def _has_room(self, data: bytes) -> bool:
-        """Whether `partial_heads` has room for data that is not an admitted client's body."""
-        partial = self.deadlines.partial_heads
+    def _count_pending(self, data: bytes) -> bool:
+        """Count received data as pending, except admitted bodies; False above the limit."""
+        size = len(data)
         if not self.is_admitted:
-            is_held = self.state is not CLOSING  # else it is dropped as it comes
-            return not is_held or partial.reserve(self, partial.size(self) + len(data))
-        if len(data) <= _SMALL_HEAD or self.state not in (IDLE, READING_HEAD):
-            return True
-        return partial.reserve(self, partial.size(self) + min(len(data), _LARGE_HEAD))
+            is_pending = self.state is not CLOSING  # otherwise data is dropped
+        else:
+            is_pending = size > _SMALL_PIECE and self.state in (IDLE, READING_HEAD)
+            size = min(size, _LARGE_HEAD)
+        return not is_pending or self.deadlines.pending.add(self, size)
 
     def admit(self) -> None:
         """Note that the gate has admitted a request of this client."""
         self.is_admitted = True
-        self.deadlines.partial_heads.release(self)
+        self.deadlines.pending.release(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -1474,7 +1474,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if isinstance(exc, OSError) and not self.ended:
             self._read_remainder()
         self.deadlines.discard(self)
-        self.deadlines.partial_heads.release(self)
+        self.deadlines.pending.release(self)
         self.end(exc)
         if self.feeder is not None:
             self.feeder.stop()
@@ -1546,7 +1546,7 @@ class Connection(asyncio.StreamReaderProtocol):
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def can_carry_more(self) -> bool:
-        """Whether another request can follow.  A lent connection cannot take unused bytes back."""
+        """Whether another request can follow.  Tornado cannot take back unused bytes."""
         return not (self.is_lent and (self.buffer or self.unread))
 
     def queued(self) -> int:
@@ -1566,7 +1566,7 @@ class Connection(asyncio.StreamReaderProtocol):
         """Whether the connection is quiet, and the kernel holds no data or EOF for it."""
         return self.is_quiet() and not poll(self.transport, _READABLE)
 
-    def expire(self, time: float) -> None:
+    def check_deadlines(self, time: float) -> None:
         if time > self.read_deadline and not self.queued():  # a peer with unsent data is not idle
             self.read_deadline = FOREVER
             self.end(TimedOut())
@@ -1620,7 +1620,7 @@ def has_failed(transport: Any, events: int = -1) -> bool:
     """
     try:
         is_paused = not transport.is_closing() and not transport.is_reading()
-    except (AttributeError, RuntimeError):  # missing in 3.6; or as in `Connection.queued`
+    except (AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
         return False
     return bool(is_paused and poll(transport, 0) & events)
 
@@ -1668,7 +1668,7 @@ class Deadlines:
         self.loop = loop
         self.interval = interval
         self.connections = set()  # type: Set[Any]
-        self.partial_heads = PartialHeads()
+        self.pending = PendingBytes()
         self.is_active = False
         self.on_activity = None  # type: Optional[Callable[[], None]]
         self._empty = None  # type: Optional[asyncio.Future[None]]
@@ -1679,7 +1679,7 @@ class Deadlines:
         time = now()
         for connection in list(self.connections):
             try:
-                connection.expire(time)
+                connection.check_deadlines(time)
             except Exception as error:  # the others keep their deadlines
                 logger.error("internal error: %r", error)
         if self.is_active and self.on_activity:
@@ -1693,7 +1693,7 @@ class Deadlines:
 
     async def close(self, timeout: float) -> None:
         """Wait `timeout` seconds for connections to close, abort the others, stop the timer."""
-        for seconds in (timeout, 1.0):
+        for seconds in (timeout, 1.0):  # a second for the aborted ones to end
             if self.connections:
                 self._empty = self.loop.create_future()
                 await asyncio.wait([self._empty], timeout=seconds)
@@ -1702,35 +1702,39 @@ class Deadlines:
         self._timer.cancel()
 
 
-class PartialHeads:
-    """Limits the memory for incomplete request heads, and for all bytes of clients that are not
-    admitted: they can send more requests while one waits.  At the limit, the oldest is aborted."""
+class PendingBytes:
+    """Limits the memory for incomplete request heads, and for all unused bytes of clients that are
+    not admitted, such as their further requests.
+
+    Above the limit, the connection that has been counted longest is aborted, and the one that
+    exceeds the limit.
+    """
 
     def __init__(self) -> None:
         self._sizes = {}  # type: Dict[Connection, int]
         self._total = 0
 
-    def reserve(self, connection: Connection, size: int) -> bool:
-        """Record that a connection holds `size` bytes in all; False if the limit is exceeded."""
+    def add(self, connection: Connection, size: int) -> bool:
+        """Count `size` further bytes of a connection; False if this exceeds the limit."""
+        return self.set(connection, self._sizes.get(connection, 0) + size)
+
+    def set(self, connection: Connection, size: int) -> bool:
+        """Set the count of a connection; False if this exceeds the limit."""
         self._total += size - self._sizes.get(connection, 0)
         self._sizes[connection] = size
-        if self._total <= _PARTIAL_HEAD_BYTES:
+        if self._total <= _PENDING_BYTES:
             return True
         next(iter(self._sizes)).abort()  # frees its memory soon, but not at once
+        connection.abort()
         return False
 
-    def size(self, connection: Connection) -> int:
-        return self._sizes.get(connection, 0)
-
-    def head_ended(self, connection: Connection) -> None:
-        """The head is complete or invalid; the bytes behind it may be held for longer."""
-        held = 0
-        if not connection.is_admitted and not connection.transport.is_closing():
-            held = len(connection.buffer) + connection.unread
-        if not held:
+    def release_head(self, connection: Connection) -> None:
+        """Do not count a complete or invalid head any more, but only the unused bytes after it."""
+        size = len(connection.buffer) + connection.unread
+        if size and not connection.is_admitted and not connection.transport.is_closing():
+            self.set(connection, size)
+        else:
             self.release(connection)
-        elif not self.reserve(connection, held):
-            connection.abort()
 
     def release(self, connection: Connection) -> None:
         self._total -= self._sizes.pop(connection, 0)
@@ -1747,29 +1751,29 @@ async def read_head(
     at EOF, TimedOut at the connection's read deadline, and OSError if the connection fails.
     """
     head = head or await connection.read()
-    searched, partial = 0, connection.deadlines.partial_heads
+    checked, pending = 0, connection.deadlines.pending
     try:
         while True:
-            end = head.find(b"\r\n\r\n", max(0, searched - 3)) + 4
+            end = head.find(b"\r\n\r\n", max(0, checked - 3)) + 4
             if 4 <= end <= config.max_head_bytes:
                 if end < len(head):
                     connection.buffer = head[end:]
                     head = head[:end]
                 return head
             try:
-                check_partial_head(head, max(0, searched - 1), is_request, config)
+                check_partial_head(head, checked, is_request, config)
             except ProxyError:
                 connection.buffer = head
                 raise
-            searched = len(head)
-            if is_request and not partial.reserve(connection, searched):
-                connection.abort()
+            checked = len(head)
+            if is_request:
+                pending.set(connection, checked)
             data = await connection.read()
             if not data:
                 raise Truncated()
             head += data
     finally:
-        partial.head_ended(connection)
+        pending.release_head(connection)
 
 
 class Body:
@@ -1785,7 +1789,7 @@ class Body:
         "_decoder",
         "_done",
         "_is_paused",
-        "_is_slow",
+        "_is_target_slow",
         "_target",
         "_write_timeout",
         "count",
@@ -1805,13 +1809,11 @@ class Body:
         in_chunks: bool = False,
     ) -> None:
         self.source = source
-        self._decoder = None  # type: Any
-        if framing is not NO_BODY:
-            self._decoder = body_decoder(framing, config, is_response)
+        self._decoder = body_decoder(framing, config, is_response)
         self.in_chunks = in_chunks
         self.count = 0
         self.read_timeout = FOREVER
-        self.finished = framing is NO_BODY or framing == Framing("length", 0)
+        self.finished = self._decoder.finished  # type: bool
 
     def buffered_pieces(self) -> Pieces:
         """The pieces in the source's buffer; ProxyError 400."""
@@ -1867,9 +1869,7 @@ class Body:
                 return True
             source.deadlines.is_active = True
             if source.is_lent or source.buffer or source.unread or source.ended:
-                pieces = await self.read(self.read_timeout)
-                if pieces:
-                    target.write(pieces)
+                target.write(await self.read(self.read_timeout))
             else:
                 await self._relay_directly(target, write_timeout)
 
@@ -1880,7 +1880,7 @@ class Body:
         """Let the source write to the target until the body is complete or the target is closed."""
         source = self.source
         self._target, self._write_timeout = target, write_timeout
-        self._is_paused = self._is_slow = False
+        self._is_paused = self._is_target_slow = False
         self._done = source.deadlines.loop.create_future()
         source.sink = target.feeder = self
         source.read_deadline = now() + self.read_timeout
@@ -1915,19 +1915,19 @@ class Body:
         source = self.source
         if source.failure is not None:
             self._settle(source.failure)
-        elif not source.buffer:
+        elif not source.buffer:  # otherwise `_continue` calls `end` again
             try:
-                self._target.write(self._decode_end() or [b""])
+                self._target.write(self._decode_end())
                 self._settle(None)
             except Truncated as error:
                 self._settle(error)
 
     def pause(self) -> None:
-        self._is_slow = True
+        self._is_target_slow = True
         self._pause_source()
 
     def resume(self) -> None:
-        self._is_slow = False
+        self._is_target_slow = False
         self._continue()
 
     def _pause_source(self) -> None:
@@ -1936,9 +1936,12 @@ class Body:
         pause_reading(self.source.transport)
 
     def _continue(self) -> None:
-        """Continue, unless the target is slow: a paused TLS transport may still deliver data."""
+        """Decode the buffered data and resume the source, unless the target is slow.
+
+        A paused TLS transport may have delivered further data and EOF.
+        """
         source = self.source
-        if self._done.done() or not self._is_paused or self._is_slow:
+        if self._done.done() or not self._is_paused or self._is_target_slow:
             return
         self._is_paused = False
         if source.buffer:
@@ -4960,7 +4963,7 @@ class TunnelEnd(asyncio.Protocol):
             if self.tunnel.on_end:
                 self.tunnel.on_end()
 
-    def expire(self, time: float) -> None:
+    def check_deadlines(self, time: float) -> None:
         """Abort after the deadline or a reset; called by Deadlines.
 
         A hang-up does not count as failure: after our EOF, unread data may precede it.
@@ -5718,8 +5721,8 @@ class LentConnection(Connection):
         self.body_left = max(0, self.body_left - len(data))
         return data
 
-    def expire(self, time: float) -> None:
-        super().expire(time)
+    def check_deadlines(self, time: float) -> None:
+        super().check_deadlines(time)
         if poll(self.transport, _HANG_UP):  # Tornado does not detect an EOF after unread data
             self.abort()
 
