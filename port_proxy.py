@@ -963,6 +963,14 @@ class Request(NamedTuple):
         """All header fields as (name, value) pairs, for the `authorize` of an embedder."""
         return self.headers.pairs()
 
+    @property
+    def is_above_prefix(self) -> bool:
+        """Whether the directory of the URL is above the prefix.
+
+        This directory is the default Path of cookies and the default scope of service workers.
+        """
+        return self.is_unprefixed or not self.path
+
 
 class Response(NamedTuple):
     """A parsed response head.  is_reusable: its connection can carry another request."""
@@ -1716,10 +1724,10 @@ class PendingBytes:
 
     def add(self, connection: Connection, size: int) -> bool:
         """Count `size` further bytes of a connection; False if this exceeds the limit."""
-        return self.set(connection, self._sizes.get(connection, 0) + size)
+        return self.count(connection, self._sizes.get(connection, 0) + size)
 
-    def set(self, connection: Connection, size: int) -> bool:
-        """Set the count of a connection; False if this exceeds the limit."""
+    def count(self, connection: Connection, size: int) -> bool:
+        """Count `size` bytes of a connection in all; False if this exceeds the limit."""
         self._total += size - self._sizes.get(connection, 0)
         self._sizes[connection] = size
         if self._total <= _PENDING_BYTES:
@@ -1732,7 +1740,7 @@ class PendingBytes:
         """Do not count a complete or invalid head any more, but only the unused bytes after it."""
         size = len(connection.buffer) + connection.unread
         if size and not connection.is_admitted and not connection.transport.is_closing():
-            self.set(connection, size)
+            self.count(connection, size)
         else:
             self.release(connection)
 
@@ -1767,7 +1775,7 @@ async def read_head(
                 raise
             checked = len(head)
             if is_request:
-                pending.set(connection, checked)
+                pending.count(connection, checked)
             data = await connection.read()
             if not data:
                 raise Truncated()
@@ -1995,7 +2003,7 @@ _HANDSHAKE_NAMES = (
 _HANDSHAKE_SPELLING = {name.lower(): name for name in _HANDSHAKE_NAMES}
 # Gradio's API uses X-Forwarded-Host for the URLs of result files, and does not compare it with
 # Origin.  The second part is for Gradio 4 and older.
-_PUBLIC_APIS = re.compile(r"/gradio_api/|\A/(?:queue/join|run/|call/)")
+_USES_PUBLIC_ORIGIN = re.compile(r"/gradio_api/|\A/(?:queue/join|run/|call/)")
 _REFRESH = re.compile(
     r"(\A[0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)()", re.IGNORECASE
 )
@@ -2014,7 +2022,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     is_hidden = _hides_public_origin(request, gate)
     table = _HIDDEN_ORIGIN_TABLE if is_hidden else _REQUEST_TABLE
     table = _table_without(table, request.connection)
-    path = route.prefix + request.path if route.absolute else request.path or "/"
+    path = (route.prefix + request.path) if route.absolute else (request.path or "/")
     preserve_host = gate.config.preserve_host and client.authority
     lines = [
         "%s %s%s HTTP/1.1" % (request.method, path, gate.strip_query(request.query)),
@@ -2047,9 +2055,9 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     if is_bodiless and "content-length" in headers.index:  # HEAD and 304: as for GET
         length = headers.get("content-length").partition(",")[0]
         lines.append("Content-Length: " + length.strip(" \t"))
-    is_above_prefix = request.is_unprefixed or not request.path
-    if route.prefix and (is_above_prefix or "service-worker-allowed" in headers.index):
-        # A service worker may control only its own app.
+    has_scope = "service-worker-allowed" in headers.index
+    if route.prefix and (request.is_above_prefix or has_scope):
+        # A service worker may control its own app, and nothing else.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
     lines += gate.response_lines(response.status)
     if response.status == 101:
@@ -2100,9 +2108,10 @@ def _table_without(table: Dict[str, Any], named: FrozenSet[str]) -> Dict[str, An
 
 
 def _hides_public_origin(request: Request, gate: Any) -> bool:
-    """Whether X-Forwarded headers must hide the public origin, because Origin is translated.
+    """Whether X-Forwarded headers must hide the public origin.
 
-    Apps compare both.  Without Origin, Django compares Referer, and WebDAV servers Destination.
+    Apps compare them with Origin, which is translated.  If there is no Origin, Django compares them
+    with Referer, and WebDAV servers with Destination.
     """
     headers = request.headers
     if "origin" in headers.index or request.method in ("GET", "HEAD", "OPTIONS"):
@@ -2110,7 +2119,7 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
     else:
         url = headers.get("destination") or headers.get("referer")
         is_own = _path_of_own_url(url, request.client.authority) is not None
-    return is_own and not gate.config.preserve_host and not _PUBLIC_APIS.search(request.path)
+    return is_own and not gate.config.preserve_host and not _USES_PUBLIC_ORIGIN.search(request.path)
 
 
 def _path_of_own_url(url: str, authority: str) -> Optional[str]:
@@ -2126,8 +2135,10 @@ def _path_of_own_url(url: str, authority: str) -> Optional[str]:
 def _path_in_app(path: str, route: Route) -> str:
     """The upstream's path for a path of the public origin; "" if it is outside the app."""
     below = path_below(route.prefix, path)
-    if below is None or route.absolute:
-        return "" if below is None else path
+    if below is None:
+        return ""
+    if route.absolute:
+        return path
     return below if below.startswith("/") else "/" + below
 
 
@@ -2177,7 +2188,7 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
     ):
         return value
     path = _with_prefix(path if path.startswith("/") else "/" + path, route)
-    return "/." + path if _OTHER_HOST.match(path) else path
+    return "/." + path if _OTHER_HOST.match(path) else path  # the same path, but not "//host"
 
 
 def _translate_each(pattern: Any, translate: Callable[..., str]) -> Callable[..., Any]:
@@ -2212,8 +2223,8 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
             if has_path:
                 part = part[: part.find("=") + 1] + _cookie_path(content, route)
         kept.append(part)
-    if route.prefix and not has_path and (request.is_unprefixed or not request.path):
-        kept.append(" Path=%s/" % route.prefix)  # the default would be above the prefix
+    if route.prefix and not has_path and request.is_above_prefix:
+        kept.append(" Path=%s/" % route.prefix)
     return ";".join(kept)
 
 
@@ -2277,9 +2288,9 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
     host = host_of(client.authority)
     domain = host.partition(".")[2] if client.app_port else host
     if domain not in domains:
-        named = "localhost" if host.startswith("127.") or host == "[::1]" else ""
+        is_loopback = host.startswith("127.") or host == "[::1]"
         others = (name for name in domains if name != "localhost")
-        domain = named if named in domains else next(others, "")
+        domain = "localhost" if is_loopback and "localhost" in domains else next(others, "")
     if not domain or not host:
         return ""
     return "%s://%d.%s%s/" % (client.scheme, port, domain, client.authority[len(host) :])
