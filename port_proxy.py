@@ -3670,33 +3670,28 @@ class Gate:
         Following a link is allowed.  Browsers send Sec-Fetch-Site only to HTTPS and localhost.
         Without it and Origin, as for an image over plain HTTP, the Referer decides.
         """
-        headers, authority = request.headers, request.client.authority
-        sites, has_origin = headers.get_all("sec-fetch-site"), "origin" in headers.index
-        if not has_origin and sites in (["same-origin"], ["none"]):
-            return
+        headers, allowed = request.headers, self.config.allow_origins
+        sites = headers.get_all("sec-fetch-site")
         in_frame = any(dest != "document" for dest in headers.get_all("sec-fetch-dest"))
         is_opened = request.is_page_visit and not in_frame
-        if has_origin:
+        if "origin" in headers.index:
             page = headers.get("origin")
             is_own_form = page == "null" and sites == ["same-origin"]  # under no-referrer
             is_foreign = not request.is_own_origin and not is_own_form
         else:
-            referers = headers.get_all("referer")
             page = "/".join(headers.get("referer").split("/")[:3])
-            is_ours = all(_own_path(referer, authority) for referer in referers)
+            referers = headers.get_all("referer")
+            is_ours = all(_own_path(url, request.client.authority) for url in referers)
             is_foreign = not (sites or is_opened or is_ours)
         # "same-site" is foreign, too: it includes the hosts of apps, and other ports of this host.
         is_other_site = not is_opened and not {"same-origin", "none"}.issuperset(sites)
-        origin = normal_origin(page) if _PLAIN_ORIGIN.fullmatch(page.lower()) else ""
-        allowed = self.config.allow_origins
-        if not (is_foreign or is_other_site) or "*" in allowed or allows_origin(allowed, origin):
+        if not (is_foreign or is_other_site) or "*" in allowed:
             return
-        text = "A page without a proper origin may not use this address (%s)."  # such as "null"
-        if origin:
-            text = "A page of another site, %s, may not use this address (%%s)." % origin
-        elif not has_origin:
-            text = "A page of another site may not use this address (%s)."
-        text %= authority or "a server without a name"
+        origin = normal_origin(page) if _PLAIN_ORIGIN.fullmatch(page.lower()) else ""
+        if allows_origin(allowed, origin):
+            return
+        text = "A page of another site%s may not use this address (%s)."
+        text %= origin and ", %s," % origin, request.client.authority or "a server without a name"
         raise ProxyError(403, text, (), self.origin_advice(origin), origin)
 
     def origin_advice(self, origin: str) -> str:
@@ -3829,14 +3824,11 @@ class TokenGate(Gate):
         if any(map(self.owns_token, shown)):
             return
         wrong = await self._note_wrong_token(request.client) if shown else ""
-        if request.is_websocket:
-            text = "A WebSocket needs a signed-in browser, or the proxy's token."
-            raise ProxyError(403, wrong + text)
         if request.is_page_visit:
             prefix = request.route.prefix if request.route and request.is_unprefixed else ""
-            raise self._sign_in_needed(wrong.strip(), prefix + request.target, request.client)
-        text = "The proxy's token is needed, as 'Authorization: token TOKEN'."
-        raise ProxyError(401, wrong + text, CHALLENGE)
+            raise self._sign_in_needed(wrong, prefix + request.target, request.client)
+        text = "Sign in with a browser, or send the proxy's token as 'Authorization: token TOKEN'."
+        raise ProxyError(401, (wrong + " " + text).lstrip(), CHALLENGE)
 
     async def _note_wrong_token(self, client: ClientInfo) -> str:
         """Log a wrong token and delay the response: each connection can try one per second.
@@ -3845,7 +3837,7 @@ class TokenGate(Gate):
         """
         logger.warning("invalid token from %s", client.address or "-")
         await asyncio.sleep(_WRONG_TOKEN_SECONDS)
-        return "Invalid token. "
+        return "Invalid token."
 
     def _is_signed_in(self, request: Request) -> bool:
         host = host_of(request.client.authority)
@@ -3865,8 +3857,7 @@ class TokenGate(Gate):
         if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
             target = self.config.base + "/"
         if not self.owns_token(sent.get("token", "").strip()):
-            detail = await self._note_wrong_token(client)
-            raise self._sign_in_needed(detail.strip(), target, client)
+            raise self._sign_in_needed(await self._note_wrong_token(client), target, client)
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(client)))
 
     def _sign_in_needed(self, detail: str, target: str, client: ClientInfo) -> SignInNeeded:
@@ -3962,7 +3953,7 @@ _HUB_COOKIES = "jupyterhub-"
 _HUB_SESSION = "jupyterhub-session-id"  # cookie of the Hub; a sign-out changes its value
 # Tokens of another form are an app's, and are not sent to the Hub.
 _HUB_TOKEN = re.compile("[!-~]{1,1024}")
-_OAUTH_ERROR = re.compile(r"[a-z_]{1,40}")  # RFC 6749 section 4.1.2.1
+_COOKIE_OPTIONS = ("samesite", "secure", "domain", "max-age", "partitioned")
 _FORM = "Content-Type: application/x-www-form-urlencoded"
 _JSON = "Content-Type: application/json"
 _RETRY_SOON = (("Retry-After", "5"),)
@@ -3994,7 +3985,7 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
         server_name=read("SERVER_NAME", ""),
         home=read("DEFAULT_URL", "", functools.partial(_hub_home, prefix)),
         activity_url=read("ACTIVITY_URL", "", lambda url: url and _http_url(url)),
-        activity_interval=read("ACTIVITY_INTERVAL", "300", _positive_number),
+        activity_interval=max(1.0, read("ACTIVITY_INTERVAL", "300", float)),
         is_secure=read("PUBLIC_URL", "").startswith("https:"),
         host_cookies=read("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
         cookie_options=read("COOKIE_OPTIONS", "{}", _cookie_options),
@@ -4008,12 +3999,6 @@ def _http_url(url: str) -> str:
     return url
 
 
-def _positive_number(text: str) -> float:
-    if not float(text) > 0:
-        raise ValueError("a number greater than 0 is expected, not %r" % text)
-    return float(text)
-
-
 def _hub_home(prefix: str, path: str) -> str:
     home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
     return "" if is_base(prefix, home.partition("#")[0]) else home  # else a redirect loop
@@ -4021,15 +4006,15 @@ def _hub_home(prefix: str, path: str) -> str:
 
 def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
     """The Hub's attributes for cookies: the arguments of Tornado's set_cookie in JSON."""
-    arguments = {name.lower(): value for name, value in json.loads(text).items() if value}
-    if "expires_days" in arguments:
-        arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
-    names = ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned")
-    values = [(name, arguments.get(name.lower().replace("-", "_"))) for name in names]
-    attributes = [(name, "" if value is True else str(value)) for name, value in values if value]
+    arguments = {name.replace("_", "-"): value for name, value in json.loads(text).items() if value}
+    attributes = tuple(
+        (name, "" if value is True else str(value))
+        for name, value in arguments.items()
+        if name.lower() in _COOKIE_OPTIONS
+    )
     if not all(re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in attributes):
         raise ValueError("a cookie attribute is not valid")
-    return tuple(attributes)
+    return attributes
 
 
 def _config_under_hub(
@@ -4094,21 +4079,16 @@ class HubApi:
         self.hub = hub
         self.config = config
         self.deadlines = deadlines
-        self._version = ""
-        self._next_try = 0.0  # earliest time of the next request for the version
         self._context = None  # type: Optional[ssl.SSLContext]
         self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, bool]
         self._known = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
         self._unknown = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
 
-    async def user_of(self, token: str, session: str, is_issued: bool = False) -> Optional[HubUser]:
-        """The user of a token in a Hub session; None if the Hub does not know the token.
-
-        is_issued: the token comes from a sign-in, and not from the request.
-        """
+    async def user_of(self, token: str, session: str) -> Optional[HubUser]:
+        """The user of a token in a Hub session; None if the Hub does not know the token."""
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        is_known, key = is_issued or self.tokens.get(token), (token, session)
+        is_known, key = self.tokens.get(token), (token, session)
         cache = self._known if is_known else self._unknown
         task, until = cache.get(key, (None, 0.0))
         if task is None or now() > until:
@@ -4154,15 +4134,15 @@ class HubApi:
         }
         url = self.hub.api_url + "/oauth2/token"
         response, data = await self.call("POST", url, [_FORM], urlencode(form))
-        return str(data.get("access_token", "")) if response.status == 200 else ""
+        token = str(data.get("access_token", "")) if response.status == 200 else ""
+        if token:
+            self.tokens[token] = True
+        return token
 
     async def version(self) -> str:
-        """The Hub's version; "" if a request for it has failed within the last five seconds."""
-        if not self._version and now() >= self._next_try:
-            self._next_try = now() + 5
-            response, _ = await self.call("GET", self.hub.api_url + "/", [])
-            self._version = response.headers.get("x-jupyterhub-version")
-        return self._version
+        """The Hub's version; "" if it is unknown."""
+        response, _ = await self.call("GET", self.hub.api_url + "/", [])
+        return response.headers.get("x-jupyterhub-version")
 
     async def call(
         self, method: str, url: str, lines: List[str], body: str = ""
@@ -4219,6 +4199,7 @@ class HubGate(Gate):
         self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, HubBrowser]
         self._served = {}  # type: Dict[Any, Request]  # by connection
         self._last_activity = ""
+        self._version = None  # type: Optional[str]  # of the Hub
         deadlines.on_activity = self._note_activity
         self._tasks = [deadlines.loop.create_task(self._end_sessions())]
         if self.hub.activity_url:
@@ -4238,7 +4219,7 @@ class HubGate(Gate):
         return None
 
     async def authorize(self, request: Request) -> None:
-        user, token, is_signed_in = await self._find_user(request, all_tokens(request))
+        user, token, is_signed_in = await self._find_user(request)
         if user is None:
             raise self._sign_in_needed(request)
         self._check_access(user)
@@ -4253,12 +4234,10 @@ class HubGate(Gate):
         if not token:  # foreign pages do not know tokens
             self.check_origin(request)
 
-    async def _find_user(
-        self, request: Request, tokens: Iterable[str]
-    ) -> Tuple[Optional[HubUser], str, bool]:
+    async def _find_user(self, request: Request) -> Tuple[Optional[HubUser], str, bool]:
         """The user, the user's token in the request or "", and whether the browser has a session.
 
-        All `tokens` are looked up, so that every token of the Hub can be removed from the request.
+        All tokens are looked up, so that every token of the Hub can be removed from the request.
         """
         hub_session = _hub_session(request)
         user, found = await self._user_of_session(request, hub_session), ""
@@ -4267,7 +4246,7 @@ class HubGate(Gate):
         if {"same-origin", "none"}.issuperset(request.headers.get_all("sec-fetch-site")):
             # A link of a foreign page must not sign this browser in as another user.
             valid += query_tokens(request.target)
-        for token in tokens:
+        for token in all_tokens(request):
             owner = await self.api.user_of(token, hub_session)
             if owner is not None and token in valid and not found:
                 user, found = owner, token
@@ -4278,7 +4257,7 @@ class HubGate(Gate):
         for session in cookie_values(request.headers, self.cookie_name):
             browser = self._sessions.get(session)
             if browser and browser.hub_session in (None, hub_session):
-                user = await self.api.user_of(browser.token, hub_session, is_issued=True)
+                user = await self.api.user_of(browser.token, hub_session)
                 if user is not None:
                     return user
             self._sessions.pop(session, None)
@@ -4322,10 +4301,8 @@ class HubGate(Gate):
             connections = self.deadlines.connections  # without ended tunnels
             self._served = {key: self._served[key] for key in self._served if key in connections}
             for connection, request in list(self._served.items()):
-                # Other tokens gave no access: they need no lookup.
-                tokens = filter(self.api.tokens.get, all_tokens(request))
                 with contextlib.suppress(ProxyError):  # no response: the next check tries again
-                    user, _, _ = await self._find_user(request, tokens)
+                    user, _, _ = await self._find_user(request)
                     if self._served.get(connection) is not request or (user and user.has_access):
                         continue
                     logger.info("%s: closed, its session has ended", request.client.address)
@@ -4334,9 +4311,6 @@ class HubGate(Gate):
     # Signing in.
 
     def _sign_in_needed(self, request: Request) -> ProxyError:
-        if request.is_websocket:
-            text = "A WebSocket needs a browser that is signed in at the Hub, or a Hub token."
-            return ProxyError(403, text)
         if request.is_page_visit:
             return self._begin_login(request.target, request.client)
         text = "Sign in at the Hub, or send a Hub token as 'Authorization: token TOKEN'."
@@ -4373,16 +4347,11 @@ class HubGate(Gate):
         if not target:
             text = "This sign-in was used or has expired, began in another browser, or cookies are"
             raise ProxyError(403, text + " blocked." + again)
-        if "code" not in sent:
-            error = sent.get("error", "")
-            reason = error if _OAUTH_ERROR.fullmatch(error) else "no reason given"
-            raise ProxyError(403, "The Hub did not sign you in: %s.%s" % (reason, again))
-        token = await self.api.token_for(sent["code"], sign(self._key, "verifier", state))
-        if not token:
-            raise ProxyError(403, "The Hub rejected this sign-in." + again)
-        user = await self.api.user_of(token, _hub_session(request), is_issued=True)
+        verifier, code = sign(self._key, "verifier", state), sent.get("code", "")
+        token = await self.api.token_for(code, verifier) if code else ""
+        user = await self.api.user_of(token, _hub_session(request))
         if user is None:
-            raise ProxyError(403, "The Hub did not name your user." + again)
+            raise ProxyError(403, "The Hub did not sign you in." + again)
         self._check_access(user)
         session = self._new_session(token, request.client)
         expired = self._cookie(self._login_name(state), "", request.client, 0)
@@ -4428,9 +4397,12 @@ class HubGate(Gate):
     async def _ready(self) -> LocalResponse:
         """The Hub polls this until the server is up, and compares the version with its own."""
         fields = (("Content-Type", "application/json"), ("Content-Length", "2"))  # type: Fields
-        with contextlib.suppress(ProxyError):  # the version is optional
-            version = await self.api.version()
-            fields += (("X-JupyterHub-Version", version),) if version else ()
+        if self._version is None:
+            self._version = ""  # optional, so one request is enough
+            with contextlib.suppress(ProxyError):
+                self._version = await self.api.version()
+        if self._version:
+            fields += (("X-JupyterHub-Version", self._version),)
         return LocalResponse(200, fields, b"{}")
 
     def _note_activity(self) -> None:

@@ -2821,7 +2821,7 @@ class TestUnprefixedRequests:
             assert fields_of(answer)["service-worker-allowed"] == prefix + "/"
 
     @pytest.mark.parametrize("lines, status", [
-        ((), 401), (VISIT, 401), (("Origin: " + US,) + HANDSHAKE, 403),
+        ((), 401), (VISIT, 401), (("Origin: " + US,) + HANDSHAKE, 401),
     ], ids=case_id)
     def test_token_is_needed_without_a_prefix_too(self, start, upstream, lines, status):
         app = upstream(answering(OK))
@@ -3084,8 +3084,8 @@ class TestToken:
             method, lines, status
         ) in (
             ("GET", VISIT, 401), ("GET", VISIT + ("Authorization: token wrong",), 401), ("HEAD", VISIT, 401),
-            ("GET", (), 401), ("POST", ("Content-Length: 0",), 401), ("PROPFIND", (), 401), ("GET", HANDSHAKE, 403),
-            ("GET", HANDSHAKE + ("Authorization: Bearer wrong",), 403), ("GET", ("Cookie: a=b",), 401),
+            ("GET", (), 401), ("POST", ("Content-Length: 0",), 401), ("PROPFIND", (), 401), ("GET", HANDSHAKE, 401),
+            ("GET", HANDSHAKE + ("Authorization: Bearer wrong",), 401), ("GET", ("Cookie: a=b",), 401),
             ("GET", ("Cookie: port_proxy_%d=%s" % (proxy.port, "x" * 43),), 401),
             ("GET", ("Cookie: port_proxy_%d=\xe4" % proxy.port,), 401),
             ("GET", ("Authorization: Basic " + base64.b64encode(TOKEN.encode()).decode(),), 401),
@@ -3464,9 +3464,8 @@ class TestSignInAtAHost:
             ("GET", ("Cookie: port_proxy_%d=x" % proxy.port,), ""),
         ):
             for target in ("/", "/proxy/", ENTRANCE, ENTRANCE + "?ticket=guess"):
-                status = 403 if lines == HANDSHAKE and not target.startswith(ENTRANCE) else 401
                 answer = proxy.ask(at(host, method, target, *lines, body=body.encode()))
-                assert (status_of(answer), cookies_set(answer)) == (status, [])
+                assert (status_of(answer), cookies_set(answer)) == (401, [])
         assert app.connections == 0
 
     def test_page_links_to_the_proxys_own_host(self, visit, app, host):
@@ -3505,11 +3504,11 @@ class TestSignInAtAHost:
         assert [message[0] for message in app.messages] == ["GET /a?b HTTP/1.1"]
         assert "cookie" not in fields_of(app.messages[0])
 
-    @pytest.mark.parametrize("lines, status", [((), 401), (VISIT, 401), (HANDSHAKE, 403)], ids=case_id)
-    def test_ticket_needs_a_sign_in(self, lines, status):
+    @pytest.mark.parametrize("lines", [(), VISIT, HANDSHAKE], ids=case_id)
+    def test_ticket_needs_a_sign_in(self, lines):
         gate = gate_for(token=TOKEN)
         ((answered, fields),) = gate_answers(gate, asked_for("/proxy/?open=80", *lines, host="localhost", gate=gate))
-        assert (answered, "Location" in fields) == (status, False)
+        assert (answered, "Location" in fields) == (401, False)
 
     def test_ticket_is_valid_once_at_one_host_among_the_latest(self):
         gate = gate_for(token=TOKEN)
@@ -4968,9 +4967,8 @@ class TestHub:
             assert status_of(self.come_back(proxy, hub, *late)) == 403
 
     @pytest.mark.parametrize("query, says", [
-        ("state=%s&error=access_denied", b"did not sign you in: access_denied."),
-        ("state=%s&error=<b>", b"no reason given"), ("state=%s", b"no reason given"),
-        ("state=%s&code=wrong", b"The Hub rejected this sign-in"), ("state=x&code=a", b"was used or has expired"),
+        ("state=%s&error=access_denied", b"did not sign you in"), ("state=%s", b"did not sign you in"),
+        ("state=%s&code=wrong", b"did not sign you in"), ("state=x&code=a", b"was used or has expired"),
         ("code=a", b"was used or has expired"), ("state=%%0a&code=a", b"was used or has expired"),
     ])  # fmt: skip
     def test_login_that_fails_is_a_403_with_the_reason(self, proxy, query, says):
@@ -7869,8 +7867,7 @@ class TestUnderAHub:
         ("DEFAULT_URL", "//evil.example/a b\u00e9%2F#/x", "home", PREFIX + "/evil.example/a%20b%C3%A9%2F#/x"),
         ("COOKIE_OPTIONS", '{"SameSite": "None", "Secure": true}', "cookie_options",
          (("SameSite", "None"), ("Secure", ""))),
-        ("COOKIE_OPTIONS", '{"expires_days": 0.5, "path": "/evil", "secure": false}', "cookie_options",
-         (("Max-Age", "43200"),)),
+        ("COOKIE_OPTIONS", '{"max_age": 9, "path": "/evil", "secure": false}', "cookie_options", (("max-age", "9"),)),
         ("COOKIE_OPTIONS", '{"max_age": 0, "domain": null}', "cookie_options", ()),
     ])  # fmt: skip
     def test_variable_sets_its_field(self, name, text, field, value):
@@ -7900,7 +7897,6 @@ class TestUnderAHub:
         ({"COOKIE_OPTIONS": "["}, "", "JUPYTERHUB_COOKIE_OPTIONS"), ({"API_URL": "unix://a"}, "", "JUPYTERHUB_API_URL"),
         ({"OAUTH_ACCESS_SCOPES": "7"}, "", "JUPYTERHUB_OAUTH_ACCESS_SCOPES"),
         ({"ACTIVITY_INTERVAL": "x"}, "", "JUPYTERHUB_ACTIVITY_INTERVAL"),
-        ({"ACTIVITY_INTERVAL": "0"}, "", "JUPYTERHUB_ACTIVITY_INTERVAL"),
     ] + [
         ({name: ""}, "", "JUPYTERHUB_%s is not set" % name)
         for name in ("OAUTH_ACCESS_SCOPES", "SERVICE_PREFIX", "API_URL", "API_TOKEN", "CLIENT_ID")
