@@ -3574,6 +3574,8 @@ class Gate:
 
     token = ""  # required of every client; "" for none
     app_cookie = ""  # name of the cookie that holds the last app; "" for none
+    cookie_name = ""  # of the session
+    other_cookies = ()  # type: Tuple[str, ...]  # our other cookies' names start with one
     cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # our cookies' names contain one
     terms = COMMAND_LINE_TERMS  # the names of options in errors
 
@@ -3619,10 +3621,12 @@ class Gate:
         Browsers share cookies between ports.  If the app behind `route` is a port_proxy on this
         machine, it keeps its own cookies.
         """
-        if not name.startswith(COOKIE_PREFIX):
-            return False
+        bare = name[len("__Host-") :] if name.startswith("__Host-") else name
+        if name == self.cookie_name or bare.startswith(self.other_cookies):
+            return True
         of_app = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
-        return name != of_app and not name.startswith(of_app + "_app")
+        is_apps = bare == of_app or bare.startswith(of_app + "_app")
+        return bare.startswith(COOKIE_PREFIX) and not is_apps
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
@@ -3652,17 +3656,19 @@ class Gate:
             return url
         return path + (mark + "&".join(kept) if kept else "") + hash_mark + fragment
 
-    def location_without_token(self, request: Request) -> str:
-        """The target without our token, to redirect a page visit to; "" without need.
+    def redirect_without_token(self, request: Request, cookies: Callable[[], Fields]) -> None:
+        """Raise ProxyError 302 for a page visit whose target has our token.
 
-        The redirect removes the token from the address bar and from later Referer fields.
+        The redirect removes the token from the address bar and from later Referer fields.  cookies:
+        returns Set-Cookie fields for the redirect.
         """
         clean = self.strip_query(request.target)
         if clean == request.target or not request.is_page_visit:
-            return ""
+            return
         if not request.client.app_port:
             clean = with_spelling_of(self.config.base, clean)
-        return "/." + clean if _OTHER_HOST.match(clean) else clean
+        location = "/." + clean if _OTHER_HOST.match(clean) else clean
+        raise ProxyError(302, "Signed in.", (("Location", location),) + cookies())
 
     def check_origin(self, request: Request) -> None:
         """Raise ProxyError 403 for a request that a page of another origin caused.
@@ -3723,6 +3729,7 @@ class TokenGate(Gate):
         self.is_private = is_private
         self.cookie_name = COOKIE_PREFIX + (str(port) if port else "unix")
         self.app_cookie = self.cookie_name + "_app" if config.whole_origin else ""
+        self.other_cookies = (self.cookie_name + "_app",)
         token = config.token if config.authorize is None else ""
         if token is None:
             token = "" if is_private else ANY_TOKEN
@@ -3758,8 +3765,12 @@ class TokenGate(Gate):
             and request.method == "OPTIONS"
             and {"origin", "access-control-request-method"} <= request.headers.index.keys()
         )
-        if self.config.authorize is not None:
-            await self._ask_callable(request)
+        authorize = self.config.authorize  # type: Any
+        if authorize is not None:
+            result = await authorize(request, request.client, request.route)
+            if result is not None:  # such as False, which must not admit the request
+                text = "authorize must return None to admit a request, and raise ProxyError to"
+                raise TypeError("%s refuse it; it returned %s" % (text, type(result).__name__))
         elif not self.token:
             # A foreign page may choose X-Forwarded-Host, but not Host.
             for authority in {request.authority, request.client.authority}:
@@ -3769,21 +3780,8 @@ class TokenGate(Gate):
         if not preflight:
             self.check_origin(request)
 
-    async def _ask_callable(self, request: Request) -> None:
-        authorize = self.config.authorize  # type: Any
-        result = await authorize(request, request.client, request.route)
-        if result is not None:  # such as False, which must not admit the request
-            text = "authorize returned %s: it must return None to admit a request, and raise"
-            text = (text + " ProxyError to refuse it.") % type(result).__name__
-            logger.error(text)
-            raise ProxyError(500, "This proxy has a mistake: " + text)
-
     def owns_token(self, token: str) -> bool:
         return bool(self.token) and hmac.compare_digest(token.encode("utf-8"), self.token.encode())
-
-    def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
-        ours = name == self.cookie_name or name.startswith(self.cookie_name + "_app")
-        return ours or super().owns_cookie(name, route)
 
     # Without a token.
 
@@ -3811,10 +3809,9 @@ class TokenGate(Gate):
         signed_in = self._is_signed_in(request)
         if not signed_in:
             await self._check_tokens(request)
-        location = self.location_without_token(request)
-        if location:
-            cookie = () if signed_in else (self._new_cookie(request.client),)
-            raise ProxyError(302, "Signed in.", (("Location", location),) + cookie)
+        self.redirect_without_token(
+            request, lambda: () if signed_in else (self._new_cookie(request.client),)
+        )
         return signed_in
 
     async def _check_tokens(self, request: Request) -> None:
@@ -4192,7 +4189,8 @@ class HubGate(Gate):
         self.api = HubApi(config.hub, config, deadlines)
         self.deadlines = deadlines
         self.callback_path = urlsplit(self.hub.callback_url).path
-        self.cookie_marks += (_HUB_COOKIES,)
+        self.other_cookies = (_HUB_COOKIES,)
+        self.cookie_marks += self.other_cookies
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + _short_hash(self.hub.prefix)
         self._key = secrets.token_bytes(32)
@@ -4223,14 +4221,15 @@ class HubGate(Gate):
         if user is None:
             raise self._sign_in_needed(request)
         self._check_access(user)
-        location = self.location_without_token(request)
-        if location:
-            fields = (("Location", location),)  # type: Fields
-            if token and not is_signed_in:
-                # A sign-out at the Hub does not revoke this token.  So the new session is bound to
-                # the Hub session, and ends with it.
-                fields += (self._new_session(token, request.client, _hub_session(request)),)
-            raise ProxyError(302, "Signed in.", fields)
+
+        def cookies() -> Fields:
+            if is_signed_in or not token:
+                return ()
+            # A sign-out at the Hub does not revoke this token.  So the new session is bound to the
+            # Hub session, and ends with it.
+            return (self._new_session(token, request.client, _hub_session(request)),)
+
+        self.redirect_without_token(request, cookies)
         if not token:  # foreign pages do not know tokens
             self.check_origin(request)
 
@@ -4274,11 +4273,6 @@ class HubGate(Gate):
 
     def owns_token(self, token: str) -> bool:
         return token in self.api.tokens or token == self.hub.api_token
-
-    def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
-        bare = name[len("__Host-") :] if name.startswith("__Host-") else name
-        ours = bare.startswith(_HUB_COOKIES) or name == self.cookie_name
-        return ours or super().owns_cookie(bare, route)
 
     async def close(self) -> None:
         self.deadlines.on_activity = None
@@ -5848,15 +5842,13 @@ class JupyterGate(Gate):
             self.tokens += [str(token)] if token else []
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
         self.cookie_name = get_name(handler)
+        self.other_cookies = (_HUB_COOKIES,)
         self.cookie_marks += (_HUB_COOKIES, _JUPYTER_COOKIES, self.cookie_name)
 
     async def authorize(self, request: Request) -> None:
         if self.hub_auth is not None:
             await self._find_hub_tokens(request)
-        location = self.location_without_token(request)
-        if location:  # Jupyter sets a session cookie with the redirect
-            cookies = tuple(("Set-Cookie", cookie) for cookie in self._new_cookies())
-            raise ProxyError(302, "Signed in.", (("Location", location),) + cookies)
+        self.redirect_without_token(request, self._new_cookies)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
         # According to Jupyter's own options, except for OPTIONS: there it allows all origins.
@@ -5936,10 +5928,7 @@ class JupyterGate(Gate):
         )
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
-        bare = name[len("__Host-") :] if name.startswith("__Host-") else name
-        if name == self.cookie_name or bare.startswith(_HUB_COOKIES):
-            return True
-        if name.startswith(_JUPYTER_COOKIES):
+        if name.startswith(_JUPYTER_COOKIES) and name != self.cookie_name:
             # The app may be a Jupyter server, with a cookie of its own.
             authority = route.authority if route else ""
             return name != _JUPYTER_COOKIES + re.sub("[^A-Za-z0-9]", "-", authority)
@@ -5954,11 +5943,11 @@ class JupyterGate(Gate):
         """The cookies that Jupyter sets with this response."""
         if status < 200 and status != 101:
             return ()
-        return ["Set-Cookie: " + cookie for cookie in self._new_cookies()]
+        return ["%s: %s" % field for field in self._new_cookies()]
 
-    def _new_cookies(self) -> List[str]:
+    def _new_cookies(self) -> Fields:
         cookies = getattr(self.handler, "_new_cookie", {}).values()
-        return [cookie.OutputString(None) for cookie in cookies]
+        return tuple(("Set-Cookie", cookie.OutputString(None)) for cookie in cookies)
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """Also removes Jupyter's XSRF cookie from the requests of signed-in browsers.
@@ -6090,17 +6079,12 @@ def _config_value(name: str, value: Any) -> Any:
     if name not in OPTIONS:
         return value
     kind, default = OPTIONS[name].kind, getattr(Config(), name)
-    if isinstance(value, str):
-        text = str(value)
-        if kind is STRINGS:
-            return tuple(item.strip() for item in text.split(","))
-        if kind is SWITCH:
-            return {"true": True, "false": False}.get(text.lower(), text)
-        if kind in (INTEGER, SECONDS):
-            with contextlib.suppress(ValueError):
-                return kind.types[-1](text)
-        return text
-    if hasattr(value, "get_value") and not isinstance(value, list):
+    if isinstance(value, str) and kind is STRINGS:
+        return tuple(item.strip() for item in value.split(","))
+    if isinstance(value, str) and kind in (SWITCH, INTEGER, SECONDS):
+        with contextlib.suppress(ValueError):
+            return json.loads(value.lower())
+    if hasattr(value, "get_value") and not isinstance(value, (str, list)):
         return value.get_value(list(default)) if kind is STRINGS else default
     return value
 
