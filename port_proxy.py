@@ -4484,7 +4484,7 @@ class Exchange:
         self.status = self.sent = 0
         self.failure = ""
         self.tunnel = None  # type: Optional[Tunnel]
-        self._silence = FOREVER  # timeout for data from the upstream, in seconds
+        self._upstream_timeout = FOREVER  # for data; shorter once the client has half-closed
         self._response_body = None  # type: Optional[Body]
         self._sender = None  # type: Optional[asyncio.Task[None]]  # of the request body
         self._client_failure = None  # type: Optional[Exception]
@@ -4494,7 +4494,8 @@ class Exchange:
 
         Raises ProxyError for an error response or a redirect, ClientGone if the client has left.
         """
-        if self.request.route is None or self.request.client.app_port:  # possibly a sign-in
+        # The gate's own addresses have no route, or are at the host of an app (a sign-in there).
+        if self.request.route is None or self.request.client.app_port:
             response = await self.gate.respond(self.request, self._read_form)
             if response is not None:
                 await self.respond(response)
@@ -4591,16 +4592,16 @@ class Exchange:
 
     def _on_client_data(self, upstream: Connection, client: Connection) -> None:
         """Data or EOF has come from the client."""
-        if not client.ended or isinstance(client.failure, TimedOut):  # `_send_body` raises TimedOut
+        if not client.ended or isinstance(client.failure, TimedOut):  # `_send_body` handles it
             return
         if client.failure is not None or not client.transport.can_write_eof():
             self._client_failure = self._client_failure or ClientGone()
             upstream.abort()
         else:
-            self._silence = _HALF_CLOSED_SECONDS
+            self._upstream_timeout = _HALF_CLOSED_SECONDS
             if self._response_body is not None:
-                self._response_body.read_timeout = self._silence
-            upstream.read_deadline = min(upstream.read_deadline, now() + self._silence)
+                self._response_body.read_timeout = self._upstream_timeout
+            upstream.read_deadline = min(upstream.read_deadline, now() + self._upstream_timeout)
 
     # The request body is sent while the response is awaited.
 
@@ -4608,7 +4609,7 @@ class Exchange:
         timeout = self.config.stall_timeout
         self.body.read_timeout = timeout
         try:
-            # If the upstream has stopped reading, it may have sent its response already.
+            # An upstream that stops reading may have responded already: that is not an error.
             if await self.body.relay(upstream, timeout) and not self.status:
                 upstream.read_deadline = self._response_deadline()
         except (ProxyError, Truncated, TimedOut, OSError) as error:
@@ -4628,7 +4629,7 @@ class Exchange:
         return self._sender is not None and not self._sender.done()
 
     def _response_deadline(self) -> float:
-        return now() + min(self.config.response_timeout, self._silence)
+        return now() + min(self.config.response_timeout, self._upstream_timeout)
 
     # The response.
 
@@ -4657,7 +4658,7 @@ class Exchange:
         client.ends_body = client_framing is UNTIL_CLOSE
         in_chunks = client_framing is CHUNKED
         body = Body(upstream, framing, self.config, is_response=True, in_chunks=in_chunks)
-        body.read_timeout = self._silence
+        body.read_timeout = self._upstream_timeout
         self._response_body = body
         # Malformed data at the start of the body raises here, before the head is sent.
         pieces = body.buffered_pieces()
@@ -4685,7 +4686,7 @@ class Exchange:
 
     def _note_title(self, response: Response, body: Body, pieces: Pieces) -> None:
         if self.request.is_page_visit and body.count and self.request.route is not None:
-            data = b"".join(pieces[1:] if body.in_chunks else pieces)
+            data = b"".join(pieces[1:] if body.in_chunks else pieces)  # without the chunk size
             self.proxy.titles.note(self.request.route, response, data)
 
     def _may_keep_alive(self) -> bool:
@@ -4727,9 +4728,9 @@ class Exchange:
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
-            if self.status:  # only a half-closed client has this timeout
+            if self.status:  # the client has half-closed, or the upstream reads no more
                 return ClientGone()
-            timeout = min(self.config.response_timeout, self._silence)
+            timeout = min(self.config.response_timeout, self._upstream_timeout)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
         if route.scheme == "http":
@@ -4757,7 +4758,7 @@ class Exchange:
         if self.client.ends_body:
             self.client.abort()
         else:
-            self.client.close()  # the rest of the length, or the last chunk, is missing
+            self.client.close()  # Content-Length, or the missing last chunk, shows it
 
     # Responses of our own.
 
@@ -4780,7 +4781,7 @@ class Exchange:
         await self.respond(error_response(error, self.request, self.config.base))
 
     async def _redirect_into_prefix(self) -> None:
-        """Redirect an unprefixed request after its body: browsers read no earlier response."""
+        """Read the request body, then redirect: browsers do not read an earlier response."""
         while not self.body.finished and "expect" not in self.request.headers.index:
             await self.body.read(self.config.stall_timeout)
         raise redirect_into_prefix(self.request, self.gate)
@@ -4809,7 +4810,7 @@ class Exchange:
         """The whole body of a request to the gate."""
         timeout = self.config.head_timeout
         until, data = now() + timeout, b""
-        self.body.in_chunks = False
+        self.body.in_chunks = False  # the body is used here, not sent on
         try:
             while not self.body.finished:
                 data += b"".join(self.body.buffered_pieces() or await self.body.read(until - now()))
@@ -4943,7 +4944,7 @@ class TunnelEnd(asyncio.Protocol):
     def check_deadlines(self, time: float) -> None:
         """Abort after the deadline or a reset; called by Deadlines.
 
-        A hang-up does not count as failure: after our EOF, unread data may precede it.
+        POLLHUP is not a failure: if we have sent EOF, it can come while data is still unread.
         """
         if time > self.deadline or has_failed(self.transport, _RESET):
             self.tunnel.abort()
@@ -4973,13 +4974,13 @@ class PortProxy:
         self.is_stopping = False
         self.tunnels = set()  # type: Set[Tunnel]
         self.titles = Titles()
-        self.mark = secrets.token_hex(8)
+        self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
         self._clients = {}  # type: Dict[Connection, None]  # the oldest first
         self._servers = []  # type: List[asyncio.AbstractServer]
         self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
         self._handshakes = {}  # type: Dict[asyncio.Future[None], None]  # the oldest first
         self._sockets = []  # type: List[socket.socket]
-        self._owns_sockets = True
+        self._owns_socket_file = True
 
     async def start(
         self,
@@ -4996,7 +4997,7 @@ class PortProxy:
         """
         loop = asyncio.get_event_loop()
         tls = server_context(self.config) if self.config.certfile else None
-        self._owns_sockets = sockets is None
+        self._owns_socket_file = sockets is None
         self._sockets = _bind(self.config) if sockets is None else list(sockets)
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         self.is_stopping = False
@@ -5077,7 +5078,7 @@ class PortProxy:
         deadlines, self.deadlines = self.deadlines, None
         if deadlines is None:
             return
-        if self.config.bind.startswith(_UNIX_PREFIX) and self._owns_sockets:
+        if self.config.bind.startswith(_UNIX_PREFIX) and self._owns_socket_file:
             with contextlib.suppress(OSError):
                 os.unlink(self.config.bind[len(_UNIX_PREFIX) :])
         for server in self._servers:
@@ -5106,6 +5107,7 @@ class PortProxy:
             await asyncio.wait(tasks)
         self.upstreams.close()
         await self.gate.close()
+        # Tunnels have the rest of the time to send queued data, other connections one second.
         left = until - now() if self.tunnels else 0.0
         await deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
         self._servers.clear()
@@ -5145,7 +5147,7 @@ class PortProxy:
 
     def _accepted(self, client: Connection) -> None:
         if not self._has_room():
-            client.write([_FULL])
+            client.write([_TOO_MANY_CONNECTIONS])
             client.close()
             return
         self._clients[client] = None
@@ -5214,7 +5216,7 @@ class PortProxy:
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
-            # asyncio closes a socket that it has taken over; Python 3.6 only after EOF.
+            # Once asyncio has the socket, it closes it; 3.6 does so at EOF, hence the shutdown.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             if not is_taken:
@@ -5299,7 +5301,10 @@ class PortProxy:
         await self._linger(client, is_read=False)
 
     async def _serve_request(self, client: Connection, request: Request, gate: Gate) -> bool:
-        """Serve a request, and turn its errors into responses; whether another may follow."""
+        """Serve a request, and turn its errors into responses.
+
+        Returns whether the connection may carry another request.
+        """
         client.state = ACTIVE
         exchange = Exchange(self, gate, client, request)
         try:
@@ -5337,9 +5342,9 @@ class PortProxy:
     async def _linger(self, client: Connection, is_read: bool) -> None:
         """Close the connection, but first read until EOF or `linger_timeout`.
 
-        To close with unread data would reset the connection, and the client could lose the response
-        (RFC 9112 section 9.6).  TLS has no half-close: it lingers only after an incomplete request.
-        is_read: the request was read completely.
+        Closing with unread data would reset the connection, and the client could lose the response
+        (RFC 9112 section 9.6).  is_read: the request was read completely.  A TLS connection, which
+        has no half-close, is then closed at once.
         """
         client.state = CLOSING
         if client.transport.can_write_eof():
@@ -5358,7 +5363,7 @@ class PortProxy:
     def _log_end(self, client: Connection, exchange: Exchange) -> None:
         """Log a request at its end, or at the end of its tunnel."""
         if not logger.isEnabledFor(logging.INFO):
-            return  # a tunnel then does not keep its exchange in memory
+            return  # `on_end` would keep the exchange in memory for nothing
         tunnel = exchange.tunnel
         if tunnel is not None and tunnel in self.tunnels:
             tunnel.on_end = functools.partial(_log, exchange)
@@ -5369,11 +5374,11 @@ class PortProxy:
 def _log(exchange: Exchange) -> None:
     """One line per request, without the query, which may hold a secret."""
     request, tunnel = exchange.request, exchange.tunnel
-    path, mark, _ = request.target.partition("?")
+    path, has_query, _ = request.target.partition("?")
     record = {
         "client": request.client.address or "-",
         "method": request.method,
-        "target": path + ("?..." if mark else ""),
+        "target": path + ("?..." if has_query else ""),
         "app": request.route.authority if request.route else "-",
         "status": exchange.status or "gone",
         "bytes": tunnel.upstream.received if tunnel else exchange.sent,
@@ -5403,7 +5408,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
         data = await client.read()
         for _ in range(2):
             while data == b"\r":
-                data += await client.read() or b"?"  # at EOF, refused below
+                data += await client.read() or b"?"  # "\r?" is refused as a head
             if data[:2] == b"\r\n":
                 data = data[2:]
                 data = data or await client.read()
@@ -5424,7 +5429,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
 
 _UNIX_PREFIX = "unix:"
 _ACCEPT_PAUSE = 0.2  # seconds
-_FULL = local_response(
+_TOO_MANY_CONNECTIONS = local_response(
     error_response(ProxyError(503, "There are too many connections.", (("Retry-After", "5"),))),
     keep_alive=False,
 )
@@ -5433,7 +5438,7 @@ _FULL = local_response(
 # Sockets and TLS.
 
 
-def _places(config: Config) -> List[Any]:
+def _bind_addresses(config: Config) -> List[Any]:
     """The addresses to listen on, as `socket.getaddrinfo` returns them; none for a Unix socket."""
     if config.bind.startswith(_UNIX_PREFIX):
         return []
@@ -5447,7 +5452,7 @@ def _bind(config: Config) -> List[socket.socket]:
         return [_bind_unix(config.bind[len(_UNIX_PREFIX) :])]
     sockets = []  # type: List[socket.socket]
     try:
-        for family, kind, protocol, _, address in dict.fromkeys(_places(config)):
+        for family, kind, protocol, _, address in dict.fromkeys(_bind_addresses(config)):
             sock = socket.socket(family, kind, protocol)
             sockets.append(sock)
             if os.name == "posix":  # on Windows it would let another program take the port over
@@ -5507,7 +5512,7 @@ def _is_private(sock: socket.socket) -> bool:
 async def _first_byte(
     loop: asyncio.AbstractEventLoop, sock: socket.socket, timeout: float
 ) -> bytes:
-    """Wait for the first byte, and leave it unread; b"" at EOF and on Windows; TimeoutError."""
+    """The first byte, left unread; b"" at EOF and on Windows.  Raises asyncio.TimeoutError."""
     ready = loop.create_future()
 
     def note() -> None:
@@ -5579,7 +5584,7 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
 
 
 def _pass_phrase() -> str:
-    """The pass phrase from the terminal, or ""; OpenSSL does not ask in Python 3.15 and later."""
+    """The pass phrase from the terminal, or "".  From Python 3.15 on, OpenSSL does not ask."""
     import getpass
 
     try:
@@ -5651,11 +5656,11 @@ def checked_config(config: Config) -> Config:
                 config = config._replace(**{field: normalise(value)})
             except ValueError as error:
                 raise ValueError("%s: %s" % (OPTIONS[field].flag, error))
-    if config.hub:
+    if config.hub:  # which shares its origin with the proxy
         return config._replace(domains=(), whole_origin=False)
     if config.whole_origin is None:
-        is_ours = config.base in ("", Config().base) and not config.trusted_proxies
-        return config._replace(whole_origin=is_ours)
+        is_whole = config.base in ("", Config().base) and not config.trusted_proxies
+        return config._replace(whole_origin=is_whole)
     return config
 
 
@@ -6254,7 +6259,7 @@ async def check_port(upstream: str, config: Config) -> Report:
     deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
     own = []  # type: List[Address]
     with contextlib.suppress(OSError, UnicodeError):  # the proxy cannot listen on this address
-        own = [place[4][:2] for place in _places(config)]
+        own = [place[4][:2] for place in _bind_addresses(config)]
     check = PortCheck(route, Upstreams(config, deadlines, own))
     try:
         await check.run()
