@@ -4645,7 +4645,7 @@ class Exchange:
             if self.request.minor == "1":  # RFC 9110 section 15.2
                 lines = response_lines(response, self.request, self.gate)
                 self.client.write([serialise(lines, NO_BODY)])
-                await self._drain()
+                await self._drain(self.config.stall_timeout)
             await asyncio.sleep(0)  # yield: a flood of them must not starve other requests
 
     async def _relay(self, upstream: Connection, response: Response) -> bool:
@@ -4667,7 +4667,7 @@ class Exchange:
         client.write([head] + pieces)
         while not body.finished and not body.count:  # the first data may hold the page's title
             pieces = await body.read(body.read_timeout)
-            client.write(pieces or [b""])
+            client.write(pieces)
         self._note_title(response, body, pieces)
         try:
             if not await body.relay(client, self.config.stall_timeout):
@@ -4697,9 +4697,9 @@ class Exchange:
         is_read = self.body.finished and not self._is_sending() and self.client.can_carry_more()
         return self.keep_alive and is_read and not self.proxy.is_stopping
 
-    async def _drain(self) -> None:
+    async def _drain(self, timeout: float) -> None:
         try:
-            await self.client.drain(self.config.stall_timeout)
+            await self.client.drain(timeout)
         except OSError:
             raise ClientGone()
 
@@ -4711,13 +4711,12 @@ class Exchange:
             text = "It switched to a protocol (101) that the request did not name."
             raise ProxyError(502, text)
         self.keep_alive = False
-        await upstream.drain(self.config.stall_timeout)
+        timeout = self.config.stall_timeout
+        await upstream.drain(timeout)
         self.status = 101
         self.client.write([self._response_head(response, NO_BODY)])
-        await self._drain()
-        self.client.watcher = None
-        timeout, tunnels = self.config.stall_timeout, self.proxy.tunnels
-        self.tunnel = Tunnel(self.client, upstream, timeout, tunnels)
+        await self._drain(timeout)
+        self.tunnel = Tunnel(self.client, upstream, timeout, self.proxy.tunnels)
         await self.tunnel.start(self.client, upstream)
         self.gate.note_request(self.tunnel.client, self.request)
 
@@ -4767,11 +4766,8 @@ class Exchange:
         is_head = self.request.method == "HEAD"
         self.status = response.status
         self.client.write([local_response(response, self.keep_alive, is_head)])
-        try:
-            # Not `stall_timeout`: the response is short, and the client may not be signed in.
-            await self.client.drain(self.config.head_timeout)
-        except OSError:
-            raise ClientGone()
+        # Not `stall_timeout`: the response is short, and the client may not be signed in.
+        await self._drain(self.config.head_timeout)
         self.sent = 0 if is_head else len(response.body)
 
     async def respond_error(self, error: ProxyError) -> None:
@@ -5054,12 +5050,10 @@ class PortProxy:
     def url(self) -> str:
         """The address to open on this machine, without the token."""
         host = self.config.bind
-        if host in LOOPBACK_NAMES:
+        if host in LOOPBACK_NAMES or host.startswith(_UNIX_PREFIX):
             host = "localhost"
         elif host in ("", "0.0.0.0", "::"):
             host = socket.gethostname()
-        elif host.startswith(_UNIX_PREFIX):
-            host = "localhost"
         scheme = "https" if self.config.certfile else "http"
         port = ":%d" % self.port if self.port else ""
         host = "[%s]" % host if ":" in host else host
@@ -5132,7 +5126,7 @@ class PortProxy:
         self._clients[client] = None
         keep = False
         try:
-            request = await self._parse(client, head)
+            request = await self._read_request(client, head)
             keep = request is not None and await self._serve_request(client, request, gate)
         except (ClientGone, Truncated, TimedOut, OSError):
             client.abort()
@@ -5273,23 +5267,16 @@ class PortProxy:
             if client.state is not IDLE:
                 self._clients.pop(client, None)
 
-    async def _read_request(self, client: Connection) -> Optional[Request]:
-        """The next request; None if the client has ended or its head was refused."""
-        head = b""
-        try:
-            head = await _read_request_head(client, self.config)
-        except ProxyError as error:
-            await self._refuse(client, error)
-            return None
-        if not head:
-            client.close()
-            return None
-        return await self._parse(client, head)
+    async def _read_request(self, client: Connection, head: bytes = b"") -> Optional[Request]:
+        """The next request; None if the client has ended or the head was refused.
 
-    async def _parse(self, client: Connection, head: bytes) -> Optional[Request]:
-        """The request with this head; None if it was refused."""
+        head: the request head, if it was read before.
+        """
         try:
-            return parse_request(head, client.address, client.scheme, self.config)
+            head = head or await _read_request_head(client, self.config)
+            if head:
+                return parse_request(head, client.address, client.scheme, self.config)
+            client.close()
         except ProxyError as error:
             await self._refuse(client, error)
         return None
