@@ -1374,7 +1374,7 @@ class Connection(asyncio.StreamReaderProtocol):
     request of this client, or the peer is an upstream.  watcher: called with the connection on data
     and EOF.  sink: the Body that receives data instead of the StreamReader.  feeder: the Body that
     is sent to this connection.  address: the peer's IP address, or "".  scheme: "https" with TLS,
-    else "http".  ends_body: the body that is sent to the peer ends at EOF.  state: see above.
+    else "http".  eof_ends_body: EOF ends the body that is sent to the peer.  state: see above.
     """
 
     __slots__ = (
@@ -1383,7 +1383,7 @@ class Connection(asyncio.StreamReaderProtocol):
         "buffer",
         "deadlines",
         "ended",
-        "ends_body",
+        "eof_ends_body",
         "failure",
         "feeder",
         "has_received",
@@ -1412,7 +1412,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.deadlines = deadlines
         self.buffer = b""
         self.unread = 0
-        self.ended = self.has_received = self.ends_body = self.is_reused = False
+        self.ended = self.has_received = self.eof_ends_body = self.is_reused = False
         self.is_admitted = on_accept is None
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
@@ -1598,10 +1598,10 @@ class Connection(asyncio.StreamReaderProtocol):
     def abort(self) -> None:
         """Close at once.  `read` and `drain` raise OSError.
 
-        If `ends_body`, reset the connection, so that the peer knows that the body is truncated.
+        If `eof_ends_body`, reset the connection, so that the peer knows that the body is truncated.
         """
         sock = self.transport.get_extra_info("socket")
-        if self.ends_body and sock is not None and sock.family != _UNIX and sock.fileno() >= 0:
+        if self.eof_ends_body and sock is not None and sock.family != _UNIX and sock.fileno() >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.end(ConnectionAbortedError(errno.ECONNABORTED, "the proxy closed the connection"))
         self.transport.abort()
@@ -1669,7 +1669,7 @@ def plain_address(text: str) -> str:
 class Deadlines:
     """All open connections and tunnel ends, and one timer that checks their deadlines.
 
-    is_active: an app was used since the last tick.  on_activity: called at the next tick if so.
+    has_activity: an app was used since the last tick.  on_activity: called at the next tick if so.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
@@ -1677,7 +1677,7 @@ class Deadlines:
         self.interval = interval
         self.connections = set()  # type: Set[Any]
         self.pending = PendingBytes()
-        self.is_active = False
+        self.has_activity = False
         self.on_activity = None  # type: Optional[Callable[[], None]]
         self._empty = None  # type: Optional[asyncio.Future[None]]
         self._timer = loop.call_later(interval, self._tick)
@@ -1690,9 +1690,9 @@ class Deadlines:
                 connection.check_deadlines(time)
             except Exception as error:  # the others keep their deadlines
                 logger.error("internal error: %r", error)
-        if self.is_active and self.on_activity:
+        if self.has_activity and self.on_activity:
             self.on_activity()
-        self.is_active = False
+        self.has_activity = False
 
     def discard(self, connection: Any) -> None:
         self.connections.discard(connection)
@@ -1875,7 +1875,7 @@ class Body:
                 return False
             if self.finished:
                 return True
-            source.deadlines.is_active = True
+            source.deadlines.has_activity = True
             if source.is_lent or source.buffer or source.unread or source.ended:
                 target.write(await self.read(self.read_timeout))
             else:
@@ -1908,7 +1908,7 @@ class Body:
         except ProxyError as error:
             self._settle(error)
             return
-        source.deadlines.is_active = True
+        source.deadlines.has_activity = True
         source.read_deadline = FOREVER if self._is_paused else time + self.read_timeout
         if pieces:
             self._target.write_deadline = time + self._write_timeout
@@ -4503,7 +4503,7 @@ class Exchange:
         request = self.request = find_app(self.request, self.gate)
         await self.gate.authorize(request)
         self.client.admit()
-        self.client.deadlines.is_active = True
+        self.client.deadlines.has_activity = True
         if request.route is not None:
             await self._serve(request.route)
         elif request.target == "*":
@@ -4655,7 +4655,7 @@ class Exchange:
         if framing is CHUNKED or framing is UNTIL_CLOSE:
             client_framing = CHUNKED if self.request.minor == "1" else UNTIL_CLOSE
         self.keep_alive = self._may_keep_alive() and client_framing is not UNTIL_CLOSE
-        client.ends_body = client_framing is UNTIL_CLOSE
+        client.eof_ends_body = client_framing is UNTIL_CLOSE
         in_chunks = client_framing is CHUNKED
         body = Body(upstream, framing, self.config, is_response=True, in_chunks=in_chunks)
         body.read_timeout = self._upstream_timeout
@@ -4754,7 +4754,7 @@ class Exchange:
     def cut_short(self) -> None:
         """End a response that cannot be finished, so that the client sees that it is incomplete."""
         self.keep_alive = False
-        if self.client.ends_body:
+        if self.client.eof_ends_body:
             self.client.abort()
         else:
             self.client.close()  # Content-Length, or the missing last chunk, shows it
@@ -4902,7 +4902,7 @@ class TunnelEnd(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
-        self.deadlines.is_active = True
+        self.deadlines.has_activity = True
         self.write(data)
         if self.peer.ended:  # half-closed: data extends the deadline
             self.deadline = now() + self.tunnel.timeout
