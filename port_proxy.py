@@ -42,6 +42,7 @@ import base64
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import hmac
 import html
@@ -2484,7 +2485,7 @@ def _copy_prefix(route: Route, gate: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 # Local sockets
 # --------------------------------------------------------------------------------------------------
-# Lists the programs of this user that listen, and finds the user who owns a port.  On Linux, both
+# Lists the programs that listen, and finds the user who owns a port.  On Linux, both
 # are in /proc (proc(5)).  For the owner of one socket, netlink (sock_diag(7)) is much faster if the
 # machine has many sockets.  On other systems, no port is listed and no port is refused.
 
@@ -2492,7 +2493,8 @@ _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 # A row of these tables: local address and port, remote address and port, state, user id, inode.
 # Listening sockets have the remote port 0.  Sockets without a process have the inode 0.
 _ROW = (
-    r"^ *[0-9]+: ([0-9A-F]+):(%s) ([0-9A-F]+):%04X \S+ \S+ \S+ \S+ +([0-9]+) +[0-9]+ ([1-9][0-9]*) "
+    r"^ *[0-9]+: ([0-9A-F]+):([0-9A-F]{4}) ([0-9A-F]+):%04X \S+ \S+ \S+ \S+ +([0-9]+) +[0-9]+"
+    r" ([1-9][0-9]*) "
 )
 _FIRST_COMMON_PORT = 1024  # system services listen below
 _FIRST_ORDINARY_USER = 1000  # root and system services have lower ids
@@ -2506,9 +2508,8 @@ _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
 _INTERPRETER = re.compile(
     r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*"
 )
-_PYTHON_FLAGS = (
-    "-u -E -I -s -S -O -OO -B -b -q -v -X -W".split()
-)  # other flags may be followed by code
+# Flags of Python in front of a script or module; other flags may be followed by code.
+_FLAGS = "-u -E -I -s -S -O -OO -B -b -q -v -m".split()
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,60}")
 
 
@@ -2522,65 +2523,51 @@ class TcpSocket(NamedTuple):
 
 
 class Listener(NamedTuple):
-    """A program of this user that listens on a port.
+    """A program that listens on a port.
 
-    started: in seconds since the epoch; 0.0 if unknown.
+    user: its owner's id.  pid: 0 if the process is another user's, or in a container on this
+    network.  program: "" if unknown.  started: in seconds since the epoch; 0.0 if unknown.
     """
 
     port: int
     addresses: Tuple[str, ...]
-    program: str
+    user: int
     pid: int
+    program: str
     started: float
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a program of this user, and not a system service."""
+        return bool(self.pid) and self.user == os.geteuid() and self.port >= _FIRST_COMMON_PORT
 
-class LocalSockets:
-    """A cache of listening sockets.  A thread looks them up, at most once a second."""
+
+class ListenerCache:
+    """The listeners of this machine.  A thread looks them up, at most once a second."""
 
     def __init__(self) -> None:
-        # For each function: its last result, and the time until which the result is valid.
-        self._lookups = {}  # type: Dict[Any, Tuple[asyncio.Future[Any], float]]
+        self._lookup = None  # type: Optional[asyncio.Future[List[Listener]]]
+        self._valid_until = 0.0
 
-    async def listeners(self) -> List[Listener]:
-        return list(await self._look_up(find_listeners))
-
-    async def listening_elsewhere(self, host: str, port: int) -> Sequence[str]:
-        """Where a local port listens, if `host` is a loopback name at which it does not."""
-        if host not in LOOPBACK_NAMES:
-            return ()
-        sockets = await self._look_up(tcp_sockets)  # type: List[TcpSocket]
-        addresses = listening_addresses(sock for sock in sockets if sock.port == port)
-        return () if reaches_any(host, addresses) else addresses
-
-    async def _look_up(self, function: Callable[[], Any]) -> Any:
-        future, until = self._lookups.get(function, (None, 0.0))
-        if future is None or (future.done() and now() >= until):
-            future = asyncio.get_event_loop().run_in_executor(None, function)
-            self._lookups[function] = future, now() + 1.0
-        return await asyncio.shield(future)
+    async def get(self) -> List[Listener]:
+        if self._lookup is None or (self._lookup.done() and now() >= self._valid_until):
+            self._lookup = asyncio.get_event_loop().run_in_executor(None, find_listeners)
+            self._valid_until = now() + 1.0
+        return await asyncio.shield(self._lookup)
 
 
 def find_listeners() -> List[Listener]:
-    """The listening programs of this user, in the order of ports; not system services."""
-    by_port = {}  # type: Dict[int, List[TcpSocket]]
+    """All programs that listen, in the order of ports."""
+    groups = {}  # type: Dict[Tuple[int, int], List[TcpSocket]]
     for sock in tcp_sockets():
-        if sock.user == os.geteuid() and sock.port >= _FIRST_COMMON_PORT:
-            by_port.setdefault(sock.port, []).append(sock)
-    if not by_port:
-        return []
-    pids = _pids_by_inode({sock.inode for sockets in by_port.values() for sock in sockets})
+        groups.setdefault((sock.port, sock.user), []).append(sock)
+    pids = _pids_by_inode() if groups else {}
     found = []
-    for port, sockets in sorted(by_port.items()):
-        pid = next((pids[sock.inode] for sock in sockets if sock.inode in pids), None)
-        if pid is not None:  # else it may belong to a container on this network
-            addresses = listening_addresses(sockets)
-            found.append(Listener(port, addresses, _program(pid), pid, _started(pid)))
+    for (port, user), sockets in sorted(groups.items()):
+        addresses = tuple(dict.fromkeys(sock.address for sock in sockets))
+        pid = next((pids[sock.inode] for sock in sockets if sock.inode in pids), 0)
+        found.append(Listener(port, addresses, user, pid, _program(pid), _started(pid)))
     return found
-
-
-def listening_addresses(sockets: Iterable[TcpSocket]) -> Tuple[str, ...]:
-    """The addresses of these sockets, each once."""
-    return tuple(dict.fromkeys(sock.address for sock in sockets))
 
 
 def reaches_any(host: str, addresses: Iterable[str]) -> bool:
@@ -2588,22 +2575,13 @@ def reaches_any(host: str, addresses: Iterable[str]) -> bool:
     return any(address in _REACHED[host] for address in addresses)
 
 
-def tcp_sockets(
-    port: Optional[int] = None, peer: Optional[Address] = None, tables: Sequence[str] = _TABLES
-) -> List[TcpSocket]:
-    """Listening sockets, or those connected to `peer`; IPv4 before IPv6.
-
-    port: the local port; None for all ports.
-    """
-    ports = "[0-9A-F]{4}" if port is None else "%04X" % port
-    rows = re.compile(_ROW % (ports, peer[1] if peer else 0), re.MULTILINE)
+def tcp_sockets(peer: Optional[Address] = None) -> List[TcpSocket]:
+    """Listening sockets, or those connected to `peer`; IPv4 before IPv6."""
+    rows = re.compile(_ROW % (peer[1] if peer else 0), re.MULTILINE)
     found = []
-    for table in tables:
-        for address, own_port, remote, user, inode in rows.findall(_read(table)):
-            if peer is None or _parse_address(remote) == peer[0]:
-                found.append(
-                    TcpSocket(_parse_address(address), int(own_port, 16), int(user), inode)
-                )
+    for address, port, remote, user, inode in rows.findall("".join(map(_read, _TABLES))):
+        if peer is None or _parse_address(remote) == peer[0]:
+            found.append(TcpSocket(_parse_address(address), int(port, 16), int(user), inode))
     return found
 
 
@@ -2683,9 +2661,9 @@ def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
         return set()
     # An IPv6 socket may also accept IPv4, but not the reverse.  A socket that is bound to the exact
     # address precedes a socket that is bound to all addresses.
-    sockets = tcp_sockets(address[1], peer, _TABLES[1:] if is_ipv6 else _TABLES)
+    sockets = [sock for sock in tcp_sockets(peer) if sock.port == address[1]]
     exact = {sock.user for sock in sockets if sock.address == address[0]}
-    return exact or {sock.user for sock in sockets if sock.address in _ANY_ADDRESS}
+    return exact or {sock.user for sock in sockets if sock.address in _ANY_ADDRESS[is_ipv6:]}
 
 
 def _has_netlink() -> bool:
@@ -2730,17 +2708,15 @@ def user_name(user: int) -> str:
         return "number %d" % user
 
 
-def _pids_by_inode(inodes: Set[str]) -> Dict[str, int]:
+def _pids_by_inode() -> Dict[str, int]:
     """For each socket, the lowest id of its processes, without processes of other users."""
     found = {}  # type: Dict[str, int]
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
-        folder = "/proc/%d/fd/" % pid
-        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
-            for descriptor in os.listdir(folder):
-                with contextlib.suppress(OSError):  # closed meanwhile
-                    target = os.readlink(folder + descriptor)
-                    if target.startswith("socket:[") and target[8:-1] in inodes:
-                        found.setdefault(target[8:-1], pid)
+    for path in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            kind, _, inode = os.readlink(path).rstrip("]").partition(":[")
+            if kind == "socket":
+                pid = int(path.split("/")[2])
+                found[inode] = min(pid, found.get(inode, pid))
     return found
 
 
@@ -2758,15 +2734,12 @@ def _program(pid: int) -> str:
 
     Other arguments are left out because they may contain secrets.
     """
-    words = _read("/proc/%d/cmdline" % pid).split("\0")[:-1] or [""]
-    command, rest = words[0], words[1:]
-    if not any(rest):  # some programs put all arguments into the first one
+    command, *rest = _read("/proc/%d/cmdline" % pid).rstrip("\0").split("\0")
+    if not rest:  # some programs put all arguments into the first one
         command = command.split(" ")[0]
     name = os.path.basename(command)
-    while rest and rest[0] in _PYTHON_FLAGS:
-        rest = rest[2:] if rest[0] in ("-X", "-W") else rest[1:]
-    if rest[:1] == ["-m"]:
-        rest = rest[1:]
+    while rest and rest[0] in _FLAGS:
+        del rest[0]
     script = os.path.basename(rest[0]) if rest else ""
     if _INTERPRETER.fullmatch(name) and _PLAIN_NAME.fullmatch(script):
         return script
@@ -2954,22 +2927,22 @@ CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers show no password dialo
 class NotListening(ProxyError):
     """The app does not listen; page visits get a page that waits for it.
 
-    elsewhere: other addresses with a listener on the same port.
+    addresses: where something listens on the same port.
     """
 
-    def __init__(self, route: Route, elsewhere: Sequence[str]) -> None:
+    def __init__(self, route: Route, addresses: Sequence[str]) -> None:
         text = "Nothing listens on %s. Is the app running, and is this its port?" % route.place
         advice = address = ""
-        if elsewhere:
+        if addresses and route.is_local and not reaches_any(route.host, addresses):
             text = "The app on port %d listens on %s only, not on %s."
-            text %= route.port, " and ".join(elsewhere), route.host
+            text %= route.port, " and ".join(addresses), route.host
             advice = "Open %d instead of %s." % (route.port, route.authority)
-        if elsewhere and not any(name in LOOPBACK_NAMES for name in elsewhere):
-            address = elsewhere[0]
-            advice = (
-                "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value}"
-                " and open %s instead of %d."
-            ) % (authority_of(address, route.port), route.port)
+            if not any(name in LOOPBACK_NAMES for name in addresses):
+                address = addresses[0]
+                advice = (
+                    "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist}"
+                    " {value} and open %s instead of %d."
+                ) % (authority_of(address, route.port), route.port)
         fields = (("Retry-After", "2"), ("Port-Proxy", "waiting"))
         super().__init__(502, text, fields, advice, address)
         self.route = route
@@ -3030,7 +3003,7 @@ def port_row(base: str, listener: Listener, title: str, host_url: str) -> Dict[s
     host_url: the URL of the port's own host, or "".  The best link comes first.
     """
     row = listener._asdict()  # type: Dict[str, Any]
-    started = row.pop("started")
+    started, _ = row.pop("started"), row.pop("user")
     row["seconds"] = int(time.time() - started) if started else None
     row["title"] = title or None
     row["links"] = {"host": host_url} if host_url else {}
@@ -3224,6 +3197,24 @@ _FETCH_SECONDS = 3.0
 _FETCH_BYTES = 1 << 22
 
 
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+class BoundedDict(Dict[_Key, _Value]):
+    """A dictionary of the latest `size` entries; setting a key makes its entry the latest."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def __setitem__(self, key: _Key, value: _Value) -> None:
+        self.pop(key, None)
+        super().__setitem__(key, value)
+        if len(self) > self.size:
+            del self[next(iter(self))]
+
+
 class Upstreams:
     """Opens connections to upstreams, and pools idle ones.
 
@@ -3234,11 +3225,12 @@ class Upstreams:
         self.config = config
         self.deadlines = deadlines
         self.listening = listening
-        self.sockets = LocalSockets()
-        self._contexts = {}  # type: Dict[bool, ssl.SSLContext]
-        self._idle = {}  # type: Dict[str, List[Tuple[Connection, float]]]
-        self._idle_count = 0
-        self._persistent = set()  # type: Set[str]  # authorities that keep connections open
+        self.listeners = ListenerCache()
+        self._context = functools.lru_cache()(upstream_context)  # loads all certificates: slow
+        # For each authority, its idle connections, and since when they are idle; the oldest first.
+        self._idle = {}  # type: Dict[str, Dict[Connection, float]]
+        # The authorities of upstreams that keep connections open.
+        self._persistent = BoundedDict(_MAX_PERSISTENT)  # type: BoundedDict[str, None]
 
     def take(self, route: Route, is_replayable: bool) -> Optional[Connection]:
         """A usable idle connection to the route's upstream, or None.
@@ -3248,14 +3240,16 @@ class Upstreams:
         second, and only if the upstream is known to keep connections open.  Some upstreams close
         theirs shortly after each response, without announcing it.
         """
-        idle = self._idle.get(route.authority)
+        idle = list(self._idle.get(route.authority, {}).items())
         if idle and not is_replayable and route.authority not in self._persistent:
             connection, since = idle[0]
             if now() - since < _PERSISTENT_SECONDS or not connection.is_fresh():
                 return None
-            self._note_persistent(route.authority)
-        while idle and (is_replayable or now() - idle[-1][1] < _PERSISTENT_SECONDS):
-            connection = self._remove(route.authority, idle, len(idle) - 1)
+            self._persistent[route.authority] = None
+        for connection, since in reversed(idle):
+            if not is_replayable and now() - since >= _PERSISTENT_SECONDS:
+                break
+            self._remove(route.authority, connection)
             if connection.is_fresh():
                 connection.has_received = False
                 connection.is_reused = True
@@ -3263,106 +3257,83 @@ class Upstreams:
             connection.abort()
         return None
 
-    def _note_persistent(self, authority: str) -> None:
-        if len(self._persistent) >= _MAX_PERSISTENT:
-            self._persistent.clear()
-        self._persistent.add(authority)
-
     def give(self, route: Route, connection: Connection) -> None:
         """Pool a connection after a complete exchange; any data or EOF then closes it."""
-        if not connection.is_quiet() or self._idle_count >= self.config.max_idle_upstreams:
+        count = sum(map(len, self._idle.values()))
+        if not connection.is_quiet() or count >= self.config.max_idle_upstreams:
             connection.close()
             return
-        if connection.is_reused and route.authority not in self._persistent:
-            self._note_persistent(route.authority)
-        idle = self._idle.get(route.authority)
-        if idle is None:
-            idle = self._idle[route.authority] = []
-        time = now()
-        idle.append((connection, time))
-        self._idle_count += 1
-        connection.read_deadline = time + self.config.idle_upstream_timeout
+        if connection.is_reused:
+            self._persistent[route.authority] = None
+        since = now()
+        self._idle.setdefault(route.authority, {})[connection] = since
+        connection.read_deadline = since + self.config.idle_upstream_timeout
         connection.watcher = functools.partial(self._drop, route.authority)
 
     def _drop(self, authority: str, connection: Connection) -> None:
         """Close an idle connection after data or EOF."""
-        idle = self._idle[authority]
-        index = [pooled for pooled, _ in idle].index(connection)
-        if now() - idle[index][1] < _PERSISTENT_SECONDS:
-            self._persistent.discard(authority)
-        self._remove(authority, idle, index)
+        since = self._remove(authority, connection)
+        if now() - since < _PERSISTENT_SECONDS:
+            self._persistent.pop(authority, None)
         connection.abort()
 
-    def _remove(
-        self, authority: str, idle: List[Tuple[Connection, float]], index: int
-    ) -> Connection:
-        """Take an idle connection out of the pool."""
-        connection, _ = idle.pop(index)
-        connection.watcher = None
-        connection.read_deadline = FOREVER
-        self._idle_count -= 1
+    def _remove(self, authority: str, connection: Connection) -> float:
+        """Take an idle connection out of the pool.  Returns since when it was idle."""
+        idle = self._idle[authority]
+        since = idle.pop(connection)
         if not idle:
             del self._idle[authority]
-        return connection
+        connection.watcher = None
+        connection.read_deadline = FOREVER
+        return since
 
     def close(self) -> None:
         for authority, idle in list(self._idle.items()):
-            for index in range(len(idle) - 1, -1, -1):
-                self._remove(authority, idle, index).abort()
+            for connection in list(idle):
+                self._drop(authority, connection)
 
     async def connect(self, route: Route) -> Connection:
         """A new connection to the route's upstream; ProxyError 403, 502, 503, 504 or 508."""
         try:
             return await asyncio.wait_for(self._connect(route), self.config.connect_timeout)
         except asyncio.TimeoutError:  # a subclass of OSError from 3.11 on
-            raise _connect_timeout(route, self.config)
+            text = "The connection to %s was not accepted within %g seconds."
+            raise ProxyError(504, text % (route.place, self.config.connect_timeout))
         except (ssl.SSLError, ssl.CertificateError) as error:
             raise _tls_failure(route, error)
         except (socket.gaierror, UnicodeError):  # UnicodeError: not a valid host name
             text = "The host %s could not be found. Check its spelling, or the machine's DNS."
             raise ProxyError(502, text % route.host)
         except ConnectionRefusedError:
-            elsewhere = await self.sockets.listening_elsewhere(route.host, route.port)
-            raise NotListening(route, elsewhere)
+            addresses = []  # type: List[str]
+            for listener in await self.listeners.get():
+                if listener.port == route.port:
+                    addresses += listener.addresses
+            raise NotListening(route, addresses)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                text = "The proxy has no file descriptor left to connect with. Try again shortly."
-                raise ProxyError(503, text)
-            if error.errno == errno.ETIMEDOUT:
-                raise _connect_timeout(route, self.config)
             reason = os.strerror(error.errno) if error.errno else "unknown reason"
             raise ProxyError(502, "No connection to %s: %s." % (route.place, reason))
 
     async def _connect(self, route: Route) -> Connection:
-        """Try the addresses of the route's host in order.
-
-        If all fail, raises ConnectionRefusedError if one was refused, else the first OSError.
-        """
+        """Try the addresses of the route's host in order.  Raises the first OSError if all fail."""
+        addresses = [("127.0.0.1", route.port), ("::1", route.port)]  # type: List[Any]
+        if route.host != "localhost":
+            loop = self.deadlines.loop
+            found = await loop.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
+            addresses = [info[4][:2] for info in found]
         failures = []
-        for address in await self._addresses(route):
+        for address in addresses:
             try:
                 return await self._connect_to(address, route)
-            except ssl.SSLError:
-                raise
             except OSError as error:
                 failures.append(error)
-        failures.sort(key=lambda error: not isinstance(error, ConnectionRefusedError))
         raise failures[0]
-
-    async def _addresses(self, route: Route) -> List[Address]:
-        if route.host == "localhost":
-            return [("127.0.0.1", route.port), ("::1", route.port)]
-        loop = self.deadlines.loop
-        found = await loop.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
-        return [info[4][:2] for info in found]  # type: ignore[misc]
 
     async def _connect_to(self, address: Address, route: Route) -> Connection:
         tls = {}  # type: Dict[str, Any]
         if route.scheme == "https":
             verified = not (self.config.insecure_upstream and route.is_local)
-            if verified not in self._contexts:  # a new context loads all certificates: slow
-                self._contexts[verified] = upstream_context(verified)
-            tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
+            tls = {"ssl": self._context(verified), "server_hostname": route.host}
         guard = None if self.config.any_owner else OwnerGuard(address)
         connection = Connection(self.deadlines)
         await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
@@ -3413,11 +3384,6 @@ def _reaches(local: Address, peer: Address, listening: Address) -> bool:
     if listening[0] not in ("0.0.0.0", "::"):
         return bool(peer[0] == listening[0])
     return bool(peer[0] == local[0]) or ipaddress.ip_address(peer[0]).is_loopback
-
-
-def _connect_timeout(route: Route, config: Config) -> ProxyError:
-    text = "The connection to %s was not accepted within %g seconds."
-    return ProxyError(504, text % (route.place, config.connect_timeout))
 
 
 class Fetched(NamedTuple):
@@ -3541,24 +3507,6 @@ _TICKET_SECONDS = 30.0  # lifetime of a ticket, which signs a browser in at an a
 _WRONG_TOKEN_SECONDS = 1.0  # delay of the response to a wrong token
 
 ReadForm = Callable[[], Awaitable[bytes]]
-
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-
-class BoundedDict(Dict[_Key, _Value]):
-    """A dictionary of the latest `size` entries; setting a key makes its entry the latest."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def __setitem__(self, key: _Key, value: _Value) -> None:
-        self.pop(key, None)
-        super().__setitem__(key, value)
-        if len(self) > self.size:
-            del self[next(iter(self))]
 
 
 def check_route(route: Route, config: Config) -> None:
@@ -4790,10 +4738,9 @@ class Exchange:
             location = (route.prefix if route else config.base) + "/"
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
-        found = await self.proxy.upstreams.sockets.listeners()
         rows = []
-        for listener in found:
-            if listener.port in own:
+        for listener in await self.proxy.upstreams.listeners.get():
+            if listener.port in own or not listener.is_own:
                 continue
             host_url = host_form(listener.port, client, config.domains)
             if host_url and self.gate.token:  # the gate redirects to the host, with a ticket
@@ -6266,13 +6213,11 @@ class PortCheck:
         self.kept = "%s/absolute/%s" % (self.config.base, upstream_name(route))
         place, base, kept = route.place, self.config.base, self.kept + "/"
         self.report = Report(place, route.host, route.port, base, kept)
-        sockets = tcp_sockets(route.port)
-        if sockets and (route.is_local or route.host in listening_addresses(sockets)):
-            self._note(
-                addresses=listening_addresses(sockets),
-                owner=user_name(sockets[0].user),
-                program=next((x.program for x in find_listeners() if x.port == route.port), ""),
-            )
+        for listener in find_listeners():
+            is_app = listener.port == route.port
+            if is_app and (route.is_local or route.host in listener.addresses):
+                owner, program = user_name(listener.user), listener.program
+                self._note(addresses=listener.addresses, owner=owner, program=program)
 
     def _note(self, **findings: Any) -> None:
         self.report = self.report._replace(**findings)
@@ -6727,10 +6672,11 @@ def _listen_failure(error: Exception, config: Config, argv: Sequence[str]) -> st
 def _holder(port: int) -> str:
     """A description of the program that listens on a local port."""
     for listener in find_listeners():
-        if listener.port == port:
+        if listener.port == port and listener.program:
             return "%s (process %d)" % (printable(listener.program), listener.pid)
-    users = [user_name(found.user) for found in tcp_sockets(port)]
-    return "a program of %s" % users[0] if users else "another program"
+        if listener.port == port:
+            return "a program of " + user_name(listener.user)
+    return "another program"
 
 
 def _command_with_free_port(config: Config, argv: Sequence[str]) -> str:

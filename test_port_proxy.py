@@ -4179,7 +4179,7 @@ AGES = [  # in seconds; a negative one if the clock was set back
 ]  # fmt: skip
 PROGRAMS = [
     (["/usr/bin/python3", "-m", "http.server", "--secret=x"], "http.server"),
-    (["python3.11", "-u", "-X", "dev", "/srv/app.py", "--token", "x"], "app.py"),
+    (["python3.11", "-u", "-B", "/srv/app.py", "--token", "x"], "app.py"),
     (["/usr/bin/node", "/a/b/vite.js"], "vite.js"), (["/opt/code-server", "--auth", "x"], "code-server"),
     (["python3", "-c", "print('secret')"], "python3"), (["node", "-e", "const PASSWORD='hunter2'"], "node"),
     (["perl", "-Mstrict", "-e", "my $k='sk-secret'"], "perl"), (["bash", "-lc", "secret=x serve"], "bash"),
