@@ -6511,12 +6511,7 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argpar
             parser.error(_TOKEN_HAS_NO_VALUE)
         if _PORT_NUMBER.fullmatch(word):
             parser.error(_BARE_PORT % {"port": word})
-        import difflib  # here, because it takes memory
-
-        flags = re.findall("--[a-z-]+", _parser(show_limits=True).format_help())
-        similar = difflib.get_close_matches(word.partition("=")[0], flags, 1)
-        hint = "did you mean %s?" % similar[0] if similar else "see --help"
-        parser.error("there is no option %s; %s" % (word, hint))
+        parser.error("there is no option %s; see --help" % word)
     if arguments.json and not arguments.check:
         parser.error("--json prints what --check finds: type --check PORT --json")
     return arguments
@@ -6608,9 +6603,10 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     await stop.wait()
     count = proxy.active_requests
     if count and not quiet:
-        text = "port_proxy: waiting up to %g seconds for %d running request%s; Ctrl-C ends %s now"
-        plural = ("s", "them") if count > 1 else ("", "it")
-        _say(text % (config.shutdown_timeout, count, *plural))
+        text = (
+            "port_proxy: waiting up to %g seconds for running requests (%d), Ctrl-C ends them now"
+        )
+        _say(text % (config.shutdown_timeout, count))
     await proxy.close()
     if hasattr(signal, "pthread_sigmask"):  # no signal may interrupt the exit
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -6619,13 +6615,10 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
 
 def _inherited_sockets() -> List[socket.socket]:
     """The sockets that systemd passed to this process (sd_listen_fds(3))."""
-    count = os.environ.get("LISTEN_FDS", "")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch("[0-9]{1,3}", count):
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)
     sockets = []
-    for number in range(3, 3 + int(count)):
+    for number in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
         sock = socket.socket(fileno=number)
         family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)  # 3.6 assumes AF_INET
         sockets.append(socket.socket(family, socket.SOCK_STREAM, 0, fileno=sock.detach()))
@@ -6642,31 +6635,29 @@ def _place_of(sock: socket.socket) -> Dict[str, Any]:
 
 def _listen_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
     """The message for a failed start, with the option that helps."""
-    no_address = "%s is not an address of this machine; see --bind" % config.bind
-    where = "port %d of %s" % (config.port, config.bind)
-    if isinstance(error, UnicodeError):  # the IDNA codec refuses the name
-        return no_address
+    number = getattr(error, "errno", None)
+    # The IDNA codec raises UnicodeError for a name that is not valid.
+    is_wrong_name = isinstance(error, (UnicodeError, socket.gaierror))
+    if is_wrong_name or number == errno.EADDRNOTAVAIL:
+        return "%s is not an address of this machine; see --bind" % config.bind
     if not isinstance(error, OSError):
         return str(error)
     if error.filename and error.filename in (config.certfile, config.keyfile, config.client_ca):
         return "cannot read %s: %s" % (error.filename, error.strerror)
     if config.bind.startswith(_UNIX_PREFIX):
         return "cannot listen on %s: %s" % (config.bind, error.strerror or error)
-    if error.errno == errno.EADDRINUSE and config.hub:
-        text = (
-            "%s is in use. JUPYTERHUB_SERVICE_URL names it, so this shell seems to run inside a"
-            " server of JupyterHub; --port 0 starts a proxy of your own there"
-        )
-        return text % where
-    if error.errno == errno.EADDRINUSE:
-        command = _command_with_free_port(config, argv)
-        return "%s is in use by %s. Type instead:\n  %s" % (where, _holder(config.port), command)
-    if error.errno == errno.EACCES:
+    where = "port %d of %s" % (config.port, config.bind)
+    if number == errno.EADDRINUSE:
+        import shlex
+
+        # The same command line with another port.
+        words = " ".join(map(shlex.quote, argv))
+        others = re.sub(r"--port[ =][0-9]+ ?", "", words + " ")
+        text = "%s is in use by %s. To take a free port, type:\n  %s %s--port 0"
+        return text % (where, _holder(config.port), own_command(), others)
+    if number == errno.EACCES:
         return "%s needs privileges; choose a --port above 1023" % where
-    # The number is None with asyncio from 3.13 on.
-    if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, None):
-        return no_address
-    return "cannot listen on %s: %s" % (where, os.strerror(error.errno))
+    return "cannot listen on %s: %s" % (where, error.strerror)
 
 
 def _holder(port: int) -> str:
@@ -6677,22 +6668,6 @@ def _holder(port: int) -> str:
         if listener.port == port:
             return "a program of " + user_name(listener.user)
     return "another program"
-
-
-def _command_with_free_port(config: Config, argv: Sequence[str]) -> str:
-    """This command line with the next free port."""
-    free = 0
-    for port in range(config.port + 1, min(config.port + 100, 65536)):
-        with contextlib.suppress(OSError):
-            for sock in _bind(config._replace(port=port)):
-                sock.close()
-            free = port
-            break
-    import shlex
-
-    words = " ".join(map(shlex.quote, argv))
-    others = re.sub(r"--port[ =][0-9]+ ?", "", words + " ")
-    return "%s %s--port %d" % (own_command(), others, free)
 
 
 # Output.
@@ -6724,11 +6699,7 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
     parts = urlsplit(url)
     own = host_form(8080, ClientInfo("", parts.scheme, parts.netloc), config.domains)
     text = "It reaches every port of this machine as %s<port>/" % url
-    if own:
-        text += " or " + own.replace("8080", "<port>", 1)
-    if config.host_allowlist and not callable(config.host_allowlist):
-        text += ", and on " + ", ".join(config.host_allowlist)
-    lines.append(text + ".")
+    lines.append(text + (own and " or " + own.replace("8080", "<port>", 1)))
     if proxy.token and not has_new_token:
         lines.append("It requires the token that you set.")
     return "\n".join(lines)
@@ -6811,15 +6782,15 @@ def _raise_descriptor_limit(config: Config) -> Config:
     except ImportError:  # Windows has no such limit
         return config
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return config
     wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     most = max(8, (soft - 32) // 2)  # a client may need an upstream connection, too
-    if soft == resource.RLIM_INFINITY or config.max_connections <= most:
-        return config
     return config._replace(
-        max_connections=most,
+        max_connections=min(config.max_connections, most),
         max_tunnels=min(config.max_tunnels, most * 3 // 4),
         max_idle_upstreams=min(config.max_idle_upstreams, most // 4),
     )
