@@ -60,6 +60,7 @@ import stat
 import struct
 import sys
 import time
+import types
 import zlib
 from http import HTTPStatus
 from typing import (
@@ -3408,45 +3409,17 @@ async def fetch(
     try:
         connection.write([head, body])
         connection.read_deadline = deadline
-        response = parse_response(await read_head(connection, False, config), method, config)
-        while response.status < 200 and response.status != 101:  # interim (RFC 9110 section 15.2)
+        while True:
             response = parse_response(await read_head(connection, False, config), method, config)
-        pieces, source = [], Body(connection, response.framing, config, is_response=True)
-        pieces += [bytes(piece) for piece in source.buffered_pieces()]
+            if response.status >= 200 or response.status == 101:
+                break  # else it is interim (RFC 9110 section 15.2)
+        source = Body(connection, response.framing, config, is_response=True)
+        pieces = source.buffered_pieces()
         while not source.finished and source.count < _FETCH_BYTES and response.status != 101:
-            pieces += [bytes(piece) for piece in await source.read(deadline - now())]
+            pieces = pieces + list(map(bytes, await source.read(deadline - now())))
         return Fetched(response, b"".join(pieces))
     finally:
         connection.abort()
-
-
-async def probe(
-    upstreams: Upstreams,
-    route: Route,
-    target: str,
-    lines: Sequence[str] = (),
-    timeout: float = _FETCH_SECONDS,
-) -> Fetched:
-    """GET a request target of the upstream.  Raises ProxyError if there is no valid response.
-
-    lines: header lines; each replaces the default line of the same name.
-    """
-    connection = await upstreams.connect(route)
-    given = {line.partition(":")[0] for line in lines}
-    defaults = [
-        "Host: " + route.authority,
-        "Accept: text/html, */*;q=0.1",
-        "User-Agent: port_proxy",
-    ]
-    head = ["GET %s HTTP/1.1" % target]
-    head += [line for line in defaults if line.partition(":")[0] not in given] + list(lines)
-    try:
-        return await fetch(connection, head, b"", timeout, upstreams.config)
-    except TimedOut:
-        text = "No response came from %s within %g seconds." % (route.place, timeout)
-        raise ProxyError(504, text)
-    except (ProxyError, Truncated, OSError):
-        raise ProxyError(502, "No valid HTTP came from %s." % route.place)
 
 
 async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
@@ -6086,10 +6059,6 @@ _SCRIPT = re.compile(
 _OWN_ADDRESS = (
     rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
 )
-_OWN_ORIGIN = (  # the app's, or ours if the app obeys X-Forwarded-Host
-    r"(https?)://(?:(?:localhost|127\.0\.0\.1|\[::1\]|%s):%d|localhost:%d)(?=[/?]|\Z)"
-)
-_USER_INFORMATION = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*:)?//[^/]*@")
 _SOCKET_PATHS = (  # the second is Streamlit's, the third Shiny's
     "/ws",
     "/_stcore/stream",
@@ -6097,10 +6066,12 @@ _SOCKET_PATHS = (  # the second is Streamlit's, the third Shiny's
     "/socket.io/?EIO=4&transport=websocket",
     "/",
 )
-_HANDSHAKE = _UPGRADE_LINES + [
-    "Sec-WebSocket-Version: 13",
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-]
+_HANDSHAKE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
 
 _OWN_PORT = (
     "Port %d is the proxy's own, so no app can be reached there. If an app uses this port, set the"
@@ -6152,42 +6123,8 @@ _KNOWN_APPS = (
 )
 
 
-class Report(NamedTuple):
-    """The findings about a port; "" or None for unknown values.
-
-    ok: whether the proxy can reach the app.  owner, program: of the listening socket.  speaks:
-    "http", "https" or "other".  status: of the page.  redirect: target of the last redirect.
-    rooted: the page's first links that begin with a slash.  refuses_host, refuses_origin: whether
-    the app refuses foreign values.  socket: the first path that opened a WebSocket.  app: the name
-    of a known app.  use: addresses, the best first.  kept: the path of the absolute form.  flag:
-    the app's option for this path.  problems: full sentences, each with advice.
-    """
-
-    place: str
-    host: str
-    port: int
-    base: str
-    kept: str
-    ok: bool = False
-    addresses: Sequence[str] = ()
-    owner: str = ""
-    program: str = ""
-    speaks: str = ""
-    status: int = 0
-    title: str = ""
-    redirect: str = ""
-    rooted: Sequence[str] = ()
-    refuses_host: Optional[bool] = None
-    refuses_origin: Optional[bool] = None
-    socket: str = ""
-    app: str = ""
-    use: Sequence[str] = ()
-    flag: str = ""
-    problems: Tuple[str, ...] = ()
-
-
-async def check_port(upstream: str, config: Config) -> Report:
-    """Examine an upstream by requests to it; ProxyError if it is not PORT or HOST:PORT."""
+async def check_port(upstream: str, config: Config) -> Any:
+    """The report about an upstream; ProxyError if it is not PORT or HOST:PORT."""
     route = find_route(config.base, "%s/%s/" % (config.base, upstream), config.upstream_tls)[0]
     assert route is not None
     deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
@@ -6203,7 +6140,16 @@ async def check_port(upstream: str, config: Config) -> Report:
 
 
 class PortCheck:
-    """Examines an upstream; `run` completes `report`."""
+    """Examines an upstream; `run` completes `report`.
+
+    The report has these attributes; "" or None stands for unknown values.  ok: whether the proxy
+    can reach the app.  owner, program: of the listening socket.  speaks: "http", "https" or
+    "other".  status: of the page.  redirect: target of the last redirect.  rooted: the page's first
+    links that begin with a slash.  refuses_host, refuses_origin: whether the app refuses foreign
+    values.  socket: the first path that opened a WebSocket.  app: the name of a known app.  use:
+    addresses, the best first.  kept: the path of the absolute form.  flag: the app's option for
+    this path.  problems: full sentences, each with advice.
+    """
 
     def __init__(self, route: Route, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
@@ -6211,80 +6157,118 @@ class PortCheck:
         self.route = route
         self.path = "/"  # of the page, without its query
         self.kept = "%s/absolute/%s" % (self.config.base, upstream_name(route))
-        place, base, kept = route.place, self.config.base, self.kept + "/"
-        self.report = Report(place, route.host, route.port, base, kept)
+        self.report = types.SimpleNamespace(
+            place=route.place,
+            host=route.host,
+            port=route.port,
+            base=self.config.base,
+            kept=self.kept + "/",
+            ok=False,
+            addresses=(),
+            owner="",
+            program="",
+            speaks="",
+            status=0,
+            title="",
+            redirect="",
+            rooted=[],
+            refuses_host=None,
+            refuses_origin=None,
+            socket="",
+            app="",
+            use=[],
+            flag="",
+            problems=[],
+        )
         for listener in find_listeners():
             is_app = listener.port == route.port
             if is_app and (route.is_local or route.host in listener.addresses):
-                owner, program = user_name(listener.user), listener.program
-                self._note(addresses=listener.addresses, owner=owner, program=program)
-
-    def _note(self, **findings: Any) -> None:
-        self.report = self.report._replace(**findings)
-
-    def _add_problem(self, text: str) -> None:
-        self._note(problems=self.report.problems + (text,))
+                self.report.addresses = listener.addresses
+                self.report.owner = user_name(listener.user)
+                self.report.program = listener.program
 
     async def run(self) -> None:
+        report = self.report
         try:
             check_route(self.route, self.config)
+            report.ok = True
         except ProxyError as error:
-            self._add_problem(error.detail)
-        is_allowed = not self.report.problems
+            report.problems.append(error.detail)
         try:
-            page = await self._get("/", timeout=_PAGE_SECONDS)
+            first = await self._get("/", timeout=_PAGE_SECONDS)
         except ProxyError as error:
+            report.ok = False
             await self._note_failure(error)
             return
-        self._note(ok=is_allowed, speaks=self.route.scheme)
-        page = await self._find_page(page)
-        self._note(use=self._addresses())
-        self._note(status=page.response.status, title=title_in(page.response.headers, page.body))
+        report.speaks = self.route.scheme
+        page = await self._find_page(first)
+        headers = page.response.headers
+        report.use = self._addresses()
+        report.status = page.response.status
+        report.title = title_in(headers, page.body)
         self._note_links(page)
         text = page.body.decode("latin-1")
         for name, sign, flag in _KNOWN_APPS:
             if re.search(sign, text):
-                has_flag = flag and not self._is_kept()
-                self._note(app=name, flag=flag % self.kept if has_flag else "")
+                report.app = name
+                report.flag = flag % self.kept if flag and not self._is_kept() else ""
                 break
         else:
             await self._find_bypass(page)
-        status = await self._status(self.path, ["Host: " + _FOREIGN_HOST])
-        self._note(refuses_host=status >= 400 > page.response.status)
-        status = await self._status(self.path, ["X-Forwarded-For: 127.0.0.1"])
-        if status >= 400 > page.response.status:
-            self._add_problem(_REFUSES_PROXIES % status)
-        if page.response.headers.get("www-authenticate").lower().startswith("digest"):
-            self._add_problem(_SIGNS_PATH)
+        status = await self._status(self.path, {"Host": _FOREIGN_HOST})
+        report.refuses_host = status >= 400 > report.status
+        status = await self._status(self.path, {"X-Forwarded-For": "127.0.0.1"})
+        if status >= 400 > report.status:
+            report.problems.append(_REFUSES_PROXIES % status)
+        if headers.get("www-authenticate").lower().startswith("digest"):
+            report.problems.append(_SIGNS_PATH)
         await self._try_websockets()
 
     async def _get(
-        self, target: str, lines: Sequence[str] = (), timeout: float = _FETCH_SECONDS
+        self, target: str, fields: Mapping[str, str] = {}, timeout: float = _FETCH_SECONDS
     ) -> Fetched:
-        """Send a request that looks to the app like a browser's request through the proxy."""
-        public = ["X-Forwarded-Host: localhost:%d" % self.config.port] if self.config.port else []
-        return await probe(self.upstreams, self.route, target, public + list(lines), timeout)
+        """Send a request that looks to the app like a browser's request through the proxy.
 
-    async def _status(self, target: str, lines: Sequence[str]) -> int:
+        Raises ProxyError if there is no valid response.
+        """
+        headers = {
+            "Host": self.route.authority,
+            "Accept": "text/html, */*;q=0.1",
+            "User-Agent": "port_proxy",
+        }
+        if self.config.port:
+            headers["X-Forwarded-Host"] = "localhost:%d" % self.config.port
+        headers.update(fields)
+        lines = ["GET %s HTTP/1.1" % target] + ["%s: %s" % field for field in headers.items()]
+        connection = await self.upstreams.connect(self.route)
+        try:
+            return await fetch(connection, lines, b"", timeout, self.config)
+        except TimedOut:
+            text = "No response came from %s within %g seconds." % (self.route.place, timeout)
+            raise ProxyError(504, text)
+        except (ProxyError, Truncated, OSError):
+            raise ProxyError(502, "No valid HTTP came from %s." % self.route.place)
+
+    async def _status(self, target: str, fields: Mapping[str, str]) -> int:
         """The status of a response; 0 if none came."""
         try:
-            return (await self._get(target, lines)).response.status
+            return (await self._get(target, fields)).response.status
         except ProxyError:
             return 0
 
     async def _note_failure(self, error: ProxyError) -> None:
         """Report why the first page did not come."""
+        report, text = self.report, error.detail
         is_silent = error.status != 502 or isinstance(error, NotListening)
         if error.status == 508:
-            self._add_problem(_OWN_PORT % self.report.port)
-        elif is_silent or self.route.scheme == "https":
-            self._add_problem(error.detail)
-        elif await accepts_tls(self.upstreams, self.route):
-            self._note(speaks="https")
-            self._add_problem(unexpected_tls(self.route).detail)
-        else:
-            self._note(speaks="other")
-            self._add_problem("It does not answer HTTP. Is this the port of the app?")
+            text = _OWN_PORT % self.route.port
+        elif not is_silent and self.route.scheme == "http":
+            is_tls = await accepts_tls(self.upstreams, self.route)
+            report.speaks = "https" if is_tls else "other"
+            text = "It does not answer HTTP. Is this the port of the app?"
+            if is_tls:
+                text = unexpected_tls(self.route).detail
+        report.problems.append(text)
 
     # The page.
 
@@ -6318,31 +6302,35 @@ class PortCheck:
 
     async def _follow_redirects(self, page: Fetched) -> Fetched:
         """Follow the app's redirects to itself; the last page."""
-        names = (re.escape(self.route.host), self.route.port, self.config.port)
-        own = re.compile(_OWN_ORIGIN % names, re.IGNORECASE)
+        route, report = self.route, self.report
+        # The second is ours: the app may obey X-Forwarded-Host.
+        own = route.app_authorities | {"localhost:%d" % self.config.port}
         for count in range(_MAX_REDIRECTS + 1):
-            location = page.response.headers.get("location").partition("#")[0]
+            location = page.response.headers.get("location")
             if not 300 <= page.response.status < 400 or not location:
                 break
-            match = own.match(location)
-            path = location
-            if match and match.group(1).lower() == self.route.scheme:
-                path = location[match.end() :] or "/"
-            with contextlib.suppress(ValueError):  # not a URL
-                path = str(urljoin(self.path, path))
-            self._note(redirect=_USER_INFORMATION.sub(r"\1//", path.partition("?")[0]))
-            if not _LOCAL_TARGET.fullmatch(path):
-                if match and path == location and self.route.scheme == "http":
-                    self._add_problem(_TO_TLS)
+            base = "%s://%s%s" % (route.scheme, route.authority, self.path)
+            try:
+                url = urlsplit(urljoin(base, location))
+            except ValueError:  # not a URL
                 break
-            self.path = path.partition("?")[0]
+            authority = url.netloc.rpartition("@")[2]
+            is_own = authority.lower() in own
+            if not is_own or url.scheme != route.scheme:
+                report.redirect = "%s://%s%s" % (url.scheme, authority, url.path)
+                if is_own and url.scheme == "https":
+                    report.problems.append(_TO_TLS)
+                break
+            report.redirect = self.path = url.path or "/"
+            target = self.path + ("?" + url.query if url.query else "")
             if count == _MAX_REDIRECTS:
-                self._add_problem(_TOO_MANY_REDIRECTS)
+                report.problems.append(_TOO_MANY_REDIRECTS)
+            if count == _MAX_REDIRECTS or not _LOCAL_TARGET.fullmatch(target):
                 break
             try:
-                page = await self._get(path, timeout=_PAGE_SECONDS)
+                page = await self._get(target, timeout=_PAGE_SECONDS)
             except ProxyError as error:
-                self._add_problem(error.detail)
+                report.problems.append(error.detail)
                 break
         return page
 
@@ -6350,39 +6338,41 @@ class PortCheck:
         """Report links that begin with a slash, other than those with the prefix."""
         links = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
         links = [link for link in links if not self._is_kept() or not is_below(self.kept, link)]
-        self._note(rooted=links[:5])
+        self.report.rooted = links[:5]
         if links and not self.config.whole_origin:
-            self._add_problem(_LOSES_PREFIX)
+            self.report.problems.append(_LOSES_PREFIX)
 
     async def _find_bypass(self, page: Fetched) -> None:
         """Report an address of the app in the page or in one of its scripts."""
         port = self.route.port
         own = re.compile(_OWN_ADDRESS % (re.escape(self.route.host).encode(), port))
-        scripts = [source.decode("latin-1") for source in dict.fromkeys(_SCRIPT.findall(page.body))]
-        for source in [""] + scripts[:_MAX_SCRIPTS]:  # "" is the page
+        pages = [(self.path, page.body)]
+        for source in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_MAX_SCRIPTS]:
             # ValueError: not a URL.  ProxyError: the script cannot be fetched.
             with contextlib.suppress(ValueError, ProxyError):
-                path, body = str(urljoin(self.path, source)), b"" if source else page.body
-                if source and _LOCAL_TARGET.fullmatch(path):
-                    body = (await self._get(path)).body
-                if own.search(body):
-                    is_webpack = b"webpack-dev-server" in body
-                    advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
-                    self._add_problem(_BYPASSES % (path.partition("?")[0], port) + advice)
-                    return
+                target = str(urljoin(self.path, source.decode("latin-1")))
+                if _LOCAL_TARGET.fullmatch(target):
+                    pages.append((target.partition("?")[0], (await self._get(target)).body))
+        for path, body in pages:
+            if own.search(body):
+                is_webpack = b"webpack-dev-server" in body
+                advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
+                self.report.problems.append(_BYPASSES % (path, port) + advice)
+                break
 
     async def _try_websockets(self) -> None:
         """Report the first path that opens a WebSocket, and if it refuses a foreign Origin."""
-        origin = "Origin: %s://%s" % (self.route.scheme, self.route.authority)
+        own, foreign = _upstream_url(self.route), "http://" + _FOREIGN_HOST
         for path in _SOCKET_PATHS:
             path = self.kept * self._is_kept() + path
-            if await self._status(path, _HANDSHAKE + [origin]) == 101:
-                foreign = await self._status(path, _HANDSHAKE + ["Origin: http://" + _FOREIGN_HOST])
-                self._note(socket=path.partition("?")[0], refuses_origin=foreign != 101)
+            if await self._status(path, {**_HANDSHAKE, "Origin": own}) == 101:
+                status = await self._status(path, {**_HANDSHAKE, "Origin": foreign})
+                self.report.socket = path.partition("?")[0]
+                self.report.refuses_origin = status != 101
                 break
 
 
-def report_text(report: Report) -> str:
+def report_text(report: Any) -> str:
     """A report for a terminal."""
     listens = [", ".join(report.addresses)]
     listens += ["by " + report.program] if report.program else []
@@ -6824,7 +6814,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if arguments.check:
             report = loop.run_until_complete(check_port(arguments.check, config))
             as_json = arguments.json
-            _say(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
+            _say(json.dumps(vars(report), indent=1) if as_json else report_text(report))
             return 0 if report.ok else 1
         return loop.run_until_complete(_run(config, argv, arguments.quiet))
     except KeyboardInterrupt:

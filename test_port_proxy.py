@@ -7208,7 +7208,7 @@ class TestCheck:
         report = check(app.port)
         self.assert_found(
             report, ok=True, speaks="http", status=200, title="My app", redirect="", rooted=[], refuses_host=False,
-            refuses_origin=False, socket="/ws", app="", flag="", problems=(),
+            refuses_origin=False, socket="/ws", app="", flag="", problems=[],
             use=["http://%d.localhost:8888/" % app.port, "http://localhost:8888/proxy/%d/" % app.port],
         )  # fmt: skip
         if os.path.exists("/proc/net/tcp"):
@@ -7303,7 +7303,7 @@ class TestCheck:
         def respond(target, fields, app):
             return html_response(b"http://%s/" % fields.get("x-forwarded-host", fields["host"]).encode())
 
-        assert check(upstream(responding(respond)).port).problems == ()
+        assert check(upstream(responding(respond)).port).problems == []
 
     @pytest.mark.parametrize("kind", ["404", "redirect", "page"])
     def test_app_with_its_base_path_set_is_reported_at_it(self, check, upstream, kind):
@@ -7319,14 +7319,14 @@ class TestCheck:
         app = upstream(responding(respond))
         report = check(app.port, whole_origin=False)
         address = "http://localhost:8888/proxy/absolute/%d/" % app.port
-        self.assert_found(report, use=[address], status=200, title="A", app="Dash", flag="", rooted=[], problems=())
+        self.assert_found(report, use=[address], status=200, title="A", app="Dash", flag="", rooted=[], problems=[])
         self.assert_found(report, refuses_host=False)
 
     def test_links_from_the_root_are_a_problem_without_the_whole_origin(self, check, upstream):
         app = upstream(examined_app(b"<img src=/a>"))
         report = check(app.port, whole_origin=False)
         assert (report.ok, "--whole-origin yes" in report.problems[0]) == (True, True)
-        assert check(app.port).problems == ()
+        assert check(app.port).problems == []
 
     @pytest.mark.parametrize("location, redirect, says", [
         ("/x?secret", "/x", "5 times in a row"), ("x?secret", "/x", "5 times in a row"),
@@ -7336,10 +7336,10 @@ class TestCheck:
         ("https://LOCALHOST:PORT", "https://LOCALHOST:PORT", "redirects to https at its own address"),
         ("https://elsewhere.example/", "https://elsewhere.example/", None),
         ("http://localhost:1/x?secret", "http://localhost:1/x", None),
-        ("//elsewhere.example/x", "//elsewhere.example/x", None),
+        ("//elsewhere.example/x", "http://elsewhere.example/x", None),
         ("https://localhost:PORT0/", "https://localhost:PORT0/", None),
         ("https://user:secret@sso.example/a#secret", "https://sso.example/a", None),
-        ("//user:secret@sso.example?secret", "//sso.example", None), ("//[x", "//[x", None),
+        ("//user:secret@sso.example?secret", "http://sso.example", None), ("//[x", "", None),
     ])  # fmt: skip
     def test_redirect_that_leads_to_no_page_is_reported(self, check, upstream, location, redirect, says):
         def respond(target, fields, app):
@@ -7356,7 +7356,7 @@ class TestCheck:
             lines = ("302 Found", "Location: " + following) if following else ()
             return html_response(b"<title>A</title>", *lines)
 
-        self.assert_found(check(upstream(responding(respond)).port), redirect="/5", title="A", problems=())
+        self.assert_found(check(upstream(responding(respond)).port), redirect="/5", title="A", problems=[])
 
     def test_page_that_fails_behind_its_redirect_is_a_problem(self, check, upstream):
         def respond(target, fields, app):
@@ -7374,7 +7374,7 @@ class TestCheck:
             (ssh.port, "other", "does not answer HTTP", "speaks     something other than HTTP"),
         ):  # fmt: skip
             report = check(port)
-            self.assert_found(report, ok=False, speaks=speaks, use=())
+            self.assert_found(report, ok=False, speaks=speaks, use=[])
             assert says in report.problems[0]
             assert says in port_proxy.report_text(report)
             assert line in port_proxy.report_text(report)
@@ -7394,7 +7394,7 @@ class TestCheck:
             (plain.port, "Does it speak TLS? See --upstream-tls."),
         ):
             report = check(port, upstream_tls=(str(port),))
-            self.assert_found(report, ok=False, speaks="", use=())
+            self.assert_found(report, ok=False, speaks="", use=[])
             assert says in report.problems[0]
         report = check(secret.port, upstream_tls=(str(secret.port),), insecure_upstream=True)
         self.assert_found(report, ok=True, speaks="https", status=200)
@@ -7411,7 +7411,7 @@ class TestCheck:
         app = upstream(serve)
         for bind in ("127.0.0.1", "0.0.0.0", "", "LOCALHOST", "127.1"):
             report = check(app.port, port=app.port, bind=bind)
-            assert (report.ok, report.use, app.happened.is_set()) == (False, (), False)
+            assert (report.ok, report.use, app.happened.is_set()) == (False, [], False)
             problem = "Port %d is the proxy's own, .* set the port of the proxy with --port" % app.port
             assert re.match(problem, report.problems[0])
         for bind in ("unix:/a", "127.0.0.5", "nowhere.invalid", "a..b"):
@@ -7428,7 +7428,7 @@ class TestCheck:
         assert "--host-allowlist 127.0.0.2" in report.problems[0]
         report = check("127.0.0.2:%d" % port, host_allowlist=("127.0.0.2",))
         address = "http://localhost:8888/proxy/127.0.0.2:%d/" % port
-        self.assert_found(report, ok=True, use=[address], addresses=("127.0.0.2",), socket="/ws", problems=())
+        self.assert_found(report, ok=True, use=[address], addresses=("127.0.0.2",), socket="/ws", problems=[])
 
     def test_command_prints_the_report(self, upstream, capsys):
         app = upstream(examined_app("<title>\u017c\U0001f600</title>".encode()))
