@@ -2802,7 +2802,7 @@ _PAGE = """\
 """
 _POLICY = (
     "default-src 'none'; img-src data:; style-src %s; script-src %s; connect-src 'self';"
-    " base-uri 'none'; form-action %s; frame-ancestors %s"
+    " base-uri 'none'; frame-ancestors %s"
 )
 _PORTS_PAGE = """\
 <h1>Ports of this machine</h1><p class="soft" role="status"></p>
@@ -2817,6 +2817,11 @@ _PORT_ITEM = """\
 <li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>\
 <div class="ways">{links}</div></li>
 """
+_LINK_NAMES = {
+    "host": "Open",
+    "stripped": "Open under {}",
+    "absolute": "For apps with a base path set",
+}
 # Fetches the list every three seconds.  New ports are inserted in order.  A port that disappears
 # fades, and the next list removes it.  The entry with keyboard focus is not replaced.
 _PORTS_SCRIPT = """
@@ -2898,13 +2903,15 @@ setTimeout(() => { help.hidden = false }, 5000)
 setTimeout(look, pause)
 """
 _SIGN_IN_FORM = """\
-<h1>Sign in</h1>{detail}<p>Enter the token of this proxy. It was printed when the proxy started, \
-in the address after <code>?token=</code>, unless you chose the token yourself.</p>\
+<h1>Sign in</h1><p>{detail}</p>
+<p>Enter the token of this proxy. It was printed when the proxy started, in the address after \
+<code>?token=</code>, unless you chose the token yourself.</p>\
 <form method="post" action="{action}">\
 <input type="hidden" name="next" value="{target}"><label>Token <input type="password" name="token" \
 required autofocus autocomplete="current-password"></label> <button>Sign in</button></form>"""
 _SIGN_IN_LINK = """\
-<h1>Sign in</h1>{detail}<p>This proxy asks for its token only at its own address, where no app can \
+<h1>Sign in</h1><p>{detail}</p>
+<p>This proxy asks for its token only at its own address, where no app can \
 read it. You then come back to the front page of this app.</p>\
 <p><a href="{target}">Sign in there</a></p>"""
 _SAME_PATH = "the same for an app that is configured to use this whole path"
@@ -2984,12 +2991,11 @@ class Titles:
 
 def title_in(headers: Headers, data: bytes) -> str:
     """The title of an HTML page that begins with `data`; "" if it cannot be read."""
-    media_type = "".join(headers.get_all("content-type")[:1]).lower()
-    coding = "".join(headers.get_all("content-encoding")).lower()
-    if "html" not in media_type or coding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+    if "html" not in headers.get("content-type").lower():
         return ""
     try:
-        if coding not in ("", "identity"):  # 47: zlib detects gzip or deflate itself
+        if headers.get("content-encoding").lower() in ("gzip", "x-gzip", "deflate"):
+            # 47: zlib detects gzip or deflate itself.
             data = zlib.decompressobj(47).decompress(data, _TITLE_BYTES)
         match = _TITLE.search(data[:_TITLE_BYTES].decode("utf-8", "replace"))
         title = html.unescape(match.group(1)) if match else ""
@@ -3016,16 +3022,13 @@ def port_row(base: str, listener: Listener, title: str, host_url: str) -> Dict[s
 def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) -> LocalResponse:
     """The response at the base: the list of ports, and the forms of an address."""
     fields = (("Vary", "Accept"),)
-    items = "".join(map(_port_item, rows))
-    if request.target.endswith("?list"):  # requested by the page's script
-        return _response(200, "text/html", items, fields + _policy("", forms="'none'"))
-    if request.is_navigation:
+    if request.is_navigation or request.target.endswith("?list"):  # by the script of the page
         nothing = "None of your programs listens on a port. New ones appear here."
         if not os.path.exists(_TABLES[0]):
             nothing = "This system does not report which ports are in use."
         form = "<tr><td><code>%s</code><td>%s"
         body = _PORTS_PAGE.format(
-            items=items,
+            items="".join(map(_port_item, rows)),
             hidden=" hidden" if rows else "",
             nothing=nothing,
             base=html.escape(base),
@@ -3045,9 +3048,7 @@ def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) 
 def _port_item(row: Dict[str, Any]) -> str:
     links = []
     for form, url in row["links"].items():
-        name = "For apps with a base path set"
-        if form != "absolute":
-            name = "Open" if form == "host" else "Open under " + html.escape(url)
+        name = _LINK_NAMES[form].format(html.escape(url))
         link = '<a href="%s" aria-label="port %d, %s">%s</a> '
         links.append(link % (html.escape(url), row["port"], name, name))
     return _PORT_ITEM.format(
@@ -3086,8 +3087,8 @@ def error_response(
         return _sign_in_page(error)
     phrase = title = reason_phrase(error.status)
     path = _probable_path(error, request, base) if request else ""
-    is_page = request is not None and request.is_navigation
-    if request is None or not is_page or request.method not in ("GET", "HEAD", "POST"):
+    is_page = request and request.is_navigation and request.method in ("GET", "HEAD", "POST")
+    if request is None or not is_page:
         meant = " Did you mean %s?" % path if path else ""
         text = "%d %s\n%s%s\n" % (error.status, phrase, error.detail, meant)
         return _response(error.status, "text/plain", text, error.fields)
@@ -3135,12 +3136,14 @@ def typed_route(text: str, base: str = "") -> Optional[Route]:
 
 
 def _sign_in_page(error: SignInNeeded) -> LocalResponse:
-    """The page with the sign-in form, or with a link to the form."""
-    detail = "<p>%s</p>" % html.escape(error.detail) if error.detail else ""
-    target, action = html.escape(error.target), html.escape(error.action)
-    template = _SIGN_IN_FORM if action else _SIGN_IN_LINK
-    body = template.format(detail=detail, target=target, action=action)
-    return _page(error.status, "Sign in", body, error.fields, is_sign_in=True)
+    """The page with the sign-in form, or with a link to the form.  It cannot be framed."""
+    template = _SIGN_IN_FORM if error.action else _SIGN_IN_LINK
+    body = template.format(
+        detail=html.escape(error.detail),
+        target=html.escape(error.target),
+        action=html.escape(error.action),
+    )
+    return _page(error.status, "Sign in", body, error.fields, frames="'none'")
 
 
 def reason_phrase(status: int) -> str:
@@ -3152,25 +3155,23 @@ def reason_phrase(status: int) -> str:
 
 
 def _page(
-    status: int, title: str, body: str, fields: Fields, script: str = "", is_sign_in: bool = False
+    status: int, title: str, body: str, fields: Fields, script: str = "", frames: str = "'self'"
 ) -> LocalResponse:
-    """A page with its Content-Security-Policy.
+    """A page with its Content-Security-Policy.  frames: which pages may frame it.
 
-    Browsers check form-action for every redirect after a form.  An app may redirect to a login at
-    another site, so the sign-in page allows all targets.  The sign-in page cannot be framed.
+    The policy has no form-action.  Browsers check it for every redirect after a form, and an app
+    may redirect to a login at another site.
     """
     element = "<script>%s</script>" % script if script else ""
     text = _PAGE.format(title=html.escape(title), style=_STYLE, body=body, script=element)
-    forms, frames = ("*", "'none'") if is_sign_in else ("'self'", "'self'")
-    return _response(status, "text/html", text, fields + _policy(script, forms, frames))
+    policy = _POLICY % (_hash_source(_STYLE), _hash_source(script), frames)
+    return _response(status, "text/html", text, fields + (("Content-Security-Policy", policy),))
 
 
-def _policy(script: str, forms: str, frames: str = "'self'") -> Fields:
-    hashes = []
-    for text in (_STYLE, script):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        hashes.append("'sha256-%s'" % digest if text else "'none'")
-    return (("Content-Security-Policy", _POLICY % (*hashes, forms, frames)),)
+def _hash_source(text: str) -> str:
+    """The source expression of an inline style or script."""
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return "'sha256-%s'" % digest if text else "'none'"
 
 
 def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalResponse:
@@ -6233,11 +6234,10 @@ class PortCheck:
         """
         headers = {
             "Host": self.route.authority,
+            "X-Forwarded-Host": "localhost:%d" % self.config.port,
             "Accept": "text/html, */*;q=0.1",
             "User-Agent": "port_proxy",
         }
-        if self.config.port:
-            headers["X-Forwarded-Host"] = "localhost:%d" % self.config.port
         headers.update(fields)
         lines = ["GET %s HTTP/1.1" % target] + ["%s: %s" % field for field in headers.items()]
         connection = await self.upstreams.connect(self.route)
@@ -6289,16 +6289,16 @@ class PortCheck:
         return page
 
     def _addresses(self) -> List[str]:
-        """The URLs for a browser on this machine; a path if the proxy's port is not known."""
+        """The URLs for a browser on this machine."""
         config, route = self.config, self.route
-        path = (self.kept if self._is_kept() else route.prefix) + "/"
-        if not config.port:
-            return [path]
         authority = "localhost:%d" % config.port
         client = ClientInfo("127.0.0.1", "https" if config.certfile else "http", authority)
-        has_host = route.host == "localhost" and not self._is_kept()
-        host = host_form(route.port, client, config.domains) if has_host else ""
-        return [host] * bool(host) + ["%s://%s%s" % (client.scheme, authority, path)]
+        path = (self.kept if self._is_kept() else route.prefix) + "/"
+        addresses = ["%s://%s%s" % (client.scheme, authority, path)]
+        host = host_form(route.port, client, config.domains)
+        if host and route.host == "localhost" and not self._is_kept():
+            addresses.insert(0, host)
+        return addresses
 
     async def _follow_redirects(self, page: Fetched) -> Fetched:
         """Follow the app's redirects to itself; the last page."""
@@ -6374,9 +6374,11 @@ class PortCheck:
 
 def report_text(report: Any) -> str:
     """A report for a terminal."""
-    listens = [", ".join(report.addresses)]
-    listens += ["by " + report.program] if report.program else []
-    listens += ["of " + report.owner] if report.owner else []
+    listens = ", ".join(report.addresses)
+    if report.program:
+        listens += " by " + report.program
+    if report.owner:
+        listens += " of " + report.owner
     speaks = " ".join(filter(None, (report.speaks, str(report.status or ""), report.title)))
     # Known apps work without a WebSocket, or open it at another path.
     socket = "none found at the usual paths" if report.ok and not report.app else ""
@@ -6386,7 +6388,7 @@ def report_text(report: Any) -> str:
     links = "begin with a slash, such as " + ", ".join(report.rooted[:3])
     host = "refuses names that are not its own; the proxy sends localhost"
     rows = [
-        ("listens", " ".join(filter(None, listens))),
+        ("listens", listens),
         ("speaks", "something other than HTTP" if report.speaks == "other" else speaks),
         ("app", report.app),
         ("redirects", report.redirect),
@@ -6580,10 +6582,9 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(hangup)
     for number in numbers:
-        try:
+        # The event loop of Windows has no handlers: Ctrl-C raises KeyboardInterrupt there.
+        with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, interrupt)
-        except NotImplementedError:  # the event loop of Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     has_new_token = proxy.token != (config.token or "")  # it must be printed, even with --quiet
     if not quiet or has_new_token:
         _say(_banner(proxy, has_new_token))
@@ -6670,18 +6671,16 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
     if config.hub:
         text = "%sreaches every port of this machine as %s/<port>/, for %s"
         return text % (name, config.base, config.hub.user or "users with access at the Hub")
-    remote = _ssh_destination(os.environ)
+    remote = _ssh_destination()
     port, destination = proxy.port, "localhost:%d" % proxy.port
     if config.bind.startswith(_UNIX_PREFIX):
         port, destination = 8888, os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
-        url = url.replace("localhost", "localhost:%d" % port, 1)
         remote = remote or socket.gethostname()
     elif config.bind not in LOOPBACK_NAMES + ("", "0.0.0.0", "::"):
         destination = authority_of(config.bind, port)
-    # ssh -L forwards it to localhost.
-    page = urlsplit(url)._replace(netloc="localhost:%d" % port).geturl() if remote else url
-    if has_new_token:
-        page += "?token=" + proxy.token
+    if remote:  # ssh -L forwards it to localhost
+        url = urlsplit(url)._replace(netloc="localhost:%d" % port).geturl()
+    page = url + "?token=" + proxy.token if has_new_token else url
     lines = ["%sopen %s" % (name, page)]
     if remote:
         text = "%son your own machine, run  ssh -N -L %d:%s %s"
@@ -6695,13 +6694,13 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
     return "\n".join(lines)
 
 
-def _ssh_destination(environment: Mapping[str, str]) -> str:
+def _ssh_destination() -> str:
     """The arguments of ssh for this machine; "" outside an SSH session (ssh(1))."""
-    words = environment.get("SSH_CONNECTION", "").split(" ")
+    words = os.environ.get("SSH_CONNECTION", "").split(" ")
     if len(words) != 4:
         return ""
     address, port = words[2:]
-    user = environment.get("LOGNAME") or environment.get("USERNAME", "")
+    user = os.environ.get("LOGNAME") or os.environ.get("USERNAME", "")
     return ("" if port == "22" else "-p %s " % port) + (user and user + "@") + address
 
 
