@@ -5631,32 +5631,6 @@ class TestTunnel:
             assert wire.rest() == b"from upstream"
         assert got == [b"from client"]
 
-    @pytest.mark.parametrize("is_client", [True, False])
-    def test_last_data_arrives_behind_a_half_close_however_late_its_reader(self, start, upstream, is_client):
-        """The kernel holds the data, and the EOF behind it, before the reader begins."""
-        size, got = 1000000, []
-
-        def serve(wire, app):
-            wire.until(b"\r\n\r\n")
-            wire.send(SWITCHING)
-            if is_client:
-                assert wire.rest() == b""
-                wire.send(bytes(size))
-                return
-            wire.end()
-            app.let_go.wait(WAIT)
-            got.append(len(wire.rest()))
-
-        app, proxy = upstream(serve), start(keep_alive_timeout=0.5)
-        with proxy.tunnel(app) as wire, proxy.wire() as idle:
-            narrow(wire.sock.getsockname()[1] if is_client else app.port, 1 << 16)
-            wire.send(b"" if is_client else bytes(size))
-            wire.end()
-            assert idle.rest() == b""  # closed by the proxy's timer: time has passed
-            app.let_go.set()
-            assert len(wire.rest()) == (size if is_client else 0)
-            eventually(lambda: is_client or got == [size])
-
     def test_refusal_of_the_app_is_passed_on(self, proxy, upstream):
         """There is no tunnel: the next bytes of the client are its next request."""
         for status in ("403 Forbidden", "426 Upgrade Required", "200 OK"):
@@ -5672,14 +5646,16 @@ class TestTunnel:
             assert status_of(proxy.ask(to(app, *HANDSHAKE))) == 502
 
     @pytest.mark.parametrize("first", ["client", "app"])
-    @pytest.mark.parametrize("size", [10, 4 << 20])
-    def test_half_close_passes_on_behind_all_bytes(self, proxy, upstream, first, size):
-        """Either side may end first and still receive the rest of the other."""
-        data = random_bytes(size)
+    @pytest.mark.parametrize("size, is_late", [(10, False), (4 << 20, False), (1000000, True)])
+    def test_half_close_passes_on_behind_all_bytes(self, start, upstream, first, size, is_late):
+        """Either side may end first and still receive the rest of the other, however late it reads."""
+        proxy, data = start(keep_alive_timeout=0.3), random_bytes(size)
 
         def end_first(wire, _):
             wire.send(data)
             wire.end()
+            if is_late:
+                outlast_keep_alive(proxy)
             assert wire.rest() == data[::-1]
 
         def end_last(wire, _):
@@ -5690,6 +5666,8 @@ class TestTunnel:
         steps = (end_first, end_last) if first == "client" else (end_last, end_first)
         app = upstream(script(read_head, SWITCHING, steps[1], tell))
         with proxy.tunnel(app) as wire:
+            if is_late:
+                narrow(wire.sock.getsockname()[1] if first == "client" else app.port, 1 << 16)
             steps[0](wire, app)
             assert app.told.wait(WAIT)
 
