@@ -1340,11 +1340,11 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 
 _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice this
 _READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties it
-_LARGE_PIECE = 1 << 15  # bytes
+_LARGE_PIECE = 1 << 15  # bytes; larger pieces are not copied to join them
 _BACKLOG = 1024  # connections that wait to be accepted
 _PENDING_BYTES = 1 << 26  # limit for all connections together
-_SMALL_PIECE = 1 << 12  # bytes; `read_head` counts smaller pieces, `data_received` larger ones
-_LARGE_HEAD = 1 << 16  # bytes; the rest of a larger piece is taken for a body
+_SMALL_READ = 1 << 12  # bytes; `read_head` counts smaller reads, `data_received` larger ones
+_LARGE_HEAD = 1 << 16  # bytes; the rest of a larger read is taken for a body
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _UNIX = getattr(socket, "AF_UNIX", None)
 
@@ -1457,7 +1457,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if not self.is_admitted:
             is_pending = self.state is not CLOSING  # otherwise data is dropped
         else:
-            is_pending = size > _SMALL_PIECE and self.state in (IDLE, READING_HEAD)
+            is_pending = size > _SMALL_READ and self.state in (IDLE, READING_HEAD)
             size = min(size, _LARGE_HEAD)
         return not is_pending or self.deadlines.pending.add(self, size)
 
@@ -1568,9 +1568,8 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def is_quiet(self) -> bool:
         """Whether the connection is open, all received data was used, and all data was sent."""
-        if self.buffer or self.unread or self.ended or self.transport.is_closing():
-            return False
-        return not self.queued()
+        is_open = not self.ended and not self.transport.is_closing()
+        return is_open and not (self.buffer or self.unread or self.queued())
 
     def is_fresh(self) -> bool:
         """Whether the connection is quiet, and the kernel holds no data or EOF for it."""
