@@ -62,7 +62,6 @@ from port_proxy import (
     ProxyError,
     TokenGate,
     Truncated,
-    authority_of,
     body_decoder,
     check_partial_head,
     checked_config,
@@ -73,14 +72,12 @@ from port_proxy import (
     find_app,
     find_route,
     host_form,
-    host_of,
     is_allowed,
     is_authority,
     is_base,
     is_below,
     is_domain,
     is_own_origin,
-    normal_base,
     normal_domain,
     normal_patterns,
     parse_request,
@@ -706,24 +703,19 @@ def unshared(kind):
 
 
 class TestFile:
-    @pytest.fixture
-    def readme(self):
-        return (HERE / "README.md").read_text(encoding="utf-8")
+    README = (HERE / "README.md").read_text(encoding="utf-8")
+    SOURCE = Path(PROGRAM).read_text(encoding="utf-8")
 
-    @pytest.fixture
-    def source(self):
-        return Path(PROGRAM).read_text(encoding="utf-8")
-
-    def test_sections_use_only_names_from_above(self, source):
+    def test_sections_use_only_names_from_above(self):
         """No module-level name is used, not even inside a function, in a section above the one that defines it."""
-        borders = [n for n, line in enumerate(source.split("\n"), 1) if line.startswith("# ----")][::2]
+        borders = [n for n, line in enumerate(self.SOURCE.split("\n"), 1) if line.startswith("# ----")][::2]
         assert len(borders) >= 12
 
         def section(line):
             return sum(border <= line for border in borders)
 
         defined = {}
-        tree = ast.parse(source)
+        tree = ast.parse(self.SOURCE)
         for node in tree.body:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
             names = [name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)]
@@ -734,8 +726,8 @@ class TestFile:
             if isinstance(node, ast.Name) and node.id in defined:
                 assert defined[node.id] <= section(node.lineno), "line %d uses %s" % (node.lineno, node.id)
 
-    def test_docstring_lists_the_sections(self, source):
-        titles = re.findall(r"^# -{20,}\n# ([A-Za-z ]+?)(?:[:,].*)?\n# -{20,}$", source, re.M)
+    def test_docstring_lists_the_sections(self):
+        titles = re.findall(r"^# -{20,}\n# ([A-Za-z ]+?)(?:[:,].*)?\n# -{20,}$", self.SOURCE, re.M)
         listed = re.search(r"names above it: ([a-z, \n]+)\.", port_proxy.__doc__).group(1)
         assert [title.lower() for title in titles] == [name.strip() for name in listed.replace("\n", " ").split(",")]
 
@@ -759,21 +751,21 @@ class TestFile:
     def test_options_cover_every_field(self):
         assert sorted(port_proxy.OPTIONS) == sorted(Config._fields)
 
-    def test_readme_names_every_option_of_the_help(self, readme):
+    def test_readme_names_every_option_of_the_help(self):
         """The values and defaults are in the help."""
         flags = set(re.findall("--[a-z-]+", port_proxy._parser(show_limits=False).format_help()))
         assert flags >= {option.flag for option in port_proxy.GENERAL_OPTIONS + port_proxy.ACCESS_OPTIONS}
-        missing = [flag for flag in flags if not re.search(r"(?<![\w-])%s(?![\w-])" % flag, readme)]
+        missing = [flag for flag in flags if not re.search(r"(?<![\w-])%s(?![\w-])" % flag, self.README)]
         assert missing == []
 
-    def test_readme_names_every_field_that_differs_from_its_option(self, readme):
-        embedding = readme[readme.index("## Embedding") :]
+    def test_readme_names_every_field_that_differs_from_its_option(self):
+        embedding = self.README[self.README.index("## Embedding") :]
         for option in port_proxy.OPTIONS.values():
             if option.flag != "--" + option.field.replace("_", "-") and option.field != "hub":
                 assert option.field + "`" in embedding or option.field + "=" in embedding
 
-    def test_readme_code_for_embedding_runs(self, readme):
-        code = re.search(r"## Embedding.*?```python\n(.*?)```", readme, re.DOTALL).group(1)
+    def test_readme_code_for_embedding_runs(self):
+        code = re.search(r"## Embedding.*?```python\n(.*?)```", self.README, re.DOTALL).group(1)
         if sys.version_info < (3, 7):
             code = re.sub(r"asyncio\.run\(serve\(\)\)  # Python 3\.6: ", "", code)
         command = [sys.executable, "-c", code.replace("sleep(3600)", "sleep(0)")]
@@ -789,8 +781,8 @@ class TestFile:
 
 class TestConfig:
     @pytest.mark.parametrize("field, given, normal", [
-        ("base", "/proxy", "/proxy"), ("base", "/proxy/", "/proxy"), ("base", "/", ""), ("base", "", ""),
-        ("base", "/user/ana/proxy", "/user/ana/proxy"), ("base", "/user/al%40ice", "/user/al%40ice"),
+        ("base", "/proxy", "/proxy"), ("base", "/user/ana/proxy/", "/user/ana/proxy"), ("base", "/", ""),
+        ("base", "", ""), ("base", "/user/al%40ice", "/user/al%40ice"), ("base", "/a/...", "/a/..."),
         ("host_allowlist", ["[FE80::1]", "a"], ("fe80::1", "a")), ("host_allowlist", bool, bool),
         ("allow_hostnames", ["A", "*.b"], ("a", "*.b")), ("domains", {"B"}, ("b",)),
         ("allow_origins", ["*", "https://A:443"], ("*", "https://a")), ("trusted_proxies", ["unix"], ("unix",)),
@@ -808,49 +800,35 @@ class TestConfig:
     def test_whole_origin_depends_on_base_and_trusted_proxies(self, options, is_ours):
         assert PortProxy(Config(**options)).config.whole_origin is is_ours
 
-    @pytest.mark.parametrize("field, value", [
-        ("base", "proxy"), ("base", "/a//b"), ("base", "//"), ("base", "/a/../b"), ("base", "/a/%2E"), ("base", "/a b"),
-        ("base", "/a?b"), ("base", "/a\r\nX: y"), ("base", "/ä"), ("base", "/a;b"), ("port", -1), ("port", 65536),
-        ("head_timeout", 0), ("head_timeout", float("nan")), ("max_fields", -1), ("host_allowlist", "a.example.org"),
-        ("host_allowlist", ["a b"]), ("host_allowlist", [""]), ("host_allowlist", ["a:80"]),
-        ("host_allowlist", ["user@host"]), ("host_allowlist", ["a[bc]d"]), ("host_allowlist", ["[::1"]),
-        ("host_allowlist", ["::1]"]), ("allow_hostnames", "*.example.org"), ("allow_hostnames", ["a b"]),
-        ("allow_origins", "*"), ("allow_origins", ["a"]), ("trusted_proxies", "unix"), ("trusted_proxies", ["a"]),
-        ("keyfile", "a"), ("client_ca", "a"), ("token", "x" * 15), ("token", "a b" * 9), ("token", "\xe4" * 16),
-        ("domains", ["127.0.0.1"]),
-        ("upstream_tls", "8443"), ("upstream_tls", ["x"]), ("upstream_tls", ["0"]), ("upstream_tls", ["a:b"]),
-        ("upstream_tls", [""]), ("upstream_tls", ["localhost:70000"]),
-    ], ids=case_id)  # fmt: skip
+    @pytest.mark.parametrize("field, value", [(field, value) for field, values in (
+        ("base", "proxy /a//b // /a/../b /a/%2E /.%2e/a /a?b /a#b /\xe4 /a;b /a\\b http://a/".split()),
+        ("base", ["/a b", "/a\r\nX: y"]), ("port", [-1, 65536]), ("head_timeout", [0, float("nan")]),
+        ("max_fields", [-1]), ("keyfile", ["a"]), ("client_ca", ["a"]), ("token", ["x" * 15, "a b" * 9, "\xe4" * 16]),
+    ) for value in values] + [(field, [value]) for field, values in (
+        ("host_allowlist", "a:80 user@host a[bc]d [::1 ::1] [] http://a a/ \xe4".split() + ["", "a b", "a\n"]),
+        ("allow_hostnames", ["a b"]), ("trusted_proxies", ["a"]), ("domains", ["127.0.0.1"]),
+        ("allow_origins", "null a http:// http://a/ http://a:b http://% http://[a] http://u@a ftp://a".split()),
+        ("allow_origins", ["http://a?b", "http://a b"]), ("upstream_tls", "x 0 a:b localhost:70000".split() + [""]),
+    ) for value in values], ids=case_id)  # fmt: skip
     def test_bad_value_is_refused_with_the_name_of_the_option(self, field, value):
         with pytest.raises(ValueError, match=port_proxy.OPTIONS[field].flag):
             PortProxy(Config(**{field: value}))
 
-    @pytest.mark.parametrize("field, value, message", [
-        ("port", "80", "--port must be a whole number, not str"),
-        ("port", True, "--port must be a whole number, not bool"),
-        ("port", 80.0, "--port must be a whole number, not float"),
-        ("port", None, "--port must be a whole number, not NoneType"),
-        ("head_timeout", "3", "--head-timeout must be a number, not str"),
-        ("head_timeout", True, "--head-timeout must be a number, not bool"),
-        ("bind", None, "--bind must be a string, not NoneType"),
-        ("base", b"/a", "--base must be a string, not bytes"),
-        ("whole_origin", "no", "--whole-origin must be True or False, not str"),
-        ("preserve_host", 1, "--preserve-host must be True or False, not int"),
-        ("any_owner", None, "--any-owner must be True or False, not NoneType"),
-        ("token", 5, "token must be a string, not int"), ("hub", {}, "hub must be a Hub, not dict"),
-        ("authorize", "me", "authorize must be an asynchronous callable, not str"),
-        ("certfile", 5, "--certfile must be a path, not int"),
-        ("upstream_tls", (8443,), "--upstream-tls must be a sequence of strings, not tuple"),
-        ("domains", None, "--domain must be a sequence of strings, not NoneType"),
-        ("allow_origins", "*", "--allow-origin must be a sequence of strings, not str"),
-        ("host_allowlist", [b"a"], "--host-allowlist must be a sequence of strings, not list"),
-        ("trusted_proxies", 1, "--trusted-proxy must be a sequence of strings, not int"),
-    ], ids=case_id)  # fmt: skip
-    def test_value_of_another_type_is_refused(self, field, value, message):
+    @pytest.mark.parametrize("kind, field, value", [(kind, field, value) for kind, field, values in (
+        ("a whole number", "port", ["80", True, 80.0, None]), ("a number", "head_timeout", ["3", True]),
+        ("a string", "bind", [None]), ("a string", "base", [b"/a"]), ("a string", "token", [5]),
+        ("a path", "certfile", [5]), ("a Hub", "hub", [{}]), ("an asynchronous callable", "authorize", ["me"]),
+        ("True or False", "whole_origin", ["no"]), ("True or False", "preserve_host", [1]),
+        ("True or False", "any_owner", [None]), ("a sequence of strings", "upstream_tls", [(8443,)]),
+        ("a sequence of strings", "domains", [None]), ("a sequence of strings", "allow_origins", ["*"]),
+        ("a sequence of strings", "host_allowlist", ["a", [b"a"]]), ("a sequence of strings", "trusted_proxies", [1]),
+    ) for value in values], ids=case_id)  # fmt: skip
+    def test_value_of_another_type_is_refused(self, kind, field, value):
         """Otherwise whole_origin="no" would mean yes."""
         with pytest.raises(ValueError) as caught:
             PortProxy(Config(**{field: value}))
-        assert str(caught.value) == message
+        named = port_proxy.OPTIONS[field].flag, kind, type(value).__name__
+        assert str(caught.value) == "%s must be %s, not %s" % named
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -945,18 +923,6 @@ class TestRoutes:
     def test_scheme_is_https_if_the_upstream_speaks_tls(self, upstream_tls, upstream, scheme):
         assert route_of(upstream, (upstream_tls,)).scheme == scheme
 
-    @pytest.mark.parametrize("upstream, homes", [
-        ("8080", "localhost:8080 127.0.0.1:8080 [::1]:8080 0.0.0.0:8080 [::]:8080 %s:8080" % socket.gethostname()),
-        ("DB:8080", "db:8080"), ("db:80", "db:80"), ("[FE80::1]:80", "[fe80::1]:80"),
-    ])
-    def test_homes_are_all_names_that_the_app_may_have(self, upstream, homes):
-        assert route_of(upstream).app_authorities == set(homes.lower().split())
-
-    def test_stripped_prefix_alone_is_sent_to_the_app(self):
-        names = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
-        assert route_of("8080").prefix_lines == tuple(name + ": /proxy/8080" for name in names)
-        assert route_of("absolute/8080").prefix_lines == ()
-
     def test_route_to_a_port_has_no_prefix(self):
         head = b"GET /a HTTP/1.1\r\nHost: 8080.localhost\r\n\r\n"
         route = parsed(head, upstream_tls=("8080",)).route
@@ -974,23 +940,6 @@ class TestRoutes:
         assert path_below(base, path) == below
         assert is_below(base, path + "?a") is (below is not None)
         assert is_base(base, path + "?a") is (below in ("", "/"))
-
-    @pytest.mark.parametrize("given, normal", [
-        ("/proxy", "/proxy"), ("/proxy/", "/proxy"), ("/", ""), ("", ""), ("/user/ana/proxy/", "/user/ana/proxy"),
-        ("/user/al%40ice", "/user/al%40ice"), ("/a/...", "/a/..."),
-    ])
-    def test_normal_base_has_no_last_slash(self, given, normal):
-        assert normal_base(given) == normal
-
-    @pytest.mark.parametrize("normalise, text", [(normal_base, base) for base in (
-        "proxy", "/a//b", "//", "/a/../b", "/a/%2E", "/.%2e/a", "/a b", "/a?b", "/a#b", "/a\r\nX: y", "/\xe4", "/a;b",
-        "/a\\b", "http://a/",
-    )] + [(lambda pattern: normal_patterns([pattern]), pattern) for pattern in (
-        "", "a b", "a:80", "user@host", "a[bc]d", "[::1", "::1]", "http://a", "a/", "\xe4", "[]", "a\n",
-    )], ids=case_id)
-    def test_malformed_base_or_pattern_is_refused(self, normalise, text):
-        with pytest.raises(ValueError):
-            normalise(text)
 
     @pytest.mark.parametrize("pattern, inside, outside", [
         ("EXACT", "exact localhost 127.0.0.1 ::1", "exact. xexact exact.a 127.1 0 0.0.0.0 127.0.0.2 localhost. ::"),
@@ -1018,8 +967,6 @@ class TestRoutes:
             assert (is_domain(name), normal_domain(name.upper())) == (True, name)
         for name in ["", "\xe4", "a b"] + "127.0.0.1 a.1 . a. .a a..b -a a-.b a_b *.a a:80 [::1] http://a a/".split():
             assert not is_domain(name), name
-            with pytest.raises(ValueError, match="a domain is a name"):
-                normal_domain(name)
 
     @pytest.mark.parametrize("authority, port", [
         ("8080.localhost:8888", 8080), ("8080.LOCALHOST", 8080), ("1.localhost:1", 1), ("65535.localhost", 65535),
@@ -1032,17 +979,6 @@ class TestRoutes:
     def test_port_in_host_needs_a_domain_of_ours(self, authority, port):
         assert port_in_host(authority, ("localhost", "apps.example.org")) == port
         assert port_in_host(authority, ()) == 0
-
-    @pytest.mark.parametrize("authority, host", [
-        ("A.example:80", "a.example"), ("a", "a"), ("a:", "a"), ("[::1]:80", "[::1]"), ("[FE80::1]", "[fe80::1]"),
-        ("", ""),
-    ])
-    def test_host_of_an_authority_has_no_port(self, authority, host):
-        assert host_of(authority) == host
-
-    @pytest.mark.parametrize("host, authority", [("a", "a:80"), ("::1", "[::1]:80"), ("127.0.0.1", "127.0.0.1:80")])
-    def test_authority_of_an_ipv6_address_has_brackets(self, host, authority):
-        assert authority_of(host, 80) == authority
 
 
 class TestRoutesOnTheWire:
@@ -2446,6 +2382,7 @@ class TestRewriting:
         ("here:8888", "/proxy/DB:80/a", "http://db/x", "/proxy/DB:80/x"),
         ("here:8888", "/proxy/DB:81/a", "http://Db:81/x", "/proxy/DB:81/x"),
         ("here:8888", "/proxy/db:81/a", "http://localhost:81/x", "http://localhost:81/x"),
+        ("here:8888", "/proxy/[FE80::1]:81/a", "http://[fe80::1]:81/x", "/proxy/[FE80::1]:81/x"),
         ("8080.localhost:8888", "/a", "http://localhost:8080/x", "/x"),
     ])
     def test_location_by_another_name_of_the_upstream_is_translated(self, host, target, location, translated):
@@ -3683,13 +3620,6 @@ class TestOrigin:
     def test_allowed_origin_is_compared_in_its_normal_form(self, allowed, origin, status):
         raw = request("POST", "/proxy/80/", "Content-Length: 0", "Origin: " + origin)
         assert refusal(gate_for(allow_origins=[allowed]), raw)[0] == status
-
-    BAD_ORIGINS = "null a http:// http://a/ http://a:b http://% http://[a] http://u@a ftp://a http://a?b".split()
-
-    @pytest.mark.parametrize("origin", BAD_ORIGINS + ["http://a b"])
-    def test_bad_allowed_origin_is_refused(self, origin):
-        with pytest.raises(ValueError):
-            PortProxy(Config(allow_origins=[origin]))
 
 
 async def admit_all(head, client, route):
