@@ -65,7 +65,6 @@ from port_proxy import (
     body_decoder,
     check_partial_head,
     checked_config,
-    client_info,
     cookie_name,
     cookie_values,
     cookies_for_unprefixed,
@@ -161,7 +160,7 @@ class Wire:
         """Whether nothing comes but the peer's end, or a reset."""
         with contextlib.suppress(ConnectionResetError):
             return self.rest() == b""
-        return True
+        return self.buffer == b""
 
     def ask(self, *pieces, **how):
         """Send the pieces, and receive one message."""
@@ -558,6 +557,14 @@ def read_message(wire, app):
 def read_to_the_end(wire, app):
     with contextlib.suppress(OSError):
         wire.rest()
+
+
+def keep_the_rest(wire, app):
+    """Add all that comes up to the end or a reset to the app's messages."""
+    with contextlib.suppress(ConnectionResetError):
+        while wire.more():
+            pass
+    app.messages.append(wire.buffer)
 
 
 def tell(wire, app):
@@ -1083,20 +1090,20 @@ BAD_LINES = [(400, line) for line in (  # the first lines of requests that have 
     (414, b"GET /" + b"a" * DEFAULT.max_target_bytes + b" HTTP/1.1"),
 ]
 BAD_FIELDS = [  # the fields behind a good request line
-    b"", b"Host: a\r\nHost: a", b"Host:", b"Host: a b", b"Host: u@a", b"Host: a/b", b"Host: a:b", b"Host: ::1",
-    b"Host: " + b"a" * 256, b"Host: [" + b":" * 46 + b"]", b"Host: \xe4", b"Host: a<script>", b"Host : a",
-    b"Host\t: a", b" Host: a", b"Host: a\r\n: x", b"Host: a\r\nX",
-    b"Host: a\r\n X: y", b"Host: a\r\nX: y\r\n\tz", b"Host: a\r\nX: \x00", b"Host: a\r\nX: a\x0bb",
+    b"Host: a\r\nHost: a", b"Host:", b"Host: a b", b"Host: " + b"a" * 256, b"Host : a", b"Host\t: a", b" Host: a",
+    b"Host: a\r\n: x", b"Host: a\r\nX", b"Host: a\r\n X: y", b"Host: a\r\nX: y\r\n\tz", b"Host: a\r\nX: \x00", b"Host: a\r\nX: a\x0bb",
     b"Host: a\r\nX: a\rb", b"Host: a\r\nX: a\nb: c", b"Host: a\r\nX\xe4: b", b"Host: a\r\nX(: b", b"Host: a\r\nX: \x7f",
     b"Host: a\r\nX: y\nZ: z", b"Host: a\r\nOrigin: http://a\r\nOrigin: http://b",
 ]
 BAD_REQUESTS = (
     [(status, line + b"\r\nHost: a\r\n\r\n") for status, line in BAD_LINES]
-    + [(400, b"GET / HTTP/1.1\r\n" + fields + b"\r\n" * 2) for fields in BAD_FIELDS if fields]
+    + [(400, b"GET / HTTP/1.1\r\n" + fields + b"\r\n" * 2) for fields in BAD_FIELDS]
     + [(400, b"GET / HTTP/1.1\r\n\r\n"), (400, b"GET / HTTP/1.1\r\nHost: a\r\nX: y\n\r\n")]
     + [(400, b"GET / HTTP/1.1\rHost: a\r\n\r\n"), (400, b"GET / HTTP/1.0\r\nHost: a\r\nhost: b\r\n\r\n")]
     + [(431, b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: y\r\n" * DEFAULT.max_fields + b"\r\n")]
-    + [(400, b"GET /\r\n\r\n"), (505, b"PRI * HTTP/2.0\r\n\r\n"), (405, b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")]
+    + [(400, request("POST", "/", "Content-Length: 5", "Transfer-Encoding: chunked")), (400, b"GET /\r\n\r\n")]
+    + [(501, request("POST", "/", "Transfer-Encoding: gzip, chunked"))]
+    + [(505, b"PRI * HTTP/2.0\r\n\r\n"), (405, b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n")]
 )
 GOOD_RESPONSES = [
     (b"HTTP/1.1 200 OK\r\n\r\n", (200, "OK", ())), (b"HTTP/1.0 404 \r\nA: b\r\n\r\n", (404, "", (("A", "b"),))),
@@ -1148,6 +1155,8 @@ LONG_HEADS = [
     (False, 431, b"HTTP/1.1 200 OK\r\nX: " + b"a" * DEFAULT.max_head_bytes),
 ]
 UPGRADE = ["Connection: Upgrade", "Upgrade: websocket"]
+KEPT = "keep_alive is_replayable"  # flags of a request
+PAGE = "is_navigation is_page_visit " + KEPT
 
 
 def headers_of(fields):
@@ -1288,77 +1297,33 @@ class TestMessages:
         one = parsed(request("OPTIONS", "*"))
         assert (one.route, one.route_error, one.path, one.query) == (None, None, "", "")
 
-    @pytest.mark.parametrize("method, minor, lines, flags", [
-        ("GET", "1", [], "keep_alive is_replayable"), ("HEAD", "1", [], "keep_alive is_replayable"),
-        ("OPTIONS", "1", [], "keep_alive is_replayable"), ("PUT", "1", [], "keep_alive is_replayable"),
-        ("DELETE", "1", [], "keep_alive is_replayable"), ("PROPFIND", "1", [], "keep_alive is_replayable"),
-        ("POST", "1", [], "keep_alive"), ("PATCH", "1", [], "keep_alive"), ("FROB", "1", [], "keep_alive"),
-        ("get", "1", [], "keep_alive"), ("PUT", "1", ["Content-Length: 3"], "keep_alive"),
-        ("GET", "1", ["Transfer-Encoding: chunked"], "keep_alive"), ("GET", "0", [], "is_replayable"),
-        ("GET", "0", ["Connection: keep-alive"], "is_replayable"),
-        ("GET", "1", ["Connection: keep-alive"], "keep_alive is_replayable"),
-        ("GET", "1", ["Connection: closed"], "keep_alive is_replayable"),
+    @pytest.mark.parametrize("methods, minor, lines, flags", [
+        ("GET HEAD OPTIONS PUT DELETE PROPFIND", "1", [], KEPT), ("POST PATCH FROB get", "1", [], "keep_alive"),
+        ("PUT", "1", ["Content-Length: 3"], "keep_alive"), ("GET", "1", ["Transfer-Encoding: chunked"], "keep_alive"),
+        ("GET", "0", [], "is_replayable"), ("GET", "0", ["Connection: keep-alive"], "is_replayable"),
+        ("GET", "1", ["Connection: keep-alive"], KEPT), ("GET", "1", ["Connection: closed"], KEPT),
         ("GET", "1", ["Connection: close"], "is_replayable"), ("GET", "1", ["Connection: a, CLOSE"], "is_replayable"),
         ("GET", "1", ["Connection: a", "Connection: close"], "is_replayable"),
-        ("GET", "1", UPGRADE, "is_websocket keep_alive is_replayable"), ("GET", "0", UPGRADE, "is_replayable"),
-        ("GET", "1", ["connection: a, UPGRADE", "upgrade: WebSocket"], "is_websocket keep_alive is_replayable"),
-        ("GET", "1", ["Connection: a"] + UPGRADE, "is_websocket keep_alive is_replayable"),
-        ("POST", "1", UPGRADE, "keep_alive"), ("GET", "1", UPGRADE[1:], "keep_alive is_replayable"),
-        ("GET", "1", UPGRADE[:1], "keep_alive is_replayable"),
-        ("GET", "1", ["Connection: Upgrade", "Upgrade: h2c"], "keep_alive is_replayable"),
-        ("GET", "1", ["Connection: Upgrade", "Upgrade: h2c, websocket"], "keep_alive is_replayable"),
-        ("GET", "1", UPGRADE + ["Upgrade: h2c"], "keep_alive is_replayable"),
-        ("GET", "1", ["Accept: text/html"], "is_navigation is_page_visit keep_alive is_replayable"),
-        ("HEAD", "1", ["Accept: text/html"], "is_navigation is_page_visit keep_alive is_replayable"),
-        ("GET", "1", ["Accept: a/b, TEXT/HTML;q=0.9"], "is_navigation is_page_visit keep_alive is_replayable"),
-        ("GET", "1", ["Accept: a/b", "Accept: text/html"], "is_navigation is_page_visit keep_alive is_replayable"),
-        ("GET", "1", VISIT, "is_navigation is_page_visit keep_alive is_replayable"),
-        ("POST", "1", VISIT, "is_navigation keep_alive"),
-        ("GET", "1", ["Accept: text/html", "Sec-Fetch-Mode: cors"], "keep_alive is_replayable"),
-        ("GET", "1", ["Accept: */*", "Sec-Fetch-Mode: navigate"], "keep_alive is_replayable"),
-        ("GET", "1", ["Accept: text/html"] + UPGRADE, "is_websocket is_navigation keep_alive is_replayable"),
+        ("GET", "1", UPGRADE, "is_websocket " + KEPT), ("GET", "0", UPGRADE, "is_replayable"),
+        ("GET", "1", ["connection: a, UPGRADE", "upgrade: WebSocket"], "is_websocket " + KEPT),
+        ("GET", "1", ["Connection: a"] + UPGRADE, "is_websocket " + KEPT), ("POST", "1", UPGRADE, "keep_alive"),
+        ("GET", "1", UPGRADE[1:], KEPT), ("GET", "1", UPGRADE[:1], KEPT),
+        ("GET", "1", ["Connection: Upgrade", "Upgrade: h2c, websocket"], KEPT),
+        ("GET", "1", UPGRADE + ["Upgrade: h2c"], KEPT), ("GET HEAD", "1", ["Accept: text/html"], PAGE),
+        ("GET", "1", ["Accept: a/b, TEXT/HTML;q=0.9"], PAGE), ("GET", "1", VISIT, PAGE),
+        ("GET", "1", ["Accept: a/b", "Accept: text/html"], PAGE), ("POST", "1", VISIT, "is_navigation keep_alive"),
+        ("GET", "1", ["Accept: text/html", "Sec-Fetch-Mode: cors"], KEPT),
+        ("GET", "1", ["Accept: */*", "Sec-Fetch-Mode: navigate"], KEPT),
+        ("GET", "1", ["Accept: text/html"] + UPGRADE, "is_websocket is_navigation " + KEPT),
     ], ids=case_id)
-    def test_head_tells_what_kind_of_request_it_is(self, method, minor, lines, flags):
+    def test_head_tells_what_kind_of_request_it_is(self, methods, minor, lines, flags):
         fields = "".join(line + "\r\n" for line in lines)
-        one = parsed(("%s /proxy/8080/ HTTP/1.%s\r\nHost: a\r\n%s\r\n" % (method, minor, fields)).encode())
-        for name in ("is_websocket", "is_navigation", "is_page_visit", "keep_alive", "is_replayable"):
-            assert getattr(one, name) is (name in flags.split()), name
+        for method in methods.split():
+            one = parsed(("%s /proxy/8080/ HTTP/1.%s\r\nHost: a\r\n%s\r\n" % (method, minor, fields)).encode())
+            for name in ("is_websocket", "is_navigation", "is_page_visit", "keep_alive", "is_replayable"):
+                assert getattr(one, name) is (name in flags.split()), name
         response = parse_response(("HTTP/1.%s 200 OK\r\n%s\r\n" % (minor, fields)).encode(), "GET", DEFAULT)
         assert response.is_reusable is ("keep_alive" in flags)
-
-    @pytest.mark.parametrize("trusted, address, lines, client, hops", [  # client: address, scheme, authority
-        ("", "", ("For: 1.2.3.4",), " http here:8888", None), ("unix", "", (), " http here:8888", None),
-        ("::1", "::1", ("For: 1.2.3.4",), "1.2.3.4 http here:8888", "1.2.3.4, ::1"),
-        ("127.0.0.1", "127.0.0.1", ("Host: a b", "Proto: gopher", "For: "), "127.0.0.1 http here:8888", "127.0.0.1"),
-        ("127.0.0.1", "127.0.0.1", ("Proto: https, http", "Host: a:1, b:2"), "127.0.0.1 https a:1", "127.0.0.1"),
-        ("127.0.0.1", "127.0.0.1", ("Proto: http,https", "Proto: ", "Host: a", "Host: b"), "127.0.0.1 http b",
-         "127.0.0.1"),
-    ], ids=case_id)
-    def test_client_is_known_from_forwarded_fields(self, trusted, address, lines, client, hops):
-        """TestTrustedProxies has the ordinary cases."""
-        raw = request("GET", "/", *["X-Forwarded-" + line for line in lines])
-        one = parsed(raw, address, trusted_proxies=[trusted] if trusted else []).client
-        assert ("%s %s %s" % (one.address, one.scheme, one.authority), one.app_port) == (client, 0)
-        forwarded = [line for line in one.lines if line.startswith("X-Forwarded-For: ")]
-        assert forwarded == (["X-Forwarded-For: " + hops] if hops else [])
-
-    @pytest.mark.parametrize("scheme, authority, forwarded, port", [
-        ("http", "here", None, "80"), ("https", "here", None, "443"), ("http", "here:", None, "80"),
-        ("http", "[::1]", None, "80"), ("http", "[::1]:99", None, "99"), ("http", "", None, None),
-        ("http", "here:81", "8443", "8443"), ("http", "here:81", "x", "81"), ("http", "here:81", "443,80", "443"),
-        ("http", "here:81", "123456", "81"), ("http", "", "8443", None),
-    ])
-    def test_forwarded_port_is_that_of_the_origin(self, scheme, authority, forwarded, port):
-        headers = headers_of([("X-Forwarded-Port", forwarded)] if forwarded else [])
-        one = client_info(headers, "192.0.2.7", scheme, authority, Config(trusted_proxies=("192.0.2.7",)))
-        lines = ("X-Forwarded-For: 192.0.2.7", "X-Forwarded-Proto: " + scheme)
-        public = ("X-Forwarded-Host: " + authority, "X-Forwarded-Port: %s" % port) if authority else ()
-        assert one.lines == lines + public
-
-    def test_forwarded_host_may_name_the_port_of_an_app(self):
-        raw = request("GET", "/a", "X-Forwarded-Host: 8080.localhost")
-        assert parsed(raw, trusted_proxies=["192.0.2.7"]).client.app_port == 8080
-        assert parsed(raw).client.app_port == 0
 
     @pytest.mark.parametrize("own, origin, authority", [(True, *case) for case in (
         ("http://here:8888", "here:8888"), ("https://here:8888", "here:8888"), ("HTTP://HERE:8888", "here:8888"),
@@ -1401,28 +1366,23 @@ class TestMessages:
 
 
 class TestHeadsOnTheWire:
-    def test_bad_head_gets_one_response_and_the_end(self, proxy):
-        """Bytes behind a bad head are never parsed."""
-        for status, raw in BAD_REQUESTS:
-            if raw.startswith(b"\r\n"):  # an empty line before a request is skipped
+    def test_bad_head_gets_one_response_and_the_end(self, proxy, upstream):
+        """At the byte that makes it wrong, without a deadline; bytes behind it are no request."""
+        app = upstream(answering(OK))
+        heads = BAD_REQUESTS + [(400, b"\x16\x03\x01\x02\x00\x01\x00"), (400, b"\r\n\r\n\r\n")]
+        heads += [(status, head) for is_request, status, head in PARTIAL_HEADS + LONG_HEADS if is_request]
+        heads += [(400, to(app, "Content-Length: 1", *HANDSHAKE))]
+        for status, raw in heads:
+            if raw == b"\r\n" or raw.startswith(b"\r\nGET"):  # an empty line before a request is skipped
                 continue
             with proxy.sent(raw) as wire:
                 answer = wire.message()
                 assert (status_of(answer), fields_of(answer)["connection"]) == (status, "close"), raw[:80]
                 with contextlib.suppress(OSError):
-                    wire.send(request("GET", "/proxy/"))
-                assert wire.rest() == b""
-
-    def test_unfinished_head_is_refused_as_soon_as_it_is_wrong(self, proxy):
-        """The head is never finished, and no deadline is waited for."""
-        heads = [(status, head) for is_request, status, head in PARTIAL_HEADS if is_request and head != b"\r\n"]
-        heads += [(400, b"GET / HTTP/1.1\nHost: a\n\n"), (400, b"\x16\x03\x01\x02\x00\x01\x00"), (400, b"\r\n\r\n\r\n")]
-        heads += [(status, head) for is_request, status, head in LONG_HEADS if is_request]
-        for status, raw in heads:
-            with proxy.sent(raw) as wire:
-                assert status_of(wire.message()) == status, raw[:80]
+                    wire.send(to(app))
                 wire.end()
-                assert wire.rest() == b""
+                assert wire.ends()
+        assert app.connections == 0
 
     @pytest.mark.parametrize("empty", [b"", b"\r\n", b"\r\n\r\n"], ids=repr)
     def test_request_byte_by_byte_arrives_whole(self, proxy, upstream, empty):
@@ -1462,10 +1422,8 @@ BAD_CHUNKED_BODIES = [
     b"0\r\nX\r\n\r\n", b"0\r\n X: y\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\nX: \x00\r\n\r\n", b"0\r\nX: y\n\r\n",
     b"0\n\n", b"1;" + b"a" * 5000, b"1;" + b"a" * 5000 + b"\r\na\r\n", b"0\r\n" + b"X: y\r\n" * 5000,
     b"0\r\nX: " + b"y" * 20000, b"zz", b"12345678901234567", b"1000000000000000\r\n", b"ffffffffffffffff\r\n",
-    b"8000000000000001\r\na\r\n",
-] + [line + b"\r\nabc\r\n0\r\n\r\n" for line in (
-    b"+3", b" 3", b"3 ", b"0x3", b"0_3", b"-3", b"\xb3", b"3\n", b"\t3", b"", b"4", b"2",
-)]
+    b"8000000000000001\r\na\r\n", b"4\r\nabc\r\n0\r\n\r\n",
+]
 
 
 def chunk(data):
@@ -1510,7 +1468,6 @@ def feedings(raw):
 
 
 class TestBodies:
-
     @pytest.mark.parametrize("framing, raw, data", [
         (CHUNKED, raw, data) for raw, data in CHUNKED_BODIES
     ] + [(Framing("length", len(raw)), raw, raw) for raw in (b"", b"abc", b"\r\n\r\n")] + [(NO_BODY, b"", b"")],
@@ -1596,19 +1553,9 @@ class TestBodies:
             decoder.end()
             assert (decoder.finished, decoder.rest) == (True, b"")
 
-    def test_chunked_body_may_come_in_pieces_of_any_size(self):
-        chance = random.Random(9)
-        for _ in range(300):
-            sizes = [chance.randrange(1, 40) for _ in range(chance.randrange(5))]
-            chunks = [bytes(chance.randrange(256) for _ in range(size)) for size in sizes]
-            raw = b"".join(map(chunk, chunks)) + chunk(b"")
-            cuts = sorted(chance.randrange(len(raw) + 1) for _ in range(4))
-            split = [raw[a:b] for a, b in zip([0] + cuts, cuts + [len(raw)]) if a < b]
-            assert_decoded(CHUNKED, split, b"".join(chunks))
-
     def test_garbage_gives_a_body_or_a_refusal(self):
         chance = random.Random(20261124)
-        for _ in range(5000):
+        for _ in range(2000):
             raw = mutated(chance, chance.choice(CHUNKED_BODIES)[0], b"\r\n0123aF;=\" x\x00\xff", 4, 2)
             outcomes = []
             for pieces in ([raw], single_bytes(raw)):
@@ -1639,31 +1586,15 @@ class TestFramingOnTheWire:
             assert [message[2] for message in app.messages] == [arrives, b""]
             assert [message[0] for message in app.messages] == [method + " / HTTP/1.1", "GET /next HTTP/1.1"]
 
-    def test_bad_framing_is_refused_and_nothing_is_smuggled(self, proxy, upstream):
-        app = upstream(answering(OK))
-        for status, minor, fields in BAD_FRAMINGS:
-            lines = ["%s: %s" % field for field in fields]
-            if "٥" in lines[0]:  # the wire has no character beyond latin-1
-                continue
-            raw = to(app, *lines, method="POST", body=b"0\r\n\r\n" + to(app, path="/smuggled"), version="1." + minor)
-            with proxy.sent(raw) as wire:
-                # A control byte is refused with the head, before it is a coding.
-                assert status_of(wire.message()) == (400 if "\x0b" in lines[0] else status), lines
-                wire.end()
-                assert wire.rest() == b""
-        assert app.connections == 0
-
-    @pytest.mark.parametrize("before", [b"", b"3\r\nabc\r\n"], ids=["at once", "behind a good chunk"])
-    def test_bad_chunk_is_refused_and_the_upstream_sees_no_end(self, proxy, upstream, before):
-        seen = []
-        app = upstream(lambda wire, app: seen.append(wire.rest()))
+    def test_bad_chunk_is_refused_and_the_upstream_sees_no_end(self, proxy, upstream):
+        app = upstream(keep_the_rest)
         for raw in BAD_CHUNKED_BODIES:
-            with proxy.sent(to(app, "Transfer-Encoding: chunked", method="POST"), before, raw) as wire:
+            with proxy.sent(to(app, "Transfer-Encoding: chunked", method="POST"), chunk(b"abc"), raw) as wire:
                 assert status_of(wire.message()) == 400, raw[:80]
                 wire.end()
-                assert wire.rest() == b""
-        eventually(lambda: len(seen) == app.connections)
-        assert all(not got.endswith(b"\r\n0\r\n\r\n") for got in seen)
+                assert wire.ends()
+        eventually(lambda: len(app.messages) == app.connections)
+        assert not any(got.endswith(b"\r\n0\r\n\r\n") for got in app.messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1863,14 +1794,7 @@ class TestDeadlines:
 
     def test_body_that_stops_coming_gets_a_408_and_is_not_sent_on(self, start, upstream):
         """The rest that comes later does not break the connection on which the 408 is sent, or become a request."""
-
-        def read_body(wire, app):
-            with contextlib.suppress(ConnectionResetError):
-                while wire.more():
-                    pass
-            app.messages.append(wire.buffer)
-
-        app = upstream(script(read_head, read_body))
+        app = upstream(script(read_head, keep_the_rest))
         with start(stall_timeout=0.2).sent(to(app, "Content-Length: 3", method="POST", body=b"a")) as wire:
             head = wire.until(b"\r\n\r\n")
             assert (head[:13], b"\r\nConnection: close\r\n" in head) == (b"HTTP/1.1 408 ", True)
@@ -2910,34 +2834,6 @@ def refusal(gate, raw):
     return (error.status, error.detail) if error else (200, "")
 
 
-class TestAccess:
-    @pytest.mark.parametrize("method, version, lines, opens", [
-        ("GET", "1.1", ["Connection: Upgrade", "Upgrade: websocket"], True),
-        ("GET", "1.1", ["connection: a, UPGRADE", "upgrade: WebSocket"], True),
-        ("GET", "1.1", ["Connection: a", "Connection: upgrade", "Upgrade: websocket"], True),
-        ("POST", "1.1", ["Connection: Upgrade", "Upgrade: websocket"], False),
-        ("GET", "1.0", ["Connection: Upgrade", "Upgrade: websocket"], False),
-        ("GET", "1.1", ["Upgrade: websocket"], False), ("GET", "1.1", ["Connection: Upgrade"], False),
-        ("GET", "1.1", ["Connection: Upgrade", "Upgrade: h2c"], False),
-        ("GET", "1.1", ["Connection: Upgrade", "Upgrade: h2c, websocket"], False),
-        ("GET", "1.1", ["Connection: Upgrade", "Upgrade: websocket", "Upgrade: h2c"], False),
-    ], ids=case_id)
-    def test_upgrade_field_reaches_the_app_in_a_websocket_handshake_alone(self, method, version, lines, opens):
-        sent = dict(sent_upstream(*lines, method=method, minor=version[2:]))
-        expected = {"Connection": "Upgrade", "Upgrade": "websocket"} if opens else {}
-        assert {name: sent[name] for name in sent if name.lower() in ("connection", "upgrade")} == expected
-
-    def test_upgrade_that_is_refused_reaches_no_app(self, proxy, upstream):
-        app, us = upstream(answering(OK)), "Origin: http://here:8888"
-        for origins, status in (
-            (["Origin: http://evil"], 403), (["Origin: null"], 403), (["Origin: http://here:8889"], 403),
-            (["Origin: "], 403), ([us + ", http://evil"], 403), ([us, us], 400), ([us, "Content-Length: 1"], 400),
-        ):
-            assert status_of(proxy.ask(to(app, *origins + list(HANDSHAKE), body=b"a" * (status == 400)))) == status
-        assert app.connections == 0
-        assert proxy.get("/proxy/%d/" % app.port, "Connection: Upgrade", "Upgrade: h2c")[2] == b"ok"
-
-
 class TestHostCheck:
     @pytest.mark.parametrize("hosts, is_known", [
         ("localhost localhost:8888 LOCALHOST:1 a.localhost:8888 127.0.0.1:8888 127.9.9.9 [::1]:8888", True),
@@ -3706,27 +3602,34 @@ class UnixWire(Wire):
 
 
 class TestTrustedProxies:
-    @pytest.mark.parametrize("trusted, lines, address, arrives", [
-        ("10.0.0.0/8", "", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
-        ("10.0.0.0/8", "For:1.2.3.4 Proto:https Host:evil", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
-        ("unix", "For:1.2.3.4", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
-        ("127.0.0.0/8", "", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
-        ("127.0.0.0/8", "For:1.2.3.4 Proto:HTTPS Host:pub.a", "1.2.3.4", "1.2.3.4,127.0.0.1 https pub.a 443"),
-        ("127.0.0.0/8", "For:6.6.6.6,1.2.3.4 For:127.9.9.9", "1.2.3.4",
+    @pytest.mark.parametrize("trusted, peer, lines, address, arrives", [  # arrives: For, Proto, Host, Port
+        ("10.0.0.0/8", "127.0.0.1", "", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
+        ("10.0.0.0/8", "127.0.0.1", "For:1.2.3.4 Proto:https Host:evil", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
+        ("10.0.0.0/8", "", "For:1.2.3.4", "", "None http here:8888 8888"),
+        ("unix", "127.0.0.1", "For:1.2.3.4", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
+        ("unix", "", "", "", "None http here:8888 8888"),
+        ("unix", "", "For:1.2.3.4", "1.2.3.4", "1.2.3.4 http here:8888 8888"),
+        ("::1", "::1", "For:1.2.3.4", "1.2.3.4", "1.2.3.4,::1 http here:8888 8888"),
+        ("127.0.0.0/8", "127.0.0.1", "", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
+        ("127.0.0.0/8", "127.0.0.1", "For:1.2.3.4 Proto:HTTPS Host:pub.a", "1.2.3.4",
+         "1.2.3.4,127.0.0.1 https pub.a 443"),
+        ("127.0.0.0/8", "127.0.0.1", "For:6.6.6.6,1.2.3.4 For:127.9.9.9", "1.2.3.4",
          "6.6.6.6,1.2.3.4,127.9.9.9,127.0.0.1 http here:8888 8888"),
-        ("127.0.0.0/8", "Host:a/b Proto:gopher Port:x", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
-        ("127.0.0.1", "Host:pub:81 Port:8443", "127.0.0.1", "127.0.0.1 http pub:81 8443"),
-        ("127.0.0.1", "Proto:https,http Port:443,80", "127.0.0.1", "127.0.0.1 https here:8888 443"),
-        ("127.0.0.1", "Proto:http,https Proto:", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
-    ])
-    def test_forwarded_fields_count_from_a_trusted_proxy_alone(self, trusted, lines, address, arrives):
+    ] + [("127.0.0.1", "127.0.0.1", lines, "127.0.0.1", "127.0.0.1 " + arrives) for lines, arrives in (
+        ("Host:a/b Proto:gopher Port:x For:", "http here:8888 8888"), ("Host:pub:81 Port:8443", "http pub:81 8443"),
+        ("Proto:https,http Host:a:1,b:2 Port:443,80", "https a:1 443"), ("Host:[::1]", "http [::1] 80"),
+        ("Proto:http,https Proto: Host:a Host:b", "http b 80"), ("Host:[::1]:99 Port:123456", "http [::1]:99 99"),
+        ("Host:pub:", "http pub: 80"),
+    )])
+    def test_forwarded_fields_count_from_a_trusted_proxy_alone(self, trusted, peer, lines, address, arrives):
         """Of several addresses, the client's is the last one that is no trusted proxy itself."""
-        config = checked_config(Config(trusted_proxies=[trusted]))
         raw = request("GET", "/proxy/80/", *("X-Forwarded-" + line for line in lines.split()))
-        client = parse_request(raw, "127.0.0.1", "http", config).client
+        client = parsed(raw, peer, trusted_proxies=[trusted]).client
         fields = zip(("For", "Proto", "Host", "Port"), arrives.split())
         assert client.address == address
-        assert list(client.lines) == ["X-Forwarded-%s: %s" % (name, value.replace(",", ", ")) for name, value in fields]
+        assert list(client.lines) == [
+            "X-Forwarded-%s: %s" % (name, value.replace(",", ", ")) for name, value in fields if value != "None"
+        ]
 
     def forwarded_for(self, wire, app):
         """The X-Forwarded-For that an app gets for a request with one of 1.2.3.4 on this connection."""
