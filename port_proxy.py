@@ -3478,6 +3478,7 @@ ENTRANCE = "/.well-known/port-proxy"  # our only path at an app's own host (RFC 
 _MAX_TICKETS = 1000
 _TICKET_SECONDS = 30.0  # lifetime of a ticket, which signs a browser in at an app's host
 _WRONG_TOKEN_SECONDS = 1.0  # delay of the response to a wrong token
+_RECHECK_SECONDS = 10.0  # interval of the session checks for open connections
 
 ReadForm = Callable[[], Awaitable[bytes]]
 
@@ -3496,6 +3497,7 @@ class Gate:
     token = ""  # required of every client; "" for none
     app_cookie = ""  # name of the cookie that holds the last app; "" for none
     cookie_name = ""  # of the session
+    ends_sessions = False  # whether `has_access` can change while a request is served
     other_cookies = ()  # type: Tuple[str, ...]  # our other cookies' names start with one
     cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # our cookies' names contain one
     terms = COMMAND_LINE_TERMS  # the names of options in errors
@@ -3503,22 +3505,19 @@ class Gate:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
-        """Handle a request for the gate itself, such as a sign-in; None for other requests.
+    async def respond(self, request: Request, read_form: ReadForm) -> None:
+        """Raise the ProxyError that answers a request for the gate itself, such as a sign-in.
 
-        read_form: reads the request body.  Raises ProxyError, also for redirects.
+        read_form: reads the request body.
         """
-        return None
 
     async def authorize(self, request: Request) -> None:
         """Return to admit the request; raise ProxyError to refuse it."""
         raise NotImplementedError
 
-    def note_request(self, connection: Any, request: Optional[Request]) -> None:
-        """Record the current request of a client's connection or tunnel; None at its end.
-
-        A gate can abort the connection when the request's access ends.
-        """
+    async def has_access(self, request: Request) -> bool:
+        """Whether the session of an admitted request still exists; see SessionWatch."""
+        return True
 
     async def close(self) -> None:
         """End the gate's background tasks."""
@@ -3555,11 +3554,7 @@ class Gate:
             return value
         pairs = value.split(";")
         kept = [pair for pair in pairs if not self.owns_cookie(cookie_name(pair), route)]
-        if len(kept) == len(pairs):
-            return value
-        if kept and kept[0] is not pairs[0]:
-            kept[0] = kept[0].lstrip(" \t")
-        return ";".join(kept)
+        return ";".join(kept).lstrip(" \t")
 
     def strip_query(self, url: str) -> str:
         """A URL, or a query with its "?", without the `token` parameters that hold our token."""
@@ -3567,14 +3562,11 @@ class Gate:
             return url
         before, hash_mark, fragment = url.partition("#")
         path, mark, query = before.partition("?")
-        parameters = query.split("&")
         kept = [
             parameter
-            for parameter in parameters
+            for parameter in query.split("&")
             if not any(map(self.owns_token, query_tokens("?" + parameter)))
         ]
-        if len(kept) == len(parameters):
-            return url
         return path + (mark + "&".join(kept) if kept else "") + hash_mark + fragment
 
     def redirect_without_token(self, request: Request, cookies: Callable[[], Fields]) -> None:
@@ -3631,6 +3623,40 @@ class Gate:
         return advice
 
 
+class SessionWatch:
+    """Closes the connections of ended sessions: their tunnels, downloads and event streams."""
+
+    def __init__(self, deadlines: Deadlines) -> None:
+        self.deadlines = deadlines
+        self._served = {}  # type: Dict[Any, Tuple[Gate, Request]]  # by connection
+        self._task = None  # type: Optional[asyncio.Task[None]]
+
+    def note(self, connection: Any, gate: Gate, request: Optional[Request]) -> None:
+        """Record the current request of a client's connection or tunnel; None at its end."""
+        self._served.pop(connection, None)
+        if request is not None and gate.ends_sessions:
+            self._served[connection] = gate, request
+            self._task = self._task or self.deadlines.loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        while self._served:
+            await asyncio.sleep(_RECHECK_SECONDS)
+            connections = self.deadlines.connections  # without ended tunnels
+            self._served = {key: self._served[key] for key in self._served if key in connections}
+            for connection, served in list(self._served.items()):
+                gate, request = served
+                has_ended = not await gate.has_access(request)
+                if has_ended and self._served.get(connection) is served:
+                    logger.info("%s: closed, its session has ended", request.client.address)
+                    connection.abort()
+        self._task = None
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+
 class TokenGate(Gate):
     """The gate of a proxy that stands alone.
 
@@ -3664,7 +3690,7 @@ class TokenGate(Gate):
         names += [] if is_private else [socket.gethostname().lower()]
         self._names = re.compile(host_regex(names))
 
-    async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
+    async def respond(self, request: Request, read_form: ReadForm) -> None:
         client, (path, _, query) = request.client, request.target.partition("?")
         sent = dict(parse_qsl(query)) if request.method == "GET" else {}
         if client.app_port:
@@ -3678,7 +3704,6 @@ class TokenGate(Gate):
             if _PORT_NUMBER.fullmatch(sent.get("open", "")):
                 await self.authorize(request)
                 raise self._redirect_to_host(int(sent["open"]), client)
-        return None
 
     async def authorize(self, request: Request) -> None:
         preflight = (  # a CORS preflight never carries credentials
@@ -3858,9 +3883,8 @@ def authorization_tokens(headers: Headers) -> List[str]:
 # tokens at the Hub and caches the results.  `HubGate` admits requests, and closes the connections
 # of ended sessions.  Activity is reported, so that the Hub can stop idle servers.
 
-# An ended session loses its access within the sum of these two: less than a minute.
+# With _RECHECK_SECONDS, an ended session loses its access within less than a minute.
 _CACHE_SECONDS = 45.0  # lifetime of a token's cached user
-_RECHECK_SECONDS = 10.0  # interval of the session checks for open connections
 _LOGIN_SECONDS = 600  # timeout of a sign-in
 _MAX_REMEMBERED = 1000  # sessions and tokens, each
 _MAX_PENDING = 64  # concurrent lookups of unknown tokens
@@ -3902,7 +3926,7 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
         access_scopes=read("OAUTH_ACCESS_SCOPES", scopes, lambda text: frozenset(json.loads(text))),
         server_name=read("SERVER_NAME", ""),
         home=read("DEFAULT_URL", "", functools.partial(_hub_home, prefix)),
-        activity_url=read("ACTIVITY_URL", "", lambda url: url and _http_url(url)),
+        activity_url=read("ACTIVITY_URL", ""),
         activity_interval=max(1.0, read("ACTIVITY_INTERVAL", "300", float)),
         is_secure=read("PUBLIC_URL", "").startswith("https:"),
         host_cookies=read("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
@@ -4057,11 +4081,6 @@ class HubApi:
             self.tokens[token] = True
         return token
 
-    async def version(self) -> str:
-        """The Hub's version; "" if it is unknown."""
-        response, _ = await self.call("GET", self.hub.api_url + "/", [])
-        return response.headers.get("x-jupyterhub-version")
-
     async def call(
         self, method: str, url: str, lines: List[str], body: str = ""
     ) -> Tuple[Response, Dict[str, Any]]:
@@ -4103,6 +4122,8 @@ class HubGate(Gate):
     The state of a sign-in is kept in a signed cookie, so other clients cannot evict it.
     """
 
+    ends_sessions = True
+
     def __init__(self, config: Config, deadlines: Deadlines) -> None:
         super().__init__(config)
         assert config.hub is not None
@@ -4116,26 +4137,22 @@ class HubGate(Gate):
         self.cookie_name = host + COOKIE_PREFIX + _short_hash(self.hub.prefix)
         self._key = secrets.token_bytes(32)
         self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, HubBrowser]
-        self._served = {}  # type: Dict[Any, Request]  # by connection
         self._last_activity = ""
         self._version = None  # type: Optional[str]  # of the Hub
         deadlines.on_activity = self._note_activity
-        self._tasks = [deadlines.loop.create_task(self._end_sessions())]
-        if self.hub.activity_url:
-            self._tasks.append(deadlines.loop.create_task(self._report_activity()))
+        self._reporter = deadlines.loop.create_task(self._report_activity())
 
-    async def respond(self, request: Request, read_form: ReadForm) -> Optional[LocalResponse]:
+    async def respond(self, request: Request, read_form: ReadForm) -> None:
         if request.method not in ("GET", "HEAD"):
-            return None
+            return
         if is_base(self.hub.prefix + "/api", request.target):
-            return await self._ready()
+            await self._report_ready()
         if is_base(self.callback_path, request.target):
             await self._end_login(request)
         if is_base(self.hub.prefix, request.target):
             await self.authorize(request)
             home = self.hub.home or self.config.base + "/"
             raise ProxyError(302, "Redirecting.", (("Location", home),))
-        return None
 
     async def authorize(self, request: Request) -> None:
         user, token, is_signed_in = await self._find_user(request)
@@ -4183,6 +4200,13 @@ class HubGate(Gate):
             self._sessions.pop(session, None)
         return None
 
+    async def has_access(self, request: Request) -> bool:
+        try:
+            user, _, _ = await self._find_user(request)
+        except ProxyError:  # no response: the next check tries again
+            return True
+        return user is not None and user.has_access
+
     def _check_access(self, user: HubUser) -> None:
         if not user.has_access:
             logger.info("refused: %r has no access to the server of %r", user.name, self.hub.user)
@@ -4197,31 +4221,8 @@ class HubGate(Gate):
 
     async def close(self) -> None:
         self.deadlines.on_activity = None
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait(self._tasks)
-
-    # Sessions that end.
-
-    def note_request(self, connection: Any, request: Optional[Request]) -> None:
-        if request is None:
-            self._served.pop(connection, None)
-        else:
-            self._served[connection] = request
-
-    async def _end_sessions(self) -> None:
-        """Close the connections of ended sessions: their tunnels, downloads and event streams."""
-        while True:
-            await asyncio.sleep(_RECHECK_SECONDS)
-            connections = self.deadlines.connections  # without ended tunnels
-            self._served = {key: self._served[key] for key in self._served if key in connections}
-            for connection, request in list(self._served.items()):
-                with contextlib.suppress(ProxyError):  # no response: the next check tries again
-                    user, _, _ = await self._find_user(request)
-                    if self._served.get(connection) is not request or (user and user.has_access):
-                        continue
-                    logger.info("%s: closed, its session has ended", request.client.address)
-                    connection.abort()
+        self._reporter.cancel()
+        await asyncio.wait([self._reporter])
 
     # Signing in.
 
@@ -4309,16 +4310,15 @@ class HubGate(Gate):
 
     # Reports to the Hub.
 
-    async def _ready(self) -> LocalResponse:
+    async def _report_ready(self) -> None:
         """The Hub polls this until the server is up, and compares the version with its own."""
-        fields = (("Content-Type", "application/json"), ("Content-Length", "2"))  # type: Fields
         if self._version is None:
             self._version = ""  # optional, so one request is enough
             with contextlib.suppress(ProxyError):
-                self._version = await self.api.version()
-        if self._version:
-            fields += (("X-JupyterHub-Version", self._version),)
-        return LocalResponse(200, fields, b"{}")
+                response, _ = await self.api.call("GET", self.hub.api_url + "/", [])
+                self._version = response.headers.get("x-jupyterhub-version")
+        version = (("X-JupyterHub-Version", self._version),) if self._version else ()  # type: Fields
+        raise ProxyError(200, "Ready.", version)
 
     def _note_activity(self) -> None:
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -4326,7 +4326,7 @@ class HubGate(Gate):
     async def _report_activity(self) -> None:
         """Report activity to the Hub once an interval, if there was any (ISO 8601, UTC)."""
         own_token, reported = "Authorization: token " + self.hub.api_token, ""
-        while True:
+        while self.hub.activity_url:
             await asyncio.sleep(self.hub.activity_interval)
             moment = self._last_activity
             if moment != reported:
@@ -4417,10 +4417,7 @@ class Exchange:
         """
         # The gate's own addresses have no route, or are at the host of an app (a sign-in there).
         if self.request.route is None or self.request.client.app_port:
-            response = await self.gate.respond(self.request, self._read_form)
-            if response is not None:
-                await self.respond(response)
-                return
+            await self.gate.respond(self.request, self._read_form)
         request = self.request = find_app(self.request, self.gate)
         await self.gate.authorize(request)
         self.client.admit()
@@ -4474,7 +4471,7 @@ class Exchange:
         is_reusable = False
         try:
             self._watch_client(upstream)
-            self.gate.note_request(self.client, self.request)
+            self.proxy.sessions.note(self.client, self.gate, self.request)
             upstream.write_deadline = now() + self.config.stall_timeout
             upstream.write(pieces)
             if not self.body.finished:
@@ -4492,7 +4489,7 @@ class Exchange:
             raise await self._explain(error, upstream)
         finally:
             self.client.watcher = None
-            self.gate.note_request(self.client, None)
+            self.proxy.sessions.note(self.client, self.gate, None)
             if self._sender is not None:
                 await self._stop_sending(self._sender)
             if is_reusable and self.body.finished and self.request.route is not None:
@@ -4639,7 +4636,7 @@ class Exchange:
         await self._drain(timeout)
         self.tunnel = Tunnel(self.client, upstream, timeout, self.proxy.tunnels)
         await self.tunnel.start(self.client, upstream)
-        self.gate.note_request(self.tunnel.client, self.request)
+        self.proxy.sessions.note(self.tunnel.client, self.gate, self.request)
 
     # Failures.
 
@@ -4918,6 +4915,7 @@ class PortProxy:
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         self.is_stopping = False
         self.deadlines = Deadlines(loop, _tick_interval(self.config))
+        self.sessions = SessionWatch(self.deadlines)
         self.gate = (
             HubGate(self.config, self.deadlines)
             if self.config.hub
@@ -5020,6 +5018,7 @@ class PortProxy:
         if tasks:
             await asyncio.wait(tasks)
         self.upstreams.close()
+        await self.sessions.close()
         await self.gate.close()
         # Tunnels have the rest of the time to send queued data, other connections one second.
         left = until - now() if self.tunnels else 0.0
@@ -5746,8 +5745,8 @@ class JupyterGate(Gate):
         self.handler = handler
         # Before Jupyter Server 2.0, the handler is its own identity provider.
         provider = self.provider = handler.settings.get("identity_provider") or handler
-        self._watches = {}  # type: Dict[Any, asyncio.Task[None]]  # by connection
         self.hub_auth = getattr(provider, "hub_auth", None)  # type: Any
+        self.ends_sessions = self.hub_auth is not None and hasattr(provider, "get_user")
         self.tokens = [handler.token] if handler.token else []
         if handler.token_authenticated and self.hub_auth is None:
             token = provider.get_token(handler) if hasattr(provider, "get_token") else None
@@ -5772,39 +5771,19 @@ class JupyterGate(Gate):
         if not allowed:
             self.check_origin(request)
 
-    def note_request(self, connection: Any, request: Optional[Request]) -> None:
-        """Watch the session of a connection if a Hub manages it, and so can end it."""
-        if request is None:
-            watch = self._watches.pop(connection, None)
-            if watch is not None:
-                watch.cancel()
-        elif self.hub_auth is not None and hasattr(self.provider, "get_user"):
-            watch = connection.deadlines.loop.create_task(self._watch_session(connection))
-            self._watches[connection] = watch
+    async def has_access(self, request: Request) -> bool:
+        """Ask with a new handler: Jupyter caches the user in the handler.
 
-    async def _watch_session(self, connection: Any) -> None:
-        """Close a connection after its session has ended.
-
-        Each check uses a new handler: Jupyter caches the user in the handler.  It also caches the
-        Hub's responses (HubOAuth.cache_max_age).
+        The Hub's client caches responses, too (HubOAuth.cache_max_age).
         """
-        handler = self.handler
-        while True:
-            await asyncio.sleep(_RECHECK_SECONDS)
-            if connection not in connection.deadlines.connections:  # an ended tunnel
-                return
-            try:
-                new_handler = type(handler)(handler.application, handler.request)
-                user = await self.provider.get_user(new_handler)
-            except asyncio.CancelledError:  # an Exception before Python 3.8
-                raise
-            except Exception as error:  # no response: the next check tries again
-                logger.warning("no valid response from the Hub: %s", type(error).__name__)
-                continue
-            if user is None:
-                logger.info("%s: closed, its session has ended", handler.request.remote_ip)
-                connection.abort()
-                return
+        handler = type(self.handler)(self.handler.application, self.handler.request)
+        try:
+            return await self.provider.get_user(handler) is not None
+        except asyncio.CancelledError:  # an Exception before Python 3.8
+            raise
+        except Exception as error:  # no response: the next check tries again
+            logger.warning("no valid response from the Hub: %s", type(error).__name__)
+            return True
 
     async def _find_hub_tokens(self, request: Request) -> None:
         """Add the request's tokens of the Hub to `tokens`; the Hub's client caches lookups."""

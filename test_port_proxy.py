@@ -8308,7 +8308,7 @@ class TestJupyterExtension:
             assert handler is not gate.handler
             answer = answers.pop(0)
             if answer == "left":
-                gate.note_request(connection, None)
+                watch.note(connection, gate, None)
             elif answer == "tunnel ended":
                 connection.deadlines.connections.clear()
             elif isinstance(answer, Exception):
@@ -8316,13 +8316,15 @@ class TestJupyterExtension:
             return answer or None
 
         async def serve():
-            gate.note_request(connection, parsed(request("GET", "/proxy/1/", *HANDSHAKE)))
+            watch.note(connection, gate, parsed(request("GET", "/proxy/1/", *HANDSHAKE)))
             for _ in range(100):
                 await asyncio.sleep(1)
+            await watch.close()
 
-        gate.handler, gate.provider.get_user = Handler(), get_user
+        gate.handler, gate.provider.get_user, gate.ends_sessions = Handler(), get_user, True
         with contextlib.closing(Hasty()) as loop:
             connection.deadlines = argparse.Namespace(loop=loop, connections={connection})
+            watch = port_proxy.SessionWatch(connection.deadlines)
             loop.run_until_complete(serve())
         assert (answers, connection.abort.call_count) == ([], is_closed)
 
