@@ -2498,7 +2498,6 @@ _ROW = (
 )
 _FIRST_COMMON_PORT = 1024  # system services listen below
 _FIRST_ORDINARY_USER = 1000  # root and system services have lower ids
-_ANY_ADDRESS = ("0.0.0.0", "::")
 _REACHED = {  # for each host, the listening addresses that it reaches
     "localhost": ("127.0.0.1", "0.0.0.0", "::", "::1"),
     "127.0.0.1": ("127.0.0.1", "0.0.0.0", "::"),
@@ -2598,17 +2597,17 @@ class OwnerGuard:
     The owner of a port is the user of its listening socket.  The accepted socket is not enough,
     because the kernel reports no user once its program has closed it.  The constructor checks the
     owner before the proxy connects, and `check` does afterwards.  Both raise ProxyError 403.
+
+    address: from `local_address`.
     """
 
     def __init__(self, address: Address) -> None:
-        self._address = _local_address(address) if sys.platform.startswith("linux") else None
-        self._had_known_owner = self._address is not None and self._has_known_owner(self._address)
+        self._address = address
+        self._had_known_owner = self._has_known_owner(address)
 
     def check(self, peer: Address) -> None:
         """Check a new connection.  `peer`: the address and port of the proxy's end."""
         address = self._address
-        if address is None:
-            return
         # A program that serves a single connection may have closed its listening socket.
         if not self._has_known_owner(address) and not self._has_known_owner(address, peer):
             text = "The user who owns port %d of this machine could not be determined."
@@ -2632,7 +2631,7 @@ class OwnerGuard:
 _TRUST_ADVICE = "If you trust it, {start} {any_owner}."
 
 
-def _local_address(address: Address) -> Optional[Address]:
+def local_address(address: Address) -> Optional[Address]:
     """The address that a connection to `address` reaches; None if it is on another machine.
 
     A connection within this machine has equal source and destination addresses, or goes to a
@@ -2654,7 +2653,7 @@ def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
     Empty if unknown.
     """
     is_ipv6 = ":" in address[0]
-    user = _user_by_netlink(address, peer or (_ANY_ADDRESS[is_ipv6], 0))
+    user = _user_by_netlink(address, peer or (_UNSPECIFIED[is_ipv6], 0))
     if user is not None:
         return {user}
     if _has_netlink():
@@ -2663,7 +2662,7 @@ def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
     # address precedes a socket that is bound to all addresses.
     sockets = [sock for sock in tcp_sockets(peer) if sock.port == address[1]]
     exact = {sock.user for sock in sockets if sock.address == address[0]}
-    return exact or {sock.user for sock in sockets if sock.address in _ANY_ADDRESS[is_ipv6:]}
+    return exact or {sock.user for sock in sockets if sock.address in _UNSPECIFIED[is_ipv6:]}
 
 
 def _has_netlink() -> bool:
@@ -2671,7 +2670,7 @@ def _has_netlink() -> bool:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen(1)
-        return _user_by_netlink(sock.getsockname(), (_ANY_ADDRESS[0], 0)) is not None
+        return _user_by_netlink(sock.getsockname(), (_UNSPECIFIED[0], 0)) is not None
 
 
 def _user_by_netlink(address: Address, peer: Address) -> Optional[int]:
@@ -3335,29 +3334,32 @@ class Upstreams:
         if route.scheme == "https":
             verified = not (self.config.insecure_upstream and route.is_local)
             tls = {"ssl": self._context(verified), "server_hostname": route.host}
-        guard = None if self.config.any_owner else OwnerGuard(address)
+        guard = self._checked(address)
         connection = Connection(self.deadlines)
         await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
         try:
-            self._check(connection, guard)
+            names = [connection.transport.get_extra_info(end) for end in ("sockname", "peername")]
+            if not all(names):
+                raise ConnectionResetError(errno.ECONNRESET, "reset as soon as it was accepted")
+            if names[0] == names[1]:  # without a listener, a TCP socket can connect to itself
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+            if guard is not None:
+                guard.check((plain_address(names[0][0]), names[0][1]))
         except BaseException:
             connection.abort()
             raise
         return connection
 
-    def _check(self, connection: Connection, guard: Optional[OwnerGuard]) -> None:
-        """Raise OSError or ProxyError for a connection to ourselves or to another user's port."""
-        names = [connection.transport.get_extra_info(name) for name in ("sockname", "peername")]
-        if not all(names):
-            raise ConnectionResetError(errno.ECONNRESET, "reset as soon as it was accepted")
-        local, peer = ((plain_address(name[0]), int(name[1])) for name in names)
-        if local == peer:  # without a listener, a TCP socket can connect to itself
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
-        if any(_reaches(local, peer, own) for own in self.listening):
-            text = "Port %d is the proxy's own: this is an endless loop." % peer[1]
-            raise ProxyError(508, text)
-        if guard is not None:
-            guard.check(local)
+    def _checked(self, address: Address) -> Optional[OwnerGuard]:
+        """Refuse an address of the proxy, or another user's.  Returns the guard for the latter."""
+        own = local_address(address)
+        if own is None:
+            return None
+        if any((name, own[1]) in self.listening for name in (own[0],) + _UNSPECIFIED):
+            text = "Port %d is the proxy's own: this is an endless loop."
+            raise ProxyError(508, text % own[1])
+        is_guarded = sys.platform.startswith("linux") and not self.config.any_owner
+        return OwnerGuard(own) if is_guarded else None
 
 
 def upstream_context(verified: bool) -> ssl.SSLContext:
@@ -3376,15 +3378,6 @@ def _tls_failure(route: Route, error: Exception) -> ProxyError:
         return ProxyError(502, text, (), advice)
     text = "No TLS connection to %s could be made. Does it speak TLS?" % route.place
     return ProxyError(502, text, (), "See {upstream_tls}.")
-
-
-def _reaches(local: Address, peer: Address, listening: Address) -> bool:
-    """Whether a connection from `local` to `peer` ends at the socket listening at `listening`."""
-    if peer[1] != listening[1]:
-        return False
-    if listening[0] not in ("0.0.0.0", "::"):
-        return bool(peer[0] == listening[0])
-    return bool(peer[0] == local[0]) or ipaddress.ip_address(peer[0]).is_loopback
 
 
 class Fetched(NamedTuple):
