@@ -2699,11 +2699,11 @@ def _user_by_netlink(address: Address, peer: Address) -> Optional[int]:
 
 def user_name(user: int) -> str:
     """The name of a user id, or "number N"."""
-    try:
-        import pwd
+    import pwd  # not on Windows, which lists no sockets
 
+    try:
         return pwd.getpwuid(user).pw_name
-    except (ImportError, KeyError):
+    except KeyError:
         return "number %d" % user
 
 
@@ -2942,7 +2942,6 @@ class NotListening(ProxyError):
         if addresses and route.is_local and not reaches_any(route.host, addresses):
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(addresses), route.host
-            advice = "Open %d instead of %s." % (route.port, route.authority)
             if not any(name in LOOPBACK_NAMES for name in addresses):
                 address = addresses[0]
                 advice = (
@@ -3383,7 +3382,8 @@ def _tls_failure(route: Route, error: Exception) -> ProxyError:
 class Fetched(NamedTuple):
     """The response to one of the proxy's own requests; a long body is cut off."""
 
-    response: Response
+    status: int
+    headers: Headers
     body: bytes
 
 
@@ -3407,10 +3407,10 @@ async def fetch(
             if response.status >= 200 or response.status == 101:
                 break  # else it is interim (RFC 9110 section 15.2)
         source = Body(connection, response.framing, config, is_response=True)
-        pieces = source.buffered_pieces()
-        while not source.finished and source.count < _FETCH_BYTES and response.status != 101:
-            pieces = pieces + list(map(bytes, await source.read(deadline - now())))
-        return Fetched(response, b"".join(pieces))
+        content = b""
+        while not source.finished and len(content) < _FETCH_BYTES and response.status != 101:
+            content += b"".join(await source.read(deadline - now()))
+        return Fetched(response.status, response.headers, content)
     finally:
         connection.abort()
 
@@ -4076,7 +4076,7 @@ class HubApi:
 
     async def call(
         self, method: str, url: str, lines: List[str], body: str = ""
-    ) -> Tuple[Response, Dict[str, Any]]:
+    ) -> Tuple[Fetched, Dict[str, Any]]:
         """One request: the response, and the members of the JSON object in its body."""
         parts = urlsplit(url)
         own = ["%s %s HTTP/1.1" % (method, parts.path), "Host: " + parts.netloc]
@@ -4084,7 +4084,7 @@ class HubApi:
         try:
             connection = await asyncio.wait_for(self._connect(parts), _HUB_TIMEOUT)
             fetched = await fetch(connection, lines, body.encode(), _HUB_TIMEOUT, self.config)
-            is_json = fetched.response.status < 400 and fetched.body
+            is_json = fetched.status < 400 and fetched.body
             data = json.loads(fetched.body.decode()) if is_json else {}
         except (
             ProxyError, Truncated, TimedOut, OSError, asyncio.TimeoutError, ValueError
@@ -4093,7 +4093,7 @@ class HubApi:
             logger.warning("no valid response from the Hub at %s: %s", url, reason)
             text = "The Hub, which decides about access, does not respond. Try again shortly."
             raise ProxyError(503, text, _RETRY_SOON)
-        return fetched.response, data if isinstance(data, dict) else {}
+        return fetched, data if isinstance(data, dict) else {}
 
     async def _connect(self, parts: Any) -> Connection:
         """A new connection to the server of a split URL."""
@@ -6174,9 +6174,9 @@ class PortCheck:
             return
         report.speaks = self.route.scheme
         page = await self._find_page(first)
-        headers = page.response.headers
+        headers = page.headers
         report.use = self._addresses()
-        report.status = page.response.status
+        report.status = page.status
         report.title = title_in(headers, page.body)
         self._note_links(page)
         text = page.body.decode("latin-1")
@@ -6223,7 +6223,7 @@ class PortCheck:
     async def _status(self, target: str, fields: Mapping[str, str]) -> int:
         """The status of a response; 0 if none came."""
         try:
-            return (await self._get(target, fields)).response.status
+            return (await self._get(target, fields)).status
         except ProxyError:
             return 0
 
@@ -6250,11 +6250,11 @@ class PortCheck:
     async def _find_page(self, first: Fetched) -> Fetched:
         """The first page of the app, which may be configured for the absolute form."""
         page = await self._follow_redirects(first)
-        may_be_kept = page.response.status == 404 or self.kept.encode() in page.body
+        may_be_kept = page.status == 404 or self.kept.encode() in page.body
         if may_be_kept and not self._is_kept():
             with contextlib.suppress(ProxyError):
                 other = await self._get(self.kept + "/", timeout=_PAGE_SECONDS)
-                if other.response.status != 404:
+                if other.status != 404:
                     self.path = self.kept + "/"
                     page = await self._follow_redirects(other)
         return page
@@ -6277,8 +6277,8 @@ class PortCheck:
         # The second is ours: the app may obey X-Forwarded-Host.
         own = route.app_authorities | {"localhost:%d" % self.config.port}
         for count in range(_MAX_REDIRECTS + 1):
-            location = page.response.headers.get("location")
-            if not 300 <= page.response.status < 400 or not location:
+            location = page.headers.get("location")
+            if not 300 <= page.status < 400 or not location:
                 break
             base = "%s://%s%s" % (route.scheme, route.authority, self.path)
             try:
@@ -6496,10 +6496,11 @@ def _config(arguments: argparse.Namespace) -> Config:
     options = {"token": _token(arguments)}  # type: Dict[str, Any]
     for option in GENERAL_OPTIONS + ACCESS_OPTIONS + LIMIT_OPTIONS:
         value = getattr(arguments, option.field)
-        if value is not None and option.kind is STRINGS:
+        if value is None:
+            continue
+        if option.kind is STRINGS:
             value = tuple(item.strip() for entry in value for item in entry.split(","))
-        if value is not None:
-            options[option.field] = value
+        options[option.field] = value
     if "domains" in options:
         options["domains"] = Config().domains + options["domains"]
     if "whole_origin" in options:

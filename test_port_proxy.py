@@ -4000,7 +4000,7 @@ class TestPages:
             assert listing.at_localhost[9000 + number]["program"] == name, words
 
     def test_address_that_an_app_listens_on_is_named_as_it_is_opened(self, listing):
-        text = "listens on 127.0.0.2 and ::1 only, not on 127.0.0.1. Open {0} instead of 127.0.0.1:{0}."
+        text = "listens on 127.0.0.2 and ::1 only, not on 127.0.0.1."
         response = ask_port(listing.port, "/proxy/127.0.0.1:%d/" % listing.closed)
         assert text.format(listing.closed) in response[2].decode()
         text = " with --host-allowlist 2001:db8::7 and open [2001:db8::7]:{0} instead of {0}."
