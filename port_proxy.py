@@ -2318,19 +2318,37 @@ class LocalResponse(NamedTuple):
     body: bytes = b""
 
 
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def sign(key: bytes, purpose: str, text: str) -> str:
     """A signature (HMAC) of `text` for a cookie, 43 characters long.
 
     purpose: a word.  A signature is valid for one purpose only.
     """
-    digest = hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest()
-    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+    return base64url(hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest())
 
 
 def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
     """Whether `signature`, from a request, is valid for `text`."""
     right = sign(key, purpose, text).encode()
     return hmac.compare_digest(signature.encode("latin-1"), right)
+
+
+def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
+    """The text in the cookie `name`, which a dot and its signature follow; "" if it is not valid.
+
+    Pages of apps and of other ports can set such a cookie, but cannot sign it.  If there are
+    several cookies of that name, none is used.
+    """
+    values = cookie_values(headers, name)
+    text, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
+    return text if is_signed(key, purpose, text, signature) else ""
 
 
 def own_cookie(name: str, value: str, path: str, client: ClientInfo) -> str:
@@ -2461,14 +2479,8 @@ def _app_of_page(request: Request, gate: Any) -> str:
 
 
 def _last_app(request: Request, gate: Any) -> str:
-    """The app that this browser opened last, "" if unknown.
-
-    Pages of apps and of other ports can set a cookie of that name, but cannot sign it.  If there
-    are several cookies of that name, none is used.
-    """
-    values = cookie_values(request.headers, gate.app_cookie)
-    app, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
-    return app if app and is_signed(gate.key, "app", app, signature) else ""
+    """The app that this browser opened last, "" if unknown."""
+    return signed_value(request.headers, gate.app_cookie, gate.key, "app")
 
 
 def _app_name(route: Route) -> str:
@@ -2479,7 +2491,7 @@ def _app_name(route: Route) -> str:
 
 def _copy_prefix(route: Route, gate: Any) -> str:
     """The start of the names of all copies of an app's cookies."""
-    return "%s_%s_" % (gate.app_cookie, hashlib.sha256(_app_name(route).encode()).hexdigest()[:8])
+    return "%s_%s_" % (gate.app_cookie, short_hash(_app_name(route)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3714,8 +3726,17 @@ class TokenGate(Gate):
             # A foreign page may choose X-Forwarded-Host, but not Host.
             for authority in {request.authority, request.client.authority}:
                 self._check_host(authority)
-        elif preflight or not await self._check_credentials(request):
-            return  # admitted by the token, which foreign pages do not know
+        elif preflight:
+            return
+        else:
+            signed_in = self._is_signed_in(request)
+            if not signed_in:
+                await self._check_tokens(request)
+            self.redirect_without_token(
+                request, lambda: () if signed_in else (self._new_cookie(request.client),)
+            )
+            if not signed_in:
+                return  # admitted by the token, which foreign pages do not know
         if not preflight:
             self.check_origin(request)
 
@@ -3740,21 +3761,8 @@ class TokenGate(Gate):
 
     # With a token.
 
-    async def _check_credentials(self, request: Request) -> bool:
-        """True if a cookie admits the request, False if a token does.
-
-        Raises ProxyError 401 or 403 without either, or 302 to remove the token from the URL.
-        """
-        signed_in = self._is_signed_in(request)
-        if not signed_in:
-            await self._check_tokens(request)
-        self.redirect_without_token(
-            request, lambda: () if signed_in else (self._new_cookie(request.client),)
-        )
-        return signed_in
-
     async def _check_tokens(self, request: Request) -> None:
-        """Refuse a request without a valid token; only the first in query and field counts."""
+        """Raise ProxyError 401 without a valid token; only the first in query and field counts."""
         in_query, in_field = query_tokens(request.target), authorization_tokens(request.headers)
         shown = in_query[:1] + in_field[:1]
         if any(map(self.owns_token, shown)):
@@ -4127,7 +4135,7 @@ class HubGate(Gate):
         self.other_cookies = (_HUB_COOKIES,)
         self.cookie_marks += self.other_cookies
         host = "__Host-" if self.hub.host_cookies else ""
-        self.cookie_name = host + COOKIE_PREFIX + _short_hash(self.hub.prefix)
+        self.cookie_name = host + COOKIE_PREFIX + short_hash(self.hub.prefix)
         self._key = secrets.token_bytes(32)
         self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, HubBrowser]
         self._last_activity = ""
@@ -4234,14 +4242,14 @@ class HubGate(Gate):
         if not _LOCAL_TARGET.fullmatch(target) or len(quote(target)) > _MAX_LOGIN_TARGET:
             target = self.hub.prefix + "/"
         login = "%d.%s" % (now() + _LOGIN_SECONDS, quote(target))
-        value = "%s.%s" % (sign(self._key, "login", "%s %s" % (state, login)), login)
+        value = "%s.%s" % (login, sign(self._key, "login " + state, login))
         digest = hashlib.sha256(sign(self._key, "verifier", state).encode()).digest()
         parameters = {
             "client_id": self.hub.client_id,
             "redirect_uri": self.hub.callback_url,
             "response_type": "code",
             "state": state,
-            "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
+            "code_challenge": base64url(digest),
             "code_challenge_method": "S256",
         }
         location = self.hub.authorize_url + "?" + urlencode(parameters)
@@ -4268,12 +4276,9 @@ class HubGate(Gate):
 
     def _login_target(self, request: Request, state: str) -> str:
         """The page that the browser requested before its sign-in; "" if no sign-in is valid."""
-        values = cookie_values(request.headers, self._login_name(state))
-        signature, _, login = (values[0] if len(values) == 1 else "").partition(".")
-        if not is_signed(self._key, "login", "%s %s" % (state, login), signature):
-            return ""
-        deadline, _, target = login.partition(".")
-        return unquote(target) if now() <= int(deadline) else ""
+        name, purpose = self._login_name(state), "login " + state
+        deadline, _, target = signed_value(request.headers, name, self._key, purpose).partition(".")
+        return unquote(target) if deadline and now() <= int(deadline) else ""
 
     def _new_session(
         self, token: str, client: ClientInfo, hub_session: Optional[str] = None
@@ -4284,7 +4289,7 @@ class HubGate(Gate):
 
     def _login_name(self, state: str) -> str:
         """The name of the cookie of one sign-in; several tabs can sign in at once."""
-        return "%s_%s" % (self.cookie_name, _short_hash(state))
+        return "%s_%s" % (self.cookie_name, short_hash(state))
 
     def _cookie(
         self, name: str, value: str, client: ClientInfo, seconds: Optional[int] = None
@@ -4350,11 +4355,7 @@ def all_tokens(request: Request) -> List[str]:
 
 def _hub_session(request: Request) -> str:
     """A hash of the browser's session at the Hub: clients may send a cookie of any length."""
-    return _short_hash("".join(cookie_values(request.headers, _HUB_SESSION)[:1]))
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return short_hash("".join(cookie_values(request.headers, _HUB_SESSION)[:1]))
 
 
 # --------------------------------------------------------------------------------------------------
