@@ -1342,6 +1342,7 @@ _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice t
 _READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties it
 _LARGE_PIECE = 1 << 15  # bytes; larger pieces are not copied to join them
 _BACKLOG = 1024  # connections that wait to be accepted
+_ACCEPTS_IN_A_ROW = 32
 _PENDING_BYTES = 1 << 26  # limit for all connections together
 _SMALL_READ = 1 << 12  # bytes; `read_head` counts smaller reads, `data_received` larger ones
 _LARGE_HEAD = 1 << 16  # bytes; the rest of a larger read is taken for a body
@@ -4934,7 +4935,9 @@ class PortProxy:
             self._acceptors.append(loop.create_task(self._accept_tls(self.deadlines, sock, tls)))
             return
         protocol = functools.partial(Connection, self.deadlines, self._accepted)
-        options = {"sock": sock, "backlog": _BACKLOG}  # type: Dict[str, Any]
+        # asyncio takes its backlog as the number of connections to accept in a row.  Without a free
+        # file descriptor, it fails as often.
+        options = {"sock": sock, "backlog": _ACCEPTS_IN_A_ROW}  # type: Dict[str, Any]
         if sock.family != _UNIX:
             server = await loop.create_server(protocol, **options)
         else:
@@ -4942,6 +4945,7 @@ class PortProxy:
                 options["cleanup_socket"] = False  # another process may own the file by then
             server = await loop.create_unix_server(protocol, **options)
         self._servers.append(server)
+        sock.listen(_BACKLOG)
 
     @property
     def port(self) -> int:
