@@ -64,7 +64,6 @@ from port_proxy import (
     body_decoder,
     check_partial_head,
     checked_config,
-    cookie_name,
     cookie_values,
     cookies_for_unprefixed,
     find_app,
@@ -190,10 +189,7 @@ class Wire:
             body = self.rest() if until_close else b""
         return lines[0], fields, body
 
-    def reset_at_once(self, _):
-        self.reset()
-
-    def reset(self):
+    def reset(self, app=None):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.sock.close()
 
@@ -1019,15 +1015,6 @@ class TestRoutesOnTheWire:
         lines = ["POST /?a HTTP/1.1", "GET /proxy/absolute/%d?a HTTP/1.1" % app.port]
         assert [message[0] for message in app.messages] == lines
 
-    @pytest.mark.parametrize("base", ["/", "/user/ana/proxy"])
-    def test_other_base_has_the_same_forms(self, start, upstream, base):
-        app, proxy, prefix = upstream(answering(OK)), start(base=base), base.rstrip("/")
-        assert status_of(proxy.get(base)) == 200
-        for form in (prefix + "/%d", prefix + "/absolute/%d"):
-            assert status_of(proxy.ask(to(app, form=form, path="/a"))) == 200
-        lines = ["GET /a HTTP/1.1", "GET %s/absolute/%d/a HTTP/1.1" % (prefix, app.port)]
-        assert [message[0] for message in app.messages] == lines
-
     def test_localhost_is_ipv6_loopback_too(self, proxy, upstream):
         """localhost is tried at 127.0.0.1 and then at ::1; an address in brackets is that address alone."""
         with app_alone_at("::1", upstream) as app:
@@ -1054,12 +1041,6 @@ class TestRoutesOnTheWire:
         for host in self.OTHER_HOSTS:
             proxy.get("/proxy/%s:80/" % host)
         assert hosts == ["127.0.0.2", "127.0.0.2", "nowhere.invalid", "2130706433", "::ffff:127.0.0.1"]
-
-    def test_host_inside_the_allowlist_is_reached(self, start, upstream):
-        app = upstream(answering(OK), host="127.0.0.2")
-        proxy = start(host_allowlist=["127.0.0.*"])
-        assert status_of(proxy.ask(to(app, form="/proxy/127.0.0.2:%d"))) == 200
-        assert fields_of(app.messages[0])["host"] == "127.0.0.2:%d" % app.port
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1355,13 +1336,6 @@ class TestMessages:
         for text in texts:
             assert is_authority(text) is valid, text
 
-    @pytest.mark.parametrize("cookie, name", [
-        ("a=b", "a"), (" a\t=b; Path=/", "a"), ("a=b=c", "a"), ("a", "a"), ("a;b=c", "a"), ("=a", "a"),
-        ("\t= =a=b", "a"), ("", ""), ("=", ""),
-    ])
-    def test_cookie_name_is_found_however_loosely_it_is_read(self, cookie, name):
-        assert cookie_name(cookie) == name
-
     @pytest.mark.parametrize("fields, values", [
         (["a=1; b=2; a=3"], ["1", "3"]), (["b=2", "a=1;a=2"], ["1", "2"]), (["xa=1; A=2; a"], []), ([], []),
         ([" a=x=y \t; a="], ["x=y", ""]),
@@ -1604,15 +1578,17 @@ class TestFramingOnTheWire:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def slow_wire(proxy, size=4096):
-    """A connection on which the kernel holds little for either end; the proxy's end has been accepted."""
+def slow_wire(proxy, size=4096, raw=b""):
+    """A connection on which the kernel holds little for either end; `raw` is sent before the connection can idle."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
     sock.settimeout(WAIT)
     sock.connect(("127.0.0.1", proxy.port))
     wire = Wire(sock)
     wire.ask(request("GET", "/proxy/"))
-    narrow(sock.getsockname()[1], size)
+    with proxy.held():
+        narrow(sock.getsockname()[1], size)
+        wire.send(raw)
     return wire
 
 
@@ -1687,13 +1663,10 @@ class TestConnections:
                 assert wire.message()[2] == b"ok"
                 assert wire.rest() == b""
 
-    @pytest.mark.parametrize("version, lines", [
-        ("1.0", ()), ("1.0", ("Connection: keep-alive",)), ("1.1", ("Connection: Close",)),
-        ("1.1", ("Connection: a", "Connection: b, close")),
-    ])
-    def test_connection_closes_if_the_client_wants_that(self, proxy, upstream, version, lines):
+    @pytest.mark.parametrize("version, lines", [("1.0", ("Connection: keep-alive",)), ("1.1", ("Connection: Close",))])
+    def test_connection_closes_if_the_client_wants_that(self, proxy, app, version, lines):
         with proxy.wire() as wire:
-            message = wire.ask(to(upstream(answering(OK)), *lines, version=version))
+            message = wire.ask(to(app, *lines, version=version))
             assert (message[2], fields_of(message)["connection"]) == (b"ok", "close")
             assert wire.rest() == b""
 
@@ -1742,7 +1715,6 @@ class TestConnections:
     @needs_proc
     @pytest.mark.parametrize("raw", [b"", b"GET /pro", request("GET", "/proxy/")], ids=case_id)
     def test_reset_between_requests_is_not_logged(self, proxy, caplog, raw):
-        """Browsers reset connections every day."""
         with caplog.at_level(logging.INFO, "port_proxy"):
             wire = proxy.wire()
             wire.send(raw)
@@ -1770,7 +1742,6 @@ class TestDeadlines:
             assert status_of(wire.ask(bytes(60000))) == 504
 
     def test_dripping_head_gets_a_408(self, start):
-        """The whole head has a deadline, however regularly its bytes come."""
         stop = threading.Event()
 
         def drip(wire):
@@ -1784,11 +1755,15 @@ class TestDeadlines:
             assert status_of(wire.message()) == 408
             stop.set()
 
-    def test_silence_between_requests_is_no_error(self, start, upstream):
+    def test_silence_between_requests_is_no_error(self, start, app):
         """An empty line behind a body is no part of a request."""
-        proxy, app = start(head_timeout=0.1, keep_alive_timeout=0.3), upstream(answering(OK))
+        proxy = start(head_timeout=0.1, keep_alive_timeout=0.3)
         raw = to(app, "Content-Length: 1", method="POST", body=b"a")
-        with proxy.wire() as silent, proxy.sent(raw) as wire, proxy.sent(raw + b"\r\n") as other:
+        with proxy.held():  # the bytes are there when the proxy accepts, however busy the machine is
+            silent, wire, other = proxy.wire(), proxy.wire(), proxy.wire()
+            wire.send(raw)
+            other.send(raw + b"\r\n")
+        with silent, wire, other:
             assert wire.message()[2] == other.message()[2] == b"ok"
             assert wire.rest() == silent.rest() == other.rest() == b""
 
@@ -1827,27 +1802,26 @@ class TestDeadlines:
     def test_response_that_never_comes_is_a_504(self, start, upstream):
         """On a fresh connection to the app and on a reused one; an interim response is no response."""
         app = upstream(script(read_head, OK, read_head, b"HTTP/1.1 103 E\r\n\r\n", read_to_the_end))
-        silent = upstream(script(read_to_the_end))
-        with start(response_timeout=0.3).wire() as wire:
+        silent, proxy = upstream(script(read_to_the_end)), start(response_timeout=1)
+        with proxy.wire() as wire, proxy.sent(to(silent)) as other:
             assert wire.ask(to(app))[2] == b"ok"
             assert status_of(wire.ask(to(app), no_body=True)) == 103
-            for one, answer in ((app, wire.message()), (silent, wire.ask(to(silent)))):
-                text = "No response came from port %d of this machine within 0.3 seconds." % one.port
+            for one, answer in ((app, wire.message()), (silent, other.message())):
+                text = "No response came from port %d of this machine within 1 seconds." % one.port
                 assert (status_of(answer), text.encode() in answer[2]) == (504, True)
 
-    def test_time_for_the_response_begins_with_the_end_of_the_request(self, start, upstream):
-        app, tick = upstream(once(OK)), threading.Event()
-        with start(response_timeout=0.6).sent(to(app, "Content-Length: 8", method="POST")) as wire:
-            for _ in range(8):
-                tick.wait(0.1)
+    def test_time_for_the_response_begins_with_the_end_of_the_request(self, start, app):
+        tick = threading.Event()
+        with start(response_timeout=1).sent(to(app, "Content-Length: 6", method="POST")) as wire:
+            for _ in range(6):
+                tick.wait(0.2)
                 wire.send(b"a")
             assert wire.message()[2] == b"ok"
 
     def test_response_that_has_begun_may_be_silent_for_long(self, start, upstream):
-        """Events may be far apart."""
         head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
-        app = upstream(script(read_head, head, lambda wire, app: app.happened.wait(0.8), b"ok"))
-        proxy = start(response_timeout=0.5, stall_timeout=0.1, keep_alive_timeout=0.1)
+        app = upstream(script(read_head, head, lambda wire, app: app.happened.wait(1.2), b"ok"))
+        proxy = start(response_timeout=1, stall_timeout=0.1, keep_alive_timeout=1)
         assert proxy.ask(to(app))[2] == b"ok"
 
     @pytest.mark.parametrize("tail", [20000, 50000])
@@ -1858,8 +1832,7 @@ class TestDeadlines:
         """
         size = 1 << 17
         app, proxy = upstream(answering(ok(bytes(size)))), start(keep_alive_timeout=0.4)
-        with slow_wire(proxy) as wire:
-            wire.send(to(app))
+        with slow_wire(proxy, raw=to(app)) as wire:
             wire.until(b"\r\n\r\n")
             assert len(wire.exactly(size - tail)) == size - tail
             outlast_keep_alive(proxy)
@@ -1893,19 +1866,17 @@ def assert_stalls(progress):
 
 
 class PausedTransport(asyncio.Transport):
-    """The transport of a peer that takes nothing by itself; it pauses its writer above `limit` bytes."""
+    """The transport of a peer that takes nothing before `take_all`; it pauses its writer above 500 bytes."""
 
-    def __init__(self, protocol, limit):
+    written = queued = 0
+    is_paused = is_writer_paused = False
+
+    def __init__(self, protocol):
         super().__init__()
-        self.protocol, self.limit = protocol, limit
-        self.written = self.queued = 0
-        self.is_paused = self.is_writer_paused = self.is_closed = False
+        self.protocol = protocol
 
     def is_closing(self):
-        return self.is_closed
-
-    def is_reading(self):
-        return not self.is_paused
+        return False
 
     def pause_reading(self):
         self.is_paused = True
@@ -1919,21 +1890,18 @@ class PausedTransport(asyncio.Transport):
     def write(self, data):
         self.written += len(data)
         self.queued += len(data)
-        if self.queued > self.limit and not self.is_writer_paused:
+        if self.queued > 500 and not self.is_writer_paused:
             self.is_writer_paused = True
             self.protocol.pause_writing()
 
     def take_all(self):
-        """What a peer does that reads everything."""
         self.queued = 0
         if self.is_writer_paused:
             self.is_writer_paused = False
             self.protocol.resume_writing()
 
     def abort(self):
-        if not self.is_closed:
-            self.is_closed = True
-            self.protocol.connection_lost(None)
+        self.protocol.connection_lost(None)
 
 
 class TestBackPressure:
@@ -2011,7 +1979,6 @@ class TestBackPressure:
         check()
 
     def test_client_that_reads_no_responses_is_given_no_more(self, proxy, upstream):
-        """Pipelining many requests and reading nothing does not fill the proxy's memory."""
         app = upstream(answering(ok(bytes(60000))))
         with slow_wire(proxy) as wire:
             wire.sock.settimeout(0.3)
@@ -2029,7 +1996,7 @@ class TestBackPressure:
             deadlines = port_proxy.Deadlines(loop, WAIT)
             source, target = (port_proxy.Connection(deadlines) for _ in range(2))
             for connection in (source, target):
-                connection.connection_made(PausedTransport(connection, 500))
+                connection.connection_made(PausedTransport(connection))
             body = port_proxy.Body(source, CHUNKED, DEFAULT, is_response=True)
             task = loop.create_task(body.relay(target, WAIT))
             await turns()
@@ -2077,8 +2044,10 @@ FORWARDED = [
 ]
 
 
-def gate_with(**options):
-    return TokenGate(checked_config(Config(**options)), True, 8888)
+def gate_with(is_private=True, **options):
+    """The gate of a proxy that stands alone."""
+    options.setdefault("allow_hostnames", ("*",))
+    return TokenGate(checked_config(Config(**options)), is_private, 8888)
 
 
 def asked_for(target, *lines, host="here:8888", method="GET", minor="1", gate=None):
@@ -2326,8 +2295,9 @@ class TestRewriting:
 
     @pytest.mark.parametrize("cookie, arrives", [(cookie, False) for cookie in (
         "port_proxy_8888=x; Path=/", "port_proxy_8888_app=x", "port_proxy_1=x", "=port_proxy_8888=x", "port_proxy_8888",
-        " port_proxy_8888=x", "port_proxy_8888 =x", " =port_proxy_8888=x",
-    )] + [("port_proxy_8080=x", True)])  # of another proxy, which is the app
+        " port_proxy_8888=x", "port_proxy_8888 =x", " =port_proxy_8888=x", "= =port_proxy_8888=x",
+        "port_proxy_8888;a=b",
+    )] + [("port_proxy_8080=x", True)])  # the app is another proxy
     def test_cookie_of_ours_cannot_be_set_by_an_app(self, cookie, arrives):
         for prefix in (STRIPPED, ABSOLUTE):
             fields = sent_to_client(("Set-Cookie", cookie), ("Set-Cookie", "a=b"), target=prefix + "/a")
@@ -2339,7 +2309,7 @@ class TestRewriting:
         ("/proxy/80/?%74oken=OURS", "/"), ("/proxy/80/\xe4?token=OURS&\xf6", "/\xe4?\xf6"),
     ])
     def test_our_token_is_cut_out_of_the_target(self, target, arrives):
-        gate = gate_for(token=TOKEN)
+        gate = gate_with(token=TOKEN)
         sent = request_for_upstream(asked_for(target.replace("OURS", TOKEN), gate=gate), gate)
         assert split_head(sent)[0] == "GET %s HTTP/1.1" % arrives
 
@@ -2491,10 +2461,10 @@ class TestUnprefixedRequests:
 
         A page of another port of this host can set the cookie, but only the proxy can sign it.
         """
-        gate = gate_for(host_allowlist=["db"])
+        gate = gate_with(host_allowlist=["db"])
 
         def last(match):
-            visit = parse_request(request("GET", "/proxy/%s/" % match.group(1), *VISIT), "", "http", gate.config)
+            visit = asked_for("/proxy/%s/" % match.group(1), *VISIT, gate=gate)
             answer = parse_response(b"HTTP/1.1 200 OK\r\n\r\n", "GET", gate.config)
             (line,) = cookies_for_unprefixed(visit, answer, [], gate)
             return line[len("Set-Cookie: ") :].split(";")[0]
@@ -2522,7 +2492,7 @@ class TestUnprefixedRequests:
         )
     ] + [("/", "/absolute/x", "/80/", 404), ("/", "/static/a", "/", 404), ("/proxy", "/../8081/", "/proxy/80/", 400)])
     def test_path_of_the_proxy_or_out_of_the_app_is_refused(self, base, target, page, status):
-        gate = gate_for(base=base)
+        gate = gate_with(base=base)
         asked = asked_for(target, "Referer: " + US + page, "Sec-Fetch-Site: same-origin", gate=gate)
         assert status_of_error(find_app, asked, gate) == status
 
@@ -2562,8 +2532,7 @@ class TestUnprefixedRequests:
         assert status_of(proxy.ask(request("POST", "/upload", *lines, body=body))) == status
 
     @pytest.mark.parametrize("options, is_ours", [
-        ({"whole_origin": False}, False), ({"base": "/a/b"}, False), ({"trusted_proxies": ["192.0.2.1"]}, False),
-        ({"base": "/a/b", "whole_origin": True}, True),
+        ({"base": "/a/b"}, False), ({"base": "/a/b", "whole_origin": True}, True),
     ], ids=case_id)
     def test_origin_that_is_shared_with_others_has_no_redirects(self, start, upstream, options, is_ours):
         """And no cookies of the proxy for all its paths."""
@@ -2652,7 +2621,7 @@ class TestUnprefixedRequests:
     @pytest.mark.parametrize("smuggled", ["port_proxy_8888=session", "port_proxy_8888_app=80.x", "port_proxy_1=a"])
     def test_proxys_own_cookie_cannot_come_in_as_a_copy(self, smuggled):
         """A cookie that a browser was made to store under the name of a copy is checked like any other cookie."""
-        gate = gate_for()
+        gate = gate_with()
         visit = asked_for("/proxy/80/", *VISIT, gate=gate)
         answer = parse_response(b"HTTP/1.1 200 OK\r\nSet-Cookie: x=y\r\n\r\n", "GET", gate.config)
         copy = cookies_for_unprefixed(visit, answer, ["Set-Cookie: x=y"], gate)[0].split(": ")[1].split(";")[0]
@@ -2660,15 +2629,6 @@ class TestUnprefixedRequests:
         asked = find_app(asked_for("/ws", line, "Referer: %s/proxy/80/" % US, gate=gate), gate)
         sent = request_for_upstream(with_app_cookies(asked, gate), gate)
         assert dict(split_head(sent)[1])["Cookie"] == "x=y"
-
-    def test_response_in_place_is_rewritten_for_the_prefix(self, proxy, upstream):
-        """Its cookies get the prefix as their path, and its service worker the prefix as its scope."""
-        app = upstream(answering(ok(b"", "Set-Cookie: a=b; Max-Age=1", "Service-Worker-Allowed: /"), ok(b"")))
-        prefix = "/proxy/%d" % app.port
-        for cookies in (["a=b; Max-Age=1; Path=%s/" % prefix], []):
-            answer = proxy.get("/sw.js", "Referer: %s%s/" % (US, prefix), *SERVICE_WORKER)
-            assert cookies_set(answer) == cookies
-            assert fields_of(answer)["service-worker-allowed"] == prefix + "/"
 
     @pytest.mark.parametrize("lines, status", [
         ((), 401), (VISIT, 401), (("Origin: " + US,) + HANDSHAKE, 401),
@@ -2681,13 +2641,13 @@ class TestUnprefixedRequests:
         assert app.connections == 0
 
     def test_redirect_has_no_token_in_it(self):
-        gate = gate_for(token=TOKEN)
+        gate = gate_with(token=TOKEN)
         asked = find_app(asked_for("/x?token=%s&y" % TOKEN, "Referer: %s/proxy/80/" % US, gate=gate), gate)
         assert dict(redirect_into_prefix(asked, gate).fields)["Location"] == "/proxy/80/x?y"
 
     @pytest.mark.parametrize("options, is_advised", [({}, True), ({"domains": ()}, False)])
     def test_not_found_page_advises_a_host_of_its_own(self, options, is_advised):
-        gate = gate_for(**options)
+        gate = gate_with(**options)
         with pytest.raises(ProxyError) as caught:
             find_app(asked_for("/packages/a.whl", host="localhost:8888", gate=gate), gate)
         assert ("http://8080.localhost:8888/" in caught.value.detail) is is_advised
@@ -2717,6 +2677,7 @@ class TestUnprefixedRequests:
 # Access
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def at(host, method, target, *lines, body=b""):
     return request(method, target, *lines, body=body).replace(b"Host: here:8888", b"Host: " + host.encode())
 
@@ -2741,12 +2702,6 @@ def answers_at_once(proxy, raws):
     with contextlib.ExitStack() as stack:
         wires = [stack.enter_context(proxy.sent(raw)) for raw in raws]
         return [wire.message(no_body=raw.startswith(b"HEAD ")) for wire, raw in zip(wires, raws)]
-
-
-def gate_for(is_private=True, **options):
-    """The gate of a proxy that stands alone."""
-    options.setdefault("allow_hostnames", ("*",))
-    return TokenGate(checked_config(Config(**options)), is_private, 8888)
 
 
 async def admit_all(head, client, route):
@@ -2814,7 +2769,7 @@ class TestHostCheck:
     def test_name_that_may_lead_elsewhere_is_refused(self, hosts, is_known):
         """DNS rebinding: a page can point its own name here."""
         names = ["mine.example.org", "*.example.net", "node*", "10.*", "[2001:db8::7]"]
-        gate = gate_for(allow_hostnames=names)
+        gate = gate_with(allow_hostnames=names)
         for host in hosts.split():
             for raw in (
                 at(host, "GET", "/proxy/80/"), request("GET", "http://%s/proxy/80/" % host),
@@ -2828,7 +2783,7 @@ class TestHostCheck:
     ])
     def test_address_is_accepted_if_other_machines_can_connect(self, host, status):
         """Nobody can point an address elsewhere."""
-        assert refusal(gate_for(False, token="", allow_hostnames=()), at(host, "GET", "/proxy/"))[0] == status
+        assert refusal(gate_with(False, token="", allow_hostnames=()), at(host, "GET", "/proxy/"))[0] == status
 
     @pytest.mark.parametrize("host, forwarded, status", [
         ("evil.example", "localhost", 403), ("localhost", "evil.example", 403), ("localhost", "pub.example", 200),
@@ -2836,15 +2791,15 @@ class TestHostCheck:
     ])
     def test_host_is_checked_behind_a_trusted_proxy_too(self, host, forwarded, status):
         """A page can set X-Forwarded-Host, but not Host."""
-        gate = gate_for(trusted_proxies=["127.0.0.1"], allow_hostnames=["pub.example"])
+        gate = gate_with(trusted_proxies=["127.0.0.1"], allow_hostnames=["pub.example"])
         assert refusal(gate, at(host, "GET", "/proxy/", "X-Forwarded-Host: " + forwarded))[0] == status
 
     def test_request_without_a_host_is_served(self):
-        assert refusal(gate_for(allow_hostnames=()), b"GET /proxy/ HTTP/1.0\r\n\r\n") == (200, "")
+        assert refusal(gate_with(allow_hostnames=()), b"GET /proxy/ HTTP/1.0\r\n\r\n") == (200, "")
 
     @pytest.mark.parametrize("host, is_named", [("evil.example", True), ("--no-token", False)])
     def test_advice_names_no_host_that_looks_like_an_option(self, host, is_named):
-        status, detail = refusal(gate_for(allow_hostnames=()), at(host, "GET", "/proxy/1/"))
+        status, detail = refusal(gate_with(allow_hostnames=()), at(host, "GET", "/proxy/1/"))
         assert (status, "--allow-hostname %s if" % host in detail) == (403, is_named)
 
 
@@ -2950,12 +2905,12 @@ class TestToken:
     ])
     def test_cookie_stays_below_the_base_if_others_share_the_origin(self, options):
         base = options.get("base", "/proxy")
-        error, _ = decision(gate_for(token=TOKEN, **options), request("GET", "%s/?token=%s" % (base, TOKEN), *VISIT))
+        error, _ = decision(gate_with(token=TOKEN, **options), request("GET", "%s/?token=%s" % (base, TOKEN), *VISIT))
         assert "; Path=%s; HttpOnly" % base in dict(error.fields)["Set-Cookie"]
 
     def test_sign_in_leads_below_the_path_of_the_cookie(self):
         """Browsers compare it undecoded.  An app at a host of its own has no base."""
-        gate = gate_for(token=TOKEN, base="/ana%2Btest")
+        gate = gate_with(token=TOKEN, base="/ana%2Btest")
         visits = ("/ana+test/80/a?b", "/an%61+test/80/a?b", "/ana%2Btest/80/a?b")
         for error, _ in [decision(gate, request("GET", target, *VISIT)) for target in visits]:
             assert error.target == "/ana%2Btest/80/a?b"
@@ -2973,7 +2928,7 @@ class TestToken:
     def test_wrong_token_is_answered_a_second_later(self, query, field, waited):
         """A request with a right token is admitted at once; one token per place counts."""
         lines = ["Authorization: Bearer " + field] * bool(field)
-        error, delay = decision(gate_for(token=TOKEN), request("GET", "/proxy/80/?token=" + query, *lines))
+        error, delay = decision(gate_with(token=TOKEN), request("GET", "/proxy/80/?token=" + query, *lines))
         assert (error is not None, delay) == (waited > 0, waited)
 
     def test_wrong_token_delays_nobody_else(self, proxy):
@@ -2993,15 +2948,15 @@ class TestToken:
         ("?token=wrong", ("Authorization: Bearer wrong",), ["invalid token from 127.0.0.1"]),
     ])
     def test_wrong_token_is_logged_with_the_address_alone(self, caplog, query, lines, messages):
-        assert refusal(gate_for(token=TOKEN), request("GET", "/proxy/80/" + query, *lines))[0] == 401
+        assert refusal(gate_with(token=TOKEN), request("GET", "/proxy/80/" + query, *lines))[0] == 401
         assert [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING] == messages
 
     def test_many_sign_ins_end_no_session(self):
         """A program may send the token with every request, as a page visit."""
-        gate = gate_for(token=TOKEN)
+        gate = gate_with(token=TOKEN)
         for cookie in {session_of(gate) for _ in range(1001)}:
             assert refusal(gate, request("GET", "/proxy/", cookie)) == (200, "")
-            assert refusal(gate_for(token=TOKEN), request("GET", "/proxy/", cookie))[0] == 401
+            assert refusal(gate_with(token=TOKEN), request("GET", "/proxy/", cookie))[0] == 401
 
     def test_dripping_form_has_one_deadline(self, start):
         proxy = start(token=TOKEN, head_timeout=0.4)
@@ -3043,7 +2998,7 @@ class TestToken:
     @pytest.mark.parametrize("allow", [False, True])
     def test_preflight_is_admitted_if_allowed(self, token, allow):
         """The request behind the preflight is refused, and OPTIONS alone is no preflight."""
-        gate, origin = gate_for(token=token, allow_preflight=allow), "Origin: http://evil"
+        gate, origin = gate_with(token=token, allow_preflight=allow), "Origin: http://evil"
         lines = ("Access-Control-Request-Method: POST", "Sec-Fetch-Mode: cors", "Sec-Fetch-Site: cross-site")
         refused = 401 if token else 403
         assert refusal(gate, request("OPTIONS", "/proxy/80/", origin, *lines))[0] == (200 if allow else refused)
@@ -3078,7 +3033,7 @@ class TestHostForm:
         host = "80.localhost:8888"
         lines = ("Origin: http://" + host, "Referer: http://%s/p?q" % host)
         for method, start, named in (("GET", "", host), ("POST", "", host), ("GET", "http://" + host, "a")):
-            gate = gate_for(allow_hostnames=())
+            gate = gate_with(allow_hostnames=())
             asked = asked_for(start + target, *lines, method=method, host=named, gate=gate)
             sent, fields = split_head(request_for_upstream(asked, gate))
             assert (asked.route.port, sent) == (80, "%s %s HTTP/1.1" % (method, target))
@@ -3091,14 +3046,12 @@ class TestHostForm:
         (None, "80.localhost", "/proxy/80/x"), (["apps.example.org"], "80.apps.example.org", "/proxy/80/x"),
         (["Apps.Example.org"], "80.APPS.example.org:1", "/proxy/80/x"), ([], "80.localhost", "/x"),
         (["apps.example.org"], "other.80.apps.example.org", "/x"), (["apps.example.org"], "apps.example.org", "/x"),
-        (None, "80.apps.example.org", None), (["apps.example.org"], "80.evil.example", None),
-        (None, "80.localhost.evil.example", None), (None, "80.localhost.", None),
-        (["apps.example.org"], "80.apps.example.org.evil.example", None),
+        (None, "80.apps.example.org", None), (None, "80.localhost.evil.example", None),
         (["apps.example.org"], "80apps.example.org", None),
     ])
     def test_name_below_a_domain_is_a_port(self, domains, host, path):
         """Other names of the proxy are no port, and unknown names are refused."""
-        gate = gate_for(allow_hostnames=(), **({} if domains is None else {"domains": domains}))
+        gate = gate_with(allow_hostnames=(), **({} if domains is None else {"domains": domains}))
         raw = at(host, "GET", "/proxy/80/x")
         assert refusal(gate, raw)[0] == (200 if path else 403)
         assert parse_request(raw, "127.0.0.1", "http", gate.config).path == (path or "/x")
@@ -3114,24 +3067,21 @@ class TestHostForm:
     ], ids=case_id)
     def test_page_of_another_app_is_refused(self, method, lines, status):
         """Even though the browser calls it the same site; but a person may follow its links."""
-        gate = gate_for(allow_hostnames=(), domains=["apps.example.org"])
+        gate = gate_with(allow_hostnames=(), domains=["apps.example.org"])
         assert refusal(gate, at("80.apps.example.org", method, "/", "Accept: text/html", *lines))[0] == status
 
     def test_forwarded_host_of_a_trusted_proxy_names_the_port(self):
-        gate = gate_for(trusted_proxies=["192.0.2.7"], domains=["a.b"], allow_hostnames=["inner"])
+        gate = gate_with(trusted_proxies=["192.0.2.7"], domains=["a.b"], allow_hostnames=["inner"])
         lines = ("X-Forwarded-Host: 80.a.b", "X-Forwarded-Proto: https", "Origin: https://80.a.b")
         asked = asked_for("/x", *lines, method="POST", host="inner", gate=gate)
         assert dict(split_head(request_for_upstream(asked, gate))[1])["Origin"] == "http://localhost:80"
-
-    def test_port_of_the_proxy_itself_is_a_loop(self, proxy):
-        assert status_of(proxy.ask(at("%d.localhost" % proxy.port, "GET", "/"))) == 508
 
     @pytest.mark.parametrize("host, options, advice", [
         ("8080.vm:1", {}, "For 8080.vm to be port 8080, start the proxy with --domain vm."),
         ("8080.A.example", {}, "--domain a.example."), ("8080.vm", {"domains": ()}, None),
     ] + [(host, {}, None) for host in ("8080.127.0.0.1", "99999999.vm", "70000.vm", "8080.a_b", "vm", "8080")])
     def test_name_that_could_be_a_port_is_explained(self, host, options, advice):
-        gate = gate_for(**options)
+        gate = gate_with(**options)
         with pytest.raises(ProxyError) as caught:
             find_app(asked_for("/x", "Sec-Fetch-Mode: cors", host=host, gate=gate), gate)
         assert (caught.value.status, caught.value.detail.startswith("No port is named here.")) == (404, True)
@@ -3242,12 +3192,12 @@ class TestSignInAtAHost:
 
     @pytest.mark.parametrize("lines", [(), VISIT, HANDSHAKE], ids=case_id)
     def test_ticket_needs_a_sign_in(self, lines):
-        gate = gate_for(token=TOKEN)
+        gate = gate_with(token=TOKEN)
         ((answered, fields),) = gate_answers(gate, asked_for("/proxy/?open=80", *lines, host="localhost", gate=gate))
         assert (answered, "Location" in fields) == (401, False)
 
     def test_ticket_is_valid_once_at_one_host_among_the_latest(self):
-        gate = gate_for(token=TOKEN)
+        gate = gate_with(token=TOKEN)
         cookie = session_of(gate, "localhost")
         asked = [asked_for("/proxy/?open=80", cookie, *VISIT, host="localhost", gate=gate)] * 1001
         urls = [fields["Location"] for _, fields in gate_answers(gate, *asked)]
@@ -3288,7 +3238,7 @@ class TestSignInAtAHost:
         ({}, "a.example", 1, 404, None), ({"domains": ["b.c"]}, "b.c:1", 80, 303, "http://80.b.c:1/"),
     ])
     def test_host_of_an_app_needs_no_ticket_without_a_token(self, options, host, port, status, location):
-        gate = gate_for(**options)
+        gate = gate_with(**options)
         asked = asked_for("/proxy/?open=%d" % port, host=host, gate=gate)
         ((error, _),) = outcomes(lambda one: gate.respond(one, None), asked)
         assert (error.status, dict(error.fields).get("Location")) == (status, location)
@@ -3325,7 +3275,7 @@ class TestOrigin:
             "open": {}, "cookie": {"token": TOKEN}, "token": {"token": TOKEN}, "any origin": {"allow_origins": ["*"]},
             "this origin": {"allow_origins": ["http://EVIL:80"]},
         }
-        gate, credentials = gate_for(**options[kind]), ["Accept: text/html"]
+        gate, credentials = gate_with(**options[kind]), ["Accept: text/html"]
         if kind == "cookie":
             credentials.append(session_of(gate))
         elif kind == "token":
@@ -3346,8 +3296,8 @@ class TestOrigin:
     def test_page_in_a_frame_of_another_site_is_refused(self, site, dest, is_admitted):
         """There the person sees nothing of it, and the app in it could read the others."""
         raw = request("GET", "/proxy/80/", "Sec-Fetch-Site: " + site, "Sec-Fetch-Dest: " + dest, *VISIT)
-        assert refusal(gate_for(), raw)[0] == (200 if is_admitted else 403)
-        assert refusal(gate_for(allow_origins=["*"]), raw)[0] == 200
+        assert refusal(gate_with(), raw)[0] == (200 if is_admitted else 403)
+        assert refusal(gate_with(allow_origins=["*"]), raw)[0] == 200
 
     @pytest.mark.parametrize("status, lines", [
         (403, ["Referer: http://evil/"]), (200, ["Referer: http://evil/", "Accept: text/html"]), (200, []),
@@ -3361,7 +3311,7 @@ class TestOrigin:
     ], ids=case_id)
     def test_referer_decides_without_sec_fetch_site(self, status, lines):
         """Over plain HTTP to another name than localhost, browsers send no Sec-Fetch fields."""
-        gate = gate_for(allow_origins=["http://a.b"])
+        gate = gate_with(allow_origins=["http://a.b"])
         assert refusal(gate, request("GET", "/proxy/80/a.png", *lines))[0] == status
 
     def test_refusal_is_logged_with_its_reason(self, proxy, caplog):
@@ -3385,15 +3335,15 @@ class TestOrigin:
     def test_advice_for_a_refused_page_helps(self, method, lines, advice):
         """It names no origin that the option refuses, and nothing that a shell interprets."""
         raw = request(method, "/proxy/1/a", "Sec-Fetch-Site: cross-site", *lines)
-        status, detail = refusal(gate_for(), raw)
+        status, detail = refusal(gate_with(), raw)
         assert (status, detail.endswith(" Start the proxy with " + advice)) == (403, True)
         (option,) = shlex.split(re.search("--allow-origin ([^ ]+) to", detail).group(1))
-        assert refusal(gate_for(allow_origins=[option]), raw)[0] == 200
+        assert refusal(gate_with(allow_origins=[option]), raw)[0] == 200
 
     @pytest.mark.parametrize("proxies, is_told", [(["127.0.0.1"], True), ([], False)])
     def test_advice_for_a_server_in_front_is_to_pass_the_host_on(self, proxies, is_told):
         """nginx sends its own target as Host unless it is told not to; our own pages then look foreign."""
-        gate = gate_for(trusted_proxies=proxies)
+        gate = gate_with(trusted_proxies=proxies)
         detail = refusal(gate, request("POST", "/proxy/1/", "Origin: https://public.example"))[1]
         assert ("must pass Host unchanged" in detail) == is_told
 
@@ -3409,7 +3359,7 @@ class TestOrigin:
     ])
     def test_allowed_origin_is_compared_in_its_normal_form(self, allowed, origin, status):
         raw = request("POST", "/proxy/80/", "Content-Length: 0", "Origin: " + origin)
-        assert refusal(gate_for(allow_origins=[allowed]), raw)[0] == status
+        assert refusal(gate_with(allow_origins=[allowed]), raw)[0] == status
 
 
 class TestAuthorize:
@@ -3453,7 +3403,7 @@ class TestAuthorize:
 
     def test_origin_is_checked_as_well(self):
         raw = request("POST", "/proxy/80/", "Origin: http://evil")
-        assert refusal(gate_for(authorize=admit_all), raw)[0] == 403
+        assert refusal(gate_with(authorize=admit_all), raw)[0] == 403
 
     def test_field_of_an_error_cannot_become_another(self, start):
         """A callable may put decoded input into a Location."""
@@ -4335,7 +4285,7 @@ class TestUpstream:
 
     def test_upstream_that_resets_at_once_is_a_502(self, proxy, upstream):
         """It may be gone before the proxy asks for its address; one of the rounds is likely to show that."""
-        app = upstream(Wire.reset_at_once)
+        app = upstream(Wire.reset)
         for _ in range(20):
             with proxy.held(), proxy.wire() as wire:
                 wire.send(to(app))
@@ -4992,7 +4942,7 @@ class TestResponses:
             assert (status_of(message), b"port %d of this machine" % app.port in message[2]) == (502, True)
             assert status_of(wire.ask(request("GET", "/proxy/"))) == 200
 
-    @pytest.mark.parametrize("how", [end, Wire.reset_at_once], ids=["end", "reset"])
+    @pytest.mark.parametrize("how", [end, Wire.reset], ids=["end", "reset"])
     def test_truncated_response_does_not_end_cleanly(self, proxy, upstream, how):
         """A body until close is whole at EOF; a reset truncates it."""
         answers = [ok(bytes(10))[:-10] + b"abc", CHUNKED_HEAD + b"9\r\nabc", CHUNKED_HEAD + b"3\r\nabc\r\n"]
@@ -5392,7 +5342,7 @@ class TestTunnel:
         def client(wire):
             wire.reset() if lost == "client" else wire.send(b"abc")
 
-        lose = Wire.reset_at_once if lost == "app" else b""
+        lose = Wire.reset if lost == "app" else b""
         app = upstream(script(read_head, tell, wait, SWITCHING, lose, tell, read_to_the_end))
         with proxy.sent(to(app, *HANDSHAKE)) as wire:
             assert app.told.wait(WAIT)
