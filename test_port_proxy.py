@@ -6759,6 +6759,8 @@ class TestCommandLine:
          r"port_proxy [0-9.]+: open (http://localhost:[0-9]+/proxy/)\n"
          r"It reaches every port of this machine as \1<port>/ or http://<port>\.localhost:[0-9]+/"),
         ("x", ("--token",), r"port_proxy [0-9.]+: open http://localhost:\d+/proxy/\?token=\S{32,}\n.*"),
+        ("", ("--token", "--quiet"), r".*\?token=\S+\n.*"),
+        ("", ("--bind", "0.0.0.0", "--quiet"), r".*\?token=\S+\n.*"),
         ("198.51.100.7 40000 192.0.2.7 22", (),
          r".*: on your own machine, run  ssh -N -L (\d+):localhost:\1 ana@192\.0\.2\.7\n"
          r"and open http://localhost:\1/proxy/\nIt reaches .*"),
@@ -6882,11 +6884,6 @@ class TestCommandLine:
 
     def test_version_is_printed(self, capsys):
         assert run_main(capsys, "--version")[:2] == (0, "port_proxy %s\n" % port_proxy.__version__)
-
-    @pytest.mark.parametrize("options", [("--token",), ("--bind", "0.0.0.0")])
-    def test_new_token_is_printed_despite_quiet(self, options, monkeypatch):
-        monkeypatch.delenv("SSH_CONNECTION", raising=False)
-        assert "?token=" in banner_of("--quiet", *options)[0]
 
     def test_public_address_without_a_token_is_warned_of(self):
         lines = banner_of("--no-token", "--bind", "0.0.0.0", "--quiet", stream="stderr")
@@ -7046,15 +7043,18 @@ class TestUnderAHub:
         change = {"JUPYTERHUB_OAUTH_ACCESS_SCOPES": "", "JUPYTERHUB_OAUTH_SCOPES": '["a"]'}
         assert port_proxy.hub_in(dict(HUB_ENVIRONMENT, **change)).access_scopes == {"a"}
 
+    def variables(self, port, **changes):
+        """The environment of a server of a Hub, with these changes."""
+        variables = dict(HUB_ENVIRONMENT, JUPYTERHUB_SERVICE_URL=HUB_ENVIRONMENT["JUPYTERHUB_SERVICE_URL"] % port)
+        return dict(variables, **{"JUPYTERHUB_" + name: value for name, value in changes.items()})
+
     @pytest.fixture
     def environment(self, monkeypatch):
-        """Set the variables of a Hub's server in this process, with these changes."""
+        """Set those variables in this process."""
 
         def set_variables(port, **changes):
-            for name, value in HUB_ENVIRONMENT.items():
-                monkeypatch.setenv(name, value % port if name.endswith("SERVICE_URL") else value)
-            for name, value in changes.items():
-                monkeypatch.setenv("JUPYTERHUB_" + name, value)
+            for name, value in self.variables(port, **changes).items():
+                monkeypatch.setenv(name, value)
 
         return set_variables
 
@@ -7108,10 +7108,7 @@ class TestUnderAHub:
     def running(self, *options, **changes):
         """The program as a Hub starts it: (port, the line that it prints)."""
         port = free_port()
-        environment = dict(os.environ, **HUB_ENVIRONMENT)
-        environment["JUPYTERHUB_SERVICE_URL"] %= port
-        environment.update(("JUPYTERHUB_" + name, value) for name, value in changes.items())
-        with program(*options, env=environment) as (_, banner, _):
+        with program(*options, env=dict(os.environ, **self.variables(port, **changes))) as (_, banner, _):
             yield port, banner
 
     def test_pages_are_sent_to_the_hub(self):
@@ -7135,34 +7132,8 @@ class TestUnderAHub:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Real programs
+# Chromium: what a person sees and clicks
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class TestRealPrograms:
-    def test_websockets_library_talks_to_itself(self, proxy):
-        """A real client and a real server, subprotocol and compression negotiated between the two."""
-        pytest.importorskip("websockets.asyncio.server", reason="the websockets library is not installed")
-        from websockets.asyncio.client import connect
-        from websockets.asyncio.server import serve
-
-        async def echo(connection):
-            async for message in connection:
-                await connection.send(message)
-
-        async def talk():
-            async with serve(echo, "127.0.0.1", 0, subprotocols=["b"], max_size=None) as server:
-                app_port = server.sockets[0].getsockname()[1]
-                url = "ws://127.0.0.1:%d/proxy/%d/" % (proxy.port, app_port)
-                async with connect(url, subprotocols=["a", "b"], max_size=None) as client:
-                    assert client.subprotocol == "b"
-                    assert [extension.name for extension in client.protocol.extensions] == ["permessage-deflate"]
-                    for message in ("hello", b"\x00\xff", "x" * (5 << 20), ""):
-                        await client.send(message)
-                        assert await client.recv() == message
-                    await (await client.ping())
-
-        asyncio.run(asyncio.wait_for(talk(), WAIT))
 
 
 class Navigated(AssertionError):
@@ -7384,8 +7355,6 @@ server.serve_forever()
 
 
 class TestInChromium:
-    """What a person sees and clicks, in real Chromium."""
-
     @needs_proc
     def test_ports_page_leads_to_the_apps(self, page, start, upstream):
         """From the banner's address to an app's own host, signed in all the way; then what comes and goes."""
@@ -7471,15 +7440,6 @@ class TestInChromium:
         assert not script or page.tell("waits.includes(5000)")
         upstream(once(html_response(b"<p id=app>here")), listener=listener)
         page.shows("here")
-
-    @needs_proc
-    def test_error_page_leads_to_all_ports(self, page, proxy, upstream):
-        app = upstream(serve_page(b"the app"))
-        with closed_port() as port:
-            page.open("http://%d.localhost:%d/a" % (port, proxy.port))
-            page.click("a[href$='/proxy/']")
-            page.click("#p%d .port" % app.port)
-            page.shows("the app")
 
     @pytest.mark.parametrize("host", [False, True])
     def test_sign_in_page_leads_to_the_app(self, page, start, upstream, host):
@@ -7794,12 +7754,6 @@ def send_much(wire, sent):
     for _ in range(MUCH >> 20):
         wire.send(MEBIBYTE)
         sent.append(1)
-
-
-def check_download(wire):
-    head = wire.until(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200"), head
-    assert all(wire.exactly(len(MEBIBYTE)) == MEBIBYTE for _ in range(MUCH >> 20))
 
 
 def check_activity(visitor, target, last):
@@ -8412,7 +8366,8 @@ class TestJupyter:
         wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port))
         assert app.told.wait(WAIT)
         with self.stalled(jupyter, lambda sent: send_much(app.wires[-1], sent)):
-            check_download(wire)
+            assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+            assert all(wire.exactly(len(MEBIBYTE)) == MEBIBYTE for _ in range(MUCH >> 20))
 
     @pytest.mark.parametrize("is_websocket", [False, True])
     def test_slow_app_stops_the_client(self, jupyter, upstream, visitor, wire, is_websocket):
