@@ -8156,13 +8156,9 @@ class TestJupyterConfiguration:
             visitor, target = Visitor(server.port), "/nb/proxy/%d/" % anything.port
             self.check_hosts(visitor, "a.invalid")
             assert status_of(visitor.visit(target + "?token=" + TOKEN)) == 200
-            for method, lines, status in (
-                ("GET", (FOREIGN,), 200), ("POST", (FOREIGN,), 403), ("POST", (FOREIGN, BY_TOKEN), 200),
-                ("POST", (FOREIGN, "Sec-Fetch-Site: same-origin"), 200),
-                ("POST", ("Origin: http://127.0.0.1:%d" % visitor.port,), 200),
-            ):  # fmt: skip
-                assert visitor.status(method, target, *lines) == status
+            assert visitor.status("GET", target, FOREIGN) == 200
             assert visitor.status("GET", target + "ws", FOREIGN, *HANDSHAKE, no_body=True) == 101
+            assert visitor.status("POST", target, FOREIGN) == 403  # more in TestJupyterExtension
             answer = visitor.ask("POST", target, "Origin: null")  # to allow one more would not help
             assert answer[2].endswith(b" A program can send it with a Jupyter token.\n")
 
