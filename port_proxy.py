@@ -1236,15 +1236,9 @@ class ChunkedDecoder:
     """
 
     __slots__ = (
-        "_config",
-        "_is_response",
-        "_partial",
-        "_remaining",
-        "_state",
-        "_trailer_bytes",
-        "finished",
+        "_config", "_is_response", "_partial", "_remaining", "_state", "_trailer_bytes", "finished",
         "rest",
-    )
+    )  # fmt: skip
 
     def __init__(self, config: Config, is_response: bool = False) -> None:
         self.finished = False
@@ -1381,29 +1375,10 @@ class Connection(asyncio.StreamReaderProtocol):
     """
 
     __slots__ = (
-        "_on_accept",
-        "address",
-        "buffer",
-        "deadlines",
-        "ended",
-        "eof_ends_body",
-        "failure",
-        "feeder",
-        "has_received",
-        "is_admitted",
-        "is_reused",
-        "read_deadline",
-        "reader",
-        "scheme",
-        "sink",
-        "state",
-        "task",
-        "transport",
-        "unread",
-        "watcher",
-        "write_deadline",
-        "writer",
-    )
+        "_on_accept", "address", "buffer", "deadlines", "ended", "eof_ends_body", "failure",
+        "feeder", "has_received", "is_admitted", "is_reused", "read_deadline", "reader", "scheme",
+        "sink", "state", "task", "transport", "unread", "watcher", "write_deadline", "writer",
+    )  # fmt: skip
 
     is_lent = False  # whether data comes only if `read` is called; see LentConnection
 
@@ -1796,18 +1771,9 @@ class Body:
     """
 
     __slots__ = (
-        "_decoder",
-        "_done",
-        "_is_paused",
-        "_is_target_slow",
-        "_target",
-        "_write_timeout",
-        "count",
-        "finished",
-        "in_chunks",
-        "read_timeout",
-        "source",
-    )
+        "_decoder", "_done", "_is_paused", "_is_target_slow", "_target", "_write_timeout", "count",
+        "finished", "in_chunks", "read_timeout", "source",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -4791,16 +4757,9 @@ class TunnelEnd(asyncio.Protocol):
     """One side of a tunnel: writes its data to the peer, with back-pressure."""
 
     __slots__ = (
-        "deadline",
-        "deadlines",
-        "ended",
-        "is_lost",
-        "peer",
-        "received",
-        "transport",
-        "tunnel",
+        "deadline", "deadlines", "ended", "is_lost", "peer", "received", "transport", "tunnel",
         "write",
-    )
+    )  # fmt: skip
     peer: "TunnelEnd"  # set by the tunnel
 
     def __init__(self, connection: Connection, other: Connection, tunnel: Tunnel) -> None:
