@@ -2318,10 +2318,19 @@ def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
     return text if is_signed(key, purpose, text, signature) else ""
 
 
-def own_cookie(name: str, value: str, path: str, client: ClientInfo) -> str:
-    """A Set-Cookie value for a cookie of the proxy."""
-    secure = "; Secure" if client.scheme == "https" else ""
-    return "%s=%s; Path=%s; HttpOnly; SameSite=Lax%s" % (name, value, path, secure)
+def own_cookie(
+    name: str, value: str, path: str, client: ClientInfo, options: Mapping[str, str] = {}
+) -> Tuple[str, str]:
+    """A Set-Cookie field for a cookie of the proxy.
+
+    options: further attributes, or other values of the usual ones; "" for one without value.
+    """
+    attributes = {"Path": path, "HttpOnly": "", "SameSite": "Lax"}
+    if client.scheme == "https":
+        attributes["Secure"] = ""
+    attributes.update(options)
+    pairs = [key + ("=" + text if text else "") for key, text in attributes.items()]
+    return "Set-Cookie", "; ".join(["%s=%s" % (name, value)] + pairs)
 
 
 def find_app(request: Request, gate: Any) -> Request:
@@ -2400,7 +2409,7 @@ def cookies_for_unprefixed(
     ]
     if is_opened and response.status < 400 and app != last_app:
         value = "%s.%s" % (app, sign(gate.key, "app", app))
-        cookies.append(own_cookie(gate.app_cookie, value, "/", request.client))
+        cookies.append(own_cookie(gate.app_cookie, value, "/", request.client)[1])
     return ["Set-Cookie: " + cookie for cookie in cookies]
 
 
@@ -2434,12 +2443,12 @@ def _own_path(url: str, authority: str) -> str:
 def _app_of_page(request: Request, gate: Any) -> str:
     """The app of the page in Referer, or else the last app; "" for the proxy's own page."""
     base = gate.config.base
-    for referer in request.headers.get_all("referer"):
-        path = _own_path(referer, request.client.authority)
-        if base and path and is_base(base, path):
-            return ""
+    path = _own_path(request.headers.get("referer"), request.client.authority)
+    if path and base and is_base(base, path):
+        return ""
+    if path:
         with contextlib.suppress(ProxyError):
-            route = find_route(base, path)[0] if path else None
+            route = find_route(base, path)[0]
             if route is not None:
                 return _app_name(route)
     return _last_app(request, gate)
@@ -3759,7 +3768,7 @@ class TokenGate(Gate):
         """The session cookie for the host that the client uses."""
         session = sign(self.key, "session", host_of(client.authority))
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
-        return "Set-Cookie", own_cookie(self.cookie_name, session, path, client)
+        return own_cookie(self.cookie_name, session, path, client)
 
     async def _sign_in(self, form: bytes, client: ClientInfo) -> None:
         """Handle the sign-in form: raise the redirect to its page, or the sign-in page again."""
@@ -3940,10 +3949,6 @@ def _config_under_hub(
     if url.scheme not in _DEFAULT_PORTS or not url.netloc:
         text = "JUPYTERHUB_SERVICE_URL is not valid: %s"
         raise ValueError(text % environment["JUPYTERHUB_SERVICE_URL"])
-    files = {}  # type: Dict[str, Any]
-    if url.scheme == "https":
-        names = ("certfile", "keyfile", "client_ca")
-        files = {name: environment.get("JUPYTERHUB_SSL_" + name.upper()) for name in names}
     return config._replace(
         hub=hub,
         base=hub.prefix + normal_base(config.base),
@@ -3954,7 +3959,9 @@ def _config_under_hub(
         trusted_proxies=config.trusted_proxies or ("0.0.0.0/0", "::/0"),
         # The Hub and its user wait until a stopped server has exited.
         shutdown_timeout=min(config.shutdown_timeout, 0.3),
-        **files,
+        certfile=environment.get("JUPYTERHUB_SSL_CERTFILE"),
+        keyfile=environment.get("JUPYTERHUB_SSL_KEYFILE"),
+        client_ca=environment.get("JUPYTERHUB_SSL_CLIENT_CA"),
     )
 
 
@@ -4262,16 +4269,14 @@ class HubGate(Gate):
         self, name: str, value: str, client: ClientInfo, seconds: Optional[int] = None
     ) -> Tuple[str, str]:
         """The cookie of a session, or with `seconds` that of a sign-in."""
-        path = self.hub.prefix + "/" if seconds is None else self.callback_path
-        path = "/" if self.hub.host_cookies else path
-        attributes = {"Path": path, "HttpOnly": "", "SameSite": "Lax"}
-        attributes.update(self.hub.cookie_options)
+        path, options = self.hub.prefix + "/", dict(self.hub.cookie_options)
         if seconds is not None:
-            attributes["Max-Age"] = str(seconds)
-        if self.hub.host_cookies or self.hub.is_secure or client.scheme == "https":
-            attributes["Secure"] = ""
-        pairs = [key + ("=" + text if text else "") for key, text in attributes.items()]
-        return "Set-Cookie", "; ".join(["%s=%s" % (name, value)] + pairs)
+            path, options["Max-Age"] = self.callback_path, str(seconds)
+        if self.hub.host_cookies:
+            path = "/"
+        if self.hub.host_cookies or self.hub.is_secure:
+            options["Secure"] = ""
+        return own_cookie(name, value, path, client, options)
 
     # Reports to the Hub.
 
