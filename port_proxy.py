@@ -3973,15 +3973,18 @@ class HubUser(NamedTuple):
 
 
 class HubBrowser(NamedTuple):
-    """A browser that is signed in: its token, and the Hub session that the token is bound to."""
+    """A browser that is signed in.
+
+    hub_session: the session at the Hub, which ends with a sign-out there; "" if there was none,
+    None if any is right.
+    """
 
     token: str
     hub_session: Optional[str]
 
 
-# By token and Hub session: the running or finished lookup, and the time at which it expires.  A
-# sign-out at the Hub changes the session, and so causes a new lookup.
-TokenCache = BoundedDict[Tuple[str, str], Tuple["asyncio.Task[Optional[HubUser]]", float]]
+# By token: the running or finished lookup, and the time at which it expires.
+TokenCache = BoundedDict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
 
 
 class HubApi:
@@ -4001,13 +4004,13 @@ class HubApi:
         self._known = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
         self._unknown = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
 
-    async def user_of(self, token: str, session: str) -> Optional[HubUser]:
-        """The user of a token in a Hub session; None if the Hub does not know the token."""
+    async def user_of(self, token: str) -> Optional[HubUser]:
+        """The user of a token; None if the Hub does not know the token."""
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        is_known, key = self.tokens.get(token), (token, session)
+        is_known = self.tokens.get(token)
         cache = self._known if is_known else self._unknown
-        task, until = cache.get(key, (None, 0.0))
+        task, until = cache.get(token, (None, 0.0))
         if task is None or now() > until:
             pending = sum(not task.done() for task, _ in self._unknown.values())
             if pending >= _MAX_PENDING and not is_known:
@@ -4015,16 +4018,16 @@ class HubApi:
                 raise ProxyError(503, text, _RETRY_SOON)
             task = self.deadlines.loop.create_task(self._find_user(token))
             until = now() + _CACHE_SECONDS
-            cache[key] = task, until
+            cache[token] = task, until
         try:
             user = await task
         except ProxyError:
-            cache.pop(key, None)  # failures are not cached
+            cache.pop(token, None)  # failures are not cached
             raise
         if user is not None or token in self.tokens:
             self.tokens[token] = user is not None and user.has_access
         if user is not None and user.has_access:
-            self._known[key] = task, until
+            self._known[token] = task, until
         return user
 
     async def _find_user(self, token: str) -> Optional[HubUser]:
@@ -4135,14 +4138,10 @@ class HubGate(Gate):
             raise self._sign_in_needed(request)
         self._check_access(user)
 
-        def cookies() -> Fields:
-            if is_signed_in or not token:
-                return ()
-            # A sign-out at the Hub does not revoke this token.  So the new session is bound to the
-            # Hub session, and ends with it.
-            return (self._new_session(token, request.client, _hub_session(request)),)
-
-        self.redirect_without_token(request, cookies)
+        browser, is_new = HubBrowser(token, _hub_session(request)), token and not is_signed_in
+        self.redirect_without_token(
+            request, lambda: (self._new_session(browser, request.client),) if is_new else ()
+        )
         if not token:  # foreign pages do not know tokens
             self.check_origin(request)
 
@@ -4151,25 +4150,24 @@ class HubGate(Gate):
 
         All tokens are looked up, so that every token of the Hub can be removed from the request.
         """
-        hub_session = _hub_session(request)
-        user, found = await self._user_of_session(request, hub_session), ""
+        user, found = await self._user_of_session(request), ""
         is_signed_in = user is not None
         valid = authorization_tokens(request.headers)
         if {"same-origin", "none"}.issuperset(request.headers.get_all("sec-fetch-site")):
             # A link of a foreign page must not sign this browser in as another user.
             valid += query_tokens(request.target)
         for token in all_tokens(request):
-            owner = await self.api.user_of(token, hub_session)
+            owner = await self.api.user_of(token)
             if owner is not None and token in valid and not found:
                 user, found = owner, token
         return user, found, is_signed_in
 
-    async def _user_of_session(self, request: Request, hub_session: str) -> Optional[HubUser]:
+    async def _user_of_session(self, request: Request) -> Optional[HubUser]:
         """The user that this browser has signed in as; None after a sign-out at the Hub."""
         for session in cookie_values(request.headers, self.cookie_name):
             browser = self._sessions.get(session)
-            if browser and browser.hub_session in (None, hub_session):
-                user = await self.api.user_of(browser.token, hub_session)
+            if browser and browser.hub_session in (None, _hub_session(request)):
+                user = await self.api.user_of(browser.token)
                 if user is not None:
                     return user
             self._sessions.pop(session, None)
@@ -4240,11 +4238,12 @@ class HubGate(Gate):
             raise ProxyError(403, text + " blocked." + again)
         verifier, code = sign(self._key, "verifier", state), sent.get("code", "")
         token = await self.api.token_for(code, verifier) if code else ""
-        user = await self.api.user_of(token, _hub_session(request))
+        user = await self.api.user_of(token)
         if user is None:
             raise ProxyError(403, "The Hub did not sign you in." + again)
         self._check_access(user)
-        session = self._new_session(token, request.client)
+        browser = HubBrowser(token, _hub_session(request) or None)
+        session = self._new_session(browser, request.client)
         expired = self._cookie(self._login_name(state), "", request.client, 0)
         raise ProxyError(302, "Signed in.", (("Location", target), session, expired))
 
@@ -4254,11 +4253,9 @@ class HubGate(Gate):
         deadline, _, target = signed_value(request.headers, name, self._key, purpose).partition(".")
         return unquote(target) if deadline and now() <= int(deadline) else ""
 
-    def _new_session(
-        self, token: str, client: ClientInfo, hub_session: Optional[str] = None
-    ) -> Tuple[str, str]:
+    def _new_session(self, browser: HubBrowser, client: ClientInfo) -> Tuple[str, str]:
         session = secrets.token_urlsafe(32)
-        self._sessions[session] = HubBrowser(token, hub_session)
+        self._sessions[session] = browser
         return self._cookie(self.cookie_name, session, client)
 
     def _login_name(self, state: str) -> str:
@@ -4326,8 +4323,9 @@ def all_tokens(request: Request) -> List[str]:
 
 
 def _hub_session(request: Request) -> str:
-    """A hash of the browser's session at the Hub: clients may send a cookie of any length."""
-    return short_hash("".join(cookie_values(request.headers, _HUB_SESSION)[:1]))
+    """A hash of the browser's session at the Hub, whose cookie may be long; "" without one."""
+    values = cookie_values(request.headers, _HUB_SESSION)
+    return short_hash(values[0]) if values else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5545,8 +5543,8 @@ def _tick_interval(config: Config) -> float:
 # --------------------------------------------------------------------------------------------------
 # Inside a running Jupyter server, a Tornado handler serves `<base>/proxy/`.  Jupyter authenticates
 # each request; then the handler detaches Tornado's stream for one exchange, and returns it.
-# `TornadoTransport` is an asyncio transport on a Tornado stream.  It reads only on demand, so that
-# the bytes of the next request stay in Tornado's buffer.
+# `TornadoTransport` is an asyncio transport on a Tornado stream.  It reads only on demand, because
+# the bytes of the next request cannot be given back.
 
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _XSRF = "_xsrf"
@@ -5556,20 +5554,14 @@ _HANG_UP = getattr(select, "POLLRDHUP", 0)  # EOF of the peer, even after unread
 
 
 class LentConnection(Connection):
-    """A client connection that belongs to Tornado.
-
-    body_left: upper limit of the request body's unread bytes; each read takes no more.
-    """
+    """A client connection that belongs to Tornado."""
 
     is_lent = True
-    body_left = sys.maxsize
 
     async def read(self) -> bytes:
         if not self.buffer and not self.unread:
-            self.transport.pull(min(self.body_left, _PULL_BYTES) or _PULL_BYTES)
-        data = await super().read()
-        self.body_left = max(0, self.body_left - len(data))
-        return data
+            self.transport.pull()
+        return await super().read()
 
     def check_deadlines(self, time: float) -> None:
         super().check_deadlines(time)
@@ -5596,33 +5588,27 @@ class TornadoTransport(asyncio.Transport):
         self._queued = 0  # bytes that Tornado has not sent yet
         self._reading = None  # type: Optional[asyncio.Task[None]]
         self._is_continuous = self._is_closing = self._is_lost = False
-        stream.set_close_callback(self._closed)
+        stream.set_close_callback(self.resume_reading)  # for `connection_lost`, after all data
         connection.connection_made(self)
 
     # Reading.
 
-    def pull(self, size: int = _PULL_BYTES) -> None:
-        """Read the next bytes, at most `size`, for the protocol's `data_received`."""
-        if not self.is_reading() and not self._is_closing:
-            self._reading = self._loop.create_task(self._read(size))
+    def pull(self) -> None:
+        """Read the next bytes for the protocol's `data_received`."""
+        if not self.is_reading() and not self._is_lost:
+            self._reading = self._loop.create_task(self._read())
 
-    async def _read(self, size: int) -> None:
+    async def _read(self) -> None:
         with contextlib.suppress(OSError):  # StreamClosedError
             while True:
-                data = await self._stream.read_bytes(size, partial=True)
+                data = await self._stream.read_bytes(_PULL_BYTES, partial=True)
                 if not self._is_closing:
                     self._protocol.data_received(data)
                     if not self._is_continuous:
                         return
                 await asyncio.sleep(0)  # yield to other connections
-        if not self._is_lost:
-            self._is_lost = self._is_closing = True
-            self._protocol.connection_lost(self._stream.error)
-
-    def _closed(self) -> None:
-        self._is_continuous = True  # delivers the buffered data before `connection_lost`
-        if not self.is_reading():
-            self._reading = self._loop.create_task(self._read(_PULL_BYTES))
+        self._is_lost = self._is_closing = True
+        self._protocol.connection_lost(self._stream.error)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
@@ -5831,8 +5817,6 @@ async def _serve_handler(handler: Any, parsed: Request, server: Any, proxy: "Por
     except OSError:  # the client has left
         stream.close()
         return
-    if parsed.framing.kind == "length":
-        connection.body_left = parsed.framing.length
     address = transport.get_extra_info("peername")
     if not await proxy.serve_one(connection, _head_from_tornado(handler.request), gate):
         return

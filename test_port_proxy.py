@@ -4559,12 +4559,8 @@ class TestHub:
         assert [message[0] for message in app.messages] == reached
         assert (token in repr(app.messages), len(hub.asked)) == (False, 1)
 
-    def test_revoked_access_is_lost_when_the_hub_is_asked_again(self, proxy, hub, cookie):
-        """A new Hub session makes the proxy ask at once."""
-        hub.users["owner-token"] = dict(OWNER, scopes=[])
-        self.check(proxy, BASE, (cookie, *PAGE, 200))
-        answer = proxy.get(BASE, cookie.replace("-id=a", "-id=b"), *PAGE)
-        assert (status_of(answer), b"no access to this server" in answer[2]) == (403, True)
+    def test_session_ends_when_another_user_signs_in_at_the_hub(self, proxy, cookie):
+        self.check(proxy, BASE, (cookie, *PAGE, 200), (cookie.replace("-id=a", "-id=b"), *PAGE, 302))
 
     def test_token_in_the_address_signs_a_browser_in(self, proxy, app, target, cookie):
         """It does not replace a session, nor does a page of another site sign anybody in."""
@@ -4748,12 +4744,9 @@ class TestHub:
             eventually(lambda: repr(hub.asked).count("slow") == 64)
             answer = proxy.get(target, "Authorization: token slow")
             assert (status_of(answer), "retry-after" in fields_of(answer)) == (503, True)
-            other = AS_OWNER, "Cookie: jupyterhub-session-id=c"
-            for rows, questions in (([(cookie, 200), (AS_OWNER, 200)], 0),
-                                    ([(cookie.replace("-id=a", "-id=b"), 200), (*other, 200)], 2)):
-                asked = len(hub.asked)
-                self.check(proxy, target, *rows)
-                assert len(hub.asked) == asked + questions
+            asked = len(hub.asked)
+            self.check(proxy, target, (cookie, 200), (AS_OWNER, 200))
+            assert len(hub.asked) == asked
             self.sign_in(proxy, hub)
             hub.let_go.set()
 
@@ -8297,12 +8290,12 @@ class TestJupyter:
         for raw, begins in requests * 3:
             wire.send(raw)
             assert wire.message()[2].startswith(begins)
-        requests = [request for request in requests if request[0] is not chunked]
+        requests = [request for request in requests if request[0] not in (length, chunked)]
         wire.send(*[raw for raw, _ in requests])  # pipelined
         for _, begins in requests:
             assert wire.message()[2].startswith(begins)
 
-    def test_request_behind_a_chunked_body_is_announced_to_be_lost(self, upstream, visitor, wire):
+    def test_request_behind_a_body_is_announced_to_be_lost(self, upstream, visitor, wire):
         """It cannot be given back to Jupyter: the response before it has Connection: close, and comes whole."""
         app = upstream(answering(html_response(bytes(4 << 20))))
         chunked = visitor.head("POST", "/nb/proxy/%d/" % app.port, "Transfer-Encoding: chunked")
