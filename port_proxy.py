@@ -2027,7 +2027,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     if route.prefix and (request.is_above_prefix or has_scope):
         # A service worker may control its own app, and nothing else.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
-    lines += gate.response_lines(response.status)
+    lines += gate.response_lines()
     if response.status == 101:
         lines += _UPGRADE_LINES
     return lines
@@ -3503,7 +3503,7 @@ class Gate:
     async def close(self) -> None:
         """End the gate's background tasks."""
 
-    def response_lines(self, status: int) -> Sequence[str]:
+    def response_lines(self) -> Sequence[str]:
         """Header lines that the gate adds to a response of an app."""
         return ()
 
@@ -3708,9 +3708,7 @@ class TokenGate(Gate):
             signed_in = self._is_signed_in(request)
             if not signed_in:
                 await self._check_tokens(request)
-            self.redirect_without_token(
-                request, lambda: () if signed_in else (self._new_cookie(request.client),)
-            )
+            self.redirect_without_token(request, lambda: (self._new_cookie(request.client),))
             if not signed_in:
                 return  # admitted by the token, which foreign pages do not know
         if not preflight:
@@ -3809,8 +3807,8 @@ class TokenGate(Gate):
         if port != client.app_port or now() > deadline:
             detail = "This sign-in link was used or has expired." if ticket else ""
             return self._sign_in_needed(detail, "/", client)
-        cookie = () if self._is_signed_in(request) else (self._new_cookie(client),)
-        return ProxyError(303, "Signed in.", (("Location", "/"), _NO_REFERRER) + cookie)
+        fields = (("Location", "/"), _NO_REFERRER, self._new_cookie(client))
+        return ProxyError(303, "Signed in.", fields)
 
 
 def normal_origin(origin: str) -> str:
@@ -5778,10 +5776,8 @@ class JupyterGate(Gate):
             return "A program can send it with a Jupyter token."
         return super().origin_advice(origin).replace("{value}", "= '%s'" % origin)  # no list
 
-    def response_lines(self, status: int) -> Sequence[str]:
+    def response_lines(self) -> Sequence[str]:
         """The cookies that Jupyter sets with this response."""
-        if status < 200 and status != 101:
-            return ()
         return ["%s: %s" % field for field in self._new_cookies()]
 
     def _new_cookies(self) -> Fields:
@@ -5801,10 +5797,10 @@ class JupyterGate(Gate):
         return super().strip_cookies(";".join(pairs), route)
 
 
-async def _serve_handler(handler: Any, parsed: Request, server: Any, proxy: "PortProxy") -> None:
+async def _serve_handler(handler: Any, server: Any, proxy: "PortProxy") -> None:
     """Serve the request of a Tornado handler, which Jupyter has authenticated."""
     gate = JupyterGate(proxy.config, handler)
-    if parsed.is_page_visit:
+    if handler.parsed.is_page_visit:
         handler.xsrf_token  # noqa: B018  reading it sets its cookie
     if proxy.deadlines is None:  # not started yet: the event loop was not running
         await proxy.start([], [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)])
@@ -5818,7 +5814,7 @@ async def _serve_handler(handler: Any, parsed: Request, server: Any, proxy: "Por
         stream.close()
         return
     address = transport.get_extra_info("peername")
-    if not await proxy.serve_one(connection, _head_from_tornado(handler.request), gate):
+    if not await proxy.serve_one(connection, handler.request_head, gate):
         return
     if transport.is_reading() or transport.is_closing():
         connection.close()
@@ -5880,8 +5876,8 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
             try:
                 if not _PLAIN_METHOD.fullmatch(method):  # Jupyter reads the attribute of this name
                     raise ProxyError(405, "The method must consist of capital letters.")
-                head = _head_from_tornado(self.request)
-                self.parsed = parse_request(head, "", "http", proxy.config)
+                self.request_head = _head_from_tornado(self.request)
+                self.parsed = parse_request(self.request_head, "", "http", proxy.config)
             except ProxyError as error:
                 self.set_status(error.status)
                 self.set_header("Content-Type", "text/plain; charset=utf-8")
@@ -5902,7 +5898,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 allowed = authorizer.is_authorized(self, user, "execute", "proxy")
                 if not (await allowed if inspect.isawaitable(allowed) else allowed):
                     raise web.HTTPError(403)
-            await _serve_handler(self, self.parsed, server, proxy)
+            await _serve_handler(self, server, proxy)
 
     return PortProxyHandler
 
