@@ -2277,14 +2277,6 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
 # gate.key: the key for signatures.
 
 
-class LocalResponse(NamedTuple):
-    """A complete response of the proxy itself."""
-
-    status: int
-    fields: Fields
-    body: bytes = b""
-
-
 def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
@@ -2918,6 +2910,14 @@ _TITLE_BYTES = 65536  # how much of a page is searched for its title
 CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers show no password dialog for this scheme
 
 
+class LocalResponse(NamedTuple):
+    """A complete response of the proxy itself."""
+
+    status: int
+    fields: Fields
+    body: bytes = b""
+
+
 class NotListening(ProxyError):
     """The app does not listen; page visits get a page that waits for it.
 
@@ -3442,7 +3442,7 @@ def unexpected_tls(route: Route) -> ProxyError:
 # A gate admits or refuses each request before an upstream is contacted, whatever its method.
 # `authorize` returns, or raises the ProxyError to respond with.  A gate also removes our own
 # credentials from requests to apps.  `TokenGate` protects a proxy that stands alone; JupyterHub and
-# Jupyter have gates of their own below.
+# Jupyter have gates of their own below.  `SessionWatch` ends the connections of ended sessions.
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
@@ -3855,8 +3855,8 @@ def authorization_tokens(headers: Headers) -> List[str]:
 # If a JupyterHub started this server, the Hub decides about access.  Programs send a token of the
 # Hub.  Browsers sign in at the Hub (OAuth 2.0, RFC 6749 section 4.1, with PKCE, RFC 7636) and get a
 # cookie with a random session id; the token of the session stays in memory.  `HubApi` looks up
-# tokens at the Hub and caches the results.  `HubGate` admits requests, and closes the connections
-# of ended sessions.  Activity is reported, so that the Hub can stop idle servers.
+# tokens at the Hub and caches the results.  `HubGate` admits requests.  Activity is reported, so
+# that the Hub can stop idle servers.
 
 # With _RECHECK_SECONDS, an ended session loses its access within less than a minute.
 _CACHE_SECONDS = 45.0  # lifetime of a token's cached user
