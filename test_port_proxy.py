@@ -5494,27 +5494,26 @@ class TestTls:
     @pytest.mark.parametrize("names, fits", [
         (("cert.pem", "key.pem"), True), (("cert.pem", "cert.pem"), False), (("key.pem", "key.pem"), False),
     ])  # fmt: skip
-    def test_files_may_be_pipes(self, background, certificate, names, fits):
+    def test_files_may_be_pipes(self, certificate, names, fits):
         """A shell makes pipes of programs that unlock a key; they can be read once."""
         if not os.path.exists("/dev/fd"):
             pytest.skip("this system has no /dev/fd")
-        pipes = [os.pipe() for _ in range(2)]
-        for (_, writer), name in zip(pipes, names):
-            with os.fdopen(writer, "wb") as file:
-                file.write((certificate / name).read_bytes())
-        certfile, keyfile = ("/dev/fd/%d" % reader for reader, _ in pipes)
-        proxy = PortProxy(Config(port=0, certfile=certfile, keyfile=keyfile))
-        try:
-            if fits:
-                background.do(proxy.start())
-            else:
-                message = "the certificate in %s cannot be used with the key in %s: " % (certfile, keyfile)
-                with pytest.raises(ValueError, match=message):
-                    background.do(proxy.start())
-        finally:
-            background.do(proxy.close())
-            for reader, _ in pipes:
-                os.close(reader)
+        places = []
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                reader, writer = os.pipe()
+                stack.callback(os.close, reader)
+                with os.fdopen(writer, "wb") as file:
+                    file.write((certificate / name).read_bytes())
+                places.append("/dev/fd/%d" % reader)
+            config, message = Config(certfile=places[0], keyfile=places[1]), ""
+            try:
+                port_proxy.server_context(config)
+            except ValueError as error:
+                message = str(error)
+        refusal = "the certificate in %s cannot be used with the key in %s: " % tuple(places)
+        assert (message == "") is fits
+        assert fits or message.startswith(refusal)
 
     def test_tunnel_works_over_tls(self, secure, upstream, certificate):
         data = random_bytes(1 << 21)
@@ -5666,20 +5665,16 @@ class TestLog:
         assert re.fullmatch(pattern.format(app.port), caplog.records[0].getMessage())
         assert records()[0]["bytes_received"] == 5
 
-    @pytest.mark.parametrize("option", ["host_allowlist", "authorize"])
-    def test_internal_error_is_a_500_without_a_traceback(self, start, upstream, caplog, option):
+    def test_internal_error_is_a_500_without_a_traceback(self, start, upstream, caplog):
         """Also if a connection is at hand; the log holds the error."""
         broken = [False]
 
-        def allow(*_):
+        def allow(_):
             if broken[0]:
                 raise RuntimeError("secret")
             return True
 
-        async def authorize(*_):
-            allow()
-
-        app, proxy = upstream(answering(OK)), start(**{option: authorize if option == "authorize" else allow})
+        app, proxy = upstream(answering(OK)), start(host_allowlist=allow)
         for broken[0], connections in ((True, 0), (False, 1), (True, 1)):
             with caplog.at_level(logging.INFO, "port_proxy"):
                 answer = proxy.ask(to(app))
