@@ -5067,17 +5067,18 @@ class TestRequests:
             assert wire.message()[2] == b"ok"
 
     def test_client_that_leaves_closes_its_upstream(self, proxy, upstream):
-        """On fresh and reused connections, while the app is silent, and in the middle of its response."""
-        apps, answers = [], (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc", UNTIL_CLOSE_HEAD + b"abc")
+        """On fresh and reused connections, while the app is silent, in the middle of its response, and in a tunnel."""
+        apps, begun = [], ok(bytes(10))[:-10] + b"abc"
+        answers = (((), b""), ((), begun), ((), UNTIL_CLOSE_HEAD + b"abc"), (HANDSHAKE, SWITCHING))
         with contextlib.ExitStack() as stack:
-            for is_reused, answer, leave in itertools.product(
+            for is_reused, (lines, answer), leave in itertools.product(
                 (False, True), answers, (Wire.close, Wire.reset, Wire.end)
             ):
                 steps = [read_head, OK] * is_reused + [read_head, answer, tell, read_to_the_end]
                 apps.append(upstream(script(*steps, lambda wire, app: app.happened.set())))
                 wire = stack.enter_context(proxy.wire())
                 assert not is_reused or wire.ask(to(apps[-1]))[2] == b"ok"
-                wire.send(to(apps[-1]))
+                wire.send(to(apps[-1], *lines))
                 assert apps[-1].told.wait(WAIT)
                 wire.until(answer[-3:])
                 leave(wire)
@@ -5199,11 +5200,7 @@ class TestTunnel:
             assert app.told.wait(WAIT)
 
     @pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
-    def test_side_that_leaves_is_seen_by_the_other(self, proxy, upstream, leave):
-        app = upstream(script(read_head, SWITCHING, read_to_the_end, tell))
-        with proxy.tunnel(app) as wire:
-            leave(wire)
-            assert app.told.wait(WAIT)
+    def test_app_that_leaves_is_seen_by_the_client(self, proxy, upstream, leave):
         app = upstream(script(read_head, SWITCHING, lambda wire, app: wire.exactly(3), lambda wire, app: leave(wire)))
         with proxy.tunnel(app, b"bye") as wire:
             assert wire.ends()
@@ -5356,33 +5353,26 @@ class TestLimits:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A folder with a self-signed certificate for localhost: cert.pem, key.pem, and both.pem with both in one file."""
+    """A folder with a self-signed certificate for localhost, cert.pem, and its key, key.pem.
+
+    both.pem holds both, and locked.pem the key under a pass phrase. rsa.pem and ec.pem are other keys, junk is none.
+    """
     openssl = shutil.which("openssl")
     if not openssl:
         pytest.skip("openssl is not installed, to make a certificate with")
     folder = tmp_path_factory.mktemp("certificate")
-    run_openssl(
-        folder,
+    for command in (
         "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
         " -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem",
-    )
+        "pkey -in key.pem -aes256 -passout pass:abcd -out locked.pem",
+        "genrsa -out rsa.pem 2048",
+        "ecparam -name prime256v1 -genkey -noout -out ec.pem",
+    ):
+        arguments = [openssl] + command.split()
+        subprocess.run(arguments, cwd=str(folder), check=True, stderr=subprocess.DEVNULL, timeout=WAIT)
     (folder / "both.pem").write_text((folder / "cert.pem").read_text() + (folder / "key.pem").read_text())
+    (folder / "junk").write_text("hello\n")
     return folder
-
-
-@pytest.fixture(scope="session")
-def odd_files(certificate):
-    """The same folder, with a file that is no PEM, keys of other certificates, and the key under a pass phrase."""
-    (certificate / "junk").write_text("hello\n")
-    run_openssl(certificate, "genrsa -out rsa.pem 2048")
-    run_openssl(certificate, "ecparam -name prime256v1 -genkey -noout -out ec.pem")
-    run_openssl(certificate, "pkey -in key.pem -aes256 -passout pass:abcd -out locked.pem")
-    return certificate
-
-
-def run_openssl(folder, command):
-    arguments = [shutil.which("openssl")] + command.split()
-    subprocess.run(arguments, cwd=str(folder), check=True, stderr=subprocess.DEVNULL, timeout=WAIT)
 
 
 def tls_wire(proxy, certificate):
@@ -5411,19 +5401,6 @@ class TestTls:
     @pytest.fixture
     def secure(self, start, certificate):
         return lambda **options: start(certfile=str(certificate / "both.pem"), **options)
-
-    @pytest.fixture
-    def tls_app(self, upstream, certificate):
-        """An app that speaks TLS with an unknown certificate."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(str(certificate / "both.pem"))
-
-        def serve(wire, app):
-            with contextlib.suppress(OSError):  # the certificate was refused, or the end came without a close_notify
-                wire.sock = context.wrap_socket(wire.sock, server_side=True)
-                answering(OK)(wire, app)
-
-        return upstream(serve)
 
     def test_clients_are_served_over_tls(self, start, upstream, certificate):
         """A response may come before the whole body has been sent; plain HTTP gets a 400 that says so."""
@@ -5473,17 +5450,17 @@ class TestTls:
         ("--certfile cert.pem --keyfile gone", "cannot read gone: *"),
         ("--certfile both.pem --client-ca gone", "cannot read gone: *"),
     ])  # fmt: skip
-    def test_unusable_file_is_named(self, odd_files, monkeypatch, capsys, options, message):
-        monkeypatch.chdir(str(odd_files))
+    def test_unusable_file_is_named(self, certificate, monkeypatch, capsys, options, message):
+        monkeypatch.chdir(str(certificate))
         status, output, errors = run_main(capsys, "--port", "0", *options.split())
         assert (status, output) == (2, "")
         pattern = "port_proxy: " + re.escape(message).replace(r"\*", ".*") + "\n"
         assert re.fullmatch(pattern, errors)
 
-    def test_pass_phrase_without_a_terminal_is_an_error(self, odd_files):
+    def test_pass_phrase_without_a_terminal_is_an_error(self, certificate):
         done = subprocess.run(
             [sys.executable, PROGRAM, "--port", "0", "--certfile", "cert.pem", "--keyfile", "locked.pem"],
-            cwd=str(odd_files), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=str(certificate), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True, timeout=WAIT,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (2, b"")
@@ -5550,17 +5527,26 @@ class TestTls:
         ("/proxy/%d", True, {}, 200), ("/proxy/127.0.0.1:%d", True, {}, 200),
     ])
     def test_upstream_is_served_if_its_certificate_is_known_or_not_verified(
-        self, start, tls_app, certificate, monkeypatch, form, is_known, options, status
+        self, start, upstream, certificate, monkeypatch, form, is_known, options, status
     ):
         """The translated Origin has the scheme of the upstream."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(str(certificate / "both.pem"))
+
+        def serve(wire, app):
+            with contextlib.suppress(OSError):  # the certificate was refused, or the end came without a close_notify
+                wire.sock = context.wrap_socket(wire.sock, server_side=True)
+                answering(OK)(wire, app)
+
         if is_known:
             monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
-        proxy = start(upstream_tls=["localhost:%d" % tls_app.port if options else str(tls_app.port)], **options)
-        answer = proxy.ask(to(tls_app, "Origin: http://here:8888", form=form))
+        app = upstream(serve)
+        proxy = start(upstream_tls=["localhost:%d" % app.port if options else str(app.port)], **options)
+        answer = proxy.ask(to(app, "Origin: http://here:8888", form=form))
         assert (status_of(answer), b"--insecure-upstream" in answer[2]) == (status, status == 502)
         if status == 200:
             host = "127.0.0.1" if "127" in form else "localhost"
-            assert fields_of(tls_app.messages[0])["origin"] == "https://%s:%d" % (host, tls_app.port)
+            assert fields_of(app.messages[0])["origin"] == "https://%s:%d" % (host, app.port)
 
     def test_upstream_that_speaks_no_tls_is_a_502(self, start, upstream):
         app = upstream(lambda wire, app: (wire.more(), wire.send(OK)))
