@@ -5976,7 +5976,6 @@ class FuzzedApp(asyncio.Protocol):
                 self.transport.close()
 
 
-
 class Fuzzing:
     """A proxy in an event loop, with clients and an app in the same loop that send invalid messages.
 
@@ -6693,7 +6692,7 @@ class TestCommandLine:
             waiting = "waiting up to 1000 seconds for running requests (1), Ctrl-C ends them now\n"
             assert waiting in line_of(process, output)
             process.send_signal(signal.SIGINT)
-            assert wire.rest() == b""
+            assert wire.ends()
             assert process.wait(WAIT) == 0
 
     @pytest.mark.parametrize("connection, options, lines", [
@@ -6875,36 +6874,29 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("options", [("--verbose",), ("--log-json",), ("--verbose", "--log-json")])
     def test_log_has_a_line_per_request_and_per_message(self, upstream, options):
-        app = upstream(answering(OK))
-        with program("--port", "0", "--allow-hostname", "*", *options) as (process, _, port):
-            with Wire.to(port) as wire:
-                assert wire.ask(request("GET", "/proxy/%d/a?secret" % app.port))[2] == b"ok"
-                line = line_of(process, process.stderr)
-                assert status_of(wire.ask(b"GARBAGE\r\n\r\n")) == 400  # no request: a message without its parts
-                message = line_of(process, process.stderr)
+        """Control characters are escaped: behind a trusted proxy, the client chooses its address."""
+        app, client = upstream(answering(OK)), "\x9b31m\x85a"
+        common = ("--port", "0", "--allow-hostname", "*", "--trusted-proxy", "127.0.0.1")
+        with program(*(common + options)) as (process, _, port), Wire.to(port) as wire:
+            assert wire.ask(to(app, "X-Forwarded-For: " + client, path="/a?secret"))[2] == b"ok"
+            line = line_of(process, process.stderr)
+            assert status_of(wire.ask(b"GARBAGE\r\n\r\n")) == 400  # no request: a message without its parts
+            message = line_of(process, process.stderr)
+        assert line[:-1].isprintable()
+        target, upstream_name = "/proxy/%d/a?..." % app.port, "localhost:%d" % app.port
         if "--log-json" not in options:
-            assert "GET /proxy/%d/a?... -> localhost:%d 200" % (app.port, app.port) in line
+            assert "\\x9b31m\\x85a GET %s -> %s 200" % (target, upstream_name) in line
             assert "127.0.0.1 -> 400: " in message
             return
         record, message = json.loads(line), json.loads(message)
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record.pop("time"))
         assert 0 <= record.pop("seconds") < WAIT
         assert record == {
-            "level": "info", "client": "127.0.0.1", "method": "GET", "target": "/proxy/%d/a?..." % app.port,
-            "app": "localhost:%d" % app.port, "status": 200, "bytes": 2,
+            "level": "info", "client": client, "method": "GET", "target": target, "app": upstream_name, "status": 200,
+            "bytes": 2,
         }  # fmt: skip
         assert sorted(message) == ["level", "message", "time"]
         assert (message["level"], "127.0.0.1 -> 400: " in message["message"]) == ("info", True)
-
-    def test_control_characters_of_others_are_escaped_in_the_log(self, upstream):
-        """Behind a trusted proxy, the client chooses its address."""
-        app = upstream(answering(OK))
-        options = ("--port", "0", "--allow-hostname", "*", "--trusted-proxy", "127.0.0.1", "--verbose")
-        with program(*options) as (process, _, port):
-            ask_port(port, "/proxy/%d/" % app.port, "X-Forwarded-For: \x9b31m\x85a")
-            line = line_of(process, process.stderr)
-        assert "\\x9b31m\\x85a GET" in line
-        assert line[:-1].isprintable()
 
     def test_stop_with_everything_under_way_is_quiet(self, upstream):
         """With requests, uploads, tunnels and half heads the exit status is 0, and nothing is logged."""
@@ -7183,8 +7175,7 @@ class Page:
 
 def serve_page(text):
     """An app whose every path is one page, with this text as its title and content."""
-    body = b"<!DOCTYPE html><title>%s</title><p id=app>%s" % (text, text)
-    return answering(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    return answering(html_response(b"<!DOCTYPE html><title>%s</title><p id=app>%s" % (text, text)))
 
 
 # Every way that a page has to ask for things: below the root, which leaves the prefix, or below its own folder.
@@ -7888,7 +7879,7 @@ class TestJupyterHub:
             assert b"data: 1" in events.until(b"data: 1\n\n")
             stop = ("DELETE", "/jh/hub/api/users/stopper/server", "Authorization: token test-token")
             assert visitor.status(*stop, no_body=True) == 204
-            assert wire.rest() == b""
+            assert wire.ends()
         assert self.api(hub, "GET", "/users/stopper")["servers"] == {}
         assert not re.search("Traceback|SIGKILL", hub.output)
 
@@ -8447,6 +8438,11 @@ class TestJupyter:
         assert TOKEN not in repr(app.messages)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark: `python3 test_port_proxy.py bench`, side by side on this machine; it needs no pytest
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class TestBenchmark:
     @pytest.mark.parametrize("path, bound", [("/200", 16), (None, 32)], ids=["kept-alive", "WebSocket"])
     def test_idle_connection_takes_little_memory(self, upstream, tmp_path, path, bound):
@@ -8465,11 +8461,6 @@ class TestBenchmark:
         assert (done.returncode, done.stderr) == (0, b"")
         row = r"\| as a browser, no head twice, 64 connections: requests/s \|( [0-9.]+ \([0-9.-]+\) \|){2}"
         assert re.search(row, done.stdout.decode())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmark: `python3 test_port_proxy.py bench`, side by side on this machine; it needs no pytest
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 BROWSER_REQUEST = """\
