@@ -7633,37 +7633,18 @@ def receive_frame(wire):
     return data if first & 15 in (1, 2) else None
 
 
-def digest_of_body(wire, fields):
-    """The size of a request body and its SHA-256; it is read piece by piece."""
-    is_chunked = fields.get("transfer-encoding") == "chunked"
-    left, count, digest = int(fields.get("content-length", 0)), 0, hashlib.sha256()
-    while is_chunked or left:
-        size = int(wire.until(b"\r\n")[:-2], 16) if is_chunked else min(left, len(MEBIBYTE))
-        digest.update(wire.exactly(size))
-        count += size
-        left -= size
-        if is_chunked:
-            wire.exactly(2)
-            if not size:
-                break
-    return b"%d %s" % (count, digest.hexdigest().encode())
-
-
 def serve_anything(wire, app):
-    """An app that echoes request lines and WebSockets, measures uploads, sends much, and sends events one by one."""
+    """An app that echoes request lines and WebSockets, measures bodies, sends much, and sends events one by one."""
     while wire.buffer or wire.more():
-        line, *lines = wire.until(b"\r\n\r\n")[:-4].decode("latin-1").split("\r\n")
-        app.messages.append((line, [tuple(field.split(": ", 1)) for field in lines], b""))
-        fields, path = fields_of(app.messages[-1]), line.split(" ")[1].partition("?")[0]
-        if fields.get("expect") == "100-continue":
-            wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        read_message(wire, app)
+        line, _, body = app.messages[-1]
+        path = line.split(" ")[1].partition("?")[0]
         if path.endswith("/ws"):
-            wire.send(switching(fields["sec-websocket-key"]))
+            wire.send(switching(fields_of(app.messages[-1])["sec-websocket-key"]))
             while wire.buffer or wire.more():
                 wire.send(wire.buffer)
                 wire.buffer = b""
             return
-        body = digest_of_body(wire, fields)
         if path.endswith("/events"):
             wire.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
             app.let_go.wait(WAIT)
@@ -7673,7 +7654,7 @@ def serve_anything(wire, app):
             wire.send(MUCH_HEAD)
             send_much(wire, [])
             continue
-        answer = ok(b"%s\n%s" % (line.encode(), body), "Set-Cookie: app=1; Path=/")
+        answer = ok(b"%s\n%d" % (line.encode(), len(body)), "Set-Cookie: app=1; Path=/")
         wire.send(answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if line.startswith("HEAD ") else answer)
 
 
@@ -8254,7 +8235,7 @@ class TestJupyter:
         length = visitor.head("POST", target + "/b", "Content-Length: 100000") + bytes(100000)
         requests = [
             (visitor.head("GET", target + "/a"), b"GET /a "), (visitor.head("GET", "/nb/api/status"), b'{"connections'),
-            (length, b"POST /b HTTP/1.1\n100000 "), (chunked, b"POST /c HTTP/1.1\n3 "),
+            (length, b"POST /b HTTP/1.1\n100000"), (chunked, b"POST /c HTTP/1.1\n3"),
             (visitor.head("GET", "/nb/api"), b'{"version'),
         ]  # fmt: skip
         for raw, begins in requests * 3:
@@ -8282,13 +8263,11 @@ class TestJupyter:
             assert len(wire.message()[2]) == 4 << 20
             assert b"version" in wire.message()[2]
 
-    def test_large_chunked_upload_passes_whole(self, target, visitor, wire):
+    def test_chunked_upload_passes_whole(self, anything, target, visitor, wire):
         wire.send(visitor.head("PUT", target + "/", "Transfer-Encoding: chunked"))
-        for _ in range(MUCH >> 20):
-            wire.send(b"100000\r\n%s\r\n" % MEBIBYTE)
-        wire.send(b"0\r\n\r\n")
-        digest = hashlib.sha256(MEBIBYTE * (MUCH >> 20)).hexdigest()
-        assert wire.message()[2].split(b"\n")[1].decode() == "%d %s" % (MUCH, digest)
+        wire.send(*[b"100000\r\n%s\r\n" % MEBIBYTE] * 4, b"0\r\n\r\n")
+        assert status_of(wire.message()) == 200
+        assert anything.messages[-1][2] == MEBIBYTE * 4
 
     def test_slow_client_stops_the_app(self, jupyter, upstream, visitor, wire):
         app = upstream(script(read_head, MUCH_HEAD, tell, hold))
@@ -8340,7 +8319,7 @@ class TestJupyter:
             pytest.skip("this system has no /proc to count a process's descriptors in")
 
         def serve(wire, app):
-            with contextlib.suppress(OSError, ValueError, TypeError):  # the requests break off
+            with contextlib.suppress(OSError, ValueError, AssertionError):  # the requests break off
                 serve_anything(wire, app)
 
         target = "/nb/proxy/%d" % upstream(serve).port
@@ -8361,11 +8340,13 @@ class TestJupyter:
         eventually(lambda: len(list(descriptors.iterdir())) <= before + 2)  # idle upstreams close by themselves
         assert visitor.status("GET", target + "/") == 200
 
-    def test_expect_continue_is_answered_by_the_app(self, target, visitor, wire):
-        wire.send(visitor.head("PUT", target + "/", "Content-Length: 3", "Expect: 100-continue"))
+    def test_expect_continue_is_answered_by_the_app(self, upstream, visitor, wire):
+        app = upstream(script(read_head, b"HTTP/1.1 100 Continue\r\n\r\n", lambda wire, _: wire.exactly(3), OK))
+        lines = ("Content-Length: 3", "Expect: 100-continue")
+        wire.send(visitor.head("PUT", "/nb/proxy/%d/" % app.port, *lines))
         assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100")
         wire.send(b"abc")
-        assert wire.message()[2].split(b"\n")[1].startswith(b"3 ")
+        assert wire.message()[2] == b"ok"
 
     def test_events_and_websockets_pass_at_once(self, target, visitor):
         with visitor.wire() as wire:
