@@ -1915,10 +1915,20 @@ class TestBackPressure:
             deadlines = port_proxy.Deadlines(loop, WAIT)
             source, target = (port_proxy.Connection(deadlines) for _ in range(2))
 
+            def is_full():
+                return sum(map(len, queue)) > 500
+
             def queue_up(data):
+                was_full = is_full()
                 queue.append(data)
-                if len(queue) == 1:
+                if is_full() and not was_full:
                     target.pause_writing()
+
+            def take_all():
+                was_full = is_full()
+                del queue[:]
+                if was_full:
+                    target.resume_writing()
 
             for connection in (source, target):
                 connection.connection_made(Mock(asyncio.Transport))
@@ -1935,11 +1945,10 @@ class TestBackPressure:
             assert reading[-1] == "pause_reading"
             assert sum(map(len, queue)) < 3000
             while body.count != 6000:
-                del queue[:]
-                target.resume_writing()
+                take_all()
                 await turns()
             source.data_received(b"0\r\n\r\n")
-            target.resume_writing()
+            take_all()
             await asyncio.wait_for(task, WAIT)
             for connection in (source, target):
                 connection.connection_lost(None)
