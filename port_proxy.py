@@ -60,7 +60,6 @@ import stat
 import struct
 import sys
 import time
-import types
 import zlib
 from http import HTTPStatus
 from typing import (
@@ -2521,18 +2520,19 @@ class Listener(NamedTuple):
         return bool(self.pid) and self.user == os.geteuid() and self.port >= _FIRST_COMMON_PORT
 
 
-class ListenerCache:
-    """The listeners of this machine.  A thread looks them up, at most once a second."""
+class LookupCache:
+    """Results of functions that look up sockets.  A thread calls each at most once a second."""
 
     def __init__(self) -> None:
-        self._lookup = None  # type: Optional[asyncio.Future[List[Listener]]]
-        self._valid_until = 0.0
+        # For each function: its last result, and the time until which the result is valid.
+        self._results = {}  # type: Dict[Callable[[], Any], Tuple[asyncio.Future[Any], float]]
 
-    async def get(self) -> List[Listener]:
-        if self._lookup is None or (self._lookup.done() and now() >= self._valid_until):
-            self._lookup = asyncio.get_event_loop().run_in_executor(None, find_listeners)
-            self._valid_until = now() + 1.0
-        return await asyncio.shield(self._lookup)
+    async def get(self, function: Callable[[], Any]) -> Any:
+        future, until = self._results.get(function, (None, 0.0))
+        if future is None or (future.done() and now() >= until):
+            future = asyncio.get_event_loop().run_in_executor(None, function)
+            self._results[function] = future, now() + 1.0
+        return await asyncio.shield(future)
 
 
 def find_listeners() -> List[Listener]:
@@ -3181,6 +3181,7 @@ def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalR
 _PERSISTENT_SECONDS = 1.0  # shorter than the keep-alive timeout of any known server
 _MAX_PERSISTENT = 1000
 _FETCH_SECONDS = 3.0
+_RETRY_SOON = (("Retry-After", "5"),)
 _FETCH_BYTES = 1 << 22
 
 
@@ -3212,7 +3213,7 @@ class Upstreams:
         self.config = config
         self.deadlines = deadlines
         self.listening = listening
-        self.listeners = ListenerCache()
+        self.lookups = LookupCache()
         self._context = functools.lru_cache()(upstream_context)  # loads all certificates: slow
         # For each authority, its idle connections, and since when they are idle; the oldest first.
         self._idle = {}  # type: Dict[str, Dict[Connection, float]]
@@ -3292,17 +3293,21 @@ class Upstreams:
             text = "The host %s could not be found. Check its spelling, or the machine's DNS."
             raise ProxyError(502, text % route.host)
         except ConnectionRefusedError:
-            addresses = []  # type: List[str]
-            for listener in await self.listeners.get():
-                if listener.port == route.port:
-                    addresses += listener.addresses
-            raise NotListening(route, addresses)
+            sockets = await self.lookups.get(tcp_sockets)  # type: List[TcpSocket]
+            addresses = dict.fromkeys(sock.address for sock in sockets if sock.port == route.port)
+            raise NotListening(route, list(addresses))
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                text = "The proxy has no file descriptor left to connect with. Try again shortly."
+                raise ProxyError(503, text, _RETRY_SOON)
             reason = os.strerror(error.errno) if error.errno else "unknown reason"
             raise ProxyError(502, "No connection to %s: %s." % (route.place, reason))
 
     async def _connect(self, route: Route) -> Connection:
-        """Try the addresses of the route's host in order.  Raises the first OSError if all fail."""
+        """Try the addresses of the route's host in order.
+
+        If all fail, raises ConnectionRefusedError if one was refused, else the first OSError.
+        """
         addresses = [("127.0.0.1", route.port), ("::1", route.port)]  # type: List[Any]
         if route.host != "localhost":
             loop = self.deadlines.loop
@@ -3312,8 +3317,11 @@ class Upstreams:
         for address in addresses:
             try:
                 return await self._connect_to(address, route)
+            except ssl.SSLError:
+                raise
             except OSError as error:
                 failures.append(error)
+        failures.sort(key=lambda error: not isinstance(error, ConnectionRefusedError))
         raise failures[0]
 
     async def _connect_to(self, address: Address, route: Route) -> Connection:
@@ -3742,6 +3750,9 @@ class TokenGate(Gate):
         if any(map(self.owns_token, shown)):
             return
         wrong = await self._note_wrong_token(request.client) if shown else ""
+        if request.is_websocket:
+            text = "A WebSocket needs a signed-in browser, or the proxy's token."
+            raise ProxyError(403, (wrong + " " + text).lstrip())
         if request.is_page_visit:
             prefix = request.route.prefix if request.route and request.is_unprefixed else ""
             raise self._sign_in_needed(wrong, prefix + request.target, request.client)
@@ -3870,10 +3881,8 @@ _HUB_COOKIES = "jupyterhub-"
 _HUB_SESSION = "jupyterhub-session-id"  # cookie of the Hub; a sign-out changes its value
 # Tokens of another form are an app's, and are not sent to the Hub.
 _HUB_TOKEN = re.compile("[!-~]{1,1024}")
-_COOKIE_OPTIONS = ("samesite", "secure", "domain", "max-age", "partitioned")
 _FORM = "Content-Type: application/x-www-form-urlencoded"
 _JSON = "Content-Type: application/json"
-_RETRY_SOON = (("Retry-After", "5"),)
 
 
 def hub_in(environment: Mapping[str, str]) -> Hub:
@@ -3923,15 +3932,15 @@ def _hub_home(prefix: str, path: str) -> str:
 
 def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
     """The Hub's attributes for cookies: the arguments of Tornado's set_cookie in JSON."""
-    arguments = {name.replace("_", "-"): value for name, value in json.loads(text).items() if value}
-    attributes = tuple(
-        (name, "" if value is True else str(value))
-        for name, value in arguments.items()
-        if name.lower() in _COOKIE_OPTIONS
-    )
+    arguments = {name.lower(): value for name, value in json.loads(text).items() if value}
+    if "expires_days" in arguments:
+        arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
+    names = ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned")
+    values = [(name, arguments.get(name.lower().replace("-", "_"))) for name in names]
+    attributes = [(name, "" if value is True else str(value)) for name, value in values if value]
     if not all(re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in attributes):
         raise ValueError("a cookie attribute is not valid")
-    return attributes
+    return tuple(attributes)
 
 
 def _config_under_hub(
@@ -4671,7 +4680,7 @@ class Exchange:
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
         rows = []
-        for listener in await self.proxy.upstreams.listeners.get():
+        for listener in await self.proxy.upstreams.lookups.get(find_listeners):
             if listener.port in own or not listener.is_own:
                 continue
             host_url = host_form(listener.port, client, config.domains)
@@ -6044,7 +6053,41 @@ _KNOWN_APPS = (
 )
 
 
-async def check_port(upstream: str, config: Config) -> Any:
+class Report(NamedTuple):
+    """The findings about a port; "" or None for unknown values.
+
+    ok: whether the proxy can reach the app.  owner, program: of the listening socket.  speaks:
+    "http", "https" or "other".  status: of the page.  redirect: target of the last redirect.
+    rooted: the page's first links that begin with a slash.  refuses_host, refuses_origin: whether
+    the app refuses foreign values.  socket: the first path that opened a WebSocket.  app: the name
+    of a known app.  use: addresses, the best first.  kept: the path of the absolute form.  flag:
+    the app's option for this path.  problems: full sentences, each with advice.
+    """
+
+    place: str
+    host: str
+    port: int
+    base: str
+    kept: str
+    ok: bool = False
+    addresses: Sequence[str] = ()
+    owner: str = ""
+    program: str = ""
+    speaks: str = ""
+    status: int = 0
+    title: str = ""
+    redirect: str = ""
+    rooted: Sequence[str] = ()
+    refuses_host: Optional[bool] = None
+    refuses_origin: Optional[bool] = None
+    socket: str = ""
+    app: str = ""
+    use: Sequence[str] = ()
+    flag: str = ""
+    problems: Tuple[str, ...] = ()
+
+
+async def check_port(upstream: str, config: Config) -> Report:
     """The report about an upstream; ProxyError if it is not PORT or HOST:PORT."""
     route = find_route(config.base, "%s/%s/" % (config.base, upstream), config.upstream_tls)[0]
     assert route is not None
@@ -6061,16 +6104,7 @@ async def check_port(upstream: str, config: Config) -> Any:
 
 
 class PortCheck:
-    """Examines an upstream; `run` completes `report`.
-
-    The report has these attributes; "" or None stands for unknown values.  ok: whether the proxy
-    can reach the app.  owner, program: of the listening socket.  speaks: "http", "https" or
-    "other".  status: of the page.  redirect: target of the last redirect.  rooted: the page's first
-    links that begin with a slash.  refuses_host, refuses_origin: whether the app refuses foreign
-    values.  socket: the first path that opened a WebSocket.  app: the name of a known app.  use:
-    addresses, the best first.  kept: the path of the absolute form.  flag: the app's option for
-    this path.  problems: full sentences, each with advice.
-    """
+    """Examines an upstream; `run` completes `report`."""
 
     def __init__(self, route: Route, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
@@ -6078,71 +6112,51 @@ class PortCheck:
         self.route = route
         self.path = "/"  # of the page, without its query
         self.kept = "%s/absolute/%s" % (self.config.base, upstream_name(route))
-        self.report = types.SimpleNamespace(
-            place=route.place,
-            host=route.host,
-            port=route.port,
-            base=self.config.base,
-            kept=self.kept + "/",
-            ok=False,
-            addresses=(),
-            owner="",
-            program="",
-            speaks="",
-            status=0,
-            title="",
-            redirect="",
-            rooted=[],
-            refuses_host=None,
-            refuses_origin=None,
-            socket="",
-            app="",
-            use=[],
-            flag="",
-            problems=[],
-        )
+        place, base, kept = route.place, self.config.base, self.kept + "/"
+        self.report = Report(place, route.host, route.port, base, kept)
         for listener in find_listeners():
             is_app = listener.port == route.port
             if is_app and (route.is_local or route.host in listener.addresses):
-                self.report.addresses = listener.addresses
-                self.report.owner = user_name(listener.user)
-                self.report.program = listener.program
+                owner, program = user_name(listener.user), listener.program
+                self._note(addresses=listener.addresses, owner=owner, program=program)
+
+    def _note(self, **findings: Any) -> None:
+        self.report = self.report._replace(**findings)
+
+    def _add_problem(self, text: str) -> None:
+        self._note(problems=self.report.problems + (text,))
 
     async def run(self) -> None:
-        report = self.report
         try:
             check_route(self.route, self.config)
-            report.ok = True
         except ProxyError as error:
-            report.problems.append(error.detail)
+            self._add_problem(error.detail)
+        is_allowed = not self.report.problems
         try:
             first = await self._get("/", timeout=_PAGE_SECONDS)
         except ProxyError as error:
-            report.ok = False
             await self._note_failure(error)
             return
-        report.speaks = self.route.scheme
+        self._note(ok=is_allowed, speaks=self.route.scheme)
         page = await self._find_page(first)
-        headers = page.headers
-        report.use = self._addresses()
-        report.status = page.status
-        report.title = title_in(headers, page.body)
+        title = title_in(page.headers, page.body)
+        self._note(use=self._addresses(), status=page.status, title=title)
         self._note_links(page)
         text = page.body.decode("latin-1")
         for name, sign, flag in _KNOWN_APPS:
             if re.search(sign, text):
-                report.app = name
-                report.flag = flag % self.kept if flag and not self._is_kept() else ""
+                has_flag = flag and not self._is_kept()
+                self._note(app=name, flag=flag % self.kept if has_flag else "")
                 break
         else:
             await self._find_bypass(page)
         status = await self._status(self.path, {"Host": _FOREIGN_HOST})
-        report.refuses_host = status >= 400 > report.status
+        self._note(refuses_host=status >= 400 > page.status)
         status = await self._status(self.path, {"X-Forwarded-For": "127.0.0.1"})
-        if status >= 400 > report.status:
-            report.problems.append(_REFUSES_PROXIES % status)
-        if headers.get("www-authenticate").lower().startswith("digest"):
-            report.problems.append(_SIGNS_PATH)
+        if status >= 400 > page.status:
+            self._add_problem(_REFUSES_PROXIES % status)
+        if page.headers.get("www-authenticate").lower().startswith("digest"):
+            self._add_problem(_SIGNS_PATH)
         await self._try_websockets()
 
     async def _get(
@@ -6178,17 +6192,17 @@ class PortCheck:
 
     async def _note_failure(self, error: ProxyError) -> None:
         """Report why the first page did not come."""
-        report, text = self.report, error.detail
+        text = error.detail
         is_silent = error.status != 502 or isinstance(error, NotListening)
         if error.status == 508:
             text = _OWN_PORT % self.route.port
         elif not is_silent and self.route.scheme == "http":
             is_tls = await accepts_tls(self.upstreams, self.route)
-            report.speaks = "https" if is_tls else "other"
+            self._note(speaks="https" if is_tls else "other")
             text = "It does not answer HTTP. Is this the port of the app?"
             if is_tls:
                 text = unexpected_tls(self.route).detail
-        report.problems.append(text)
+        self._add_problem(text)
 
     # The page.
 
@@ -6222,7 +6236,7 @@ class PortCheck:
 
     async def _follow_redirects(self, page: Fetched) -> Fetched:
         """Follow the app's redirects to itself; the last page."""
-        route, report = self.route, self.report
+        route = self.route
         # The second is ours: the app may obey X-Forwarded-Host.
         own = route.app_authorities | {"localhost:%d" % self.config.port}
         for count in range(_MAX_REDIRECTS + 1):
@@ -6237,20 +6251,21 @@ class PortCheck:
             authority = url.netloc.rpartition("@")[2]
             is_own = authority.lower() in own
             if not is_own or url.scheme != route.scheme:
-                report.redirect = "%s://%s%s" % (url.scheme, authority, url.path)
+                self._note(redirect="%s://%s%s" % (url.scheme, authority, url.path))
                 if is_own and url.scheme == "https":
-                    report.problems.append(_TO_TLS)
+                    self._add_problem(_TO_TLS)
                 break
-            report.redirect = self.path = url.path or "/"
+            self.path = url.path or "/"
+            self._note(redirect=self.path)
             target = self.path + ("?" + url.query if url.query else "")
             if count == _MAX_REDIRECTS:
-                report.problems.append(_TOO_MANY_REDIRECTS)
+                self._add_problem(_TOO_MANY_REDIRECTS)
             if count == _MAX_REDIRECTS or not _LOCAL_TARGET.fullmatch(target):
                 break
             try:
                 page = await self._get(target, timeout=_PAGE_SECONDS)
             except ProxyError as error:
-                report.problems.append(error.detail)
+                self._add_problem(error.detail)
                 break
         return page
 
@@ -6258,9 +6273,9 @@ class PortCheck:
         """Report links that begin with a slash, other than those with the prefix."""
         links = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
         links = [link for link in links if not self._is_kept() or not is_below(self.kept, link)]
-        self.report.rooted = links[:5]
+        self._note(rooted=links[:5])
         if links and not self.config.whole_origin:
-            self.report.problems.append(_LOSES_PREFIX)
+            self._add_problem(_LOSES_PREFIX)
 
     async def _find_bypass(self, page: Fetched) -> None:
         """Report an address of the app in the page or in one of its scripts."""
@@ -6277,7 +6292,7 @@ class PortCheck:
             if own.search(body):
                 is_webpack = b"webpack-dev-server" in body
                 advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
-                self.report.problems.append(_BYPASSES % (path, port) + advice)
+                self._add_problem(_BYPASSES % (path, port) + advice)
                 break
 
     async def _try_websockets(self) -> None:
@@ -6287,12 +6302,11 @@ class PortCheck:
             path = self.kept * self._is_kept() + path
             if await self._status(path, {**_HANDSHAKE, "Origin": own}) == 101:
                 status = await self._status(path, {**_HANDSHAKE, "Origin": foreign})
-                self.report.socket = path.partition("?")[0]
-                self.report.refuses_origin = status != 101
+                self._note(socket=path.partition("?")[0], refuses_origin=status != 101)
                 break
 
 
-def report_text(report: Any) -> str:
+def report_text(report: Report) -> str:
     """A report for a terminal."""
     listens = ", ".join(report.addresses)
     if report.program:
@@ -6503,9 +6517,10 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(hangup)
     for number in numbers:
-        # The event loop of Windows has no handlers: Ctrl-C raises KeyboardInterrupt there.
-        with contextlib.suppress(NotImplementedError):
+        try:
             loop.add_signal_handler(number, interrupt)
+        except NotImplementedError:  # the event loop of Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     has_new_token = proxy.token != (config.token or "")  # it must be printed, even with --quiet
     if not quiet or has_new_token:
         _say(_banner(proxy, has_new_token))
@@ -6734,7 +6749,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if arguments.check:
             report = loop.run_until_complete(check_port(arguments.check, config))
             as_json = arguments.json
-            _say(json.dumps(vars(report), indent=1) if as_json else report_text(report))
+            _say(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
             return 0 if report.ok else 1
         return loop.run_until_complete(_run(config, argv, arguments.quiet))
     except KeyboardInterrupt:
