@@ -110,7 +110,7 @@ COMMAND_LINE_TERMS = {
     "host_allowlist": "--host-allowlist",
     "insecure_upstream": "--insecure-upstream",
     "upstream_tls": "--upstream-tls",
-    "value": "%s",  # the value of an option
+    "value": "%s",  # the form of an option's value
 }
 
 
@@ -144,10 +144,10 @@ logger.addFilter(_escape_record)
 class ProxyError(Exception):
     """Ends a request with a response of the proxy itself, such as an error or a redirect.
 
-    status: the HTTP status code.  detail: the explanation for the user, in plain text, followed by
-    the advice.  fields: additional response headers.  advice: a sentence that names an option, as a
-    `str.format` template with the keys of COMMAND_LINE_TERMS.  value: the option's value, for
-    "{value}" in the advice.
+    status: the HTTP status code.  detail: the explanation for the user, in plain text; the advice
+    is appended to it.  fields: additional response headers.  advice: a sentence that names an
+    option, as a `str.format` template with the keys of COMMAND_LINE_TERMS.  value: the option's
+    value, for "{value}" in the advice.
 
     Raises ValueError for an invalid header, such as a value with a line break.
     """
@@ -157,7 +157,7 @@ class ProxyError(Exception):
     ) -> None:
         super().__init__(status, detail)
         for name, content in fields:
-            if not _OWN_FIELD.fullmatch("%s:%s" % (name, content)):
+            if not _FIELD_LINE.fullmatch("%s:%s" % (name, content)):
                 raise ValueError("the header %s is not valid" % ascii(name))
         self.status = status
         self.detail = self._explanation = detail
@@ -173,7 +173,7 @@ class ProxyError(Exception):
             self.detail = "%s %s" % (self._explanation, advice)
 
 
-_OWN_FIELD = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
+_FIELD_LINE = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
 
 
 class ClientGone(Exception):
@@ -231,7 +231,7 @@ class Config(NamedTuple):
     # function of the host (lower case, no brackets) that decides about every host.
     host_allowlist: Union[Sequence[str], Callable[[str], bool]] = ()
     preserve_host: bool = False  # send the client's Host to the upstream instead of the target's
-    domains: Sequence[str] = ("localhost",)  # <port>.<domain> is that port; none under a Hub
+    domains: Sequence[str] = ("localhost",)  # <port>.<domain> is that port; not used with `hub`
     # Whether the proxy serves all paths of its origin.  If so, unprefixed requests are routed to
     # their app, and the proxy's cookies have the path /.  None: yes if base is the default or the
     # root, and trusted_proxies is empty.
@@ -248,7 +248,7 @@ class Config(NamedTuple):
     # ProxyError(status, detail) to refuse, or ProxyError(302, "", (("Location", url),)) to
     # redirect.  `route` is None for the proxy's own pages.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
-    hub: Optional[Hub] = None  # replaces these, too: users sign in at the Hub
+    hub: Optional[Hub] = None  # sign-in at the Hub replaces the token and allow_hostnames
     trusted_proxies: Sequence[str] = ()  # addresses, networks, "unix": trust X-Forwarded
     certfile: Optional[str] = None  # PEM, with the key in it or in keyfile; serves HTTPS
     keyfile: Optional[str] = None
@@ -262,7 +262,7 @@ class Config(NamedTuple):
     max_head_bytes: int = 65536  # cookies of a whole hub fit; Node allows 16 KiB, nginx 32 KiB
     max_target_bytes: int = 16384  # OAuth and notebook URLs fit; nginx and Apache allow 8 KiB
     max_fields: int = 200  # Apache allows 100
-    max_chunk_line_bytes: int = 4096  # 15 digits and any sensible extension
+    max_chunk_line_bytes: int = 4096  # a size of 15 digits, and any sensible extension
     max_trailer_bytes: int = 16384  # trailers are checked and dropped
     max_idle_upstreams: int = 1024  # pooled connections to all upstreams together
 
@@ -280,7 +280,7 @@ class Kind(NamedTuple):
     """The type of an option's values."""
 
     words: str  # for error messages
-    types: Tuple[type, ...]  # the last type of a number converts it from text
+    types: Tuple[type, ...]  # the last one of a number parses its text
 
 
 _STRING = Kind("a string", (str,))
@@ -472,7 +472,7 @@ def find_route(
     if match is None:
         if rest is not None and rest[:1] in ("", "?"):
             return None, "", rest
-        raise ProxyError(404, "No port is named here. " + path_forms(base))
+        raise _no_port(base)
     absolute, upstream, path, query = match.groups("")
     if not (absolute or upstream or path):
         return None, "/", query
@@ -490,7 +490,7 @@ def _make_route(
     """The route to `upstream`, such as "8080" or "[::1]:8080"; ProxyError 400 or 404."""
     match = _UPSTREAM.fullmatch(upstream)
     if not match:
-        raise ProxyError(404, "No port is named here. " + path_forms(base))
+        raise _no_port(base)
     name, literal, port = match.groups()
     if int(port) > 65535:
         raise ProxyError(404, "There is no port %s; the highest is 65535." % port)
@@ -532,12 +532,12 @@ def host_of(authority: str) -> str:
     return re.sub(r":[0-9]*\Z", "", authority).lower()
 
 
-def path_forms(base: str) -> str:
-    """The path forms of a route, for error messages."""
-    return (
-        "The forms are {0}/<port>/, {0}/<host>:<port>/, {0}/absolute/<port>/ and"
-        " {0}/absolute/<host>:<port>/."
-    ).format(base)
+def _no_port(base: str) -> ProxyError:
+    text = (
+        "No port is named here. The forms are {0}/<port>/, {0}/<host>:<port>/,"
+        " {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/."
+    )
+    return ProxyError(404, text.format(base))
 
 
 def path_below(base: str, reference: str) -> Optional[str]:
@@ -561,7 +561,7 @@ def _decoded_segments(path: str) -> List[bytes]:
 
 
 def with_spelling_of(base: str, target: str) -> str:
-    """The target, with `base` instead of the same path in another percent-encoding.
+    """The target, with the base spelled as in `base`, not in another percent-encoding.
 
     Browsers compare cookie paths without decoding.
     """
@@ -673,7 +673,6 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 # Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
-_FIELD_LINE = re.compile(r"%s:[\t -~\x80-\xff]*" % TOKEN)
 _NAME = re.compile(TOKEN)
 _SPACED_NAME = re.compile(r"\A(%s)[\t ]+:" % TOKEN)
 _LEGAL = bytes(byte for byte in range(256) if (byte >= 32 and byte != 127) or byte in b"\t\r\n")
@@ -844,7 +843,7 @@ def _declared_framing(headers: Headers, minor: str) -> Optional[Framing]:
 
 
 class ClientInfo(NamedTuple):
-    """The address of a client, and the public origin: the proxy's origin in the client's URLs.
+    """The address of a client, and the public origin: the proxy's origin as the client sees it.
 
     address: "" if unknown.  scheme, authority (host:port): of the public origin; the authority is
     "" if the request has none.  app_port: the port in a host such as 8080.localhost, or 0.  lines:
@@ -865,7 +864,7 @@ def client_info(
     """The client of a request; `address` and `scheme` are those of the connection.
 
     X-Forwarded headers are used only if `address` is a trusted proxy.  The client is then the last
-    address in X-Forwarded-For that is not a trusted proxy.  Raises ProxyError 400.
+    address in X-Forwarded-For that is not trusted, or else the first.  Raises ProxyError 400.
     """
     hops, port = [address] if address else [], ""
     if _is_trusted(address, config.trusted_proxies):
@@ -966,9 +965,9 @@ class Request(NamedTuple):
 
     @property
     def is_above_prefix(self) -> bool:
-        """Whether the directory of the URL is above the prefix.
+        """Whether the path up to its last slash is outside the prefix, as for /proxy/8080.
 
-        This directory is the default Path of cookies and the default scope of service workers.
+        Browsers use it as the default Path of cookies and the default scope of service workers.
         """
         return self.is_unprefixed or not self.path
 
@@ -1111,9 +1110,9 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
     part = head[start:]
     if start and part.startswith(b"\n"):  # its CR was checked before
         part = part[1:]
-    pairs = part.count(b"\r\n")
-    returns = part.count(b"\r") - part.endswith(b"\r")  # the last CR may be half of a CRLF
-    if part.translate(None, _LEGAL) or part.count(b"\n") != pairs or returns != pairs:
+    crlfs = part.count(b"\r\n")
+    crs = part.count(b"\r") - part.endswith(b"\r")  # the last CR may be half of a CRLF
+    if part.translate(None, _LEGAL) or part.count(b"\n") != crlfs or crs != crlfs:
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
     end = head.find(b"\r\n")
     if is_request:
@@ -1335,14 +1334,14 @@ _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice t
 _READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties it
 _LARGE_PIECE = 1 << 15  # bytes; larger pieces are not copied to join them
 _BACKLOG = 1024  # connections that wait to be accepted
-_ACCEPTS_IN_A_ROW = 32
-_PENDING_BYTES = 1 << 26  # limit for all connections together
-_SMALL_READ = 1 << 12  # bytes; `read_head` counts smaller reads, `data_received` larger ones
-_LARGE_HEAD = 1 << 16  # bytes; the rest of a larger read is taken for a body
+_ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
+_PENDING_BYTES = 1 << 26  # limit of PendingBytes, for all connections
+_SMALL_READ = 1 << 12  # bytes; of an admitted client, only larger reads are counted on arrival
+_LARGE_HEAD = 1 << 16  # bytes; the rest of a larger read is not counted: it is a body
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _UNIX = getattr(socket, "AF_UNIX", None)
 
-# The states of a connection.  An upstream connection is ACTIVE, or IDLE if it is in the pool.
+# The states of a connection.  A connection to an upstream is always ACTIVE.
 IDLE = "idle"  # waits for a request, without a task
 READING_HEAD = "reading head"
 ACTIVE = "active"  # serves a request
@@ -1363,14 +1362,14 @@ class StreamWriter(asyncio.StreamWriter):
 class Connection(asyncio.StreamReaderProtocol):
     """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    on_accept: called when a client has connected; None for a connection to an upstream.  buffer:
-    bytes that were read but not used.  unread: the number of bytes in the StreamReader.  ended: EOF
-    or a failure.  failure: the exception, None after EOF.  has_received: data has come since this
-    was last set to False.  is_reused: taken from the pool.  is_admitted: the gate has admitted a
-    request of this client, or the peer is an upstream.  watcher: called with the connection on data
-    and EOF.  sink: the Body that receives data instead of the StreamReader.  feeder: the Body that
-    is sent to this connection.  address: the peer's IP address, or "".  scheme: "https" with TLS,
-    else "http".  eof_ends_body: EOF ends the body that is sent to the peer.  state: see above.
+    on_accept: called for a new client; None for a connection to an upstream.  task: serves a client
+    that is not IDLE.  buffer: bytes read but not used.  unread: the number of bytes in the
+    StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.  has_received:
+    data has come since this was last set to False.  is_reused: taken from the pool.  is_admitted:
+    the gate has admitted a request of this client, or the peer is an upstream.  watcher: called on
+    data and EOF.  sink: the Body that receives data instead of the StreamReader.  feeder: the Body
+    that is sent to this connection.  address: the peer's IP address, or "".  scheme: "http" or
+    "https".  eof_ends_body: EOF ends the body that is sent to the peer.  state: see above.
     """
 
     __slots__ = (
@@ -1427,7 +1426,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.watcher(self)
 
     def _count_pending(self, data: bytes) -> bool:
-        """Count received data as pending, except admitted bodies; False above the limit."""
+        """Count received data, except bodies of admitted clients; False above the limit."""
         size = len(data)
         if not self.is_admitted:
             is_pending = self.state is not CLOSING  # otherwise data is dropped
@@ -1531,7 +1530,7 @@ class Connection(asyncio.StreamReaderProtocol):
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def can_carry_more(self) -> bool:
-        """Whether another request can follow.  Tornado cannot take back unused bytes."""
+        """Whether another request can follow.  Unused bytes of a lent connection are lost."""
         return not (self.is_lent and (self.buffer or self.unread))
 
     def queued(self) -> int:
@@ -1551,7 +1550,7 @@ class Connection(asyncio.StreamReaderProtocol):
         return self.is_quiet() and not poll(self.transport, _READABLE)
 
     def check_deadlines(self, time: float) -> None:
-        if time > self.read_deadline and not self.queued():  # a peer with unsent data is not idle
+        if time > self.read_deadline and not self.queued():  # unsent data: not idle
             self.read_deadline = FOREVER
             self.end(TimedOut())
         if time > self.write_deadline:
@@ -1687,11 +1686,9 @@ class Deadlines:
 
 
 class PendingBytes:
-    """Limits the memory for incomplete request heads, and for all unused bytes of clients that are
-    not admitted, such as their further requests.
+    """Limits the memory for incomplete request heads, and for all data of clients not yet admitted.
 
-    Above the limit, the connection that has been counted longest is aborted, and the one that
-    exceeds the limit.
+    Above the limit, the methods abort the connection, and the one that was counted first.
     """
 
     def __init__(self) -> None:
@@ -1699,11 +1696,11 @@ class PendingBytes:
         self._total = 0
 
     def add(self, connection: Connection, size: int) -> bool:
-        """Count `size` further bytes of a connection; False if this exceeds the limit."""
-        return self.count(connection, self._sizes.get(connection, 0) + size)
+        """Count `size` more bytes of a connection; False above the limit."""
+        return self.set_size(connection, self._sizes.get(connection, 0) + size)
 
-    def count(self, connection: Connection, size: int) -> bool:
-        """Count `size` bytes of a connection in all; False if this exceeds the limit."""
+    def set_size(self, connection: Connection, size: int) -> bool:
+        """Count exactly `size` bytes of a connection; False above the limit."""
         self._total += size - self._sizes.get(connection, 0)
         self._sizes[connection] = size
         if self._total <= _PENDING_BYTES:
@@ -1713,10 +1710,10 @@ class PendingBytes:
         return False
 
     def release_head(self, connection: Connection) -> None:
-        """Do not count a complete or invalid head any more, but only the unused bytes after it."""
+        """After `read_head`: count only unused bytes, and none of an admitted client."""
         size = len(connection.buffer) + connection.unread
         if size and not connection.is_admitted and not connection.transport.is_closing():
-            self.count(connection, size)
+            self.set_size(connection, size)
         else:
             self.release(connection)
 
@@ -1751,7 +1748,7 @@ async def read_head(
                 raise
             checked = len(head)
             if is_request:
-                pending.count(connection, checked)
+                pending.set_size(connection, checked)
             data = await connection.read()
             if not data:
                 raise Truncated()
@@ -1960,7 +1957,7 @@ _SET_BY_PROXY = [
     "host", "content-length", "transfer-encoding", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
-_USUAL_CONNECTION = frozenset(["keep-alive", "close", "upgrade"])
+_USUAL_CONNECTION = frozenset(_USUAL_TOKENS)
 MARK_FIELD = "Port-Proxy-Mark"
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 # GTK Broadway accepts only the spelling of RFC 6455; a server in front may send lower case.
@@ -1971,6 +1968,7 @@ _HANDSHAKE_SPELLING = {name.lower(): name for name in _HANDSHAKE_NAMES}
 # Gradio's API uses X-Forwarded-Host for the URLs of result files, and does not compare it with
 # Origin.  The second part is for Gradio 4 and older.
 _USES_PUBLIC_ORIGIN = re.compile(r"/gradio_api/|\A/(?:queue/join|run/|call/)")
+# Groups of both patterns, for `_translate_each`: before the URL, the URL, behind it.
 _REFRESH = re.compile(
     r"(\A[0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)()", re.IGNORECASE
 )
@@ -2085,11 +2083,11 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
         is_own = request.is_own_origin
     else:
         url = headers.get("destination") or headers.get("referer")
-        is_own = _path_of_own_url(url, request.client.authority) is not None
+        is_own = _rest_of_own_url(url, request.client.authority) is not None
     return is_own and not gate.config.preserve_host and not _USES_PUBLIC_ORIGIN.search(request.path)
 
 
-def _path_of_own_url(url: str, authority: str) -> Optional[str]:
+def _rest_of_own_url(url: str, authority: str) -> Optional[str]:
     """Path, query and fragment of a URL of the public origin; None for other URLs."""
     match = _HTTP_URL.fullmatch(url)
     if not match or not authority:
@@ -2119,12 +2117,12 @@ def _translate_origin(value: str, request: Request, route: Route, gate: Any) -> 
 
 
 def _translate_referer(value: str, request: Request, route: Route, gate: Any) -> str:
-    """A URL of this app becomes a URL of the upstream.  Other URLs of the public origin are reduced
-    to the origin, as browsers do across origins."""
+    """A URL of this app becomes a URL of the upstream.  Another URL of the public origin becomes
+    the upstream's origin, because browsers send no path to other origins."""
     value = gate.strip_query(value)
     if gate.config.preserve_host:
         return value
-    path = _path_of_own_url(value, request.client.authority)
+    path = _rest_of_own_url(value, request.client.authority)
     return value if path is None else _upstream_url(route, _path_in_app(path, route) or "/")
 
 
@@ -2132,7 +2130,7 @@ def _translate_destination(value: str, request: Request, route: Route, gate: Any
     """Translate a URL or a path (RFC 4918 section 10.3), unless it is outside the app."""
     value = gate.strip_query(value)
     is_path = value.startswith("/")
-    path = value if is_path else _path_of_own_url(value, request.client.authority)
+    path = value if is_path else _rest_of_own_url(value, request.client.authority)
     translated = "" if path is None else _path_in_app(path, route)
     if path is None or not translated:
         return value
@@ -2299,7 +2297,7 @@ def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
 
 
 def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
-    """The text in the cookie `name`, which a dot and its signature follow; "" if it is not valid.
+    """The text in the cookie `name`, of the form TEXT.SIGNATURE; "" if it is not valid.
 
     Pages of apps and of other ports can set such a cookie, but cannot sign it.  If there are
     several cookies of that name, none is used.
@@ -2332,6 +2330,7 @@ def find_app(request: Request, gate: Any) -> Request:
     error, config = request.route_error, gate.config
     if error is None:
         return request
+    # An unknown path below the base is mistyped; without a base, only one below /absolute.
     is_served = gate.app_cookie and not is_below(config.base or "/absolute", request.target)
     is_served = is_served and error.status == 404 and _is_from_own_origin(request)
     app = _app_of_page(request, gate) if is_served else ""
@@ -2394,7 +2393,7 @@ def cookies_for_unprefixed(
     values = (line[11:].strip(" \t") for line in lines if line[:11].lower() == "set-cookie:")
     # Of two attributes Path, browsers use the last.  Cookies with __Host- have Path=/ already.
     cookies = [
-        "%s%s; Path=/; HttpOnly" % (_copy_prefix(route, gate), value)
+        "%s%s; Path=/; HttpOnly" % (_copy_start(route, gate), value)
         for value in values
         if value[:7].lower() != "__host-"
     ]
@@ -2408,7 +2407,7 @@ def with_app_cookies(request: Request, gate: Any) -> Request:
     """An unprefixed request, in which the copies of the app's cookies have the app's names."""
     assert request.route is not None
     keys, lines = request.headers.keys, request.headers.lines
-    start = _copy_prefix(request.route, gate)
+    start = _copy_start(request.route, gate)
     lines = [line.replace(start, "") if key == "cookie" else line for key, line in zip(keys, lines)]
     return request._replace(headers=Headers(keys, lines))
 
@@ -2420,14 +2419,16 @@ def _is_from_own_origin(request: Request) -> bool:
     if sites == ["same-origin"]:
         return True
     pages = headers.get_all("origin") + headers.get_all("referer")
-    is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
+    may_be_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
     is_ours = all(_own_path(page, request.client.authority) for page in pages)
-    return is_ours and (is_typed if sites == ["none"] else not sites and bool(pages or is_typed))
+    if sites:
+        return is_ours and may_be_typed and sites == ["none"]
+    return is_ours and (may_be_typed or bool(pages))
 
 
 def _own_path(url: str, authority: str) -> str:
     """The path of a URL of the public origin, without its query; "" for other URLs."""
-    path = _path_of_own_url(url, authority)
+    path = _rest_of_own_url(url, authority)
     return "" if path is None else re.split("[?#]", path)[0] or "/"
 
 
@@ -2456,7 +2457,7 @@ def _app_name(route: Route) -> str:
     return "/".join(parts[-2:] if route.absolute else parts[-1:])
 
 
-def _copy_prefix(route: Route, gate: Any) -> str:
+def _copy_start(route: Route, gate: Any) -> str:
     """The start of the names of all copies of an app's cookies."""
     return "%s_%s_" % (gate.app_cookie, short_hash(_app_name(route)))
 
@@ -2503,8 +2504,8 @@ class TcpSocket(NamedTuple):
 class Listener(NamedTuple):
     """A program that listens on a port.
 
-    user: its owner's id.  pid: 0 if the process is another user's, or in a container on this
-    network.  program: "" if unknown.  started: in seconds since the epoch; 0.0 if unknown.
+    user: its owner's id.  pid: 0 for a process of another user, or in a container with the
+    host's network.  program: "" if unknown.  started: in seconds since the epoch; 0.0 if unknown.
     """
 
     port: int
@@ -2583,20 +2584,20 @@ class OwnerGuard:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._had_known_owner = self._has_known_owner(address)
+        self._had_known_owner = self._check_owner(address)
 
     def check(self, peer: Address) -> None:
         """Check a new connection.  `peer`: the address and port of the proxy's end."""
         address = self._address
         # A program that serves a single connection may have closed its listening socket.
-        if not self._has_known_owner(address) and not self._has_known_owner(address, peer):
+        if not self._check_owner(address) and not self._check_owner(address, peer):
             text = "The user who owns port %d of this machine could not be determined."
             raise ProxyError(403, text % address[1], (), _TRUST_ADVICE)
-        if not self._had_known_owner:
+        if not self._had_known_owner:  # another user may have listened meanwhile
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the port had no known owner before")
 
-    def _has_known_owner(self, address: Address, peer: Optional[Address] = None) -> bool:
-        """Whether the owner is known.  Raises ProxyError 403 if it is another ordinary user."""
+    def _check_owner(self, address: Address, peer: Optional[Address] = None) -> bool:
+        """Raise ProxyError 403 for another ordinary user.  Returns whether the owner is known."""
         users = _socket_users(address, peer)
         for user in users:
             if user >= _FIRST_ORDINARY_USER and user != os.geteuid():
@@ -2628,12 +2629,9 @@ def local_address(address: Address) -> Optional[Address]:
 
 
 def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
-    """The users of the sockets at `address` that listen, or are connected to `peer`.
-
-    Empty if unknown.
-    """
+    """The known users of the sockets at `address` that listen, or are connected to `peer`."""
     is_ipv6 = ":" in address[0]
-    user = _user_by_netlink(address, peer or (_UNSPECIFIED[is_ipv6], 0))
+    user = _user_by_netlink(address, peer or ("::" if is_ipv6 else "0.0.0.0", 0))
     if user is not None:
         return {user}
     if _has_netlink():
@@ -2642,7 +2640,8 @@ def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
     # address precedes a socket that is bound to all addresses.
     sockets = [sock for sock in tcp_sockets(peer) if sock.port == address[1]]
     exact = {sock.user for sock in sockets if sock.address == address[0]}
-    return exact or {sock.user for sock in sockets if sock.address in _UNSPECIFIED[is_ipv6:]}
+    every = ("::",) if is_ipv6 else _UNSPECIFIED
+    return exact or {sock.user for sock in sockets if sock.address in every}
 
 
 def _has_netlink() -> bool:
@@ -2691,7 +2690,7 @@ def _pids_by_inode() -> Dict[str, int]:
     """For each socket, the lowest id of its processes, without processes of other users."""
     found = {}  # type: Dict[str, int]
     for path in glob.iglob("/proc/[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # closed meanwhile, or another user's
             kind, _, inode = os.readlink(path).rstrip("]").partition(":[")
             if kind == "socket":
                 pid = int(path.split("/")[2])
@@ -3174,16 +3173,14 @@ def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalR
 # --------------------------------------------------------------------------------------------------
 # Upstreams
 # --------------------------------------------------------------------------------------------------
-# Opens connections to upstreams, and pools idle ones for the next request.  A connection is pooled
-# only after a complete response without further data.  Data or EOF closes an idle connection, and
-# the socket is polled once more before reuse.  `fetch` is a small HTTP client for our own requests.
+# A connection is pooled only after a complete response without further data.  Data or EOF closes an
+# idle connection, and the socket is polled once more before reuse.
 
 _PERSISTENT_SECONDS = 1.0  # shorter than the keep-alive timeout of any known server
 _MAX_PERSISTENT = 1000
 _FETCH_SECONDS = 3.0
 _RETRY_SOON = (("Retry-After", "5"),)
 _FETCH_BYTES = 1 << 22
-
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -3223,14 +3220,13 @@ class Upstreams:
     def take(self, route: Route, is_replayable: bool) -> Optional[Connection]:
         """A usable idle connection to the route's upstream, or None.
 
-        The upstream may close the connection while we send the request.  Only a replayable request
-        can be sent again then.  Other requests get a connection that was used within the last
-        second, and only if the upstream is known to keep connections open.  Some upstreams close
-        theirs shortly after each response, without announcing it.
+        Some upstreams close a connection shortly after each response, without announcing it.  A
+        replayable request can then be sent again.  Other requests get only connections that were
+        used within the last second, to upstreams that are known to keep connections open.
         """
         idle = list(self._idle.get(route.authority, {}).items())
         if idle and not is_replayable and route.authority not in self._persistent:
-            connection, since = idle[0]
+            connection, since = idle[0]  # still open after a second, it shows this
             if now() - since < _PERSISTENT_SECONDS or not connection.is_fresh():
                 return None
             self._persistent[route.authority] = None
@@ -3329,7 +3325,7 @@ class Upstreams:
         if route.scheme == "https":
             verified = not (self.config.insecure_upstream and route.is_local)
             tls = {"ssl": self._context(verified), "server_hostname": route.host}
-        guard = self._checked(address)
+        guard = self._guard_for(address)
         connection = Connection(self.deadlines)
         await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
         try:
@@ -3345,8 +3341,8 @@ class Upstreams:
             raise
         return connection
 
-    def _checked(self, address: Address) -> Optional[OwnerGuard]:
-        """Refuse an address of the proxy, or another user's.  Returns the guard for the latter."""
+    def _guard_for(self, address: Address) -> Optional[OwnerGuard]:
+        """The guard for a local address, if any.  Raises ProxyError 403 or 508."""
         own = local_address(address)
         if own is None:
             return None
@@ -3368,9 +3364,10 @@ def upstream_context(verified: bool) -> ssl.SSLContext:
 
 def _tls_failure(route: Route, error: Exception) -> ProxyError:
     if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-        text = "The certificate of %s could not be verified." % route.place
-        advice = "{insecure_upstream} accepts any certificate on this machine." * route.is_local
-        return ProxyError(502, text, (), advice)
+        text, advice = "The certificate of %s could not be verified.", ""
+        if route.is_local:
+            advice = "{insecure_upstream} accepts any certificate on this machine."
+        return ProxyError(502, text % route.place, (), advice)
     text = "No TLS connection to %s could be made. Does it speak TLS?" % route.place
     return ProxyError(502, text, (), "See {upstream_tls}.")
 
@@ -3393,7 +3390,8 @@ async def fetch(
     """
     method = lines[0].partition(" ")[0]
     deadline = now() + timeout
-    lines = lines + ["Connection: close"] * ("Connection: Upgrade" not in lines)
+    if "Connection: Upgrade" not in lines:
+        lines = lines + ["Connection: close"]
     head = serialise(lines, Framing("length", len(body)) if body else NO_BODY)
     try:
         connection.write([head, body])
@@ -3438,10 +3436,11 @@ def is_tls_record(data: bytes) -> bool:
 
 def unexpected_tls(route: Route) -> ProxyError:
     """The error if an upstream speaks TLS without --upstream-tls."""
-    insecure = ", and {insecure_upstream} if its certificate is self-signed" * route.is_local
-    advice = "{Start} {upstream_tls} {value}%s." % insecure
+    advice = "{Start} {upstream_tls} {value}"
+    if route.is_local:
+        advice += ", and {insecure_upstream} if its certificate is self-signed"
     text = "The app on %s speaks TLS." % route.place
-    return ProxyError(502, text, (), advice, upstream_name(route))
+    return ProxyError(502, text, (), advice + ".", upstream_name(route))
 
 
 # --------------------------------------------------------------------------------------------------
