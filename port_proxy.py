@@ -5730,8 +5730,8 @@ class JupyterGate(Gate):
 
         The Hub's client caches responses, too (HubOAuth.cache_max_age).
         """
-        handler = type(self.handler)(self.handler.application, self.handler.request)
         try:
+            handler = type(self.handler)(self.handler.application, self.handler.request)
             return await self.provider.get_user(handler) is not None
         except asyncio.CancelledError:  # an Exception before Python 3.8
             raise
