@@ -3456,7 +3456,8 @@ _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
 _NO_REFERRER = ("Referrer-Policy", "no-referrer")
 # A path, but not "//host".  No backslashes: browsers read them as slashes.
 _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~\x80-\xff]*')
-# All real hosts and origins have this form, and it is safe to paste into a shell.
+# All real hosts and origins have the plain form, and it is safe to paste into a shell.  In _ORIGIN,
+# the host may be a pattern.
 _PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
 _PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
 _ORIGIN = re.compile(r"(https?)://([a-z0-9_.*-]+|\[[0-9a-f.*]*:[0-9a-f:.*]*\])(:[0-9]{1,5})?")
@@ -3485,9 +3486,9 @@ class Gate:
     token = ""  # required of every client; "" for none
     app_cookie = ""  # name of the cookie that holds the last app; "" for none
     cookie_name = ""  # of the session
-    ends_sessions = False  # whether `has_access` can change while a request is served
-    other_cookies = ()  # type: Tuple[str, ...]  # our other cookies' names start with one
-    cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # our cookies' names contain one
+    sessions_can_end = False  # whether `has_access` can change while a request is served
+    other_cookies = ()  # type: Tuple[str, ...]  # prefixes of our other cookies' names
+    cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # substrings of our cookies' names
     terms = COMMAND_LINE_TERMS  # the names of options in errors
 
     def __init__(self, config: Config) -> None:
@@ -3532,9 +3533,9 @@ class Gate:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
         if name == self.cookie_name or bare.startswith(self.other_cookies):
             return True
-        of_app = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
-        is_apps = bare == of_app or bare.startswith(of_app + "_app")
-        return bare.startswith(COOKIE_PREFIX) and not is_apps
+        app_session = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
+        is_of_app = bare == app_session or bare.startswith(app_session + "_app")
+        return bare.startswith(COOKIE_PREFIX) and not is_of_app
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
@@ -3568,7 +3569,7 @@ class Gate:
             return
         if not request.client.app_port:
             clean = with_spelling_of(self.config.base, clean)
-        location = "/." + clean if _OTHER_HOST.match(clean) else clean
+        location = "/." + clean if _OTHER_HOST.match(clean) else clean  # "//" starts a host
         raise ProxyError(302, "Signed in.", (("Location", location),) + cookies())
 
     def check_origin(self, request: Request) -> None:
@@ -3583,7 +3584,7 @@ class Gate:
         is_opened = request.is_page_visit and not in_frame
         if "origin" in headers.index:
             page = headers.get("origin")
-            is_own_form = page == "null" and sites == ["same-origin"]  # under no-referrer
+            is_own_form = page == "null" and sites == ["same-origin"]  # from a no-referrer page
             is_foreign = not request.is_own_origin and not is_own_form
         else:
             page = "/".join(headers.get("referer").split("/")[:3])
@@ -3597,8 +3598,9 @@ class Gate:
         origin = normal_origin(page) if _PLAIN_ORIGIN.fullmatch(page.lower()) else ""
         if allows_origin(allowed, origin):
             return
+        site = ", %s," % origin if origin else ""
         text = "A page of another site%s may not use this address (%s)."
-        text %= origin and ", %s," % origin, request.client.authority or "a server without a name"
+        text %= site, request.client.authority or "a server without a name"
         raise ProxyError(403, text, (), self.origin_advice(origin), origin)
 
     def origin_advice(self, origin: str) -> str:
@@ -3607,7 +3609,7 @@ class Gate:
             return "{Start} {allow_origins} '*' to allow every page."
         advice = "{Start} {allow_origins} {value} to allow it."
         if self.config.trusted_proxies:
-            advice += " If that is this site, the server in front must pass Host unchanged."
+            advice += " If %s is this proxy, the server in front must pass Host unchanged." % origin
         return advice
 
 
@@ -3622,14 +3624,14 @@ class SessionWatch:
     def note(self, connection: Any, gate: Gate, request: Optional[Request]) -> None:
         """Record the current request of a client's connection or tunnel; None at its end."""
         self._served.pop(connection, None)
-        if request is not None and gate.ends_sessions:
+        if request is not None and gate.sessions_can_end:
             self._served[connection] = gate, request
             self._task = self._task or self.deadlines.loop.create_task(self._run())
 
     async def _run(self) -> None:
         while self._served:
             await asyncio.sleep(_RECHECK_SECONDS)
-            connections = self.deadlines.connections  # without ended tunnels
+            connections = self.deadlines.connections  # ended tunnels have left it
             self._served = {key: self._served[key] for key in self._served if key in connections}
             for connection, served in list(self._served.items()):
                 gate, request = served
@@ -3727,7 +3729,7 @@ class TokenGate(Gate):
     # Without a token.
 
     def _check_host(self, authority: str) -> None:
-        """Raise ProxyError 403 for a host name that is not ours, to prevent DNS rebinding."""
+        """Raise ProxyError 403 for a host name that is not ours."""
         host = host_of(authority)
         bare = host.strip("[]")
         if not bare or self._names.fullmatch(bare):
@@ -3743,7 +3745,7 @@ class TokenGate(Gate):
     # With a token.
 
     async def _check_tokens(self, request: Request) -> None:
-        """Raise ProxyError 401 without a valid token; only the first in query and field counts."""
+        """Raise ProxyError unless the first token of the query or of Authorization is valid."""
         in_query, in_field = query_tokens(request.target), authorization_tokens(request.headers)
         shown = in_query[:1] + in_field[:1]
         if any(map(self.owns_token, shown)):
@@ -3759,9 +3761,9 @@ class TokenGate(Gate):
         raise ProxyError(401, (wrong + " " + text).lstrip(), CHALLENGE)
 
     async def _note_wrong_token(self, client: ClientInfo) -> str:
-        """Log a wrong token and delay the response: each connection can try one per second.
+        """Log a wrong token, delay the response, and return the error text.
 
-        There is no lockout, so a client cannot lock out others.
+        So a connection can try one token per second.  A lockout could be used against others.
         """
         logger.warning("invalid token from %s", client.address or "-")
         await asyncio.sleep(_WRONG_TOKEN_SECONDS)
@@ -3779,7 +3781,7 @@ class TokenGate(Gate):
         return own_cookie(self.cookie_name, session, path, client)
 
     async def _sign_in(self, form: bytes, client: ClientInfo) -> None:
-        """Handle the sign-in form: raise the redirect to its page, or the sign-in page again."""
+        """Raise the redirect to the page `next` of the sign-in form, or the sign-in page again."""
         sent = dict(parse_qsl(form.decode("latin-1")))
         target = sent.get("next", "")
         if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
@@ -3872,7 +3874,7 @@ def authorization_tokens(headers: Headers) -> List[str]:
 _CACHE_SECONDS = 45.0  # lifetime of a token's cached user
 _LOGIN_SECONDS = 600  # timeout of a sign-in
 _MAX_REMEMBERED = 1000  # sessions and tokens, each
-_MAX_PENDING = 64  # concurrent lookups of unknown tokens
+_MAX_PENDING = 64  # concurrent lookups of tokens that have not given access
 _MAX_TOKENS = 8  # distinct tokens in a request
 _MAX_LOGIN_TARGET = 2048  # characters; a browser refuses cookies of more than 4096
 _HUB_TIMEOUT = 10.0  # seconds
@@ -3930,7 +3932,7 @@ def _hub_home(prefix: str, path: str) -> str:
 
 
 def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
-    """The Hub's attributes for cookies: the arguments of Tornado's set_cookie in JSON."""
+    """The cookie attributes in `text`: JSON with the arguments of Tornado's set_cookie."""
     arguments = {name.lower(): value for name, value in json.loads(text).items() if value}
     if "expires_days" in arguments:
         arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
@@ -3981,8 +3983,8 @@ class HubUser(NamedTuple):
 class HubBrowser(NamedTuple):
     """A browser that is signed in.
 
-    hub_session: the session at the Hub, which ends with a sign-out there; "" if there was none,
-    None if any is right.
+    hub_session: the `_hub_session` of its requests, until a sign-out at the Hub.  None if unknown:
+    then every value is accepted.
     """
 
     token: str
@@ -3996,9 +3998,9 @@ TokenCache = BoundedDict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
 class HubApi:
     """The Hub's API.  Raises ProxyError 503 without a valid response from the Hub.
 
-    Anybody can cause lookups of invented tokens.  Unknown tokens therefore have a cache of their
-    own, and only their lookups are limited.  tokens: the tokens that the Hub knows, with True if
-    they gave access to this server at the last lookup.
+    Anybody can cause lookups of invented tokens.  Tokens that gave access therefore have a cache of
+    their own, and only the lookups of others are limited.  tokens: all tokens that the Hub has
+    known, with True if they gave access to this server at the last lookup.
     """
 
     def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
@@ -4007,19 +4009,19 @@ class HubApi:
         self.deadlines = deadlines
         self._context = None  # type: Optional[ssl.SSLContext]
         self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, bool]
-        self._known = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
-        self._unknown = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
+        self._granted = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
+        self._others = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
 
     async def user_of(self, token: str) -> Optional[HubUser]:
         """The user of a token; None if the Hub does not know the token."""
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        is_known = self.tokens.get(token)
-        cache = self._known if is_known else self._unknown
+        gave_access = self.tokens.get(token)
+        cache = self._granted if gave_access else self._others
         task, until = cache.get(token, (None, 0.0))
         if task is None or now() > until:
-            pending = sum(not task.done() for task, _ in self._unknown.values())
-            if pending >= _MAX_PENDING and not is_known:
+            pending = sum(not task.done() for task, _ in self._others.values())
+            if pending >= _MAX_PENDING and not gave_access:
                 text = "There are too many requests to the Hub. Try again shortly."
                 raise ProxyError(503, text, _RETRY_SOON)
             task = self.deadlines.loop.create_task(self._find_user(token))
@@ -4030,10 +4032,11 @@ class HubApi:
         except ProxyError:
             cache.pop(token, None)  # failures are not cached
             raise
+        has_access = user is not None and user.has_access
         if user is not None or token in self.tokens:
-            self.tokens[token] = user is not None and user.has_access
-        if user is not None and user.has_access:
-            self._known[token] = task, until
+            self.tokens[token] = has_access
+        if has_access:
+            self._granted[token] = task, until
         return user
 
     async def _find_user(self, token: str) -> Optional[HubUser]:
@@ -4106,7 +4109,7 @@ class HubGate(Gate):
     The state of a sign-in is kept in a signed cookie, so other clients cannot evict it.
     """
 
-    ends_sessions = True
+    sessions_can_end = True
 
     def __init__(self, config: Config, deadlines: Deadlines) -> None:
         super().__init__(config)
@@ -4130,7 +4133,7 @@ class HubGate(Gate):
         if request.method not in ("GET", "HEAD"):
             return
         if is_base(self.hub.prefix + "/api", request.target):
-            await self._report_ready()
+            await self._respond_ready()
         if is_base(self.callback_path, request.target):
             await self._end_login(request)
         if is_base(self.hub.prefix, request.target):
@@ -4143,8 +4146,8 @@ class HubGate(Gate):
         if user is None:
             raise self._sign_in_needed(request)
         self._check_access(user)
-
-        browser, is_new = HubBrowser(token, _hub_session(request)), token and not is_signed_in
+        browser = HubBrowser(token, _hub_session(request))
+        is_new = token and not is_signed_in
         self.redirect_without_token(
             request, lambda: (self._new_session(browser, request.client),) if is_new else ()
         )
@@ -4158,13 +4161,13 @@ class HubGate(Gate):
         """
         user, found = await self._user_of_session(request), ""
         is_signed_in = user is not None
-        valid = authorization_tokens(request.headers)
+        accepted = authorization_tokens(request.headers)
         if {"same-origin", "none"}.issuperset(request.headers.get_all("sec-fetch-site")):
             # A link of a foreign page must not sign this browser in as another user.
-            valid += query_tokens(request.target)
+            accepted += query_tokens(request.target)
         for token in all_tokens(request):
             owner = await self.api.user_of(token)
-            if owner is not None and token in valid and not found:
+            if owner is not None and token in accepted and not found:
                 user, found = owner, token
         return user, found, is_signed_in
 
@@ -4281,10 +4284,10 @@ class HubGate(Gate):
             options["Secure"] = ""
         return own_cookie(name, value, path, client, options)
 
-    # Reports to the Hub.
+    # Polls of the Hub, and reports to it.
 
-    async def _report_ready(self) -> None:
-        """The Hub polls this until the server is up, and compares the version with its own."""
+    async def _respond_ready(self) -> None:
+        """Raise the response to the Hub's poll: the server is up.  The Hub checks the version."""
         if self._version is None:
             self._version = ""  # optional, so one request is enough
             with contextlib.suppress(ProxyError):
@@ -4303,8 +4306,8 @@ class HubGate(Gate):
             await asyncio.sleep(self.hub.activity_interval)
             moment = self._last_activity
             if moment != reported:
-                activity = {"last_activity": moment}  # type: Dict[str, Any]
-                activity["servers"] = {self.hub.server_name: {"last_activity": moment}}
+                last = {"last_activity": moment}
+                activity = {**last, "servers": {self.hub.server_name: last}}
                 with contextlib.suppress(ProxyError):  # it has been logged; tried again next time
                     response, _ = await self.api.call(
                         "POST", self.hub.activity_url, [own_token, _JSON], json.dumps(activity)
@@ -4338,8 +4341,7 @@ def _hub_session(request: Request) -> str:
 # Exchange
 # --------------------------------------------------------------------------------------------------
 # One request and its response, from the parsed head to the last byte.  `Exchange.run` serves it.
-# Failures are raised as ProxyError, or as ClientGone if the client has left.  The server turns
-# ProxyErrors into responses.
+# Failures are raised.  The server turns a ProxyError into a response.
 #
 # An EOF of the client is ambiguous: it may have left, or only have closed its sending side, as `nc`
 # does.  After the EOF, `_HALF_CLOSED_SECONDS` is the timeout for data from the upstream.  A reset,
@@ -4383,7 +4385,8 @@ class Exchange:
     async def run(self) -> None:
         """Serve the request.
 
-        Raises ProxyError for an error response or a redirect, ClientGone if the client has left.
+        Raises ProxyError for an error response or a redirect; ClientGone, Truncated, TimedOut or
+        OSError if the client has failed.
         """
         # The gate's own addresses have no route, or are at the host of an app (a sign-in there).
         if self.request.route is None or self.request.client.app_port:
@@ -4402,7 +4405,7 @@ class Exchange:
             raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
 
     async def _serve(self, route: Route) -> None:
-        """Send the request to its upstream, on a pooled connection if there is one."""
+        """Forward the request on a pooled or new connection, or redirect it; detects loops."""
         request, gate, upstreams = self.request, self.gate, self.proxy.upstreams
         if self.proxy.mark in request.headers.tokens(MARK_FIELD.lower()):
             text = "The server on %s leads back to this proxy: this is an endless loop."
@@ -4426,9 +4429,8 @@ class Exchange:
         if request.is_unprefixed:
             request = self.request = with_app_cookies(request, gate)
         # Body data that has already come is validated before a connection is taken.
-        pieces = [
-            request_for_upstream(request, gate, self.proxy.mark)
-        ] + self.body.buffered_pieces()
+        head = request_for_upstream(request, gate, self.proxy.mark)
+        pieces = [head] + self.body.buffered_pieces()
         pooled = upstreams.take(route, request.is_replayable)
         if pooled is None or not await self._forward(pooled, pieces, request.is_replayable):
             await self._forward(await upstreams.connect(route), pieces, False)
@@ -4615,7 +4617,7 @@ class Exchange:
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
-            if self.status:  # the client has half-closed, or the upstream reads no more
+            if self.status:  # a half-closed client or a stalled upload: abort the response
                 return ClientGone()
             timeout = min(self.config.response_timeout, self._upstream_timeout)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
@@ -4666,7 +4668,8 @@ class Exchange:
 
     async def _redirect_into_prefix(self) -> None:
         """Read the request body, then redirect: browsers do not read an earlier response."""
-        while not self.body.finished and "expect" not in self.request.headers.index:
+        is_waiting = "expect" in self.request.headers.index  # to send the body
+        while not self.body.finished and not is_waiting:
             await self.body.read(self.config.stall_timeout)
         raise redirect_into_prefix(self.request, self.gate)
 
@@ -4833,8 +4836,8 @@ class TunnelEnd(asyncio.Protocol):
 # Server
 # --------------------------------------------------------------------------------------------------
 # Accepts connections and serves their requests in order.  An idle connection has no task.  The
-# first byte of a request starts a task, which ends when the connection is idle again.  Errors of
-# requests become responses in `_serve_request` only.
+# first byte of a request starts a task, which ends when the connection is idle again.  Errors
+# become responses in `_serve_request`, those of request heads in `_refuse`.
 
 
 class PortProxy:
@@ -4869,7 +4872,7 @@ class PortProxy:
         proxy.  With an empty sequence, requests come through `serve_one` only.  front_servers:
         addresses of servers that forward requests to this proxy; they are refused as upstreams.
         Raises OSError if a file cannot be read or an address is not available, ValueError for bad
-        certificates.
+        certificates or an invalid host name.
         """
         loop = asyncio.get_event_loop()
         tls = server_context(self.config) if self.config.certfile else None
@@ -4903,8 +4906,8 @@ class PortProxy:
             self._acceptors.append(loop.create_task(self._accept_tls(self.deadlines, sock, tls)))
             return
         protocol = functools.partial(Connection, self.deadlines, self._accepted)
-        # asyncio takes its backlog as the number of connections to accept in a row.  Without a free
-        # file descriptor, it fails as often.
+        # In asyncio, `backlog` is also the number of attempts to accept in a row.  Without a free
+        # file descriptor, all of them fail: hence a small number, and another `listen` below.
         options = {"sock": sock, "backlog": _ACCEPTS_IN_A_ROW}  # type: Dict[str, Any]
         if sock.family != _UNIX:
             server = await loop.create_server(protocol, **options)
@@ -5006,7 +5009,7 @@ class PortProxy:
     async def serve_one(self, client: Connection, head: bytes, gate: Gate) -> bool:
         """Serve a request that another server has accepted; `gate` controls access.
 
-        Returns whether the connection may carry another request.  Otherwise it is closed.
+        Returns whether another request may follow.  If not, the connection is closed or tunnelled.
         """
         self._clients[client] = None
         keep = False
@@ -5025,18 +5028,18 @@ class PortProxy:
     # A client's connection.
 
     def _accepted(self, client: Connection) -> None:
-        if not self._has_room():
+        if not self._make_room():
             client.write([_TOO_MANY_CONNECTIONS])
             client.close()
             return
         self._clients[client] = None
         self._let_idle(client)
 
-    def _has_room(self) -> bool:
-        """Whether one more connection can be accepted; may close another to make room.
+    def _make_room(self) -> bool:
+        """Make room for one more connection; False if that is not possible.
 
-        Closes a TLS handshake first, then a connection without an admitted request, then the
-        connection that has been idle for longest.
+        At the limit, closes a TLS handshake, or else a connection without an admitted request, or
+        else the connection that has been idle for longest.
         """
         count = len(self._clients) + len(self.tunnels) + len(self._handshakes)
         if count < self.config.max_connections:
@@ -5069,7 +5072,7 @@ class PortProxy:
                 except OSError:  # the client has left, or there is no file descriptor
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
-                if self._has_room():
+                if self._make_room():
                     task = loop.create_task(self._shake_hands(deadlines, sock, tls))
                     self._handshakes[task] = None
                     task.add_done_callback(self._handshakes.pop)
@@ -5095,7 +5098,7 @@ class PortProxy:
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
-            # Once asyncio has the socket, it closes it; 3.6 does so at EOF, hence the shutdown.
+            # asyncio closes a socket that it has taken, 3.6 only at EOF: hence the shutdown.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             if not is_taken:
@@ -5272,7 +5275,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
     """The next request head; b"" at EOF or timeout before its first byte.
 
     Some clients send a CRLF after a body: up to two are skipped (RFC 9112 section 2.2).
-    Raises ProxyError 400 or 408.
+    Raises ProxyError for an invalid, incomplete or late head, and OSError.
     """
     data = b""
     try:
@@ -5319,7 +5322,7 @@ def _bind_addresses(config: Config) -> List[Any]:
 
 
 def _bind(config: Config) -> List[socket.socket]:
-    """Bound sockets for all addresses of the configuration.  Raises OSError."""
+    """Bound sockets for all addresses of the configuration.  Raises OSError or UnicodeError."""
     if config.bind.startswith(_UNIX_PREFIX):
         return [_bind_unix(config.bind[len(_UNIX_PREFIX) :])]
     sockets = []  # type: List[socket.socket]
@@ -5594,7 +5597,7 @@ class TornadoTransport(asyncio.Transport):
         self._queued = 0  # bytes that Tornado has not sent yet
         self._reading = None  # type: Optional[asyncio.Task[None]]
         self._is_continuous = self._is_closing = self._is_lost = False
-        stream.set_close_callback(self.resume_reading)  # for `connection_lost`, after all data
+        stream.set_close_callback(self.resume_reading)  # reads the rest, then `connection_lost`
         connection.connection_made(self)
 
     # Reading.
@@ -5700,9 +5703,9 @@ class JupyterGate(Gate):
         # Before Jupyter Server 2.0, the handler is its own identity provider.
         provider = self.provider = handler.settings.get("identity_provider") or handler
         self.hub_auth = getattr(provider, "hub_auth", None)  # type: Any
-        self.ends_sessions = self.hub_auth is not None and hasattr(provider, "get_user")
+        self.sessions_can_end = self.hub_auth is not None and hasattr(provider, "get_user")
         self.tokens = [handler.token] if handler.token else []
-        if handler.token_authenticated and self.hub_auth is None:
+        if handler.token_authenticated and self.hub_auth is None:  # by the request's token
             token = provider.get_token(handler) if hasattr(provider, "get_token") else None
             self.tokens += [str(token)] if token else []
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
@@ -5716,7 +5719,7 @@ class JupyterGate(Gate):
         self.redirect_without_token(request, self._new_cookies)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
-        # According to Jupyter's own options, except for OPTIONS: there it allows all origins.
+        # Jupyter's options decide, except for the method OPTIONS: there it allows all origins.
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and self.handler.check_origin()
         if allowed and request.method not in _SAFE and self._allows_any_origin():
@@ -5782,7 +5785,7 @@ class JupyterGate(Gate):
     def origin_advice(self, origin: str) -> str:
         if not origin or self._allows_any_origin():  # an option would not help
             return "A program can send it with a Jupyter token."
-        return super().origin_advice(origin).replace("{value}", "= '%s'" % origin)  # no list
+        return super().origin_advice(origin).replace("{value}", "= '%s'" % origin)  # not a list
 
     def response_lines(self) -> Sequence[str]:
         """The cookies that Jupyter sets with this response."""
@@ -5954,7 +5957,7 @@ def _load_jupyter_server_extension(server: Any) -> None:
     rules = [(re.escape(base) + "(?:/.*)?", _handler_class(server, proxy))]
     server.web_app.add_handlers(".*$", rules)
     all_rules = server.web_app.default_router.rules
-    all_rules.insert(0, all_rules.pop(-2))  # in front of those of other extensions
+    all_rules.insert(0, all_rules.pop(-2))  # the new rule, before other extensions' rules
     logger.parent = getattr(server.log, "logger", server.log)
     is_debugging = server.log_level in (logging.DEBUG, "DEBUG")
     logger.setLevel(logging.INFO if is_debugging else logging.WARNING)  # as for Jupyter's requests
@@ -5985,7 +5988,7 @@ _ROOTED = re.compile(
 _SCRIPT = re.compile(
     rb"""<script\s[^<>]{0,500}?\bsrc\s{0,9}=\s{0,9}["']?([^\s"'<>]{1,2000})""", re.IGNORECASE
 )
-_OWN_ADDRESS = (
+_APP_ADDRESS = (
     rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
 )
 _SOCKET_PATHS = (  # the second is Streamlit's, the third Shiny's
@@ -6059,8 +6062,8 @@ class Report(NamedTuple):
     "http", "https" or "other".  status: of the page.  redirect: target of the last redirect.
     rooted: the page's first links that begin with a slash.  refuses_host, refuses_origin: whether
     the app refuses foreign values.  socket: the first path that opened a WebSocket.  app: the name
-    of a known app.  use: addresses, the best first.  kept: the path of the absolute form.  flag:
-    the app's option for this path.  problems: full sentences, each with advice.
+    of a known app.  use: addresses, the best first.  kept: the path of the absolute form, which
+    keeps the prefix.  flag: the app's option for it.  problems: full sentences, each with advice.
     """
 
     place: str
@@ -6110,8 +6113,8 @@ class PortCheck:
         self.config = upstreams.config
         self.route = route
         self.path = "/"  # of the page, without its query
-        self.kept = "%s/absolute/%s" % (self.config.base, upstream_name(route))
-        place, base, kept = route.place, self.config.base, self.kept + "/"
+        self.absolute_path = "%s/absolute/%s" % (self.config.base, upstream_name(route))
+        place, base, kept = route.place, self.config.base, self.absolute_path + "/"
         self.report = Report(place, route.host, route.port, base, kept)
         for listener in find_listeners():
             is_app = listener.port == route.port
@@ -6144,8 +6147,8 @@ class PortCheck:
         text = page.body.decode("latin-1")
         for name, sign, flag in _KNOWN_APPS:
             if re.search(sign, text):
-                has_flag = flag and not self._is_kept()
-                self._note(app=name, flag=flag % self.kept if has_flag else "")
+                has_flag = flag and not self._is_absolute()
+                self._note(app=name, flag=flag % self.absolute_path if has_flag else "")
                 break
         else:
             await self._find_bypass(page)
@@ -6192,10 +6195,10 @@ class PortCheck:
     async def _note_failure(self, error: ProxyError) -> None:
         """Report why the first page did not come."""
         text = error.detail
-        is_silent = error.status != 502 or isinstance(error, NotListening)
+        is_not_http = error.status == 502 and not isinstance(error, NotListening)
         if error.status == 508:
             text = _OWN_PORT % self.route.port
-        elif not is_silent and self.route.scheme == "http":
+        elif is_not_http and self.route.scheme == "http":
             is_tls = await accepts_tls(self.upstreams, self.route)
             self._note(speaks="https" if is_tls else "other")
             text = "It does not answer HTTP. Is this the port of the app?"
@@ -6205,19 +6208,19 @@ class PortCheck:
 
     # The page.
 
-    def _is_kept(self) -> bool:
+    def _is_absolute(self) -> bool:
         """Whether the app is configured for the absolute form."""
-        return is_below(self.kept, self.path)
+        return is_below(self.absolute_path, self.path)
 
     async def _find_page(self, first: Fetched) -> Fetched:
         """The first page of the app, which may be configured for the absolute form."""
         page = await self._follow_redirects(first)
-        may_be_kept = page.status == 404 or self.kept.encode() in page.body
-        if may_be_kept and not self._is_kept():
+        may_be_absolute = page.status == 404 or self.absolute_path.encode() in page.body
+        if may_be_absolute and not self._is_absolute():
             with contextlib.suppress(ProxyError):
-                other = await self._get(self.kept + "/", timeout=_PAGE_SECONDS)
+                other = await self._get(self.absolute_path + "/", timeout=_PAGE_SECONDS)
                 if other.status != 404:
-                    self.path = self.kept + "/"
+                    self.path = self.absolute_path + "/"
                     page = await self._follow_redirects(other)
         return page
 
@@ -6226,10 +6229,10 @@ class PortCheck:
         config, route = self.config, self.route
         authority = "localhost:%d" % config.port
         client = ClientInfo("127.0.0.1", "https" if config.certfile else "http", authority)
-        path = (self.kept if self._is_kept() else route.prefix) + "/"
+        path = (self.absolute_path if self._is_absolute() else route.prefix) + "/"
         addresses = ["%s://%s%s" % (client.scheme, authority, path)]
         host = host_form(route.port, client, config.domains)
-        if host and route.host == "localhost" and not self._is_kept():
+        if host and route.host == "localhost" and not self._is_absolute():
             addresses.insert(0, host)
         return addresses
 
@@ -6271,7 +6274,8 @@ class PortCheck:
     def _note_links(self, page: Fetched) -> None:
         """Report links that begin with a slash, other than those with the prefix."""
         links = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
-        links = [link for link in links if not self._is_kept() or not is_below(self.kept, link)]
+        if self._is_absolute():
+            links = [link for link in links if not is_below(self.absolute_path, link)]
         self._note(rooted=links[:5])
         if links and not self.config.whole_origin:
             self._add_problem(_LOSES_PREFIX)
@@ -6279,7 +6283,7 @@ class PortCheck:
     async def _find_bypass(self, page: Fetched) -> None:
         """Report an address of the app in the page or in one of its scripts."""
         port = self.route.port
-        own = re.compile(_OWN_ADDRESS % (re.escape(self.route.host).encode(), port))
+        address = re.compile(_APP_ADDRESS % (re.escape(self.route.host).encode(), port))
         pages = [(self.path, page.body)]
         for source in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_MAX_SCRIPTS]:
             # ValueError: not a URL.  ProxyError: the script cannot be fetched.
@@ -6288,7 +6292,7 @@ class PortCheck:
                 if _LOCAL_TARGET.fullmatch(target):
                     pages.append((target.partition("?")[0], (await self._get(target)).body))
         for path, body in pages:
-            if own.search(body):
+            if address.search(body):
                 is_webpack = b"webpack-dev-server" in body
                 advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
                 self._add_problem(_BYPASSES % (path, port) + advice)
@@ -6298,7 +6302,7 @@ class PortCheck:
         """Report the first path that opens a WebSocket, and if it refuses a foreign Origin."""
         own, foreign = _upstream_url(self.route), "http://" + _FOREIGN_HOST
         for path in _SOCKET_PATHS:
-            path = self.kept * self._is_kept() + path
+            path = self.absolute_path * self._is_absolute() + path
             if await self._status(path, {**_HANDSHAKE, "Origin": own}) == 101:
                 status = await self._status(path, {**_HANDSHAKE, "Origin": foreign})
                 self._note(socket=path.partition("?")[0], refuses_origin=status != 101)
@@ -6448,9 +6452,8 @@ def _upstream(text: str) -> str:
         route = typed_route(text)
         if route:
             return route.prefix[1:]
-    raise argparse.ArgumentTypeError(
-        "expected a number from 1 to 65535, or HOST:PORT, not %r" % text
-    )
+    expected = "expected a number from 1 to 65535, or HOST:PORT, not %r"
+    raise argparse.ArgumentTypeError(expected % text)
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -6467,10 +6470,10 @@ def _config(arguments: argparse.Namespace) -> Config:
         options["domains"] = Config().domains + options["domains"]
     if "whole_origin" in options:
         options["whole_origin"] = options["whole_origin"] == "yes"
-    # Terminals in a server of a Hub inherit its environment.  A proxy that a user starts in one
-    # needs --port or --bind.
-    is_by_user = "port" in options or "bind" in options
-    if "JUPYTERHUB_SERVICE_URL" in os.environ and not is_by_user:
+    # A terminal in a Hub's server has the same environment.  A user who starts a proxy there must
+    # set --port or --bind.
+    has_address = "port" in options or "bind" in options
+    if "JUPYTERHUB_SERVICE_URL" in os.environ and not has_address:
         return _config_under_hub(Config(**options), arguments, os.environ)
     return Config(**options)
 
@@ -6529,10 +6532,8 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     await stop.wait()
     count = proxy.active_requests
     if count and not quiet:
-        text = (
-            "port_proxy: waiting up to %g seconds for running requests (%d), Ctrl-C ends them now"
-        )
-        _say(text % (config.shutdown_timeout, count))
+        text = "waiting up to %g seconds for running requests (%d), Ctrl-C ends them now"
+        _say("port_proxy: " + text % (config.shutdown_timeout, count))
     await proxy.close()
     if hasattr(signal, "pthread_sigmask"):  # no signal may interrupt the exit
         signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -6738,8 +6739,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(str(error))
     _log_to_stderr(arguments)
     config = _raise_descriptor_limit(config)
-    # glibc returns freed blocks of 128 KiB and more to the kernel, and requests them again for the
-    # next read, until a larger block is freed (mallopt(3), M_MMAP_THRESHOLD).
+    # Freeing this block makes glibc keep freed blocks of up to its size.  Otherwise, glibc returns
+    # those of 128 KiB and more to the kernel after each read (mallopt(3), M_MMAP_THRESHOLD).
     bytes(16 << 20)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -6747,8 +6748,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if arguments.check:
             report = loop.run_until_complete(check_port(arguments.check, config))
-            as_json = arguments.json
-            _say(json.dumps(report._asdict(), indent=1) if as_json else report_text(report))
+            _say(json.dumps(report._asdict(), indent=1) if arguments.json else report_text(report))
             return 0 if report.ok else 1
         return loop.run_until_complete(_run(config, argv, arguments.quiet))
     except KeyboardInterrupt:

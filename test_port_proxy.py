@@ -7960,7 +7960,7 @@ class TestJupyterExtension:
                 await asyncio.sleep(1)
             await watch.close()
 
-        gate.handler, gate.provider.get_user, gate.ends_sessions = Handler(), get_user, True
+        gate.handler, gate.provider.get_user, gate.sessions_can_end = Handler(), get_user, True
         with contextlib.closing(Hasty()) as loop:
             connection.deadlines = argparse.Namespace(loop=loop, connections={connection})
             watch = port_proxy.SessionWatch(connection.deadlines)
