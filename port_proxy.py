@@ -6440,7 +6440,12 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argpar
             parser.error(_TOKEN_HAS_NO_VALUE)
         if _PORT_NUMBER.fullmatch(word):
             parser.error(_BARE_PORT % {"port": word})
-        parser.error("there is no option %s; see --help" % word)
+        import difflib  # here, because it takes memory
+
+        flags = re.findall("--[a-z-]+", _parser(show_limits=True).format_help())
+        similar = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+        hint = "did you mean %s?" % similar[0] if similar else "see --help"
+        parser.error("there is no option %s; %s" % (word, hint))
     if arguments.json and not arguments.check:
         parser.error("--json prints what --check finds: type --check PORT --json")
     return arguments
@@ -6578,10 +6583,10 @@ def _listen_failure(error: Exception, config: Config, argv: Sequence[str]) -> st
         import shlex
 
         # The same command line with another port.
-        words = " ".join(map(shlex.quote, argv))
-        others = re.sub(r"--port[ =][0-9]+ ?", "", words + " ")
-        text = "%s is in use by %s. To take a free port, type:\n  %s %s--port 0"
-        return text % (where, _holder(config.port), own_command(), others)
+        command = " ".join([own_command()] + list(map(shlex.quote, argv)))
+        command = re.sub(r" --port[ =][0-9]+", "", command)
+        text = "%s is in use by %s. To take a free port, type:\n  %s --port 0"
+        return text % (where, _holder(config.port), command)
     if number == errno.EACCES:
         return "%s needs privileges; choose a --port above 1023" % where
     return "cannot listen on %s: %s" % (where, error.strerror)

@@ -6726,7 +6726,7 @@ class TestCommandLine:
         ("--token-file /dev/null", "there is no token in /dev/null"),
         ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin: invalid choice"),
         ("--check 0", "expected a number from 1 to 65535, or HOST:PORT"), ("--json", "type --check PORT --json"),
-        ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; see --help"),
+        ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
         ("8080", "--port 8080 to listen there, --check 8080 to examine the app on it."),
         ("--token abc", "--token takes no value, because other users could see it: type --token-file FILE"),
         ("--token=abc", "--token takes no value"),
