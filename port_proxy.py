@@ -4293,8 +4293,8 @@ class HubGate(Gate):
             with contextlib.suppress(ProxyError):
                 response, _ = await self.api.call("GET", self.hub.api_url + "/", [])
                 self._version = response.headers.get("x-jupyterhub-version")
-        version = (("X-JupyterHub-Version", self._version),) if self._version else ()  # type: Fields
-        raise ProxyError(200, "Ready.", version)
+        version = ("X-JupyterHub-Version", self._version)
+        raise ProxyError(200, "Ready.", (version,) if self._version else ())
 
     def _note_activity(self) -> None:
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

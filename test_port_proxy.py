@@ -5223,7 +5223,8 @@ class TestLimits:
                 assert busy.message()[2] == second.message()[2] == third.message()[2] == b"ok"
 
     @pytest.mark.parametrize("has_tls, raw", [
-        (False, b"GET /proxy/ HT"), (False, b""), (False, request("POST", "/proxy/", "Content-Length: 5000")), (True, b""),
+        (False, b"GET /proxy/ HT"), (False, b""),
+        (False, request("POST", "/proxy/", "Content-Length: 5000")), (True, b""),
     ], ids=["half a head", "nothing", "half a form", "no handshake"])
     def test_connections_that_the_gate_let_nothing_in_from_make_room_first(
         self, start, upstream, certificate, has_tls, raw
