@@ -2895,7 +2895,7 @@ _SAME_PATH = "the same for an app that is configured to use this whole path"
 _FORMS = (
     ("/8080/", "port 8080 of this machine; the app receives the path after the port"),
     ("/absolute/8080/", _SAME_PATH),
-    ("/db1.example.org:8080/", "port 8080 of a host that --host-allowlist allows"),
+    ("/db1.example.org:8080/", "port 8080 of a host that is on the allowlist"),
     ("/absolute/db1.example.org:8080/", _SAME_PATH),
 )
 # Mistyped paths of a port: /8080, /proxy/localhost/8080, /absproxy/8080, http://...:8080/.
