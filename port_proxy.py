@@ -2304,7 +2304,7 @@ def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
     """
     values = cookie_values(headers, name)
     text, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
-    return text if is_signed(key, purpose, text, signature) else ""
+    return text if text and is_signed(key, purpose, text, signature) else ""
 
 
 def own_cookie(
@@ -3247,7 +3247,7 @@ class Upstreams:
         if not connection.is_quiet() or count >= self.config.max_idle_upstreams:
             connection.close()
             return
-        if connection.is_reused:
+        if connection.is_reused and route.authority not in self._persistent:
             self._persistent[route.authority] = None
         since = now()
         self._idle.setdefault(route.authority, {})[connection] = since
@@ -3579,10 +3579,12 @@ class Gate:
         Without it and Origin, as for an image over plain HTTP, the Referer decides.
         """
         headers, allowed = request.headers, self.config.allow_origins
-        sites = headers.get_all("sec-fetch-site")
+        sites, has_origin = headers.get_all("sec-fetch-site"), "origin" in headers.index
+        if not has_origin and sites in (["same-origin"], ["none"]):
+            return
         in_frame = any(dest != "document" for dest in headers.get_all("sec-fetch-dest"))
         is_opened = request.is_page_visit and not in_frame
-        if "origin" in headers.index:
+        if has_origin:
             page = headers.get("origin")
             is_own_form = page == "null" and sites == ["same-origin"]  # from a no-referrer page
             is_foreign = not request.is_own_origin and not is_own_form
