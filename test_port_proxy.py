@@ -7328,7 +7328,7 @@ class TestInChromium:
         assert page.tell("document.querySelector('h1').innerText") == "Waiting for port %d" % port
         page.until("!document.querySelector('#help').hidden")
         assert not script or page.tell("waits.includes(5000)")
-        upstream(once(html_response(b"<p id=app>here")), listener=listener)
+        upstream(serve_page(b"here"), listener=listener)
         page.shows("here")
 
     @pytest.mark.parametrize("host", [False, True])
