@@ -3708,7 +3708,9 @@ class TokenGate(Gate):
             result = await authorize(request, request.client, request.route)
             if result is not None:  # such as False, which must not admit the request
                 text = "authorize must return None to admit a request, and raise ProxyError to"
-                raise TypeError("%s refuse it; it returned %s" % (text, type(result).__name__))
+                text += " refuse it; it returned %s." % type(result).__name__
+                logger.error(text)
+                raise ProxyError(500, "This proxy has a mistake: " + text)
         elif not self.token:
             # A foreign page may choose X-Forwarded-Host, but not Host.
             for authority in {request.authority, request.client.authority}:

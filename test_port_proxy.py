@@ -3300,8 +3300,8 @@ class TestAuthorize:
     @pytest.mark.parametrize("outcome, status, location, text", [
         (ProxyError(402, "Not you."), 402, None, "Not you."), (KeyError("oops"), 500, None, "Internal error"),
         (ProxyError(302, "", (("Location", "/login"),)), 302, "/login", ""),
-        (False, 500, None, "Internal error"), (True, 500, None, "Internal error"),
-        ("secret", 500, None, "Internal error"),
+        (False, 500, None, "must return None"), (True, 500, None, "must return None"),
+        ("secret", 500, None, "must return None"),
     ], ids=case_id)
     def test_callable_admits_by_returning_none_alone(self, start, app, caplog, outcome, status, location, text):
         """Nothing is connected then.  A callable that answers a question is a mistake, too."""
