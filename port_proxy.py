@@ -3211,7 +3211,7 @@ class Upstreams:
         self.deadlines = deadlines
         self.listening = listening
         self.lookups = LookupCache()
-        self._context = functools.lru_cache()(upstream_context)  # loads all certificates: slow
+        self._contexts = {}  # type: Dict[bool, ssl.SSLContext]
         # For each authority, its idle connections, and since when they are idle; the oldest first.
         self._idle = {}  # type: Dict[str, Dict[Connection, float]]
         # The authorities of upstreams that keep connections open.
@@ -3324,7 +3324,9 @@ class Upstreams:
         tls = {}  # type: Dict[str, Any]
         if route.scheme == "https":
             verified = not (self.config.insecure_upstream and route.is_local)
-            tls = {"ssl": self._context(verified), "server_hostname": route.host}
+            if verified not in self._contexts:  # a new context loads all certificates: slow
+                self._contexts[verified] = upstream_context(verified)
+            tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
         guard = self._guard_for(address)
         connection = Connection(self.deadlines)
         await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
