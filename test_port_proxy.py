@@ -3426,29 +3426,22 @@ def ports_in(response):
 
 @needs_proc
 class TestPorts:
-    @pytest.mark.parametrize(
-        "host, address, reached",
-        [
-            ("127.0.0.1", "127.0.0.1", ("localhost", "127.0.0.1")), ("127.0.0.2", "127.0.0.2", ()),
-            ("0.0.0.0", "0.0.0.0", ("localhost", "127.0.0.1")), ("::1", "::1", ("localhost", "::1")),
-            ("::", "::", ("localhost", "127.0.0.1", "::1")),
-            ("::ffff:127.0.0.1", "127.0.0.1", ("localhost", "127.0.0.1")),
-        ],
-    )  # fmt: skip
-    def test_listener_is_listed_and_reached_by_its_address(self, proxy, upstream, host, address, reached):
+    @pytest.mark.parametrize("host, reached", [
+        ("127.0.0.1", ("localhost", "127.0.0.1")), ("127.0.0.2", ()), ("0.0.0.0", ("localhost", "127.0.0.1")),
+        ("::1", ("localhost", "::1")), ("::", ("localhost", "127.0.0.1", "::1")),
+        ("::ffff:127.0.0.1", ("localhost", "127.0.0.1")),
+    ])  # fmt: skip
+    def test_listener_is_listed_and_reached_by_its_address(self, proxy, upstream, host, reached):
         with app_alone_at(host, upstream) as app:
             row = ports_in(proxy.get("/proxy/", JSON))[app.port]
-            responses = {
-                name: proxy.get("/proxy/%s%d/" % (prefix, app.port))
-                for name, prefix in (("localhost", ""), ("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:"))
-            }
-        assert (row["addresses"], row["pid"]) == ([address], os.getpid())
-        assert 0 <= row["seconds"] < 86400
-        for name, response in responses.items():
-            if b"No connection to" not in response[2]:  # else this machine has no IPv6
-                text = "The app on port %d listens on %s only, not on %s." % (app.port, address, name)
-                assert status_of(response) == (200 if name in reached else 502)
-                assert name in reached or text in response[2].decode()
+            assert (row["addresses"], row["pid"]) == ([plain(host)], os.getpid())
+            assert 0 <= row["seconds"] < 86400
+            for name, prefix in (("localhost", ""), ("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")):
+                response = proxy.get("/proxy/%s%d/" % (prefix, app.port))
+                if b"No connection to" not in response[2]:  # else this machine has no IPv6
+                    text = "The app on port %d listens on %s only, not on %s." % (app.port, plain(host), name)
+                    assert status_of(response) == (200 if name in reached else 502)
+                    assert name in reached or text in response[2].decode()
 
     def test_app_at_localhost_is_not_named_for_another_host(self, start, upstream):
         """The other host may be another machine."""
@@ -3472,27 +3465,6 @@ def file_system_user(user):
         libc.setfsuid(0)
 
 
-@contextlib.contextmanager
-def as_user(user, host="127.0.0.1", port=0):
-    """A port of another user."""
-    with file_system_user(user):
-        app = Upstream(answering(OK), host, port)
-    with contextlib.closing(app):
-        yield app.port
-    assert not app.failures
-
-
-def serve_once(listener, user, is_last):
-    """Accept one connection as a user, and answer it."""
-    with file_system_user(user):
-        wire = Wire(listener.accept()[0])
-        if is_last:
-            listener.close()
-    with wire:
-        wire.message()
-        wire.send(OK)
-
-
 def own_address():
     """An address of this machine besides loopback ones; "" if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
@@ -3512,8 +3484,18 @@ class TestPortOwner:
             monkeypatch.delattr(socket, "AF_NETLINK")
         return request.param
 
+    @pytest.fixture
+    def app_of(self, upstream):
+        """Start an app of a user."""
+
+        def app_of(user, **how):
+            with file_system_user(user):
+                return upstream(answering(OK), **how)
+
+        return app_of
+
     @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", "own"])
-    def test_port_of_another_ordinary_user_is_a_403(self, start, host):
+    def test_port_of_another_ordinary_user_is_a_403(self, start, app_of, host):
         """jupyter-server-proxy issue 590: this holds whatever address the other user's program listens on."""
         host = own_address() if host == "own" else host
         if not host:
@@ -3523,87 +3505,71 @@ class TestPortOwner:
         forms = ["/proxy/%s:%%d/" % name]
         if host != own_address():
             forms += ["/proxy/%d/", "/proxy/absolute/%d/"]
-        for user in (0, 33):
-            with as_user(user, host) as port:
-                assert [status_of(proxy.get(form % port)) for form in forms] == [200] * len(forms)
-        with as_user(OTHER_USER, host) as port:
-            for form in forms:
-                assert status_of(open_proxy.get(form % port)) == 200
-                for lines in ((), HANDSHAKE):
-                    response = proxy.get(form % port, *lines)
-                    assert (status_of(response), b"--any-owner" in response[2]) == (403, True)
-                    assert b"belongs to another user, number %d" % OTHER_USER in response[2]
+        allowed, other = [app_of(user, host=host).port for user in (0, 33)], app_of(OTHER_USER, host=host).port
+        for form in forms:
+            assert [status_of(proxy.get(form % port)) for port in allowed] == [200, 200]
+            assert status_of(open_proxy.get(form % other)) == 200
+            for lines in ((), HANDSHAKE):
+                response = proxy.get(form % other, *lines)
+                assert (status_of(response), b"--any-owner" in response[2]) == (403, True)
+                assert b"belongs to another user, number %d" % OTHER_USER in response[2]
 
-    def test_proxy_of_an_ordinary_user_reaches_ports_of_the_same_user(self, source):
+    def test_proxy_of_an_ordinary_user_reaches_ports_of_the_same_user(self, app_of, source):
         before = OWNERS_HIDDEN if source == "table" else ""
         # What is imported later may lie where this user may not read.
         after = "import encodings.ascii, encodings.idna, encodings.latin_1, os, pwd; os.setuid(%d)" % OTHER_USER
         with proxy_elsewhere(before=before, after=after) as (_, port):
             for user, status in ((OTHER_USER, 200), (OTHER_USER + 1, 403), (33, 200), (0, 200)):
-                with as_user(user) as app:
-                    assert status_of(ask_port(port, "/proxy/%d/" % app)) == status
+                assert status_of(ask_port(port, "/proxy/%d/" % app_of(user).port)) == status
 
-    @pytest.mark.parametrize(
-        "own_host, other_host, statuses",
-        [
-            ("::1", "127.0.0.1", {"127.0.0.1:": 403, "": 403, "[::1]:": 200}),
-            ("127.0.0.1", "::", {"": 200, "[::1]:": 403}),  # for IPv4, the listener at the very address comes first
-        ],
-    )
-    def test_owner_is_found_by_address_and_port(self, start, upstream, own_host, other_host, statuses):
+    @pytest.mark.parametrize("own_host, other_host, statuses", [
+        ("::1", "127.0.0.1", {"127.0.0.1:": 403, "": 403, "[::1]:": 200}),
+        ("127.0.0.1", "::", {"": 200, "[::1]:": 403}),  # for IPv4, the listener at the very address comes first
+    ])
+    def test_owner_is_found_by_address_and_port(self, proxy, app_of, own_host, other_host, statuses):
         """Two users may listen on the same number, at different addresses."""
-        proxy = start()
-        with contextlib.ExitStack() as stack:
-            for attempt in range(20):
-                app = upstream(answering(OK), host=own_host)
-                try:
-                    stack.enter_context(as_user(OTHER_USER, other_host, app.port))
-                    break
-                except OSError:  # a connection of another program has this number at the other address
-                    assert attempt < 19
-            assert {name: status_of(proxy.get("/proxy/%s%d/" % (name, app.port))) for name in statuses} == statuses
+        for attempt in range(20):
+            port = app_of(0, host=own_host).port
+            try:
+                app_of(OTHER_USER, host=other_host, port=port)
+                break
+            except OSError:  # a connection of another program has this number at the other address
+                assert attempt < 19
+        assert {name: status_of(proxy.get("/proxy/%s%d/" % (name, port))) for name in statuses} == statuses
 
-    @pytest.mark.parametrize("listens, accepts, is_last, status", [
-        (0, OTHER_USER, False, 200),  # as nginx, whose workers are another user's
-        (0, 0, True, 200),  # as `nc -l`, which stops listening
-        (OTHER_USER, 0, False, 403),
+    @pytest.mark.parametrize("user, is_early, accepted_by, then, error", [
+        (0, True, OTHER_USER, "", None),  # as nginx, whose workers are another user's
+        (0, True, 0, "closes", None),  # as `nc -l`, which stops listening
+        (OTHER_USER, True, 0, "", ProxyError),
+        # Another user listens for a moment only; the accepted socket is closed before its owner is looked up.
+        (OTHER_USER, False, None, "closes", ProxyError), (OTHER_USER, False, None, "is followed", OSError),
     ])  # fmt: skip
-    def test_user_of_the_listening_socket_is_the_owner(self, start, listens, accepts, is_last, status):
-        with file_system_user(listens):
-            listener = socket.socket()
-        with listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(1)
-            port = listener.getsockname()[1]
-            with in_thread(serve_once, listener, accepts, is_last):
-                assert status_of(start().get("/proxy/%d/" % port)) == status
-                if status != 200:
-                    with Wire.to(port) as wire:  # so that the thread ends
-                        wire.send(request("GET", "/"))
-                        assert status_of(wire.message()) == 200
-
-    @pytest.mark.parametrize("is_followed, error", [(False, ProxyError), (True, OSError)])
-    def test_user_who_listens_for_a_moment_only_is_not_reached(self, is_followed, error):
-        """The accepted socket is closed before the owner is looked up; nobody, or a known user, listens then."""
+    def test_user_of_the_listening_socket_is_the_owner(self, user, is_early, accepted_by, then, error):
         with contextlib.ExitStack() as stack:
-            with file_system_user(OTHER_USER):
+            with file_system_user(user):
                 listener = stack.enter_context(socket.socket())
             follower, address = stack.enter_context(socket.socket()), ("127.0.0.1", 0)
             for sock in (listener, follower):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 sock.bind(address)
                 address = sock.getsockname()
-            guard = port_proxy.OwnerGuard(address)  # nobody listens yet
-            listener.listen(1)
-            client = stack.enter_context(socket.create_connection(address, WAIT))
-            listener.accept()[0].close()
-            listener.close()
-            if is_followed:
-                follower.listen(1)
-            with pytest.raises(error):
+            if is_early:
+                listener.listen(1)
+            with pytest.raises(error) if error else contextlib.ExitStack():
+                guard = port_proxy.OwnerGuard(address)
+                listener.listen(1)
+                client = stack.enter_context(socket.create_connection(address, WAIT))
+                with file_system_user(accepted_by or 0):
+                    accepted = stack.enter_context(listener.accept()[0])
+                if accepted_by is None:
+                    accepted.close()
+                if then:
+                    listener.close()
+                if then == "is followed":
+                    follower.listen(1)
                 guard.check(client.getsockname())
 
-    def test_unknown_owner_is_refused(self, start, upstream, monkeypatch, source):
+    def test_unknown_owner_is_refused(self, start, app, monkeypatch, source):
         """The system hides its table of sockets; nothing of the proxy itself is changed."""
         if source == "netlink":
             return
@@ -3613,10 +3579,9 @@ class TestPortOwner:
                 raise FileNotFoundError(errno.ENOENT, "hidden by the test", name)
             return _open(name, *more, **how)
 
-        path = "/proxy/%d/" % upstream(answering(OK)).port
         with monkeypatch.context() as patch:
             patch.setattr("builtins.open", open_others)
-            response, open_response = start().get(path), start(any_owner=True).get(path)
+            response, open_response = start().ask(to(app)), start(any_owner=True).ask(to(app))
         assert (status_of(response), status_of(open_response)) == (403, 200)
         assert b"could not be determined. If you trust it, start the proxy with --any-owner." in response[2]
 
