@@ -6212,8 +6212,7 @@ def test_fuzz():
 
 def html_response(body, status="200 OK", *lines):
     """The bytes of a response with an HTML page."""
-    head = ("HTTP/1.1 " + status, "Content-Type: text/html", "Content-Length: %d" % len(body)) + lines
-    return "\r\n".join(head + ("", "")).encode("latin-1") + body
+    return ok(body, "Content-Type: text/html", *lines).replace(b"200 OK", status.encode(), 1)
 
 
 def responding(respond):
@@ -6227,29 +6226,37 @@ def responding(respond):
 
 
 def site(pages, is_fussy=False):
-    """An app with these pages by path ("*": any other), each of them HTML or where it redirects to, and a WebSocket.
+    """An app with these pages by path ("*": any other): HTML, where it redirects to, or the bytes of a response.
 
-    PORT in them stands for the app's port.  A fussy app refuses a foreign Host or Origin.
+    In HTML, PORT stands for the app's port, PUBLIC for the host that a browser sees.  No path but that of SWITCHING opens
+    a WebSocket.  A fussy app refuses a foreign Host or Origin.
     """
 
     def respond(target, fields, app):
         own, path = "localhost:%d" % app.port, target.partition("?")[0].replace(str(app.port), "PORT")
         if is_fussy and (fields["host"] != own or fields.get("origin", "http://" + own) != "http://" + own):
             return html_response(b"", "403 Forbidden")
-        text = pages.get(path, pages.get("*"))
-        if text is None or ("upgrade" in fields and text is not WEBSOCKET):
+        page = pages.get(path, pages.get("*"))
+        if page is None or ("upgrade" in fields and page is not SWITCHING):
             return html_response(b"", "404 Not Found")
-        if text is WEBSOCKET:
-            return SWITCHING
-        text = text.replace("PORT", str(app.port))
-        if text.startswith("Location: "):
-            return html_response(b"", "302 Found", text)
-        return html_response(text.encode())
+        if isinstance(page, bytes):
+            return page
+        page = page.replace("PORT", str(app.port)).replace("PUBLIC", fields.get("x-forwarded-host", fields["host"]))
+        return html_response(b"", "302 Found", page) if page.startswith("Location: ") else html_response(page.encode())
 
     return responding(respond)
 
 
-WEBSOCKET = "a WebSocket"
+LOOPS, TO_TLS = "5 times in a row", "redirects to https at its own address"
+PREFIX_IN = "/proxy/absolute/PORT/"
+BELOW_ITS_BASE = {
+    PREFIX_IN: "<title>A</title><script id=_dash-config></script><a href='%sx'>" % PREFIX_IN,
+    PREFIX_IN + "ws": SWITCHING,
+}
+NO_LINKS_LOST = {
+    "use": ["http://localhost:8888" + PREFIX_IN], "status": 200, "title": "A", "app": "Dash", "flag": "", "rooted": [],
+    "refuses_host": False,
+}  # fmt: skip
 
 
 class TestCheck:
@@ -6261,21 +6268,20 @@ class TestCheck:
 
         return check
 
-    def assert_found(self, report, **expected):
-        assert {name: getattr(report, name) for name in expected} == expected
-
-    def assert_problem(self, report, text):
-        """It is the only one; none is expected if there is no text."""
-        assert [text in problem for problem in report.problems] == [True] * bool(text)
+    def assert_found(self, report, problem="", **expected):
+        """PORT stands for the app's port.  `problem` is a part of the only problem; "" if there must be none."""
+        found = {name: repr(getattr(report, name)).replace(str(report.port), "PORT") for name in expected}
+        assert found == {name: repr(value) for name, value in expected.items()}
+        assert [problem in text for text in report.problems] == [True] * bool(problem)
 
     def test_healthy_app_is_reported(self, check, upstream):
         page = "<title>My app</title><a href=there><img src='//elsewhere/a'><a href=https://a/b>"
-        app = upstream(site({"/ws": WEBSOCKET, "*": page}))
+        app = upstream(site({"/ws": SWITCHING, "*": page}))
         report = check(app.port)
         self.assert_found(
             report, ok=True, speaks="http", status=200, title="My app", redirect="", rooted=[], refuses_host=False,
-            refuses_origin=False, socket="/ws", app="", flag="", problems=(),
-            use=["http://%d.localhost:8888/" % app.port, "http://localhost:8888/proxy/%d/" % app.port],
+            refuses_origin=False, socket="/ws", app="", flag="",
+            use=["http://PORT.localhost:8888/", "http://localhost:8888/proxy/PORT/"],
         )  # fmt: skip
         if os.path.exists("/proc/net/tcp"):
             assert (report.addresses, bool(report.program)) == (("127.0.0.1",), True)
@@ -6296,23 +6302,19 @@ class TestCheck:
 
     @pytest.mark.parametrize("redirect", ["/lab?x=secret", "http://localhost:PORT/lab", "./lab"])
     def test_needs_of_an_app_are_reported(self, check, upstream, redirect):
+        """The address of its own port is no problem: the libraries of a known app have defaults in them."""
         page = (
             "<script id=_dash-config></script><script src=\"/_dash/a.js?v=1\"></script><link href='/b.css'>"
-            "<form action=/c><a href=/b.css><script src=shiny.js></script>"
+            "<form action=/c><a href=/b.css><script src=shiny.js></script>ws://localhost:PORT/ws"
         )
-        app = upstream(site({"/ws": WEBSOCKET, "/": "Location: " + redirect, "*": page}, is_fussy=True))
-        report, flag = check(app.port), 'url_base_pathname="/proxy/absolute/%d/"' % app.port
+        app = upstream(site({"/ws": SWITCHING, "/": "Location: " + redirect, "*": page}, is_fussy=True))
+        report, flag = check(app.port), 'url_base_pathname="/proxy/absolute/PORT/"'
         links = ["/_dash/a.js", "/b.css", "/c"]
         self.assert_found(report, redirect="/lab", rooted=links, status=200, app="Dash", flag=flag)
         self.assert_found(report, refuses_host=True, refuses_origin=True)
-        text = port_proxy.report_text(report)
+        text = port_proxy.report_text(report).replace(str(app.port), "PORT")
         parts = ("redirects  /lab", ", ".join(links), "refuses names that are not its own", "opens at /ws; refuses")
         assert [part for part in parts + (flag,) if part not in text] == []
-
-    def test_interim_response_is_not_taken_for_the_page(self, check, upstream):
-        interim = b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"
-        report = check(upstream(responding(lambda *_: interim + html_response(b"<title>After it</title>"))).port)
-        self.assert_found(report, status=200, title="After it")
 
     @pytest.mark.parametrize("name, value, answer, advice", [
         ("x-forwarded-for", "127.0.0.1", b"400 Bad Request", "Add 127.0.0.1 to the trusted proxies"),
@@ -6324,62 +6326,46 @@ class TestCheck:
             is_refused = name in fields and value in (None, fields[name])
             return b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n" % (answer if is_refused else b"200 OK")
 
-        self.assert_problem(check(upstream(responding(respond)).port), advice)
+        self.assert_found(check(upstream(responding(respond)).port), advice)
 
-    @pytest.mark.parametrize("text, bypasses", [
-        ("new WebSocket('ws://localhost:PORT/ws')", True), ("http://127.0.0.1:PORT", True), ("ws://[::1]:PORT/", True),
-        ("?protocol=ws%3A&hostname=0.0.0.0&port=PORT&pathname=%2Fws", True), ("http://localhost:PORT0/", False),
-        ("http://localhost:1/ PORT", False), ("location.host", False), ("http://elsewhere:PORT/", False),
+    @pytest.mark.parametrize("text, advice", [
+        ("new WebSocket('ws://localhost:PORT/ws')", "a path, such as /api"), ("http://127.0.0.1:PORT", "a path"),
+        ("ws://[::1]:PORT/", "a path"), ("?protocol=ws%3A&hostname=0.0.0.0&port=PORT&pathname=%2Fws", "a path"),
+        ("webpack-dev-server ws://0.0.0.0:PORT/ws", "auto://0.0.0.0:0/ws"),
+        ("http://localhost:PORT0/", ""), ("http://localhost:1/ PORT", ""), ("location.host", ""),
+        ("http://elsewhere:PORT/", ""), ("http://PUBLIC/", ""),
     ])  # fmt: skip
     @pytest.mark.parametrize("place", ["/", "/a/main.js"])
-    def test_page_that_names_its_own_port_is_a_problem(self, check, upstream, text, bypasses, place):
+    def test_page_that_names_its_own_port_is_a_problem(self, check, upstream, text, advice, place):
         """A page or script that names the app's own address: only a browser on this machine can follow."""
         scripts = "<script src=//cdn.example/b.js></script><script defer src='a/main.js?v=1'></script>"
         app = upstream(site({"/": scripts + text * (place == "/"), "/a/main.js": text * (place != "/"), "*": ""}))
         report = check(app.port)
-        self.assert_problem(report, "%s contains an address with port %d" % (place, app.port) if bypasses else "")
-        assert report.ok
+        self.assert_found(report, advice, ok=True)
+        assert not advice or "%s contains an address with port %d" % (place, app.port) in report.problems[0]
 
-    @pytest.mark.parametrize("page, script, advice", [
-        ("", "webpack-dev-server ws://0.0.0.0:PORT/ws", "auto://0.0.0.0:0/ws"),
-        ("", "ws://localhost:PORT/ws", "a path, such as /api"),
-        # A library has its own default in it: Bokeh says that of 5006.
-        ("<script src=static/js/bokeh.min.js></script>", "ws://localhost:PORT/ws", ""),
-    ])  # fmt: skip
-    def test_advice_on_a_named_port_fits_the_app(self, check, upstream, page, script, advice):
-        app = upstream(site({"/": page + "<script src=main.js></script>", "*": script}))
-        self.assert_problem(check(app.port), advice)
+    @pytest.mark.parametrize("pages, whole_origin, found, problem", [
+        (dict({"/%s" % (at or ""): "Location: /%d" % (at + 1) for at in range(5)}, **{"/5": "<title>A</title>"}), True,
+         {"redirect": "/5", "title": "A"}, ""),
+        ({"/": "Location: /x", "/x": b""}, True, {"ok": True, "redirect": "/x"}, "No valid HTTP came from port PORT"),
+        ({"*": b"HTTP/1.1 103 Early\r\nLink: <a>\r\n\r\n" + html_response(b"<title>A</title>")}, True,
+         {"status": 200, "title": "A"}, ""),
+        (BELOW_ITS_BASE, False, NO_LINKS_LOST, ""),
+        (dict(BELOW_ITS_BASE, **{"/": "Location: " + PREFIX_IN}), False, NO_LINKS_LOST, ""),
+        (dict(BELOW_ITS_BASE, **{"/": BELOW_ITS_BASE[PREFIX_IN]}), False, NO_LINKS_LOST, ""),
+        ({"*": "<img src=/a>"}, False, {"ok": True, "rooted": ["/a"]}, "--whole-origin yes"),
+    ], ids="redirects failure interim base redirected-base base-everywhere rooted".split())
+    def test_site_is_reported(self, check, upstream, pages, whole_origin, found, problem):
+        port = upstream(site(pages)).port
+        report = check(port, whole_origin=whole_origin)
+        self.assert_found(report, problem.replace("PORT", str(port)), **found)
 
-    def test_address_that_follows_the_public_host_is_no_problem(self, check, upstream):
-        """As Gradio's, which is made from X-Forwarded-Host."""
-
-        def respond(target, fields, app):
-            return html_response(b"http://%s/" % fields.get("x-forwarded-host", fields["host"]).encode())
-
-        assert check(upstream(responding(respond)).port).problems == ()
-
-    @pytest.mark.parametrize("front", [None, "Location: /proxy/absolute/PORT/", "the page"])
-    def test_app_with_its_base_path_set_is_reported_at_it(self, check, upstream, front):
-        prefix = "/proxy/absolute/PORT/"
-        page = "<title>A</title><script id=_dash-config></script><a href='%sx'>" % prefix
-        app = upstream(site({"/": page if front == "the page" else front, prefix: page, prefix + "ws": WEBSOCKET}))
-        report = check(app.port, whole_origin=False)
-        address = "http://localhost:8888/proxy/absolute/%d/" % app.port
-        self.assert_found(report, use=[address], status=200, title="A", app="Dash", flag="", rooted=[], problems=())
-        self.assert_found(report, refuses_host=False)
-
-    def test_links_from_the_root_are_a_problem_without_the_whole_origin(self, check, upstream):
-        app = upstream(site({"*": "<img src=/a>"}))
-        report = check(app.port, whole_origin=False)
-        assert (report.ok, "--whole-origin yes" in report.problems[0]) == (True, True)
-        assert check(app.port).problems == ()
-
-    @pytest.mark.parametrize("location, redirect, says", [
-        ("/x?secret", "/x", "5 times in a row"), ("x?secret", "/x", "5 times in a row"),
-        ("http://localhost:PORT/", "/", "5 times in a row"), ("http://127.0.0.1:PORT#a", "/", "5 times in a row"),
-        ("http://localhost:PORT?x", "/", "5 times in a row"), ("http://localhost:8888/x", "/x", "5 times in a row"),
-        ("https://localhost:PORT/a?secret", "https://localhost:PORT/a", "redirects to https at its own address"),
-        ("https://LOCALHOST:PORT", "https://LOCALHOST:PORT", "redirects to https at its own address"),
+    @pytest.mark.parametrize("location, redirect, problem", [
+        ("/x?secret", "/x", LOOPS), ("x?secret", "/x", LOOPS), ("http://localhost:PORT/", "/", LOOPS),
+        ("http://127.0.0.1:PORT#a", "/", LOOPS), ("http://localhost:PORT?x", "/", LOOPS),
+        ("http://localhost:8888/x", "/x", LOOPS),
+        ("https://localhost:PORT/a?secret", "https://localhost:PORT/a", TO_TLS),
+        ("https://LOCALHOST:PORT", "https://LOCALHOST:PORT", TO_TLS),
         ("https://elsewhere.example/", "https://elsewhere.example/", ""),
         ("http://localhost:1/x?secret", "http://localhost:1/x", ""),
         ("//elsewhere.example/x", "http://elsewhere.example/x", ""),
@@ -6387,40 +6373,25 @@ class TestCheck:
         ("https://user:secret@sso.example/a#secret", "https://sso.example/a", ""),
         ("//user:secret@sso.example?secret", "http://sso.example", ""), ("//[x", "", ""),
     ])  # fmt: skip
-    def test_redirect_that_leads_to_no_page_is_reported(self, check, upstream, location, redirect, says):
-        app = upstream(site({"*": "Location: " + location}))
-        report = check(app.port)
-        self.assert_found(report, ok=True, status=302, redirect=redirect.replace("PORT", str(app.port)))
-        self.assert_problem(report, says)
+    def test_redirect_that_leads_to_no_page_is_reported(self, check, upstream, location, redirect, problem):
+        report = check(upstream(site({"*": "Location: " + location})).port)
+        self.assert_found(report, problem, ok=True, status=302, redirect=redirect)
 
-    def test_five_redirects_are_followed_to_the_page(self, check, upstream):
-        pages = {"/": "Location: /1", "/1": "Location: /2", "/2": "Location: /3", "/3": "Location: /4"}
-        app = upstream(site(dict(pages, **{"/4": "Location: /5", "/5": "<title>A</title>"})))
-        self.assert_found(check(app.port), redirect="/5", title="A", problems=())
-
-    def test_page_that_fails_behind_its_redirect_is_a_problem(self, check, upstream):
-        def respond(target, fields, app):
-            return html_response(b"", "302 Found", "Location: /x") if target == "/" else b""
-
-        report = check(upstream(responding(respond)).port)
-        assert (report.ok, report.redirect, len(report.problems)) == (True, "/x", 1)
-
-    @pytest.mark.parametrize("serve, speaks, says, line", [
+    @pytest.mark.parametrize("serve, speaks, problem, line", [
         (None, "", "Nothing listens", ""),
         (lambda wire, app: wire.send(b"\x15\x03\x01\x00\x02\x02\x46" if wire.more() else b""),
          "https", "--upstream-tls %d", "speaks     https"),
         (lambda wire, app: (wire.send(b"SSH-2.0-x\r\n"), wire.more()),
          "other", "does not answer HTTP", "speaks     something other than HTTP"),
     ], ids=["nobody", "TLS", "SSH"])  # fmt: skip
-    def test_port_without_http_is_a_problem(self, check, upstream, serve, speaks, says, line):
+    def test_port_without_http_is_a_problem(self, check, upstream, serve, speaks, problem, line):
         with closed_port() as port:
             port = upstream(serve).port if serve else port
             report = check(port)
-        self.assert_found(report, ok=False, speaks=speaks, use=())
-        says = says.replace("%d", str(port))
-        assert says in report.problems[0]
+        problem = problem.replace("%d", str(port))
+        self.assert_found(report, problem, ok=False, speaks=speaks, use=())
         text = port_proxy.report_text(report)
-        assert (says in text, line in text) == (True, True)
+        assert (problem in text, line in text) == (True, True)
 
     def test_trouble_with_tls_is_a_problem(self, check, upstream, certificate):
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -6432,13 +6403,11 @@ class TestCheck:
                 answering(OK)(wire, app)
 
         secret, plain = upstream(serve), upstream(lambda wire, app: (wire.more(), wire.send(OK)))
-        for port, says in (
+        for port, problem in (
             (secret.port, "--insecure-upstream accepts any"),
             (plain.port, "Does it speak TLS? See --upstream-tls."),
         ):
-            report = check(port, upstream_tls=(str(port),))
-            self.assert_found(report, ok=False, speaks="", use=())
-            assert says in report.problems[0]
+            self.assert_found(check(port, upstream_tls=(str(port),)), problem, ok=False, speaks="", use=())
         report = check(secret.port, upstream_tls=(str(secret.port),), insecure_upstream=True)
         self.assert_found(report, ok=True, speaks="https", status=200)
 
@@ -6462,16 +6431,12 @@ class TestCheck:
 
     @needs_proc
     def test_app_at_another_address_is_examined_there(self, check, upstream):
-        port = upstream(site({"/ws": WEBSOCKET, "*": "http://127.0.0.2:0/"}), host="127.0.0.2").port
-        report = check(port)
-        self.assert_found(report, ok=False, addresses=("127.0.0.2",))
-        assert "listens on 127.0.0.2 only" in report.problems[0]
-        report = check("127.0.0.2:%d" % port)
-        self.assert_found(report, ok=False, status=200)
-        assert "--host-allowlist 127.0.0.2" in report.problems[0]
+        port = upstream(site({"/ws": SWITCHING, "*": "http://127.0.0.2:0/"}), host="127.0.0.2").port
+        self.assert_found(check(port), "listens on 127.0.0.2 only", ok=False, addresses=("127.0.0.2",))
+        self.assert_found(check("127.0.0.2:%d" % port), "--host-allowlist 127.0.0.2", ok=False, status=200)
         report = check("127.0.0.2:%d" % port, host_allowlist=("127.0.0.2",))
-        address = "http://localhost:8888/proxy/127.0.0.2:%d/" % port
-        self.assert_found(report, ok=True, use=[address], addresses=("127.0.0.2",), socket="/ws", problems=())
+        address = "http://localhost:8888/proxy/127.0.0.2:PORT/"
+        self.assert_found(report, ok=True, use=[address], addresses=("127.0.0.2",), socket="/ws")
 
     def test_command_prints_the_report(self, upstream, capsys):
         app = upstream(site({"*": "<title>\u017c\U0001f600</title>"}))
