@@ -753,9 +753,6 @@ class TestFile:
         assert set(port_proxy.__all__) == {"Config", "PortProxy", "ProxyError", "main"}
         assert all(getattr(port_proxy, name).__doc__ for name in port_proxy.__all__)
 
-    def test_options_cover_every_field(self):
-        assert sorted(port_proxy.OPTIONS) == sorted(Config._fields)
-
     def test_readme_names_every_option_of_the_help(self):
         """The values and defaults are in the help."""
         flags = set(re.findall("--[a-z-]+", port_proxy._parser(show_limits=False).format_help()))
@@ -764,6 +761,7 @@ class TestFile:
         assert missing == []
 
     def test_readme_names_every_field_that_differs_from_its_option(self):
+        assert sorted(port_proxy.OPTIONS) == sorted(Config._fields)
         embedding = self.README[self.README.index("## Embedding") :]
         for option in port_proxy.OPTIONS.values():
             if option.flag != "--" + option.field.replace("_", "-") and option.field != "hub":
@@ -797,13 +795,6 @@ class TestConfig:
     ], ids=case_id)  # fmt: skip
     def test_value_gets_its_normal_form(self, field, given, normal):
         assert getattr(PortProxy(Config(**{field: given})).config, field) == normal
-
-    @pytest.mark.parametrize("options, is_ours", [
-        ({}, True), ({"base": "/"}, True), ({"base": "/a"}, False), ({"trusted_proxies": ["unix"]}, False),
-        ({"base": "/a", "whole_origin": True}, True), ({"whole_origin": False}, False),
-    ], ids=case_id)  # fmt: skip
-    def test_whole_origin_depends_on_base_and_trusted_proxies(self, options, is_ours):
-        assert PortProxy(Config(**options)).config.whole_origin is is_ours
 
     @pytest.mark.parametrize("field, value", [(field, value) for field, values in (
         ("base", "proxy /a//b // /a/../b /a/%2E /.%2e/a /a?b /a#b /\xe4 /a;b /a\\b http://a/".split()),
@@ -885,13 +876,6 @@ class TestRoutes:
         assert route.absolute is ("/absolute/" in prefix)
         assert (found_path, found_query) == (path, mark + query)
 
-    @pytest.mark.parametrize("base, target, path, query", [
-        ("/proxy", "/proxy", "", ""), ("/proxy", "/proxy/", "/", ""), ("/proxy", "/proxy/?a", "/", "?a"),
-        ("/proxy", "/%70roxy?a", "", "?a"), ("", "/", "/", ""), ("", "/?8080", "/", "?8080"),
-    ])
-    def test_base_itself_has_no_route(self, base, target, path, query):
-        assert find_route(base, target) == (None, path, query)
-
     @pytest.mark.parametrize("status, target", [(404, target) for target in NO_ROUTES] + [
         (400, "/proxy/[1.2.3.4]:80/"), (400, "/proxy/[:::]:80/"),
     ])
@@ -946,6 +930,8 @@ class TestRoutes:
         assert path_below(base, path) == below
         assert is_below(base, path + "?a") is (below is not None)
         assert is_base(base, path + "?a") is (below in ("", "/"))
+        if is_base(base, path):
+            assert find_route(base, path + "?a") == (None, below, "?a")
 
     @pytest.mark.parametrize("pattern, inside, outside", [
         ("EXACT", "exact localhost 127.0.0.1 ::1", "exact. xexact exact.a 127.1 0 0.0.0.0 127.0.0.2 localhost. ::"),
@@ -963,10 +949,6 @@ class TestRoutes:
         for hosts, allowed in ((inside, True), (outside, False)):
             for host in hosts.split():
                 assert is_allowed(host, normal_patterns([pattern])) is allowed, host
-
-    @pytest.mark.parametrize("host, allowed", [("a", True), ("localhost", False)])
-    def test_callable_decides_alone_which_host_is_allowed(self, host, allowed):
-        assert is_allowed(host, lambda host: host == "a") is allowed
 
     def test_domain_is_a_name_and_no_address(self):
         for name in ("localhost", "apps.example.org", "a-1.b2", "1.a"):
@@ -990,13 +972,11 @@ class TestRoutes:
 class TestRoutesOnTheWire:
     @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
     def test_target_without_a_route_connects_nothing(self, proxy, app, method):
-        paths = "/ /nothing /proxy/x /proxy/localhost:%2e/ /proxy/+PORT/ /proxy/0PORT/ /proxy/u@localhost:PORT/"
-        for path in paths.split():
-            answer = proxy.ask(request(method, path.replace("PORT", str(app.port))), no_body=method == "HEAD")
-            assert status_of(answer) == 404
+        for form, status in (("/proxy/0%d/", 404), ("/proxy/u@localhost:%d/", 404), ("/proxy/%d/../1/", 400)):
+            answer = proxy.ask(to(app, method=method, form=form, path=""), no_body=method == "HEAD")
+            assert status_of(answer) == status
             for form in ("<port>", "absolute/<port>", "<host>:<port>", "absolute/<host>:<port>"):
-                assert method != "GET" or ("/proxy/%s/" % form).encode() in answer[2]
-        assert status_of(proxy.ask(request(method, "/proxy/%d/../1/" % app.port), no_body=method == "HEAD")) == 400
+                assert (method, status) != ("GET", 404) or ("/proxy/%s/" % form).encode() in answer[2]
         assert app.connections == 0
 
     def test_missing_slash_is_added_by_a_redirect(self, proxy, app):
@@ -1020,24 +1000,22 @@ class TestRoutesOnTheWire:
         hosts = ["localhost:%d" % app.port] + ["[::1]:%d" % app.port] * 2
         assert [fields_of(message)["host"] for message in app.messages] == hosts
 
-    OTHER_HOSTS = ("127.0.0.2", "absolute/127.0.0.2", "Nowhere.invalid", "2130706433", "[::ffff:127.0.0.1]")
+    def test_host_outside_the_allowlist_is_refused(self, start, upstream):
+        """Before anything is resolved or connected, Upgrades too (CVE-2022-21697, CVE-2024-28179).
 
-    @pytest.mark.parametrize("allowlist", [(), ("*.example.org",), lambda host: False], ids=["none", "names", "call"])
-    def test_host_outside_the_allowlist_is_refused(self, start, upstream, allowlist):
-        """Before anything is resolved or connected, Upgrades too (CVE-2022-21697, CVE-2024-28179)."""
-        app, proxy = upstream(answering(OK)), start(host_allowlist=allowlist)
-        for host in self.OTHER_HOSTS:
-            for lines in ((), HANDSHAKE):
-                answer = proxy.get("/proxy/%s:%d/" % (host, app.port), *lines)
-                assert (status_of(answer), b"--host-allowlist" in answer[2]) == (403, True)
-        assert app.connections == 0
-
-    def test_allowlist_callable_is_given_the_plain_host(self, start):
-        hosts = []
-        proxy = start(host_allowlist=lambda host: hosts.append(host))
-        for host in self.OTHER_HOSTS:
-            proxy.get("/proxy/%s:80/" % host)
-        assert hosts == ["127.0.0.2", "127.0.0.2", "nowhere.invalid", "2130706433", "::ffff:127.0.0.1"]
+        A callable gets the plain host, and decides about localhost too.
+        """
+        app, asked = upstream(answering(OK)), []
+        for allowlist in ((), ("*.example.org",), asked.append):
+            proxy = start(host_allowlist=allowlist)
+            for host in "127.0.0.2 absolute/127.0.0.2 Nowhere.invalid 2130706433 [::ffff:127.0.0.1]".split():
+                for lines in ((), HANDSHAKE):
+                    answer = proxy.get("/proxy/%s:%d/" % (host, app.port), *lines)
+                    assert (status_of(answer), b"--host-allowlist" in answer[2]) == (403, True)
+        assert status_of(proxy.ask(to(app))) == 403
+        hosts = ["127.0.0.2", "127.0.0.2", "nowhere.invalid", "2130706433", "::ffff:127.0.0.1", "localhost"]
+        assert (asked[::2], app.connections) == (hosts, 0)
+        assert status_of(start(host_allowlist=bool).ask(to(app))) == 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1152,16 +1130,6 @@ def parsed(raw, address="192.0.2.7", scheme="http", **options):
     return parse_request(raw, address, scheme, checked_config(Config(**options)))
 
 
-def mutated(chance, raw, alphabet, most_cuts, most_cut):
-    """The bytes with some of them replaced by others of the alphabet."""
-    raw = bytearray(raw)
-    for _ in range(chance.randrange(1, most_cuts)):
-        at = chance.randrange(len(raw) + 1)
-        more = bytes(chance.choice(alphabet) for _ in range(chance.randrange(3)))
-        raw[at : at + chance.randrange(most_cut)] = more
-    return bytes(raw)
-
-
 class TestMessages:
     @pytest.mark.parametrize("raw, expected", GOOD_REQUESTS, ids=case_id)
     def test_request_head_is_parsed(self, raw, expected):
@@ -1245,21 +1213,6 @@ class TestMessages:
             ):
                 assert status_of_error(parsed, before + long + behind + b"\r\n\r\n") in (400, 431)
         assert time.process_time() - begun < 20
-
-    def test_garbage_gives_a_head_or_a_refusal(self):
-        chance = random.Random(20261123)
-        parsers = (lambda raw: parse_request(raw, "", "http", DEFAULT), lambda raw: parse_response(raw, "GET", DEFAULT))
-        for _ in range(5000):
-            raw = mutated(chance, chance.choice(GOOD_REQUESTS)[0], b"\r\n\t :/?%.0159aHT\x00\x7f\xe4\xff", 5, 3)
-            raw = raw[: (raw + b"\r\n\r\n").index(b"\r\n\r\n")] + b"\r\n\r\n"
-            for parse in parsers:
-                try:
-                    headers = parse(raw).headers
-                except ProxyError as error:
-                    assert 400 <= error.status <= 505
-                else:
-                    assert not re.search("[\x00\r\n]", "".join(headers.lines))
-                    assert len(headers.keys) == len(headers.lines) == raw.count(b"\r\n") - 2
 
     def test_request_without_a_route_keeps_the_error_for_after_the_gate(self):
         for target, status in (("/", 404), ("/static/a.js", 404), ("/proxy/x", 404), ("/proxy/8080/..", 400)):
@@ -1412,12 +1365,12 @@ def decode(framing, pieces, is_response=False):
     return (data, behind) if decoder.finished else None
 
 
-def assert_decoded(framing, pieces, data):
-    """The pieces hold this body and nothing behind it; they are refused if `data` is None."""
+def assert_decoded(pieces, data, is_response=False):
+    """The pieces hold this chunked body and nothing behind it; they are refused if `data` is None."""
     if data is None:
-        assert status_of_error(decode, framing, pieces) == 400, pieces
+        assert status_of_error(decode, CHUNKED, pieces, is_response) == 400, pieces
     else:
-        assert decode(framing, pieces) == (data, b"")
+        assert decode(CHUNKED, pieces, is_response) == (data, b"")
 
 
 def single_bytes(raw):
@@ -1466,7 +1419,7 @@ class TestBodies:
     def test_bad_chunk_is_refused(self, raw):
         for before in (b"", b"3\r\nabc\r\n"):
             for pieces in ([before + raw], [before, raw], single_bytes(before + raw)):
-                assert status_of_error(decode, CHUNKED, pieces) == 400
+                assert_decoded(pieces, None)
 
     @pytest.mark.parametrize("raw, data", [
         (b"5   \r\nhello\r\n0 \t \r\n\r\n", b"hello"), (b"3;a=b  \r\nabc\r\n0\r\n\r\n", b"abc"),
@@ -1475,21 +1428,17 @@ class TestBodies:
     ])
     def test_space_behind_a_chunk_size_is_accepted_in_responses_alone(self, raw, data):
         for pieces in ([raw], single_bytes(raw)):
-            if data is None:
-                with pytest.raises(ProxyError):
-                    decode(CHUNKED, pieces, is_response=True)
-            else:
-                assert decode(CHUNKED, pieces, is_response=True) == (data, b"")
-            assert status_of_error(decode, CHUNKED, pieces) == 400
+            assert_decoded(pieces, data, is_response=True)
+            assert_decoded(pieces, None)
 
     @pytest.mark.parametrize("size", [1, 15, 16, 17, 254, 255, 256, 4093, 4094, 4095, 4096, 65535, 65536])
     def test_chunk_of_any_size_must_end_with_its_data(self, size):
         end = b"0\r\n\r\n"
         data = (b"\n\r" * size)[:size]
         whole = b"%x\r\n" % size + data
-        assert_decoded(CHUNKED, [whole + b"\r\n", end], data)
+        assert_decoded([whole + b"\r\n", end], data)
         for wrong in (whole + b"\r\n\r\n", whole + b"\n\r\n", whole[:-1] + b"\r\n", whole + b"x\r\n", whole + b"x\n"):
-            assert_decoded(CHUNKED, [wrong, end, end], None)
+            assert_decoded([wrong, end, end], None)
 
     @pytest.mark.parametrize("limit, raw", [
         (DEFAULT.max_chunk_line_bytes, b"0;%s\r\n\r\n"), (DEFAULT.max_trailer_bytes - 2, b"0\r\nX:%s\r\n\r\n"),
@@ -1498,13 +1447,13 @@ class TestBodies:
         for length, data in ((limit - 2, b""), (limit - 1, None)):
             whole = raw % (b"a" * length)
             for pieces in ([whole], single_bytes(whole), [whole[:-4], whole[-4:-3], whole[-3:]]):
-                assert_decoded(CHUNKED, pieces, data)
+                assert_decoded(pieces, data)
 
     def test_trailers_together_are_limited(self):
         line = b"X: yz\r\n" * 10
         count = DEFAULT.max_trailer_bytes // len(line)
-        assert_decoded(CHUNKED, [b"0\r\n", line * count, b"\r\n"], b"")
-        assert_decoded(CHUNKED, [b"0\r\n", line * count, line, b"\r\n"], None)
+        assert_decoded([b"0\r\n", line * count, b"\r\n"], b"")
+        assert_decoded([b"0\r\n", line * count, line, b"\r\n"], None)
 
     def test_part_of_a_chunk_is_not_held_back(self):
         decoder = body_decoder(CHUNKED, DEFAULT)
@@ -1520,19 +1469,6 @@ class TestBodies:
             assert not decoder.finished
             decoder.end()
             assert (decoder.finished, decoder.rest) == (True, b"")
-
-    def test_garbage_gives_a_body_or_a_refusal(self):
-        chance = random.Random(20261124)
-        for _ in range(2000):
-            raw = mutated(chance, chance.choice(CHUNKED_BODIES)[0], b"\r\n0123aF;=\" x\x00\xff", 4, 2)
-            outcomes = []
-            for pieces in ([raw], single_bytes(raw)):
-                try:
-                    outcomes.append(decode(CHUNKED, pieces))
-                except ProxyError as error:
-                    outcomes.append(error.status)
-            if None not in outcomes:  # a line that is not whole may be refused early or late
-                assert outcomes[0] == outcomes[1], raw
 
 
 class TestFramingOnTheWire:
@@ -1623,12 +1559,6 @@ def steady(measure):
         time.sleep(0.01)
 
 
-def answer_with_the_request_line(wire, app):
-    while wire.buffer or wire.more():
-        read_message(wire, app)
-        wire.send(ok(app.messages[-1][0].encode()))
-
-
 class TestConnections:
     def test_bytes_behind_the_last_request_do_not_reset_its_response(self, proxy, upstream):
         """So many that the kernel holds some of them when the response ends."""
@@ -1656,24 +1586,19 @@ class TestConnections:
             assert wire.rest() == b""
 
     def test_pipelined_requests_are_answered_in_order(self, proxy, upstream):
-        """None is lost, whether the app answers or the proxy itself."""
-        app = upstream(answer_with_the_request_line)
-        batch = b"".join(
-            to(app, "Content-Length: 3", method="POST", path="/%d" % number, body=b"abc") + request("GET", "/proxy/")
-            for number in range(50)
-        )
-        with proxy.wire() as wire, in_thread(wire.send, batch):
-            for number in range(50):
-                assert wire.message()[2] == b"POST /%d HTTP/1.1" % number
-                assert b"/proxy/8080/" in wire.message()[2]
-
-    def test_pipelined_requests_before_an_eof_are_answered(self, proxy, app):
+        """None is lost, whether the app answers or the proxy itself, though the client has ended its side."""
+        app = upstream(answering(*(ok(b"%d" % number) for number in range(50))))
         with proxy.wire() as wire:
-            with proxy.held():
-                wire.send(to(app) * 3)
+            with proxy.held():  # the EOF arrives with the requests
+                for number in range(50):
+                    wire.send(to(app, "Content-Length: 3", method="POST", path="/%d" % number, body=b"abc"))
+                    wire.send(request("GET", "/proxy/"))
                 wire.end()
-            assert [wire.message()[2] for _ in range(3)] == [b"ok"] * 3
+            for number in range(50):
+                assert wire.message()[2] == b"%d" % number
+                assert b"/proxy/8080/" in wire.message()[2]
             assert wire.rest() == b""
+        assert [message[0] for message in app.messages] == ["POST /%d HTTP/1.1" % number for number in range(50)]
 
     @pytest.mark.parametrize("size, count", [(1000, 1), (5000000, 1000)])
     def test_response_to_an_unread_body_arrives_before_the_close(self, proxy, app, size, count):
@@ -1704,10 +1629,11 @@ class TestConnections:
 
 
 class TestDeadlines:
-    @pytest.mark.parametrize("raw", [b"\r", b"\r\n", b"\r\n\r\n", b"\r\n\r"])
-    def test_empty_line_alone_does_not_hold_a_connection(self, start, raw):
-        with start(keep_alive_timeout=0.2, head_timeout=0.2).sent(raw) as wire:
-            wire.rest()
+    def test_empty_line_alone_does_not_hold_a_connection(self, start):
+        proxy = start(keep_alive_timeout=0.2, head_timeout=0.2)
+        with contextlib.ExitStack() as stack:
+            for wire in [stack.enter_context(proxy.sent(raw)) for raw in (b"\r", b"\r\n", b"\r\n\r\n", b"\r\n\r")]:
+                wire.rest()
 
     def test_request_that_the_app_does_not_read_gets_a_504(self, start, upstream):
         app, proxy = upstream(script(read_head, tell, hold)), start(stall_timeout=1, response_timeout=0.3)
@@ -1786,34 +1712,33 @@ class TestDeadlines:
                 text = "No response came from port %d of this machine within 1 seconds." % one.port
                 assert (status_of(answer), text.encode() in answer[2]) == (504, True)
 
-    def test_time_for_the_response_begins_with_the_end_of_the_request(self, start, app):
-        tick = threading.Event()
-        with start(response_timeout=1).sent(to(app, "Content-Length: 6", method="POST")) as wire:
+    def test_time_for_the_response_is_that_between_both_messages(self, start, upstream):
+        """It begins with the end of the request and ends with the head of the response."""
+        head, tick = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n", threading.Event()
+        silent = upstream(script(read_head, head, lambda wire, app: app.happened.wait(1.2), b"ok"))
+        app, proxy = upstream(answering(OK)), start(response_timeout=1)
+        hasty = start(response_timeout=1, stall_timeout=0.1, keep_alive_timeout=1)
+        with proxy.sent(to(app, "Content-Length: 6", method="POST")) as slow, hasty.sent(to(silent)) as wire:
             for _ in range(6):
                 tick.wait(0.2)
-                wire.send(b"a")
-            assert wire.message()[2] == b"ok"
+                slow.send(b"a")
+            assert slow.message()[2] == wire.message()[2] == b"ok"
 
-    def test_response_that_has_begun_may_be_silent_for_long(self, start, upstream):
-        head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
-        app = upstream(script(read_head, head, lambda wire, app: app.happened.wait(1.2), b"ok"))
-        proxy = start(response_timeout=1, stall_timeout=0.1, keep_alive_timeout=1)
-        assert proxy.ask(to(app))[2] == b"ok"
-
-    @pytest.mark.parametrize("tail", [20000, 50000])
-    def test_slow_client_is_not_idle_while_it_takes_the_tail_of_a_response(self, start, upstream, tail):
+    def test_slow_client_is_not_idle_while_it_takes_the_tail_of_a_response(self, start, upstream):
         """It gets all, though it takes longer than a connection may idle.
 
         Of the smaller tail little enough is left that the proxy has its own part done.
         """
-        size = 1 << 17
+        size, tails = 1 << 17, (20000, 50000)
         app, proxy = upstream(answering(ok(bytes(size)))), start(keep_alive_timeout=0.4)
-        with slow_wire(proxy, raw=to(app)) as wire:
-            wire.until(b"\r\n\r\n")
-            assert len(wire.exactly(size - tail)) == size - tail
+        with slow_wire(proxy, raw=to(app)) as first, slow_wire(proxy, raw=to(app)) as second:
+            for wire, tail in zip((first, second), tails):
+                wire.until(b"\r\n\r\n")
+                assert len(wire.exactly(size - tail)) == size - tail
             outlast_keep_alive(proxy)
-            assert len(wire.exactly(tail)) == tail
-            assert wire.rest() == b""  # a clean end, as of any connection that has idled
+            for wire, tail in zip((first, second), tails):
+                assert len(wire.exactly(tail)) == tail
+                assert wire.rest() == b""  # a clean end, as of any connection that has idled
 
 
 @pytest.fixture(scope="class")
@@ -1910,24 +1835,23 @@ class TestBackPressure:
         """As TLS does before 3.11: it may give out data between two turns of a flood of small chunks."""
         queue = []  # what the target has not taken
 
+        async def turns():
+            for _ in range(50):
+                await asyncio.sleep(0)
+
         async def relay():
             loop = asyncio.get_event_loop()
             deadlines = port_proxy.Deadlines(loop, WAIT)
             source, target = (port_proxy.Connection(deadlines) for _ in range(2))
 
-            def is_full():
-                return sum(map(len, queue)) > 500
-
             def queue_up(data):
-                was_full = is_full()
-                queue.append(data)
-                if is_full() and not was_full:
+                if not queue:
                     target.pause_writing()
+                queue.append(data)
 
             def take_all():
-                was_full = is_full()
-                del queue[:]
-                if was_full:
+                if queue:
+                    del queue[:]
                     target.resume_writing()
 
             for connection in (source, target):
@@ -1953,10 +1877,6 @@ class TestBackPressure:
             for connection in (source, target):
                 connection.connection_lost(None)
             await deadlines.close(0.1)
-
-        async def turns():
-            for _ in range(50):
-                await asyncio.sleep(0)
 
         background.do(relay())
 
@@ -2023,13 +1943,6 @@ def sent_to_client(*fields, target=STRIPPED + "/a", status=200, is_unprefixed=Fa
 
 
 class TestRewriting:
-    @pytest.mark.parametrize("base, target, host, port, path", ROUTES, ids=case_id)
-    def test_target_is_that_at_home(self, base, target, host, port, path):
-        gate = gate_with(base=base)
-        first = split_head(request_for_upstream(asked_for(target, gate=gate), gate))[0]
-        behind = (path or "/") + "".join(target.partition("?")[1:])
-        assert first == "GET %s HTTP/1.1" % (target if "/absolute/" in target else behind)
-
     @pytest.mark.parametrize("minor", ["0", "1"])
     def test_request_is_written_anew_in_http_1_1(self, minor):
         asked = asked_for(STRIPPED + "/a", "A: b", "a:  c\xe4 ", "Cookie: x=y", method="FROB", minor=minor)
@@ -2240,6 +2153,7 @@ class TestRewriting:
         ("/proxy/80/x?token=OURS&a&token=mine", "/x?a&token=mine"), ("/proxy/80/x?token=OURS", "/x"),
         ("/proxy/80/?token=mine", "/?token=mine"), ("/proxy/absolute/80/x?token=OURS", "/proxy/absolute/80/x"),
         ("/proxy/80/?%74oken=OURS", "/"), ("/proxy/80/\xe4?token=OURS&\xf6", "/\xe4?\xf6"),
+        ("/proxy/80?a", "/?a"), ("/proxy/absolute/80?a", "/proxy/absolute/80?a"), ("/pro%78y/80//%2F?", "//%2F?"),
     ])
     def test_our_token_is_cut_out_of_the_target(self, target, arrives):
         gate = gate_with(token=TOKEN)
