@@ -425,6 +425,7 @@ _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _ONLY_IPV4 = r"(?=%s(?:\.%s){3}\Z)" % (_OCTET, _OCTET)
 _DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?)*")
 _PORT_NUMBER = re.compile(r"[1-9][0-9]{0,4}")
+_PORT_PART = re.compile(r":[0-9]*\Z")  # of an authority
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 
@@ -529,7 +530,7 @@ def port_in_host(authority: str, domains: Sequence[str]) -> int:
 
 def host_of(authority: str) -> str:
     """The host in an authority, in lower case and without its port."""
-    return re.sub(r":[0-9]*\Z", "", authority).lower()
+    return _PORT_PART.sub("", authority).lower()
 
 
 def _no_port(base: str) -> ProxyError:
@@ -673,7 +674,8 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 # Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
-_NAME = re.compile(TOKEN)
+# Finds the name of each valid field line in a section in lower case.
+_FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
 _SPACED_NAME = re.compile(r"\A(%s)[\t ]+:" % TOKEN)
 _LEGAL = bytes(byte for byte in range(256) if (byte >= 32 and byte != 127) or byte in b"\t\r\n")
 _ABSOLUTE_FORM = re.compile(r"(?:http|https)://([^/?]*)(/[^?]*)?(\?.*)?", re.IGNORECASE)
@@ -691,23 +693,6 @@ _NO_TOKENS = frozenset()  # type: FrozenSet[str]
 _USUAL_TOKENS = {token: frozenset([token]) for token in ("close", "keep-alive", "upgrade")}
 
 
-class _FieldNames(Dict[str, str]):
-    """A cache of field names: the name on the wire and its lower-case form."""
-
-    def __missing__(self, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise ValueError
-        key = name.lower()
-        if len(key) <= 64:  # limits the memory of the cache
-            if len(self) >= 1000:
-                self.clear()
-            self[name] = key
-        return key
-
-
-_field_names = _FieldNames()
-
-
 class Headers:
     """The field lines of a head, in order, with an index.
 
@@ -723,28 +708,22 @@ class Headers:
         self.index = dict(zip(keys, lines))
 
     @classmethod
-    def parse(cls, section: bytes, config: Config, is_response: bool = False) -> "Headers":
+    def parse(cls, section: str, config: Config, is_response: bool = False) -> "Headers":
         """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431.
 
         White space before a colon is removed in responses and refused in requests (section 5.1).
         """
-        lines = section.decode("latin-1").split("\r\n")[:-2]
-        is_legal = not section.translate(None, _LEGAL) and (
-            section.count(b"\r") == section.count(b"\n") == len(lines) + 1
-        )
+        lines = section.split("\r\n")[:-2]
         if len(lines) > config.max_fields:
             text = "The message head has more than %d fields." % config.max_fields
             raise ProxyError(431, text)
-        try:
-            keys = [_field_names[line[: line.index(":")]] for line in lines]
-        except ValueError:
-            is_legal = False
-        if is_legal:
+        keys = _FIELD_NAMES.findall(section.lower())
+        if len(keys) == len(lines) == section.count("\n") - 1:
             return cls(keys, lines)
         unspaced = [_SPACED_NAME.sub(r"\1:", line, 1) for line in lines] if is_response else lines
         if unspaced == lines:
             raise ProxyError(400, _explain_field_section(lines))
-        return cls.parse("\r\n".join(unspaced + ["", ""]).encode("latin-1"), config)
+        return cls.parse("\r\n".join(unspaced + ["", ""]), config)
 
     def get(self, name: str) -> str:
         """The last value of the field `name` (lower case), "" if it is missing."""
@@ -990,7 +969,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     """
     text = head.decode("latin-1")
     method, target, minor, end = parse_request_line(text, config)
-    headers = Headers.parse(head[end:], config)
+    headers = Headers.parse(text[end:], config)
     hosts = headers.get_all("host")
     if len(hosts) > 1 or (minor == "1" and not hosts):
         text = "A request must have exactly one Host field; this one has %d." % len(hosts)
@@ -1094,7 +1073,7 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
     if not match:
         raise ProxyError(400, "The status line is not valid for HTTP/1.0 or HTTP/1.1.")
     minor, status, reason = match.groups()
-    headers = Headers.parse(head[match.end() :], config, is_response=True)
+    headers = Headers.parse(text[match.end() :], config, is_response=True)
     connection = headers.tokens("connection")
     framing = response_framing(headers, minor, int(status), method)
     is_reusable = minor == "1" and "close" not in connection
@@ -1134,16 +1113,24 @@ def is_authority(text: str) -> bool:
 
 
 def is_own_origin(origin: str, authority: str) -> bool:
-    """Whether `origin` ("http://host:port") has this authority.
+    """Whether `origin` ("http://host:port") has this authority."""
+    return rest_of_own_url(origin, authority) == ""
+
+
+def rest_of_own_url(url: str, authority: str) -> Optional[str]:
+    """Path, query and fragment of a URL with this authority; None for other URLs.
 
     Schemes are not compared: a server in front of the proxy may terminate TLS.
     """
-    match = _HTTP_URL.fullmatch(origin) if origin and authority else None
-    if not match or match.group(3):
-        return False
-    default = _DEFAULT_PORTS[match.group(1).lower()]
-    origin_authority = match.group(2).lower()
-    return _without_suffix(origin_authority, default) == _without_suffix(authority.lower(), default)
+    match = _HTTP_URL.fullmatch(url) if url and authority else None
+    if not match:
+        return None
+    scheme, found, rest = match.groups()
+    default = _DEFAULT_PORTS[scheme.lower()]
+    is_own = found == authority or (
+        _without_suffix(found.lower(), default) == _without_suffix(authority.lower(), default)
+    )
+    return rest if is_own else None
 
 
 def _without_suffix(text: str, suffix: str) -> str:
@@ -1418,27 +1405,28 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.sink is not None:
             self.sink.take(data)
             return
-        if not self._count_pending(data):
+        size = len(data)
+        if (size > _SMALL_READ or not self.is_admitted) and not self._count_pending(size):
             return
-        self.unread += len(data)
+        self.unread += size
         self.reader.feed_data(data)
         if self.watcher is not None:
             self.watcher(self)
 
-    def _count_pending(self, data: bytes) -> bool:
-        """Count received data, except bodies of admitted clients; False above the limit."""
-        size = len(data)
+    def _count_pending(self, size: int) -> bool:
+        """Count received bytes, except bodies of admitted clients; False above the limit."""
         if not self.is_admitted:
             is_pending = self.state is not CLOSING  # otherwise data is dropped
         else:
-            is_pending = size > _SMALL_READ and self.state in (IDLE, READING_HEAD)
+            is_pending = self.state in (IDLE, READING_HEAD)
             size = min(size, _LARGE_HEAD)
         return not is_pending or self.deadlines.pending.add(self, size)
 
     def admit(self) -> None:
         """Note that the gate has admitted a request of this client."""
-        self.is_admitted = True
-        self.deadlines.pending.release(self)
+        if not self.is_admitted:
+            self.is_admitted = True
+            self.deadlines.pending.release(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -1593,7 +1581,8 @@ def poll(transport: Any, events: int) -> int:
         return 0
     poller = select.poll()
     poller.register(sock.fileno(), events)
-    return sum(found for _, found in poller.poll(0))
+    found = poller.poll(0)
+    return found[0][1] if found else 0
 
 
 def has_failed(transport: Any, events: int = -1) -> bool:
@@ -1732,29 +1721,26 @@ async def read_head(
     at EOF, TimedOut at the connection's read deadline, and OSError if the connection fails.
     """
     head = head or await connection.read()
-    checked, pending = 0, connection.deadlines.pending
-    try:
-        while True:
-            end = head.find(b"\r\n\r\n", max(0, checked - 3)) + 4
-            if 4 <= end <= config.max_head_bytes:
-                if end < len(head):
-                    connection.buffer = head[end:]
-                    head = head[:end]
-                return head
-            try:
-                check_partial_head(head, checked, is_request, config)
-            except ProxyError:
-                connection.buffer = head
-                raise
-            checked = len(head)
-            if is_request:
-                pending.set_size(connection, checked)
-            data = await connection.read()
-            if not data:
-                raise Truncated()
-            head += data
-    finally:
-        pending.release_head(connection)
+    checked = 0
+    while True:
+        end = head.find(b"\r\n\r\n", max(0, checked - 3)) + 4
+        if 4 <= end <= config.max_head_bytes:
+            if end < len(head):
+                connection.buffer = head[end:]
+                head = head[:end]
+            return head
+        try:
+            check_partial_head(head, checked, is_request, config)
+        except ProxyError:
+            connection.buffer = head
+            raise
+        checked = len(head)
+        if is_request:
+            connection.deadlines.pending.set_size(connection, checked)
+        data = await connection.read()
+        if not data:
+            raise Truncated()
+        head += data
 
 
 class Body:
@@ -2083,18 +2069,8 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
         is_own = request.is_own_origin
     else:
         url = headers.get("destination") or headers.get("referer")
-        is_own = _rest_of_own_url(url, request.client.authority) is not None
+        is_own = rest_of_own_url(url, request.client.authority) is not None
     return is_own and not gate.config.preserve_host and not _USES_PUBLIC_ORIGIN.search(request.path)
-
-
-def _rest_of_own_url(url: str, authority: str) -> Optional[str]:
-    """Path, query and fragment of a URL of the public origin; None for other URLs."""
-    match = _HTTP_URL.fullmatch(url)
-    if not match or not authority:
-        return None
-    origin = "%s://%s" % match.group(1, 2)
-    is_own = match.group(2) == authority or is_own_origin(origin, authority)
-    return match.group(3) if is_own else None
 
 
 def _path_in_app(path: str, route: Route) -> str:
@@ -2122,7 +2098,7 @@ def _translate_referer(value: str, request: Request, route: Route, gate: Any) ->
     value = gate.strip_query(value)
     if gate.config.preserve_host:
         return value
-    path = _rest_of_own_url(value, request.client.authority)
+    path = rest_of_own_url(value, request.client.authority)
     return value if path is None else _upstream_url(route, _path_in_app(path, route) or "/")
 
 
@@ -2130,7 +2106,7 @@ def _translate_destination(value: str, request: Request, route: Route, gate: Any
     """Translate a URL or a path (RFC 4918 section 10.3), unless it is outside the app."""
     value = gate.strip_query(value)
     is_path = value.startswith("/")
-    path = value if is_path else _rest_of_own_url(value, request.client.authority)
+    path = value if is_path else rest_of_own_url(value, request.client.authority)
     translated = "" if path is None else _path_in_app(path, route)
     if path is None or not translated:
         return value
@@ -2180,10 +2156,12 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
     kept, has_path = [pair], False
     for part in attributes:
         name, _, content = part.partition("=")
-        name, content = name.strip(" \t").lower(), content.strip(" \t")
-        if name == "domain" and _is_app_domain(content.lower().lstrip("."), request, route):
-            continue
-        if name == "path":
+        name = name.strip(" \t").lower()
+        if name == "domain":
+            if _is_app_domain(content.strip(" \t").lower().lstrip("."), request, route):
+                continue
+        elif name == "path":
+            content = content.strip(" \t")
             has_path = content.startswith("/")  # RFC 6265 section 5.2.4
             if has_path:
                 part = part[: part.find("=") + 1] + _cookie_path(content, route)
@@ -2428,7 +2406,7 @@ def _is_from_own_origin(request: Request) -> bool:
 
 def _own_path(url: str, authority: str) -> str:
     """The path of a URL of the public origin, without its query; "" for other URLs."""
-    path = _rest_of_own_url(url, authority)
+    path = rest_of_own_url(url, authority)
     return "" if path is None else re.split("[?#]", path)[0] or "/"
 
 
@@ -3535,9 +3513,10 @@ class Gate:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
         if name == self.cookie_name or bare.startswith(self.other_cookies):
             return True
+        if not bare.startswith(COOKIE_PREFIX):
+            return False
         app_session = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
-        is_of_app = bare == app_session or bare.startswith(app_session + "_app")
-        return bare.startswith(COOKIE_PREFIX) and not is_of_app
+        return bare != app_session and not bare.startswith(app_session + "_app")
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
@@ -5296,7 +5275,10 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
         if not data:
             return b""
         client.read_deadline = now() + config.head_timeout
-        head = await read_head(client, True, config, data)
+        try:
+            head = await read_head(client, True, config, data)
+        finally:
+            client.deadlines.pending.release_head(client)
         client.read_deadline = FOREVER
         return head
     except TimedOut:
