@@ -3743,8 +3743,7 @@ class TestPages:
         eventually(lambda: listing.rows()[listing.app]["title"] is None)
 
     @needs_proc
-    def test_link_to_a_ports_own_host_leads_through_the_sign_in(self, start, upstream):
-        app = upstream(answering(OK))
+    def test_link_to_a_ports_own_host_leads_through_the_sign_in(self, start, app):
         raw = at("localhost:8888", "GET", "/proxy/", JSON, "Authorization: token " + TOKEN)
         link = ports_in(start(token=TOKEN).ask(raw))[app.port]["links"]["host"]
         assert link == "/proxy/?open=%d" % app.port
@@ -3867,16 +3866,6 @@ with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as file:
 
 
 class TestUpstream:
-    def test_connection_is_reused_by_any_client(self, proxy, upstream):
-        """Also if the proxy answers a request itself in between."""
-        app = upstream(answering(OK))
-        for _ in range(2):
-            with proxy.sent(to(app), request("GET", "/proxy/"), to(app)) as wire:
-                assert wire.message()[2] == b"ok"
-                assert status_of(wire.message()) == 200
-                assert wire.message()[2] == b"ok"
-        assert app.connections == 1
-
     @pytest.mark.parametrize("answer", [
         ok(b"ok", "Connection: close"), OK.replace(b"HTTP/1.1", b"HTTP/1.0"), OK + b"!", OK + ok(b"evil"),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n\r\n",
@@ -3947,9 +3936,7 @@ class TestUpstream:
                 assert (wire.ask(raw)[2], app.connections) == (b"ok", count)
         app.happened.set()
 
-    def test_post_reuses_a_connection_of_an_app_that_keeps_them_open(self, proxy, upstream):
-        app = upstream(answering(OK))
-
+    def test_post_reuses_a_connection_of_an_app_that_keeps_them_open(self, proxy, app):
         def reuses_one():
             count = app.connections
             assert wire.ask(to(app, "Content-Length: 1", method="POST", body=b"a"))[2] == b"ok"
@@ -3975,14 +3962,6 @@ class TestUpstream:
         assert (status_of(answer), app.connections) == (508, 1)
         assert b"port %d of this machine leads back to this proxy" % app.port in answer[2]
 
-    @pytest.mark.parametrize("answer, text", [
-        (b"", b"closed the connection without a response."), (b"H", b"in the middle of its response"),
-    ])
-    def test_request_that_dies_on_a_fresh_connection_is_a_502_and_not_sent_again(self, proxy, upstream, answer, text):
-        app = upstream(once(answer))
-        message = proxy.ask(to(app))
-        assert (status_of(message), text in message[2], len(app.messages)) == (502, True, 1)
-
     def test_only_a_get_takes_a_connection_that_has_idled_for_a_second(self, start, upstream):
         proxy = start(idle_upstream_timeout=10 * WAIT, keep_alive_timeout=1.2)
         apps = [upstream(answering(OK)) for _ in range(2)]
@@ -4001,8 +3980,8 @@ class TestUpstream:
             assert proxy.ask(to(app))[2] == b"ok"
         eventually(lambda: sum(count_connections(remote_port=app.port) for app in apps) == 2)
 
-    def test_idle_connection_is_closed_after_its_timeout(self, start, upstream):
-        proxy, app = start(idle_upstream_timeout=0.2), upstream(answering(OK))
+    def test_idle_connection_is_closed_after_its_timeout(self, start, app):
+        proxy = start(idle_upstream_timeout=0.2)
         for count in (1, 2):
             assert proxy.ask(to(app))[2] == b"ok"
             assert app.connections == count
@@ -4036,13 +4015,6 @@ class TestUpstream:
             assert (message[2], fields_of(message).get("connection")) == (b"ok", "close")
         assert proxy.ask(to(app))[2] == b"ok"
         assert app.connections == 2
-
-    def test_upstream_that_speaks_no_http_is_refused_at_once(self, proxy, upstream):
-        """It greets and then waits, as mail servers do."""
-        app = upstream(script(b"220 smtp\r\n", read_head, hold))
-        answer = proxy.ask(to(app))
-        text = b"The response of port %d of this machine is not valid HTTP." % app.port
-        assert (status_of(answer), text in answer[2]) == (502, True)
 
     def test_host_that_cannot_be_found_is_a_502(self, start):
         proxy = start(host_allowlist=["*"])
@@ -4692,17 +4664,21 @@ class TestResponses:
                 assert (fields.get("content-length"), "transfer-encoding" in fields) == (length, False)
         assert app.connections == 1
 
-    @pytest.mark.parametrize("answer", [
-        BAD_RESPONSES[0], b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", CHUNKED_HEAD + b"xyz",
-        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Le", b"SSH-2.0-OpenSSH_9\r\n", b"\x15\x03\x01\x00\x02\x02\x0a", SWITCHING,
-        b"HTTP/1.1 100 Continue\r\n\r\n" * 40, b"",
+    @pytest.mark.parametrize("answer, text", [
+        (BAD_RESPONSES[0], b"valid HTTP"), (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", b"valid HTTP"),
+        (CHUNKED_HEAD + b"xyz", b"valid HTTP"), (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000, b"valid HTTP"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n", b"valid HTTP"), (b"220 smtp\r\n", b"valid HTTP"),
+        (b"SSH-2.0-OpenSSH_9\r\n", b"valid HTTP"), (b"\x15\x03\x01\x00\x02\x02\x0a", b"speaks TLS"),
+        (SWITCHING, b"valid HTTP"), (b"HTTP/1.1 200 OK\r\nContent-Le", b"in the middle of its response"),
+        (b"H", b"in the middle of its response"), (b"", b"closed the connection without a response"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 40, b"in the middle of its response"),
     ], ids=case_id)
     @pytest.mark.parametrize("is_reused", [False, True])
-    def test_invalid_response_is_502(self, proxy, upstream, answer, is_reused):
-        """On a fresh connection to the app and on a reused one; the client's connection serves the next request."""
-        steps = [read_head, OK] * is_reused + [read_head, answer]
-        app = upstream(in_turn(script(*steps), script(read_head, answer)))
+    def test_invalid_response_is_502(self, proxy, upstream, answer, text, is_reused):
+        """At once: if it may still go on, the app waits, or sends it first of all; the client is served again."""
+        last = read_to_the_end if text == b"valid HTTP" else b""
+        steps = [read_head, OK, read_head, answer, last] if is_reused else [answer, read_head, last]
+        app = upstream(in_turn(script(*steps), script(read_head, answer, last)))
         with proxy.wire() as wire:
             if is_reused:
                 assert wire.ask(to(app))[2] == b"ok"
@@ -4710,7 +4686,9 @@ class TestResponses:
             for _ in range(answer.count(b" 100 ")):
                 assert status_of(wire.message(no_body=True)) == 100
             message = wire.message()
-            assert (status_of(message), b"port %d of this machine" % app.port in message[2]) == (502, True)
+            assert (status_of(message), text in message[2]) == (502, True)
+            assert b"port %d of this machine" % app.port in message[2]
+            assert app.connections == 1 + (is_reused and not answer)  # a GET is sent again on a stale connection alone
             assert status_of(wire.ask(request("GET", "/proxy/"))) == 200
 
     @pytest.mark.parametrize("how", [end, Wire.reset], ids=["end", "reset"])
