@@ -7551,14 +7551,6 @@ class TestJupyterHub:
     def test_activity_is_reported(self, hub, ana, target):
         check_activity(ana, target + "ws", lambda: self.api(hub, "GET", ANA_API)["servers"][""]["last_activity"])
 
-    def test_named_server_has_its_own_prefix(self, hub, anything):
-        visitor, target = Visitor(hub.port).sign_in_at_hub(ANA), ANA_PATH + "/gpu-2"
-        self.api(hub, "POST", ANA_API + "/servers/gpu-2")
-        visitor.visit("/jh/hub/spawn-pending/al@ice.x%2By/gpu-2")  # until it has started
-        for place in ("%s/proxy/%d/" % (target, anything.port), target):
-            assert first_line(visitor.visit(place)) == "GET / HTTP/1.1"
-        assert fields_of(anything.messages[-1])["x-forwarded-prefix"] == "%s/proxy/%d" % (target, anything.port)
-
     def test_signing_out_ends_access(self, hub, ana, target):
         ours = {name for name, _ in ana.cookies if name.startswith(("port_proxy_", "jupyterhub-user-"))}
         assert ours
@@ -7567,18 +7559,22 @@ class TestJupyterHub:
         assert ana.status("GET", target) == 403
         assert self.is_sent_to_sign_in(ana, target)
 
-    def test_server_stops_with_a_websocket_open(self, hub, anything):
+    def test_named_server_has_its_own_prefix_and_stops_with_a_websocket_open(self, hub, anything):
         """The Hub waits ten seconds before it answers that a server is slow to stop (202)."""
-        visitor = Visitor(hub.port).sign_in_at_hub("stopper")
-        target = "/jh/user/stopper/proxy/%d/" % anything.port
-        assert status_of(visitor.visit("/jh/hub/user-redirect/proxy/%d" % anything.port)) == 200
+        visitor, home = Visitor(hub.port).sign_in_at_hub(ANA), ANA_PATH + "/gpu-2"
+        server, target = ANA_API + "/servers/gpu-2", "%s/proxy/%d/" % (home, anything.port)
+        self.api(hub, "POST", server)
+        visitor.visit("/jh/hub/spawn-pending/al@ice.x%2By/gpu-2")  # until it has started
+        for place in (target, home):
+            assert first_line(visitor.visit(place)) == "GET / HTTP/1.1"
+        assert fields_of(anything.messages[-1])["x-forwarded-prefix"] == target[:-1]
         with visitor.websocket(target + "ws") as wire, visitor.wire() as events:
             events.send(visitor.head("GET", target + "events"))
             assert b"data: 1" in events.until(b"data: 1\n\n")
-            stop = ("DELETE", "/jh/hub/api/users/stopper/server", "Authorization: token test-token")
+            stop = ("DELETE", "/jh/hub/api" + server, "Authorization: token test-token")
             assert visitor.status(*stop, no_body=True) == 204
             assert wire.ends()
-        assert self.api(hub, "GET", "/users/stopper")["servers"] == {}
+        assert "gpu-2" not in self.api(hub, "GET", ANA_API)["servers"]
         assert not re.search("Traceback|SIGKILL", hub.output)
 
 
@@ -7614,6 +7610,9 @@ def start_jupyter(folder, config, *options, context=None):
 def jupyter(request, tmp_path_factory):
     folder, options, context = tmp_path_factory.mktemp("jupyter"), [], None
     config = "c.PortProxy.host_allowlist = 'a.invalid, *.example.org'\n"
+    if request.param == "TLS":  # traitlets gives values that are not known yet; what is only read keeps its default
+        config = "".join("c.PortProxy.%s\n" % name for name in ("any_owner", "head_timeout", "token"))
+        config += "c.PortProxy.host_allowlist.append('a.invalid')\nc.PortProxy.domains.append('b.invalid')\n"
     config += "c.LabApp.extra_labextensions_path = [%r]\n" % str(folder / "extensions")
     if request.param == "TLS":
         certificate = request.getfixturevalue("certificate")
@@ -7753,40 +7752,25 @@ class TestJupyterExtension:
 
 
 class TestJupyterConfiguration:
-    def check_hosts(self, visitor, *allowed):
-        """The hosts of the allowlist do not exist, and so give 502."""
-        for host in ("a.invalid", "b.invalid", "c.invalid"):
-            status = 502 if host in allowed else 403
-            assert visitor.status("GET", "/nb/proxy/%s:80/" % host, BY_TOKEN) == status
+    def test_options_on_the_command_line_are_obeyed(self, tmp_path, upstream, anything):
+        """Jupyter knows no types of ours: all values are strings there.
 
-    def test_option_on_the_command_line_has_the_type_of_its_field(self, tmp_path, upstream, anything):
-        """Jupyter knows no types of ours: all values are strings there."""
+        Its own option allows any origin, as it does for its own handlers.
+        """
         silent = upstream(lambda wire, app: (wire.message(), wire.rest()))
         options = (
-            "preserve_host=true", "whole_origin=False", "response_timeout=2.5", "max_fields=20",
+            "preserve_host=true", "whole_origin=False", "response_timeout=0.5", "max_fields=20",
             "host_allowlist=a.invalid", "host_allowlist=b.invalid",  # makes a list
         )  # fmt: skip
-        server = start_jupyter(tmp_path, "", *["--PortProxy." + option for option in options])
-        with contextlib.closing(server):
+        options = ["--PortProxy." + option for option in options] + ["--ServerApp.allow_origin=*"]
+        with contextlib.closing(start_jupyter(tmp_path, "", *options)) as server:
             visitor, target = Visitor(server.port), "/nb/proxy/%d/" % anything.port
-            assert visitor.status("GET", target, BY_TOKEN) == 200
-            assert fields_of(anything.messages[-1])["host"] == "127.0.0.1:%d" % visitor.port
-            assert visitor.status("GET", "/nb/proxy/%d/" % silent.port, BY_TOKEN) == 504
-            assert visitor.status("GET", target, BY_TOKEN, *["X: y"] * 20) == 431
-            self.check_hosts(visitor, "a.invalid", "b.invalid")
-
-    def test_configuration_file_may_append_and_only_look(self, tmp_path, anything):
-        """Traitlets then gives a value that is not known yet; a field that was only read keeps its default.
-
-        Jupyter's own option allows any origin, as it does for its own handlers.
-        """
-        config = "".join("c.PortProxy.%s\n" % name for name in ("any_owner", "head_timeout", "token"))
-        config += "c.PortProxy.host_allowlist.append('a.invalid')\nc.PortProxy.domains.append('b.invalid')\n"
-        config += "c.ServerApp.allow_origin = '*'\n"
-        with contextlib.closing(start_jupyter(tmp_path, config)) as server:
-            visitor, target = Visitor(server.port), "/nb/proxy/%d/" % anything.port
-            self.check_hosts(visitor, "a.invalid")
             assert status_of(visitor.visit(target + "?token=" + TOKEN)) == 200
+            assert fields_of(anything.messages[-1])["host"] == "127.0.0.1:%d" % visitor.port
+            assert visitor.status("GET", "/nb/proxy/%d/" % silent.port) == 504
+            assert visitor.status("GET", target, *["X: y"] * 20) == 431
+            for host, status in (("a.invalid", 502), ("b.invalid", 502), ("c.invalid", 403)):  # none of them exists
+                assert visitor.status("GET", "/nb/proxy/%s:80/" % host) == status
             assert visitor.status("GET", target, FOREIGN) == 200
             assert visitor.status("GET", target + "ws", FOREIGN, *HANDSHAKE, no_body=True) == 101
             assert visitor.status("POST", target, FOREIGN) == 403  # more in TestJupyterExtension
@@ -7903,7 +7887,7 @@ class TestJupyter:
 
     def test_xsrf_cookies_of_jupyter_and_of_an_app_stay_apart(self, upstream, visitor):
         """As of Streamlit and other Tornado apps, in the form that keeps the prefix."""
-        app = upstream(answering(html_response(b"", "200 OK", "Set-Cookie: _xsrf=apps; Path=/")))
+        app = upstream(answering(ok(b"", "Set-Cookie: _xsrf=apps; Path=/")))
         target = "/nb/proxy/absolute/%d/" % app.port
         for _ in range(2):
             assert visitor.status("GET", target, *PAGE) == 200
@@ -7921,8 +7905,8 @@ class TestJupyter:
     def test_app_cannot_set_cookies_of_jupyter(self, upstream, visitor):
         (name,) = [name for name, _ in visitor.cookies if name.startswith("username-127-0-0-1-")]
         cookies = (name + "=evil; Path=/", "jupyterhub-session-id=evil", "a=b")
-        answer = html_response(b"", "200 OK", *["Set-Cookie: " + cookie for cookie in cookies])
-        answer = visitor.ask("GET", "/nb/proxy/%d/" % upstream(answering(answer)).port)
+        app = upstream(answering(ok(b"", *["Set-Cookie: " + cookie for cookie in cookies])))
+        answer = visitor.ask("GET", "/nb/proxy/%d/" % app.port)
         assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
 
     def test_other_sites_are_refused(self, target, visitor):
@@ -7948,11 +7932,12 @@ class TestJupyter:
 
     def test_connection_is_shared_with_jupyter(self, target, visitor, wire):
         """It goes to the proxy and back to Tornado, request by request, with bodies of both framings."""
-        chunked = visitor.head("POST", target + "/c", "Transfer-Encoding: chunked") + b"3\r\nabc\r\n0\r\n\r\n"
+        chunked = visitor.head("POST", target + "/c", "Transfer-Encoding: chunked")
+        chunked += b"3\r\nabc\r\n100000\r\n%s\r\n0\r\n\r\n" % MEBIBYTE
         length = visitor.head("POST", target + "/b", "Content-Length: 100000") + bytes(100000)
         requests = [
             (visitor.head("GET", target + "/a"), b"GET /a "), (visitor.head("GET", "/nb/api/status"), b'{"connections'),
-            (length, b"POST /b HTTP/1.1\n100000"), (chunked, b"POST /c HTTP/1.1\n3"),
+            (length, b"POST /b HTTP/1.1\n100000"), (chunked, b"POST /c HTTP/1.1\n1048579"),
             (visitor.head("GET", "/nb/api"), b'{"version'),
         ]  # fmt: skip
         for raw, begins in requests * 3:
@@ -7965,7 +7950,7 @@ class TestJupyter:
 
     def test_request_behind_a_body_is_announced_to_be_lost(self, upstream, visitor, wire):
         """It cannot be given back to Jupyter: the response before it has Connection: close, and comes whole."""
-        app = upstream(answering(html_response(bytes(4 << 20))))
+        app = upstream(answering(ok(bytes(4 << 20))))
         chunked = visitor.head("POST", "/nb/proxy/%d/" % app.port, "Transfer-Encoding: chunked")
         wire.send(chunked + b"3\r\nabc\r\n0\r\n\r\n" + visitor.head("GET", "/nb/api"))
         answer = wire.message()
@@ -7973,18 +7958,12 @@ class TestJupyter:
 
     def test_connection_that_was_handed_back_stays_open(self, upstream, visitor, wire):
         """Though part of the response is still on its way to a slow client."""
-        app = upstream(answering(html_response(bytes(4 << 20))))
+        app = upstream(answering(ok(bytes(4 << 20))))
         wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         for _ in range(3):
             wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port) + visitor.head("GET", "/nb/api"))
             assert len(wire.message()[2]) == 4 << 20
             assert b"version" in wire.message()[2]
-
-    def test_chunked_upload_passes_whole(self, anything, target, visitor, wire):
-        wire.send(visitor.head("PUT", target + "/", "Transfer-Encoding: chunked"))
-        wire.send(*[b"100000\r\n%s\r\n" % MEBIBYTE] * 4, b"0\r\n\r\n")
-        assert status_of(wire.message()) == 200
-        assert anything.messages[-1][2] == MEBIBYTE * 4
 
     def test_slow_client_stops_the_app(self, jupyter, upstream, visitor, wire):
         app = upstream(script(read_head, MUCH_HEAD, tell, hold))
@@ -7998,19 +7977,12 @@ class TestJupyter:
     def test_slow_app_stops_the_client(self, jupyter, upstream, visitor, wire, is_websocket):
         """When the client leaves a WebSocket, the end of the connection comes behind all that was sent."""
 
-        def serve(wire, app):
-            wire.until(b"\r\n\r\n")
-            wire.send(SWITCHING if is_websocket else b"")
-            app.happened.wait(WAIT)
-            count, data = len(wire.buffer), b"?"
-            while data and (is_websocket or count < MUCH):
-                data = wire.sock.recv(1 << 20)
-                count += len(data)
-            app.messages.append(count)
-            wire.send(b"" if is_websocket else OK)
-            app.let_go.set()
+        def take_all(wire, app):
+            take_blocks(wire, MUCH)
+            assert not is_websocket or wire.rest() == b""
 
-        app = upstream(serve)
+        head, response = (SWITCHING, b"") if is_websocket else (b"", OK)
+        app = upstream(script(read_head, head, wait, take_all, response, lambda wire, app: app.let_go.set()))
         lines = HANDSHAKE if is_websocket else ("Content-Length: %d" % MUCH,)
         wire.send(visitor.head("GET" if is_websocket else "PUT", "/nb/proxy/%d/" % app.port, *lines))
         assert not is_websocket or wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 101")
@@ -8019,7 +7991,6 @@ class TestJupyter:
         assert is_websocket or wire.message()[2] == b"ok"
         wire.close()
         assert app.let_go.wait(WAIT)
-        assert app.messages == [MUCH]
 
     @pytest.mark.parametrize("body", [b"", b"abc", b"abc\r\n"], ids=["no body", "a body", "bytes behind a body"])
     def test_client_that_leaves_is_noticed(self, upstream, visitor, wire, body):
@@ -8070,7 +8041,7 @@ class TestJupyter:
             wire.send(visitor.head("GET", target + "/events"))
             assert wire.until(b"data: 1\n\n").endswith(b"data: 1\n\n")  # the second is sent when the tests are over
         with visitor.websocket(target + "/ws") as wire:
-            for size in (1, 1000) + (30000,) * 100:  # over TLS one thread may not send while another receives
+            for size in (1, 1000, 30000, 30000):  # over TLS one thread may not send while another receives
                 wire.send(bytes(size))
                 assert wire.exactly(size) == bytes(size)
 
@@ -8108,13 +8079,11 @@ class TestJupyter:
         channels = "/nb/api/kernels/%s/channels" % kernel
         assert visitor.status("GET", channels, "Origin: http://evil.example", *HANDSHAKE) == 403
         with visitor.websocket(channels) as wire:
-            header = {"msg_id": "a", "msg_type": "execute_request", "username": "", "session": "b", "version": "5.3"}
-            content = {"code": "print(6 * 7)", "silent": False}
-            message = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": content}
+            header = {"msg_id": "a", "msg_type": "kernel_info_request", "session": "b", "version": "5.3"}
+            message = {"channel": "shell", "header": header, "parent_header": {}, "metadata": {}, "content": {}}
             send_frame(wire, json.dumps(message))
-            while message.get("msg_type") != "stream":
-                message = json.loads((receive_frame(wire) or b"{}").decode("latin-1"))
-            assert message["content"]["text"] == "42\n"
+            while b"kernel_info_reply" not in (receive_frame(wire) or b""):
+                pass
         assert visitor.status("DELETE", "/nb/api/kernels/" + kernel, BY_TOKEN, no_body=True) == 204
 
     def test_page_in_lab_uses_every_feature(self, jupyter, upstream, profile):
