@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import random
@@ -8120,11 +8121,11 @@ class TestBenchmark:
     def test_benchmark_runs_without_pytest(self):
         """The environment has no PATH, so nginx and wrk take no part."""
         if not hasattr(os, "fork"):
-            pytest.skip("the benchmark's upstream waits for its standard input, as Windows cannot")
+            pytest.skip("the benchmark forks")
         run = "import runpy, sys; sys.modules['pytest'] = None; runpy.run_path(%r, None, '__main__')"
-        command = [sys.executable, "-c", run % str(HERE / "test_port_proxy.py"), "bench", "--seconds=0.05"]
-        how = {"env": dict(os.environ, PATH=""), "cwd": str(HERE), "timeout": 4 * WAIT}
-        done = subprocess.run(command + ["--repeats=1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+        command = [sys.executable, "-c", run % str(HERE / "test_port_proxy.py"), "bench", "--seconds=0.05", "--repeats=1"]
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": dict(os.environ, PATH=""), "cwd": str(HERE)}
+        done = subprocess.run(command, timeout=4 * WAIT, **how)
         assert (done.returncode, done.stderr) == (0, b"")
         row = r"\| as a browser, no head twice, 64 connections: requests/s \|( [0-9.]+ \([0-9.-]+\) \|){2}"
         assert re.search(row, done.stdout.decode())
@@ -8165,6 +8166,7 @@ X-Request-Id: %(mixed)08x%(number)d
 Set-Cookie: session=eyJhbGciOiJIUzI1NiJ9.%(mixed)08x; Path=/; HttpOnly; SameSite=Lax
 
 """.replace("\n", "\r\n")
+BROWSED_END = b'""]}'
 BLOCK = bytes(1 << 20)
 
 
@@ -8178,7 +8180,7 @@ def browsed_responses():
     """What an app answers a browser, with a head and a body that never repeat."""
     for numbers in bench_numbers():
         tags = '"a tag", ' * (numbers["number"] % 37)
-        body = '{"id": %(number)d, "name": "item %(mixed)08x", "tags": [' % numbers + tags + '""]}'
+        body = '{"id": %(number)d, "name": "item %(mixed)08x", "tags": [' % numbers + tags + BROWSED_END.decode()
         minutes, second = divmod(numbers["number"], 60)
         numbers.update(length=len(body), second=second, minute=minutes % 60, hour=minutes // 60 % 24)
         yield (BROWSER_RESPONSE % numbers + body).encode()
@@ -8233,13 +8235,10 @@ class BenchUpstream(asyncio.Protocol):
             self.transport.write(BLOCK[:count])
 
 
-def bench_upstream():
-    """Serve until the standard input ends; the port is printed first."""
+def bench_upstream(listener):
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    server = loop.run_until_complete(loop.create_server(BenchUpstream, "127.0.0.1", 0, backlog=1024))
-    print(server.sockets[0].getsockname()[1], flush=True)
-    loop.add_reader(0, loop.stop)
+    loop.run_until_complete(loop.create_server(BenchUpstream, sock=listener, backlog=1024))
     loop.run_forever()
 
 
@@ -8327,10 +8326,10 @@ def pin(pid, core):
             os.sched_setaffinity(pid, {CORES[:2][core]})
 
 
-def bench_load(wires, ask, size, seconds):
+def bench_load(wires, ask, end, seconds):
     """Send `ask()` on all connections, and again on each when its answer is whole: (answers, seconds).
 
-    `size` gives the length of the answer that begins with these bytes, or 0 if it cannot tell yet.
+    No answer contains `end` but at its end.
     """
     begun, answers = time.perf_counter(), 0
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
@@ -8338,25 +8337,15 @@ def bench_load(wires, ask, size, seconds):
             selector.register(stack.enter_context(wire).sock, selectors.EVENT_READ, wire)
             wire.sock.send(ask())
         while time.perf_counter() - begun < seconds:
-            for key, _ in selector.select(1):
-                wire = key.data
+            ready = selector.select(WAIT)
+            assert ready, "no answer, or another one than expected"
+            for wire in [key.data for key, _ in ready]:
                 assert wire.more(), "a connection was closed"
-                if len(wire.buffer) == size(wire.buffer):
+                if wire.buffer.endswith(end):
                     wire.buffer = b""
                     answers += 1
                     wire.sock.send(ask())
         return answers, time.perf_counter() - begun
-
-
-def bench_messages(system, connections, ask, seconds):
-    """Requests on kept-alive connections."""
-
-    def size(data):
-        head, mark, _ = data.partition(b"\r\n\r\n")
-        length = mark and re.search(rb"(?i)\AHTTP/1.1 200 [^\0]*\r\ncontent-length: ([0-9]+)", head)
-        return len(head) + 4 + int(length.group(1)) if mark else 0
-
-    return bench_load([Wire.to(system.port) for _ in range(connections)], ask, size, seconds)
 
 
 def bench_requests(system, connections, seconds):
@@ -8367,7 +8356,8 @@ def bench_requests(system, connections, seconds):
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=seconds + WAIT).stdout.decode()
         assert "Non-2xx" not in output, output
         return int(re.search(r"(\d+) requests in", output).group(1)), int(seconds)
-    return bench_messages(system, connections, lambda: system.request("GET", "/200"), seconds)
+    wires = [Wire.to(system.port) for _ in range(connections)]
+    return bench_load(wires, lambda: system.request("GET", "/200"), bytes(200), seconds)
 
 
 def bench_browser(system, seconds):
@@ -8377,7 +8367,7 @@ def bench_browser(system, seconds):
     def ask():
         return (BROWSER_REQUEST % dict(next(numbers), prefix=system.prefix, port=system.port)).encode()
 
-    return bench_messages(system, 64, ask, seconds)
+    return bench_load([Wire.to(system.port) for _ in range(64)], ask, BROWSED_END, seconds)
 
 
 def bench_new_connections(system, seconds):
@@ -8394,8 +8384,7 @@ def bench_new_connections(system, seconds):
 def bench_websockets(system, seconds):
     """Messages of 32 bytes there and back."""
     message = bytes([0x82, 0x80 | 26]) + bytes(4 + 26)
-    wires = [system.open(None) for _ in range(64)]
-    return bench_load(wires, lambda: message, lambda data: len(message), seconds)
+    return bench_load([system.open(None) for _ in range(64)], lambda: message, message, seconds)
 
 
 def bench_body(system, megabytes, is_upload):
@@ -8460,17 +8449,21 @@ def bench(names, seconds, repeats):
                     cost = re.sub(": [a-z]+/s", ": CPU us each", row.replace("MB/s", "CPU ms per GB"))
                     note(cost, system.name, (system.cpu() - before) / count * 1e6)
 
-    command = [sys.executable, str(HERE / "test_port_proxy.py"), "bench-upstream"]
-    with tempfile.TemporaryDirectory() as scratch:
-        with spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-            os.chmod(scratch, 0o755)
-            upstream = int(line_of(server))
-            pin(server.pid, 0)
-            pin(0, 0)
+    with tempfile.TemporaryDirectory() as scratch, socket.socket() as listener:
+        os.chmod(scratch, 0o755)
+        listener.bind(("127.0.0.1", 0))
+        upstream = multiprocessing.get_context("fork").Process(target=bench_upstream, args=(listener,))
+        upstream.start()
+        pin(upstream.pid, 0)
+        pin(0, 0)
+        try:
             for _ in range(repeats):
                 with contextlib.ExitStack() as stack:
-                    each = (BenchSystem(name, upstream, scratch) for name in names)
+                    each = (BenchSystem(name, listener.getsockname()[1], scratch) for name in names)
                     measure_all([stack.enter_context(contextlib.closing(system)) for system in each])
+        finally:
+            upstream.terminate()
+            upstream.join()
     bench_report(results, names)
 
 
@@ -8493,20 +8486,17 @@ def bench_cell(values):
     return "%s (%s-%s)" % (values[len(values) // 2], values[0], values[-1]) if values else ""
 
 
-def bench_main(arguments=None):
+def bench_main():
     """The command line of this file."""
     parser = argparse.ArgumentParser(description="Tests are run by pytest; this compares port_proxy with nginx.")
-    parser.add_argument("command", choices=["bench", "bench-upstream"])
+    parser.add_argument("command", choices=["bench"])
     parser.add_argument("--seconds", type=float, default=2, help="length of one measurement (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="how often each is measured (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.command == "bench-upstream":
-        bench_upstream()
-    else:
-        load = "wrk" if shutil.which("wrk") else "its own load, which is what limits the fastest"
-        parts = (sys.version.split()[0], platform.platform(), len(CORES) or os.cpu_count(), load)
-        print("CPython %s, %s, %d processors, %s" % parts, flush=True)
-        bench(["direct", "port_proxy"] + ["nginx"] * bool(shutil.which("nginx")), options.seconds, options.repeats)
+    options = parser.parse_args()
+    load = "wrk" if shutil.which("wrk") else "its own load, which is what limits the fastest"
+    parts = (sys.version.split()[0], platform.platform(), len(CORES) or os.cpu_count(), load)
+    print("CPython %s, %s, %d processors, %s" % parts, flush=True)
+    bench(["direct", "port_proxy"] + ["nginx"] * bool(shutil.which("nginx")), options.seconds, options.repeats)
 
 
 if __name__ == "__main__":
