@@ -2865,7 +2865,7 @@ class TestHostForm:
 
     def test_no_name_is_a_port_under_a_hub(self, start, app):
         """The host of an app gets the same answer as any other."""
-        hub = port_proxy.hub_in(HUB_ENVIRONMENT)
+        hub = port_proxy.hub_in(hub_environment())
         proxy = start(hub=hub, base=hub.prefix + "/proxy", domains=["apps.example.org"])
         host = "%d.apps.example.org" % app.port
         at_app, elsewhere = [proxy.ask(at(name, "GET", "/")) for name in (host, "hub.example.org")]
@@ -4074,7 +4074,7 @@ class TestHub:
 
         def options(**of_hub):
             api_url = "http://127.0.0.1:%d/hub/api" % hub.app.port
-            described = port_proxy.hub_in(HUB_ENVIRONMENT)._replace(api_url=api_url, home="", activity_url="")
+            described = port_proxy.hub_in(hub_environment())._replace(api_url=api_url, home="", activity_url="")
             return {
                 "base": BASE[:-1], "hub": described._replace(**of_hub), "token": "", "allow_hostnames": (),
                 "trusted_proxies": ["127.0.0.1"], "shutdown_timeout": 0.3,
@@ -6535,26 +6535,30 @@ class TestCommandLine:
             assert ask_port(port, "/proxy/%d/" % app.port)[2] == b"ok"
 
 
-HUB_ENVIRONMENT = {
-    "JUPYTERHUB_SERVICE_URL": "http://127.0.0.1:%d/jh/user/al@ice.x%%2By/",
-    "JUPYTERHUB_SERVICE_PREFIX": "/jh/user/al@ice.x%2By/",
-    "JUPYTERHUB_API_URL": "http://127.0.0.1:1/jh/hub/api",
-    "JUPYTERHUB_API_TOKEN": "server-token",
-    "JUPYTERHUB_CLIENT_ID": "jupyterhub-user-al%40ice.x%2By",
-    "JUPYTERHUB_OAUTH_CALLBACK_URL": "/jh/user/al@ice.x%2By/oauth_callback",
-    "JUPYTERHUB_OAUTH_ACCESS_SCOPES": '["access:servers!server=al@ice.x+y/", "access:servers!user=al@ice.x+y"]',
-    "JUPYTERHUB_BASE_URL": "/jh/",
-    "JUPYTERHUB_HOST": "",
-    "JUPYTERHUB_USER": "al@ice.x+y",
-    "JUPYTERHUB_SERVER_NAME": "",
-    "JUPYTERHUB_DEFAULT_URL": "/proxy/8080",
-    "JUPYTERHUB_ACTIVITY_URL": "http://127.0.0.1:1/jh/hub/api/users/al@ice.x%2By/activity",
-}
+def hub_environment(port=1, **changes):
+    """What a Hub sets for a server that is to listen on this port, with these changes."""
+    names = {
+        "SERVICE_URL": "http://127.0.0.1:%d/jh/user/al@ice.x%%2By/" % port,
+        "SERVICE_PREFIX": "/jh/user/al@ice.x%2By/",
+        "API_URL": "http://127.0.0.1:1/jh/hub/api",
+        "API_TOKEN": "server-token",
+        "CLIENT_ID": "jupyterhub-user-al%40ice.x%2By",
+        "OAUTH_CALLBACK_URL": "/jh/user/al@ice.x%2By/oauth_callback",
+        "OAUTH_ACCESS_SCOPES": '["access:servers!server=al@ice.x+y/", "access:servers!user=al@ice.x+y"]',
+        "BASE_URL": "/jh/",
+        "HOST": "",
+        "USER": "al@ice.x+y",
+        "SERVER_NAME": "",
+        "DEFAULT_URL": "/proxy/8080",
+        "ACTIVITY_URL": "http://127.0.0.1:1/jh/hub/api/users/al@ice.x%2By/activity",
+    }
+    names.update(changes)
+    return {"JUPYTERHUB_" + name: value for name, value in names.items()}
 
 
 class TestUnderAHub:
     def test_environment_describes_the_hub(self):
-        hub = port_proxy.hub_in(HUB_ENVIRONMENT)
+        hub = port_proxy.hub_in(hub_environment())
         assert (hub.prefix, hub.user, hub.server_name) == (PREFIX, "al@ice.x+y", "")
         assert (hub.home, hub.callback_url) == (PREFIX + "/proxy/8080", PREFIX + "/oauth_callback")
         assert hub.authorize_url == "/jh/hub/api/oauth2/authorize"
@@ -6576,27 +6580,21 @@ class TestUnderAHub:
         ("COOKIE_OPTIONS", '{"max_age": 0, "domain": null}', "cookie_options", ()),
     ])  # fmt: skip
     def test_variable_sets_its_field(self, name, text, field, value):
-        hub = port_proxy.hub_in(dict(HUB_ENVIRONMENT, **{"JUPYTERHUB_" + name: text}))
-        assert getattr(hub, field) == value
+        assert getattr(port_proxy.hub_in(hub_environment(**{name: text})), field) == value
 
     def test_scopes_of_an_older_hub_are_read(self):
-        change = {"JUPYTERHUB_OAUTH_ACCESS_SCOPES": "", "JUPYTERHUB_OAUTH_SCOPES": '["a"]'}
-        assert port_proxy.hub_in(dict(HUB_ENVIRONMENT, **change)).access_scopes == {"a"}
-
-    def variables(self, port, **changes):
-        """The environment of a server of a Hub, with these changes."""
-        variables = dict(HUB_ENVIRONMENT, JUPYTERHUB_SERVICE_URL=HUB_ENVIRONMENT["JUPYTERHUB_SERVICE_URL"] % port)
-        return dict(variables, **{"JUPYTERHUB_" + name: value for name, value in changes.items()})
+        environment = hub_environment(OAUTH_ACCESS_SCOPES="", OAUTH_SCOPES='["a"]')
+        assert port_proxy.hub_in(environment).access_scopes == {"a"}
 
     @pytest.fixture
-    def environment(self, monkeypatch):
-        """Set those variables in this process."""
+    def run(self, monkeypatch, capsys):
+        """Run the program with options in such an environment, in this process: (exit status, stdout, stderr)."""
 
-        def set_variables(port, **changes):
-            for name, value in self.variables(port, **changes).items():
-                monkeypatch.setenv(name, value)
+        def run(*options, **how):
+            monkeypatch.setattr(os, "environ", dict(os.environ, **hub_environment(**how)))
+            return run_main(capsys, *options)
 
-        return set_variables
+        return run
 
     @pytest.mark.parametrize("changes, options, message", [
         ({}, "--no-token", "remove --no-token"), ({}, "--token", "remove --token"), ({}, "--certfile x", "--certfile"),
@@ -6609,9 +6607,8 @@ class TestUnderAHub:
         ({name: ""}, "", "JUPYTERHUB_%s is not set" % name)
         for name in ("OAUTH_ACCESS_SCOPES", "SERVICE_PREFIX", "API_URL", "API_TOKEN", "CLIENT_ID")
     ], ids=case_id)  # fmt: skip
-    def test_mistake_is_reported_without_the_secret(self, environment, capsys, changes, options, message):
-        environment(1, **changes)
-        status, output, errors = run_main(capsys, *options.split())
+    def test_mistake_is_reported_without_the_secret(self, run, changes, options, message):
+        status, output, errors = run(*options.split(), **changes)
         assert (status, output) == (2, "")
         assert message in errors.strip().split("\n")[-1]
         assert "server-token" not in errors
@@ -6619,35 +6616,30 @@ class TestUnderAHub:
     @pytest.mark.parametrize("host, shown, address", [
         ("", "0.0.0.0", "127.0.0.2"), ("127.0.0.1", "127.0.0.1", "127.0.0.1"), ("[::1]", "::1", "::1"),
     ])  # fmt: skip
-    def test_program_listens_at_the_address_of_the_service(self, environment, capsys, host, shown, address):
+    def test_program_listens_at_the_address_of_the_service(self, run, host, shown, address):
         """A URL without a host means every address. A terminal in the server has the same environment, and needs a
         port of its own."""
         with occupied(address) as port:
-            environment(port, SERVICE_URL="http://%s:%d/" % (host, port))
-            status, _, errors = run_main(capsys)
-        assert status == 2
-        assert "port %d of %s is in use" % (port, shown) in errors
-        assert "--port 0" in errors
+            status, _, errors = run(SERVICE_URL="http://%s:%d/" % (host, port))
+        assert (status, "port %d of %s is in use" % (port, shown) in errors, "--port 0" in errors) == (2, True, True)
 
-    def test_service_without_a_port_has_the_default_one(self, environment, capsys):
-        environment(1, SERVICE_URL="https://127.0.0.1/")
+    def test_service_without_a_port_has_the_default_one(self, run):
         with socket.socket() as sock:
             with contextlib.suppress(OSError):  # in use, or needs privileges: the program fails as well
                 sock.bind(("127.0.0.1", 443))
                 sock.listen(1)
-            status, _, errors = run_main(capsys)
+            status, _, errors = run(SERVICE_URL="https://127.0.0.1/")
         assert (status, "port 443 of 127.0.0.1" in errors) == (2, True)
 
-    def test_program_with_a_port_of_its_own_is_not_the_hubs(self, environment):
-        environment(1)
+    def test_program_with_a_port_of_its_own_is_not_the_hubs(self, monkeypatch):
+        monkeypatch.setattr(os, "environ", dict(os.environ, **hub_environment()))
         assert "open http://localhost:" in banner_of()[0]
 
     @contextlib.contextmanager
     def running(self, *options, **changes):
         """The program as a Hub starts it: (port, the line that it prints)."""
         port = free_port()
-        environment = dict(ENVIRONMENT, **self.variables(port, **changes))
-        with program(*options, place=(), env=environment) as (_, banner, _):
+        with program(*options, place=(), env=dict(ENVIRONMENT, **hub_environment(port, **changes))) as (_, banner, _):
             yield port, banner
 
     def test_pages_are_sent_to_the_hub(self):
@@ -7586,10 +7578,7 @@ class TestJupyterExtension:
     def test_connection_of_an_ended_hub_session_is_closed(self, sessions, is_closed):
         """Jupyter is asked with a new handler each time.  While the Hub does not answer, the connection stays."""
         gate, answers, connection = self.gate(self.hub_auth()), list(sessions), Mock()
-
-        class Handler(argparse.Namespace):
-            def __init__(self, application=None, request=None):
-                super().__init__(application=application, request=argparse.Namespace(remote_ip="192.0.2.7"))
+        gate.handler, gate.sessions_can_end = Mock(application=None, request=None), True
 
         async def get_user(handler):
             assert handler is not gate.handler
@@ -7608,7 +7597,7 @@ class TestJupyterExtension:
                 await asyncio.sleep(1)
             await watch.close()
 
-        gate.handler, gate.provider.get_user, gate.sessions_can_end = Handler(), get_user, True
+        gate.provider.get_user = get_user
         with contextlib.closing(Hasty()) as loop:
             connection.deadlines = argparse.Namespace(loop=loop, connections={connection})
             watch = port_proxy.SessionWatch(connection.deadlines)
@@ -7810,13 +7799,13 @@ class TestJupyter:
 
     def test_refusal_names_options_of_jupyter(self, target, visitor):
         advice = "Set c.ServerApp.allow_origin = 'https://xn--e1afmkfd.example' to allow it."
-        for origin, says in (
-            ("https://xn--e1afmkfd.example", advice), ("null", "A program can send it with a Jupyter token."),
+        for method, path, lines, says in (
+            ("POST", target + "/", ("Origin: https://xn--e1afmkfd.example",), advice),
+            ("POST", target + "/", ("Origin: null",), "A program can send it with a Jupyter token."),
+            ("GET", "/nb/proxy/xn--a.b:80/", (), "Set c.PortProxy.host_allowlist = ['xn--a.b'] to allow it."),
         ):  # fmt: skip
-            answer = visitor.ask("POST", target + "/", "Origin: " + origin)
+            answer = visitor.ask(method, path, *lines)
             assert (status_of(answer), answer[2].decode().rstrip().endswith(says)) == (403, True), answer
-        answer = visitor.ask("GET", "/nb/proxy/xn--a.b:80/")
-        assert answer[2].decode().rstrip().endswith("Set c.PortProxy.host_allowlist = ['xn--a.b'] to allow it.")
 
     def test_connection_is_shared_with_jupyter(self, target, visitor, wire):
         """It goes to the proxy and back to Tornado, request by request, with bodies of both framings."""
@@ -7905,13 +7894,13 @@ class TestJupyter:
             visitor.head("PUT", target + "/", "Content-Length: 1000") + b"abc",
             visitor.head("PUT", target + "/", "Transfer-Encoding: chunked") + b"5\r\nab",
         ]  # fmt: skip
-        before, chance = len(list(descriptors.iterdir())), random.Random(7)
-        for number in range(60):
+        before = len(list(descriptors.iterdir()))
+        for at, waits, resets in list(itertools.product(range(6), (True, False), (True, False))) * 3:
             with visitor.wire() as wire:
-                wire.send(heads[number % len(heads)])
-                if number % len(heads) < 4 and chance.random() < 0.5:
+                wire.send(heads[at])
+                if at < 4 and waits:
                     assert wire.more()  # the last two are not answered before they are whole
-                if chance.random() < 0.5 and not visitor.context:
+                if resets and not visitor.context:
                     wire.reset()
         eventually(lambda: len(list(descriptors.iterdir())) <= before + 2)  # idle upstreams close by themselves
         assert visitor.status("GET", target + "/") == 200
