@@ -6669,8 +6669,9 @@ class Page:
                 self.complaints.append(told["params"])
 
     def tell(self, expression):
-        result = self.do("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        return result["result"].get("value")
+        """The value of an expression, in which $ and $$ find elements."""
+        how = {"returnByValue": True, "awaitPromise": True, "includeCommandLineAPI": True}
+        return self.do("Runtime.evaluate", expression=expression, **how)["result"].get("value")
 
     def until(self, expression, limit=WAIT):
         """Wait for what a person would see; while another page is loading, nothing can be asked of it."""
@@ -6690,18 +6691,16 @@ class Page:
 
     def shows(self, text, selector="#app"):
         """Wait until an element, by default the content of `serve_page`, has this text."""
-        self.until("document.querySelector(%s).innerText === %s" % (json.dumps(selector), json.dumps(text)))
+        self.until("$(%s).innerText === %s" % (json.dumps(selector), json.dumps(text)))
 
     def click(self, selector):
-        self.until("!!document.querySelector(%s)" % json.dumps(selector))
-        at = self.tell("""(() => {
-            const one = document.querySelector(%s)
-            one.scrollIntoView({block: 'center'})
-            const box = one.getBoundingClientRect()
-            return [box.x + box.width / 2, box.y + box.height / 2]
-        })()""" % json.dumps(selector))
+        find = "$(%s)" % json.dumps(selector)
+        self.until("!!" + find)
+        self.tell(find + ".scrollIntoView({block: 'center'})")
+        box = self.tell(find + ".getBoundingClientRect().toJSON()")
+        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
         for kind in ("mousePressed", "mouseReleased"):
-            self.do("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
+            self.do("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
 
     def press(self, key):
         code, text = {"Enter": (13, "\r"), "Tab": (9, "")}[key]
@@ -6851,7 +6850,7 @@ class TestInChromium:
         page.open(home + "?token=" + TOKEN)
         page.until("location.href === %s" % json.dumps(home))
         for app in apps:
-            assert page.tell("document.querySelector('#p%d .port').innerText" % app.port) == str(app.port)
+            assert page.tell("$('#p%d .port').innerText" % app.port) == str(app.port)
         for number, selector, address in (
             (0, "#p%d .port", "http://%d.localhost:" + "%d/" % proxy.port),
             (1, "#p%d a[href*=absolute]", home + "absolute/%d/"),
@@ -6860,23 +6859,22 @@ class TestInChromium:
             page.shows("app %d" % number)
             assert page.tell("location.href") == address % apps[number].port
             page.open(home)
-        page.until("document.querySelector('#p%d').innerText.includes('app 0')" % apps[0].port)  # its title, by now
+        page.until("$('#p%d').innerText.includes('app 0')" % apps[0].port)  # its title, by now
         page.click("#filter")
-        clear = "document.querySelector('#filter').value = ''; "
-        clear += "document.querySelector('#filter').dispatchEvent(new Event('input'))"
+        clear = "$('#filter').value = ''; $('#filter').dispatchEvent(new Event('input'))"
         page.type("app 0")
-        page.until("[...document.querySelectorAll('.ports li')].filter(one => !one.hidden).length === 1")
+        page.until("$$('.ports li').filter(one => !one.hidden).length === 1")
         page.tell(clear)
         page.type("base path")  # which every line has, in the name of a link
         page.shows("No port matches.", "#none")
         page.tell(clear)
-        assert page.tell("document.querySelector('#none').hidden")
+        assert page.tell("$('#none').hidden")
         new = upstream(serve_page(b"new"))
-        page.until("!!document.querySelector('#p%d')" % new.port)
-        assert re.match("(New|Gone): port [0-9]+", page.tell("document.querySelector('[role=status]').innerText"))
+        page.until("!!$('#p%d')" % new.port)
+        assert re.match("(New|Gone): port [0-9]+", page.tell("$('[role=status]').innerText"))
         new.close()
-        page.until("document.querySelector('#p%d').className === 'gone'" % new.port)
-        page.until("!document.querySelector('#p%d')" % new.port)
+        page.until("$('#p%d').className === 'gone'" % new.port)
+        page.until("!$('#p%d')" % new.port)
         page.click("input[name=port]")
         page.type("localhost:%d" % apps[2].port)
         page.press("Enter")
@@ -6896,14 +6894,14 @@ class TestInChromium:
         page.tell(fake % result)
         page.shows(text, "[role=status]")
         page.tell("away = false")
-        page.until("document.querySelector('[role=status]').innerText !== '%s'" % text)
+        page.until("$('[role=status]').innerText !== '%s'" % text)
 
     @needs_proc
     def test_ports_page_works_by_keyboard_and_without_script(self, page, proxy, upstream):
         app = upstream(serve_page(b"the app"))
         page.do("Emulation.setScriptExecutionDisabled", value=True)
         page.open("http://localhost:%d/proxy/" % proxy.port)
-        page.tell("document.querySelector('#p%d .port').focus()" % app.port)
+        page.tell("$('#p%d .port').focus()" % app.port)
         page.press("Tab")
         assert page.tell("document.activeElement.getAttribute('aria-label')") == "port %d, Open" % app.port
         page.press("Tab")
@@ -6922,8 +6920,8 @@ class TestInChromium:
         port = listener.getsockname()[1]
         page.do("Emulation.setScriptExecutionDisabled", value=not script)
         page.open(form.format(app=port, proxy=proxy.port))
-        assert page.tell("document.querySelector('h1').innerText") == "Waiting for port %d" % port
-        page.until("!document.querySelector('#help').hidden")
+        assert page.tell("$('h1').innerText") == "Waiting for port %d" % port
+        page.until("!$('#help').hidden")
         assert not script or page.tell("waits.includes(5000)")
         upstream(serve_page(b"here"), listener=listener)
         page.shows("here")
@@ -6937,7 +6935,7 @@ class TestInChromium:
         page.open(url)
         if host:  # where the app's own pages could read what is typed, none is asked for
             page.until("document.body.innerText.includes('Sign in there')")
-            assert not page.tell("document.querySelector('form')")
+            assert not page.tell("$('form')")
             page.click("main a")
             page.until("location.hostname === 'localhost'")
         page.until("document.activeElement.name === 'token'")
@@ -7003,7 +7001,7 @@ class TestInChromium:
             port = int(line_of(process))
             page.open("http://localhost:%d/proxy/%d/" % (open_proxy.port, port))  # its title is then known
             page.open("http://localhost:%d/proxy/" % open_proxy.port)
-            line = page.tell("document.querySelector('#p%d').innerText" % port)
+            line = page.tell("$('#p%d').innerText" % port)
             assert [text for text in (program, title) if text not in line] == []
             for name, path in (
                 ("ports", ""), ("waiting", "%d/" % free_port()), ("sign-in", ""),
@@ -7011,8 +7009,8 @@ class TestInChromium:
             ):
                 port = proxy.port if name == "sign-in" else open_proxy.port
                 page.open("http://localhost:%d/proxy/%s" % (port, path))
-                page.tell("document.querySelectorAll('details').forEach(one => { one.open = true })")
-                assert page.tell("document.querySelector('h1').innerText")
+                page.tell("$$('details').forEach(one => { one.open = true })")
+                assert page.tell("$('h1').innerText")
                 assert page.tell("document.documentElement.lang") == "en"
                 for width, scheme in itertools.product((1000, 360), ("light", "dark")):
                     page.look(width, scheme, "%s-%s-%d" % (name, scheme, width))
@@ -7415,24 +7413,6 @@ class TestJupyterHub:
         assert not re.search("Traceback|SIGKILL", hub.output)
 
 
-LAB_EXTENSION = """
-window._JUPYTERLAB = window._JUPYTERLAB || {};
-let shared;
-window._JUPYTERLAB["port-proxy-test"] = {
-  init: scope => { shared = scope["@jupyterlab/coreutils"]; },
-  get: async () => {
-    const { PageConfig } = (await Object.values(shared)[0].get())();
-    const activate = () => {
-      const frame = document.createElement("iframe");
-      frame.src = PageConfig.getBaseUrl() + "proxy/" + PORT + "/";
-      document.body.append(frame);
-    };
-    return () => ({ __esModule: true, default: { id: "port-proxy-test:plugin", autoStart: true, activate } });
-  },
-};
-"""
-
-
 def start_jupyter(folder, config, *options, context=None):
     """A Jupyter server that has the module among its extensions; `context` is what a client of it needs."""
     port = free_port()
@@ -7450,7 +7430,6 @@ def jupyter(request, tmp_path_factory):
     if request.param == "TLS":  # traitlets gives values that are not known yet; what is only read keeps its default
         config = "".join("c.PortProxy.%s\n" % name for name in ("any_owner", "head_timeout", "token"))
         config += "c.PortProxy.host_allowlist.append('a.invalid')\nc.PortProxy.domains.append('b.invalid')\n"
-    config += "c.LabApp.extra_labextensions_path = [%r]\n" % str(folder / "extensions")
     if request.param == "TLS":
         certificate = request.getfixturevalue("certificate")
         options = ["--certfile=%s" % (certificate / "cert.pem"), "--keyfile=%s" % (certificate / "key.pem")]
@@ -7921,18 +7900,14 @@ class TestJupyter:
         assert visitor.status("DELETE", "/nb/api/kernels/" + kernel, BY_TOKEN, no_body=True) == 204
 
     def test_page_in_lab_uses_every_feature(self, jupyter, upstream, profile):
-        """A Lab extension opens PageConfig.getBaseUrl() + "proxy/" + port in a frame."""
+        """In a frame whose address is made of Lab's base URL, as extensions make it."""
         app, page = upstream(serve_app_page(b"one", b"./")), Page(profile)
-        extension = jupyter.log.parent / "extensions" / "port-proxy-test"
-        (extension / "static").mkdir(parents=True, exist_ok=True)
-        (extension / "static" / "remoteEntry.js").write_text(LAB_EXTENSION.replace("PORT", str(app.port)))
-        build = {"load": "static/remoteEntry.js", "extension": "./extension"}
-        about = {"name": "port-proxy-test", "version": "1.0.0", "jupyterlab": {"extension": True, "_build": build}}
-        (extension / "package.json").write_text(json.dumps(about))
         scheme = "https" if jupyter.context else "http"
         page.open("%s://localhost:%d/nb/lab?token=%s" % (scheme, jupyter.port, TOKEN))
-        frame = "document.querySelector('iframe[src*=proxy]')"
-        report = page.until(frame + ".contentDocument.body.dataset.report", limit=2 * WAIT)
+        base = page.until("JSON.parse($('#jupyter-config-data').textContent).baseUrl")
+        frame = "document.createElement('iframe')"
+        page.tell("$('body').append(window.appFrame = %s); appFrame.src = '%sproxy/%d/'" % (frame, base, app.port))
+        report = page.until("appFrame.contentDocument.body.dataset.report", limit=2 * WAIT)
         page.close()
         reported = dict(json.loads(report), cookie="")  # Jupyter's own XSRF cookie
         assert reported == app_report("one", "/nb/proxy/%d/" % app.port)
