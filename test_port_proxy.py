@@ -3471,15 +3471,12 @@ def listing(tmp_path_factory):
     assert not app.failures
 
 
-def page_parts(body, coding="length"):
+def page_parts(body, coding):
     """A response with a page: its head, and its body in the parts that some servers send one by one."""
-    sent = gzip.compress(body) if "gzip" in coding else body
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
-    if "gzip" in coding:
-        head += b"Content-Encoding: gzip\r\n"
-    if "chunked" in coding:
-        return [head + b"Transfer-Encoding: chunked\r\n\r\n", b"%x\r\n" % len(sent), sent, b"\r\n", b"0\r\n\r\n"]
-    return [head + (b"" if coding == "until close" else b"Content-Length: %d\r\n" % len(sent)) + b"\r\n", sent]
+    if coding == "chunked":
+        return [head + b"Transfer-Encoding: chunked\r\n\r\n", b"%x\r\n" % len(body), body, b"\r\n", b"0\r\n\r\n"]
+    return [head + (b"" if coding == "until close" else b"Content-Length: %d\r\n" % len(body)) + b"\r\n", body]
 
 
 class TestPages:
@@ -3673,6 +3670,7 @@ class TestTitles:
         (HTML, b"<html><TITLE class=a> My\n app &amp; more </TITLE>", "My app & more"),
         ("Content-Type: text/html; charset=utf-8\r\n", "<title>\u00e4</title>".encode(), "\u00e4"),
         (HTML + "Content-Encoding: gzip\r\n", gzip.compress(b"<title>a</title>" + bytes(range(256)) * 2000), "a"),
+        (HTML + "Content-Encoding: gzip\r\n", gzip.compress(b"<title>d</title>" + random_bytes(5000))[:2000], "d"),
         (HTML + "Content-Encoding: gzip\r\n", b"no gzip", ""),
         (HTML + "Content-Encoding: identity\r\n", b"<title>c</title>", "c"),
         ("Content-Type: text/plain\r\n", b"<title>a</title>", ""), (HTML, b"<title>never closed", ""),
@@ -3693,7 +3691,7 @@ class TestTitles:
         assert time.process_time() - began < 2
 
     @needs_proc
-    @pytest.mark.parametrize("coding", ["length", "chunked", "gzip", "gzip chunked", "until close"])
+    @pytest.mark.parametrize("coding", ["length", "chunked", "until close"])
     def test_title_of_a_visited_page_is_listed(self, proxy, upstream, coding):
         """It may come at once or in parts; its head is passed on before the body comes."""
 
@@ -4187,14 +4185,6 @@ class TestHub:
             assert place_of(proxy.get(target, AS_OWNER)) == home or BASE
         self.check(proxy, PREFIX + "/", (403,))
 
-    def test_request_that_is_no_page_visit_is_a_403(self, proxy, app, target):
-        for method, lines in (
-            ("POST", PAGE), ("PUT", ()), ("GET", ()), ("GET", ("Accept: text/html", "Sec-Fetch-Mode: cors")),
-            ("GET", PAGE + HANDSHAKE), ("OPTIONS", PAGE), ("PROPFIND", PAGE),
-        ):  # fmt: skip
-            assert status_of(proxy.ask(request(method, target, *lines))) == 403
-        assert app.connections == 0
-
     @pytest.mark.parametrize("token, status", [
         ("owner-token", 200), ("admin-token", 200), ("server-token", 200), ("stranger-token", 403), ("unknown", 403),
     ])  # fmt: skip
@@ -4257,7 +4247,7 @@ class TestHub:
         """The Hub's front proxy sends the requests of several users on one connection."""
         with proxy.wire() as wire:
             asked = ((cookie, 200), (403,), (AS_STRANGER, 403), (cookie, 200), PAGE + (302,), (cookie, 200))
-            for *lines, status in asked + (HANDSHAKE + (403,),):
+            for *lines, status in asked + (PAGE + HANDSHAKE + (403,),):
                 wire.send(request("GET", target, *lines))
                 assert status_of(wire.message()) == status
             wire.send(request("GET", target, cookie) + request("GET", target) + request("GET", target, cookie))
@@ -4719,20 +4709,23 @@ class TestRequests:
             app.happened.set()
             assert wire.message()[2] == b"ok"
 
+    @needs_proc
     def test_client_that_leaves_closes_its_upstream(self, proxy, upstream, records):
-        """On fresh and reused connections, while the app is silent, in the middle of its response, and in a tunnel.
+        """On fresh and reused connections, during an upload, a silence of the app, its response, and in a tunnel.
 
         If it has ended its side, maybe with its request, it is answered two seconds later. A stream has not failed.
         """
         apps, ended, begun = [], [], ok(bytes(10))[:-10] + b"abc"
-        answers = (((), b""), ((), begun), ((), UNTIL_CLOSE_HEAD + b"abc"), (HANDSHAKE, SWITCHING))
-        leaves = (Wire.close, Wire.reset, Wire.end, None)
+        upload = ("Content-Length: 9",), b""
+        answers = (((), b""), ((), begun), ((), UNTIL_CLOSE_HEAD + b"abc"), (HANDSHAKE, SWITCHING), upload)
+        leaves, before = (Wire.close, Wire.reset, Wire.end, None), len(os.listdir("/proc/self/fd"))
         with contextlib.ExitStack() as stack:
             for is_reused, (lines, answer), leave in itertools.product((False, True), answers, leaves):
-                steps = [read_head, OK] * is_reused + [read_head, answer, tell, read_to_the_end]
+                count = 2 * is_reused  # an upload takes no connection that was used once
+                steps = [read_head, OK] * count + [read_head, answer, tell, read_to_the_end]
                 apps.append(upstream(script(*steps, lambda wire, app: app.happened.set())))
                 wire = stack.enter_context(proxy.wire())
-                assert not is_reused or wire.ask(to(apps[-1]))[2] == b"ok"
+                assert [wire.ask(to(apps[-1]))[2] for _ in range(count)] == [b"ok"] * count
                 with contextlib.ExitStack() if leave else proxy.held():
                     wire.send(to(apps[-1], *lines))
                     if not leave:
@@ -4742,16 +4735,18 @@ class TestRequests:
                 if leave:
                     leave(wire)
                 if leave in (Wire.end, None):
-                    ended.append((wire, answer))
+                    ended.append((wire, not lines and not answer))
             for app in apps:
                 assert app.happened.wait(WAIT)
-            for wire, answer in ended:
+            for wire, is_silent in ended:
                 with contextlib.suppress(ConnectionResetError):
                     got = wire.rest()
-                    assert not got.endswith(b"0\r\n\r\n") if answer else b" 504 " in got
-        eventually(lambda: len(records()) == len(apps) * 3 // 2)
+                    assert b" 504 " in got if is_silent else not got.endswith(b"0\r\n\r\n")
+        eventually(lambda: len(records()) == len(apps) * 2)
         outcomes = {(record["status"], "error" in record) for record in records()}
         assert outcomes == {(504, True), (200, False), (101, False), ("gone", False)}
+        assert not proxy.proxy.tunnels
+        eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + len(apps))  # their listeners
 
     def test_client_that_resets_before_its_request_was_sent_on_is_forgotten(self, proxy, upstream):
         app = upstream(read_to_the_end)
@@ -4778,12 +4773,6 @@ class TestRequests:
                     wire.sock.send(bytes(65536))
             wire.reset()
         eventually(lambda: not proxy.open_connections())
-
-    def test_address_of_the_client_is_passed_on(self, proxy, upstream):
-        app = upstream(answering(OK))
-        with Wire(socket.create_connection(("127.0.0.1", proxy.port), WAIT, ("127.0.0.2", 0))) as wire:
-            assert wire.ask(to(app))[2] == b"ok"
-        assert fields_of(app.messages[0])["x-forwarded-for"] == "127.0.0.2"
 
 
 class TestTunnel:
@@ -4980,33 +4969,6 @@ class TestLimits:
             one.close()
             eventually(lambda: status() == 101)
 
-    @needs_proc
-    def test_clients_that_leave_leave_nothing_behind(self, start, upstream):
-        """Whatever they were doing: no descriptor, no connection on either side, no place among the tunnels."""
-
-        def serve(wire, app):
-            with contextlib.suppress(OSError, AssertionError, ValueError):  # the request breaks off
-                serve_sockets(wire, app, CHUNKED_HEAD + chunk(bytes(5000)) * 20 + chunk(b""))
-
-        app, proxy = upstream(serve), start(idle_upstream_timeout=0.2, max_tunnels=20)
-        descriptors, chance = Path("/proc/self/fd"), random.Random(7)
-        before = len(list(descriptors.iterdir()))
-        for _ in range(150):
-            wire = proxy.wire()
-            lines = chance.choice([(), HANDSHAKE, ("Content-Length: 100000",), ("Transfer-Encoding: chunked",)])
-            body = chance.choice([b"", bytes(50000), b"5\r\nabcde\r\n" * 1000])
-            raw = to(app, *lines, method=chance.choice(["GET", "POST"]), body=body)
-            with contextlib.suppress(OSError):
-                wire.send(raw[: chance.randrange(len(raw) + 1)] if chance.random() < 0.5 else raw)
-                wire.sock.settimeout(chance.random() / 40)  # leaves in the middle of any exchange
-                wire.exactly(chance.randrange(30000))
-            chance.choice([wire.close, wire.reset])()
-        eventually(lambda: not proxy.open_connections() and not count_connections(remote_port=app.port))
-        eventually(lambda: len(list(descriptors.iterdir())) <= before)
-        with contextlib.ExitStack() as stack:
-            for _ in range(20):
-                stack.enter_context(proxy.tunnel(app))
-
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
@@ -5038,19 +5000,6 @@ def tls_wire(proxy, certificate):
     return Wire(context.wrap_socket(sock, server_hostname="localhost"))
 
 
-def client_hello(version):
-    """The first record of a TLS client that knows no later version than this one (RFC 5246 section 7.4.1.2)."""
-    ciphers = struct.pack(">8H", 0xC02B, 0xC02F, 0xC009, 0xC00A, 0xC013, 0xC014, 0x002F, 0x0035)
-    groups = struct.pack(">HHHH", 10, 4, 2, 23)
-    formats = struct.pack(">HHBB", 11, 2, 1, 0)
-    algorithms = struct.pack(">HHH4H", 13, 10, 8, 0x0403, 0x0401, 0x0503, 0x0203)
-    extensions = groups + formats + algorithms
-    body = struct.pack(">H32sBH", version, bytes(range(32)), 0, len(ciphers)) + ciphers + b"\x01\x00"
-    body += struct.pack(">H", len(extensions)) + extensions
-    message = b"\x01" + struct.pack(">I", len(body))[1:] + body
-    return struct.pack(">BHH", 22, 0x0301, len(message)) + message
-
-
 NOT_THE_KEY = " does not hold the key (PEM) of the certificate in cert.pem"
 
 
@@ -5077,20 +5026,16 @@ class TestTls:
             wire.end()
             assert wire.rest() == b""
 
-    @pytest.mark.parametrize("sent", [b"", client_hello(0x0303)[:9]], ids=["nothing", "a part"])
+    @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"], ids=["nothing", "a part"])
     def test_slow_handshake_times_out(self, secure, sent):
         with secure(head_timeout=0.3).sent(sent) as wire:
             assert wire.ends()
 
-    def test_versions_before_tls_1_2_are_refused(self, secure):
-        """The server continues the handshake only with a client that knows at least TLS 1.2."""
-        proxy = secure()
-        for version in (0x0300, 0x0301, 0x0302, 0x0303):
-            first = b""
-            with proxy.wire() as wire, contextlib.suppress(ConnectionResetError):
-                wire.send(client_hello(version))
-                first = wire.exactly(1)
-            assert (first == b"\x16") is (version == 0x0303)
+    def test_versions_before_tls_1_2_are_refused(self, certificate):
+        """Not on the wire: some builds of OpenSSL refuse them in any case."""
+        context = port_proxy.server_context(Config(certfile=str(certificate / "both.pem")))
+        old = ssl.OP_NO_SSLv3 | ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        assert context.options & old == old or context.minimum_version == ssl.TLSVersion.TLSv1_2
 
     @pytest.mark.parametrize("options, message", [
         ("--certfile junk", "junk does not hold a usable certificate (PEM): *"),
