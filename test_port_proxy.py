@@ -3479,15 +3479,13 @@ def page_parts(body, coding):
 class TestPages:
     def test_error_is_html_only_for_a_navigation(self, proxy):
         """A page leads on to all ports."""
-        for method, lines, kind in (
-            ("GET", ("Accept: text/html, */*",), "html"), ("GET", VISIT, "html"), ("POST", VISIT, "html"),
-            ("GET", ("Accept: text/html", "Sec-Fetch-Mode: cors"), "plain"), ("GET", ("Accept: */*",), "plain"),
-            ("GET", (), "plain"), ("PUT", ("Accept: text/html",), "plain"),
+        for method, lines, is_page in (
+            ("GET", VISIT, True), ("POST", VISIT, True), ("GET", (), False), ("PUT", VISIT[:1], False),
         ):  # fmt: skip
             response = proxy.ask(request(method, "/nothing", *lines))
-            assert status_of(response) == 404
-            assert fields_of(response)["content-type"] == "text/%s; charset=utf-8" % kind, (method, lines)
-            assert (b'<a href="/proxy/">All ports</a>' in response[2]) is (kind == "html")
+            media_type = "text/%s; charset=utf-8" % ("html" if is_page else "plain")
+            assert (status_of(response), fields_of(response)["content-type"]) == (404, media_type), (method, lines)
+            assert (b'<a href="/proxy/">All ports</a>' in response[2]) is is_page
 
     def test_page_at_the_host_of_an_app_leads_to_all_ports(self, proxy):
         with closed_port() as port:
@@ -3617,10 +3615,7 @@ class TestPages:
     def test_page_visit_gets_a_page_that_waits_if_nothing_listens(self, proxy):
         with closed_port() as port:
             page = proxy.get("/proxy/%d/" % port, *VISIT)
-            for method, lines in (
-                ("GET", ()), ("POST", VISIT + ("Content-Length: 0",)), ("GET", HANDSHAKE),
-                ("GET", ("Accept: text/html", "Sec-Fetch-Mode: cors")),
-            ):  # fmt: skip
+            for method, lines in (("GET", ()), ("POST", VISIT + ("Content-Length: 0",)), ("GET", VISIT + HANDSHAKE)):
                 other = proxy.ask(request(method, "/proxy/%d/" % port, *lines))
                 assert (status_of(other), fields_of(other)["retry-after"], b"<script" in other[2]) == (502, "2", False)
         fields = fields_of(page)
@@ -4498,19 +4493,16 @@ class TestResponses:
                 assert (fields.get("content-length"), "transfer-encoding" in fields) == (length, False)
         assert app.connections == 1
 
-    @pytest.mark.parametrize("answer, text", [
-        (BAD_RESPONSES[0], b"valid HTTP"), (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", b"valid HTTP"),
-        (CHUNKED_HEAD + b"xyz", b"valid HTTP"), (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000, b"valid HTTP"),
-        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n", b"valid HTTP"), (b"220 smtp\r\n", b"valid HTTP"),
-        (b"SSH-2.0-OpenSSH_9\r\n", b"valid HTTP"), (b"\x15\x03\x01\x00\x02\x02\x0a", b"speaks TLS"),
-        (SWITCHING, b"valid HTTP"), (b"HTTP/1.1 200 OK\r\nContent-Le", b"in the middle of its response"),
-        (b"H", b"in the middle of its response"), (b"", b"closed the connection without a response"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 40, b"in the middle of its response"),
-    ], ids=case_id)
+    @pytest.mark.parametrize("text, answer", [(b"is not valid HTTP", answer) for answer in (
+        BAD_RESPONSES[0], b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", CHUNKED_HEAD + b"xyz", b"220 smtp\r\n", SWITCHING,
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70000, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n",
+    )] + [(b"in the middle of its response", answer) for answer in (
+        b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 100 Continue\r\n\r\n" * 40,
+    )] + [(b"closed the connection without a response", b"")], ids=case_id)
     @pytest.mark.parametrize("is_reused", [False, True])
-    def test_invalid_response_is_502(self, proxy, upstream, answer, text, is_reused):
+    def test_invalid_response_is_502(self, proxy, upstream, text, answer, is_reused):
         """At once: if it may still go on, the app waits, or sends it first of all; the client is served again."""
-        last = read_to_the_end if text == b"valid HTTP" else b""
+        last = read_to_the_end if b"not valid" in text else b""
         steps = [read_head, OK, read_head, answer, last] if is_reused else [answer, read_head, last]
         app = upstream(in_turn(script(*steps), script(read_head, answer, last)))
         with proxy.wire() as wire:
@@ -4570,13 +4562,10 @@ class TestResponses:
             while count_connections(remote_port=app.port) and got < size:  # until the proxy has read the response
                 got += len(wire.sock.recv(1 << 14))
             proxy.close()
-
             wire.buffer = b""
-            try:
-                assert head.startswith(b"HTTP/1.1 200")
+            assert head.startswith(b"HTTP/1.1 200")
+            with contextlib.suppress(ConnectionResetError):  # the client can tell that something is missing
                 assert got + len(wire.rest()) == size
-            except ConnectionResetError:
-                pass  # the client can tell that something is missing
 
     def test_interim_responses_are_passed_on(self, proxy, upstream):
         """But not to a client of HTTP/1.0."""
@@ -4590,18 +4579,14 @@ class TestResponses:
         message = proxy.ask(to(app, version="1.0"))
         assert (status_of(message), message[2]) == (200, b"ok")
 
-    def test_response_of_a_lenient_device_is_passed_on_in_canonical_form(self, proxy, upstream):
-        head = b"HTTP/1.1 200 OK\r\nContent-Type : text/plain\r\nTransfer-Encoding\t: chunked\r\n\r\n"
-        with proxy.sent(to(upstream(once(head + b"5   \r\nhello\r\n0  \r\n\r\n")), "Connection: close")) as wire:
+    def test_response_is_passed_on_unchanged_but_in_canonical_form(self, proxy, upstream):
+        """Some devices send spaces that the grammar does not allow."""
+        head = b"HTTP/1.1 299 Sch\xf6n\r\nContent-Encoding : gzip\r\nTransfer-Encoding\t: chunked\r\n\r\n"
+        app = upstream(once(head + b"4   \r\n\x1f\x8b\x08\x00\r\n0  \r\n\r\n"))
+        with proxy.sent(to(app, "Connection: close")) as wire:
             rest = wire.rest()
-        assert b"\r\nContent-Type: text/plain\r\n" in rest
-        assert rest.endswith(b"\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
-
-    def test_status_reason_and_content_pass_unchanged(self, proxy, upstream):
-        head = b"HTTP/1.1 299 Sch\xf6n\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\n"
-        message = proxy.ask(to(upstream(once(head + b"\x1f\x8b\x08"))))
-        assert (message[0], message[2]) == ("HTTP/1.1 299 Sch\xf6n", b"\x1f\x8b\x08")
-        assert fields_of(message)["content-encoding"] == "gzip"
+        assert rest.startswith(b"HTTP/1.1 299 Sch\xf6n\r\nContent-Encoding: gzip\r\n")
+        assert rest.endswith(b"\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n\x1f\x8b\x08\x00\r\n0\r\n\r\n")
 
     def test_busy_download_delays_no_other_request_and_no_deadline(self, start, upstream):
         """A client takes as fast as it can a response that has no end."""
