@@ -6101,7 +6101,8 @@ class TestCheck:
 
 
 ENVIRONMENT = dict(os.environ, SSH_CONNECTION="", PYTHONPATH=str(HERE))
-DEVELOPMENT = (sys.executable,) + ("-X", "dev") * (sys.version_info >= (3, 7)) + ("-m", "port_proxy")
+MODULE = (sys.executable, "-m", "port_proxy")
+DEVELOPMENT = MODULE if sys.version_info < (3, 7) else (sys.executable, "-X", "dev") + MODULE[1:]
 SLOW_STEP = r"(?m)^.* Executing <.*> took [0-9.]+ seconds\n"  # asyncio logs it on a busy machine, with -X dev
 
 
@@ -6178,7 +6179,7 @@ class TestCommandLine:
 
     def test_interrupted_check_does_not_report_success(self, upstream):
         app = upstream(script(read_head, tell, hold))
-        with spawn([sys.executable, PROGRAM, "--check", str(app.port)], stdout=subprocess.PIPE) as process:
+        with spawn(MODULE + ("--check", str(app.port)), stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
             assert app.told.wait(WAIT)
             process.send_signal(signal.SIGINT)
             assert (process.wait(WAIT), process.stdout.read()) == (130, b"")
@@ -6359,7 +6360,7 @@ class TestCommandLine:
     def test_log_has_a_line_per_request_and_per_message(self, app, options):
         """Control characters are escaped: behind a trusted proxy, the client chooses its address."""
         client, options = "\x9b31m\x85a", options + ("--trusted-proxy", "127.0.0.1")
-        with program(*options, command=(sys.executable, PROGRAM)) as (process, _, port), Wire.to(port) as wire:
+        with program(*options, command=MODULE) as (process, _, port), Wire.to(port) as wire:
             assert wire.ask(to(app, "X-Forwarded-For: " + client, path="/a?secret"))[2] == b"ok"
             line = line_of(process, process.stderr)
             assert status_of(wire.ask(b"GARBAGE\r\n\r\n")) == 400  # no request: a message without its parts
@@ -7835,7 +7836,7 @@ class TestBenchmark:
             assert bench_idle(system, 150, path) < bound
 
     def test_benchmark_runs_without_pytest(self):
-        """The environment has no PATH, so nginx and wrk take no part."""
+        """The environment has no PATH, so nginx takes no part."""
         if not hasattr(os, "fork"):
             pytest.skip("the benchmark forks")
         run = "import runpy, sys; sys.modules['pytest'] = None; runpy.run_path(%r, None, '__main__')"
@@ -8065,15 +8066,9 @@ def bench_load(wires, ask, end, seconds):
 
 
 def bench_requests(system, connections, seconds):
-    """GETs for 200 bytes on kept-alive connections: (answers, seconds); by wrk if it is installed."""
-    if shutil.which("wrk") and seconds >= 1:
-        url = "http://localhost:%d%s/200" % (system.port, system.prefix)
-        command = ["wrk", "-t1", "-c%d" % connections, "-d%ds" % seconds, url]
-        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=seconds + WAIT).stdout.decode()
-        assert "Non-2xx" not in output, output
-        return int(re.search(r"(\d+) requests in", output).group(1)), int(seconds)
-    wires = [Wire.to(system.port) for _ in range(connections)]
-    return bench_load(wires, lambda: system.request("GET", "/200"), bytes(200), seconds)
+    """GETs for 200 bytes on kept-alive connections: (answers, seconds)."""
+    ask = system.request("GET", "/200")
+    return bench_load([Wire.to(system.port) for _ in range(connections)], lambda: ask, bytes(200), seconds)
 
 
 def bench_browser(system, seconds):
@@ -8209,9 +8204,8 @@ def bench_main():
     parser.add_argument("--seconds", type=float, default=2, help="length of one measurement (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="how often each is measured (default: %(default)s)")
     options = parser.parse_args()
-    load = "wrk" if shutil.which("wrk") else "its own load, which is what limits the fastest"
-    parts = (sys.version.split()[0], platform.platform(), len(CORES) or os.cpu_count(), load)
-    print("CPython %s, %s, %d processors, %s" % parts, flush=True)
+    parts = (sys.version.split()[0], platform.platform(), len(CORES) or os.cpu_count())
+    print("CPython %s, %s, %d processors" % parts, flush=True)
     bench(["direct", "port_proxy"] + ["nginx"] * bool(shutil.which("nginx")), options.seconds, options.repeats)
 
 
