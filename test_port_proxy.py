@@ -3150,6 +3150,13 @@ class TestTrustedProxies:
 JSON = "Accept: application/json"
 
 
+def assert_says(response, status, *texts):
+    """The response has this status, and its body all these texts."""
+    assert status_of(response) == status
+    for text in texts:
+        assert text in response[2]
+
+
 def ports_in(response):
     """The ports in a JSON response at the base, by number."""
     assert (status_of(response), fields_of(response)["content-type"]) == (200, "application/json; charset=utf-8")
@@ -3242,9 +3249,8 @@ class TestPortOwner:
             assert [status_of(proxy.get(form % port)) for port in allowed] == [200, 200]
             assert status_of(open_proxy.get(form % other)) == 200
             for lines in ((), HANDSHAKE):
-                response = proxy.get(form % other, *lines)
-                assert (status_of(response), b"--any-owner" in response[2]) == (403, True)
-                assert b"belongs to another user, number %d" % OTHER_USER in response[2]
+                text = b"belongs to another user, number %d" % OTHER_USER
+                assert_says(proxy.get(form % other, *lines), 403, text, b"--any-owner")
 
     def test_proxy_of_an_ordinary_user_reaches_ports_of_the_same_user(self, app_of, source):
         before = OWNERS_HIDDEN if source == "table" else ""
@@ -3450,7 +3456,7 @@ class TestPages:
     def test_page_at_the_host_of_an_app_leads_to_all_ports(self, proxy):
         with closed_port() as port:
             page = proxy.ask(at("%d.localhost:8888" % port, "GET", "/a", *VISIT))
-        assert (status_of(page), b'<a href="http://localhost:8888/proxy/">All ports' in page[2]) == (502, True)
+        assert_says(page, 502, b'<a href="http://localhost:8888/proxy/">All ports')
 
     @pytest.mark.parametrize("target, path", [
         ("/5000/", "/proxy/5000/"), ("/5000", "/proxy/5000/"), ("/5000/a?b", "/proxy/5000/"),
@@ -3474,10 +3480,9 @@ class TestPages:
 
         page = start(authorize=refuse).get("/proxy/80/", *VISIT)
         fields, policy = fields_of(page), fields_of(page)["content-security-policy"]
-        assert status_of(page) == 502
+        option = b'<code class="option">--any-owner</code>'
+        assert_says(page, 502, b"&lt;script&gt;alert(1)&lt;/script&gt;&amp;.", option)
         assert b"<script" not in page[2]
-        assert b"&lt;script&gt;alert(1)&lt;/script&gt;&amp;." in page[2]
-        assert b'<code class="option">--any-owner</code>' in page[2]
         assert (fields["content-type"], fields["x-content-type-options"]) == ("text/html; charset=utf-8", "nosniff")
         assert "default-src 'none'" in policy
         assert "script-src 'none'" in policy
@@ -3600,9 +3605,8 @@ class TestPages:
             text = re.sub(b"<[^>]*>", b"", response[2])
             assert b"speaks TLS. Start the proxy with --upstream-tls %d" % port in text
             assert b"If it speaks TLS" not in text
-        response = proxy.get("/proxy/%d/" % curt)
         text = b"without a response. If it speaks TLS, start the proxy with --upstream-tls %d." % curt
-        assert (status_of(response), text in response[2]) == (502, True)
+        assert_says(proxy.get("/proxy/%d/" % curt), 502, text)
         closing = upstream(lambda wire, app: wire.more()).port
         page = proxy.get("/proxy/%d/" % closing, *VISIT)[2]
         assert b"closed the connection without a response. Its log may say why." in page
@@ -3767,9 +3771,9 @@ class TestUpstream:
                 wire.send(other.rest())
 
         app = upstream(forward)
-        answer = proxy.ask(to(app, form="/proxy/absolute/%d"))
-        assert (status_of(answer), app.connections) == (508, 1)
-        assert b"port %d of this machine leads back to this proxy" % app.port in answer[2]
+        text = b"port %d of this machine leads back to this proxy" % app.port
+        assert_says(proxy.ask(to(app, form="/proxy/absolute/%d")), 508, text)
+        assert app.connections == 1
 
     def test_only_a_get_takes_a_connection_that_has_idled_for_a_second(self, start, upstream):
         proxy = start(idle_upstream_timeout=10 * WAIT, keep_alive_timeout=1.2)
@@ -3828,9 +3832,7 @@ class TestUpstream:
     def test_host_that_cannot_be_found_is_a_502(self, start):
         proxy = start(host_allowlist=["*"])
         for host in ("a..b", "a" * 64, "nowhere.invalid"):
-            answer = proxy.get("/proxy/%s:80/" % host)
-            assert status_of(answer) == 502
-            assert b"The host %s could not be found" % host.encode() in answer[2]
+            assert_says(proxy.get("/proxy/%s:80/" % host), 502, b"The host %s could not be found" % host.encode())
 
     def test_connection_that_is_not_accepted_in_time_is_a_504(self, start):
         """A listener whose backlog is full lets the kernel drop further connections."""
@@ -3843,8 +3845,7 @@ class TestUpstream:
                 filler.setblocking(False)
                 filler.connect_ex(full.getsockname())
             answer = start(connect_timeout=0.3).get("/proxy/127.0.0.1:%d/" % full.getsockname()[1])
-        assert status_of(answer) == 504
-        assert b"was not accepted within 0.3 seconds" in answer[2]
+        assert_says(answer, 504, b"was not accepted within 0.3 seconds")
 
     def test_upstream_that_resets_at_once_is_a_502(self, proxy, upstream):
         """It may be gone before the proxy asks for its address; one of the rounds is likely to show that."""
@@ -3885,8 +3886,7 @@ class TestUpstream:
         In a network of its own, which has no other port to give, that always happens.
         """
         with proxy_elsewhere(before=ONLY_PORT_40000, command=unshared("-n")) as (_, port):
-            answer = ask_port(port, "/proxy/40000/")
-        assert (status_of(answer), b"Nothing listens on port 40000" in answer[2]) == (502, True)
+            assert_says(ask_port(port, "/proxy/40000/"), 502, b"Nothing listens on port 40000")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4058,8 +4058,7 @@ class TestHub:
         pairs = session.split(";")[0], "jupyterhub-session-id=x", "__Host-jupyterhub-user=y"
         self.check(proxy, target, ("Cookie: a=b; %s; %s; %s; c=d" % pairs, 200))
         assert fields_of(app.messages[-1])["cookie"] == "a=b; c=d"
-        again = self.come_back(proxy, hub, asked)
-        assert (status_of(again), b"This sign-in was used or has expired" in again[2]) == (403, True)
+        assert_says(self.come_back(proxy, hub, asked), 403, b"This sign-in was used or has expired")
 
     @pytest.mark.parametrize("shown", [
         "", "{name}=wrong", "{name}=", "other={value}", "{name}=\xe9.{value}", "{name}={signature}", "{name}=.{login}",
@@ -4071,8 +4070,7 @@ class TestHub:
         name, value = cookie[len("Cookie: ") :].split("=", 1)
         signature, login = value.split(".", 1)
         shown = shown.format(name=name, value=value, signature=signature, login=login, other=others.split("=", 1)[1])
-        answer = self.come_back(proxy, hub, asked, "Cookie: " + shown)
-        assert (status_of(answer), b"began in another browser" in answer[2]) == (403, True)
+        assert_says(self.come_back(proxy, hub, asked, "Cookie: " + shown), 403, b"began in another browser")
         assert hub.questions("/hub/api/oauth2/token") == []
         assert place_of(self.come_back(proxy, hub, asked, cookie)) == BASE
 
@@ -4097,8 +4095,7 @@ class TestHub:
     def test_login_that_fails_is_a_403_with_the_reason(self, proxy, query, says):
         asked, cookie = self.sent_to_hub(proxy)
         answer = proxy.get("%s/oauth_callback?%s" % (PREFIX, query.replace("%s", asked["state"])), cookie, *PAGE)
-        assert (status_of(answer), says in answer[2]) == (403, True)
-        assert PREFIX.encode() + b"/ again" in answer[2]
+        assert_says(answer, 403, says, PREFIX.encode() + b"/ again")
 
     @pytest.mark.parametrize("target, leads_to", [
         (BASE + "80", BASE + "80"), ("/jh/user/al%40ice.x+y/proxy/80/?a", BASE + "80/?a"),
@@ -4469,9 +4466,7 @@ class TestResponses:
             wire.send(to(app))
             for _ in range(answer.count(b" 100 ")):
                 assert status_of(wire.message(no_body=True)) == 100
-            message = wire.message()
-            assert (status_of(message), text in message[2]) == (502, True)
-            assert b"port %d of this machine" % app.port in message[2]
+            assert_says(wire.message(), 502, text, b"port %d of this machine" % app.port)
             assert app.connections == 1 + (is_reused and not answer)  # a GET is sent again on a stale connection alone
             assert status_of(wire.ask(request("GET", "/proxy/"))) == 200
 
@@ -4661,9 +4656,9 @@ class TestRequests:
         leaves, before = (Wire.close, Wire.reset, Wire.end, None), len(os.listdir("/proc/self/fd"))
         with contextlib.ExitStack() as stack:
             for is_reused, (lines, answer), leave in itertools.product((False, True), answers, leaves):
-                count = 2 * is_reused  # an upload takes no connection that was used once
-                steps = [read_head, OK] * count + [read_head, answer, tell, read_to_the_end]
-                apps.append(upstream(script(*steps, lambda wire, app: app.happened.set())))
+                count = 2 * is_reused  # an upload takes no connection that was used once, or idles for a second
+                last = (read_head, answer, tell, read_to_the_end, lambda wire, app: app.happened.set())
+                apps.append(upstream(in_turn(script(*(read_head, OK) * count + last), script(*last))))
                 wire = stack.enter_context(proxy.wire())
                 assert [wire.ask(to(apps[-1]))[2] for _ in range(count)] == [b"ok"] * count
                 with contextlib.ExitStack() if leave else proxy.held():
@@ -4961,8 +4956,7 @@ class TestTls:
         assert fields_of(app.messages[0])["x-forwarded-proto"] == "https"
         assert fields_of(app.messages[1])["origin"] == "http://localhost:%d" % app.port
         with proxy.sent(request("GET", "/proxy/")) as wire:
-            answer = wire.message()
-            assert (status_of(answer), b"This port speaks HTTPS." in answer[2]) == (400, True)
+            assert_says(wire.message(), 400, b"This port speaks HTTPS.")
             wire.end()
             assert wire.rest() == b""
 
@@ -5086,8 +5080,8 @@ class TestTls:
 
     def test_upstream_that_speaks_no_tls_is_a_502(self, start, upstream):
         app = upstream(lambda wire, app: (wire.more(), wire.send(OK)))
-        answer = start(upstream_tls=[str(app.port)], insecure_upstream=True).ask(to(app))
-        assert (status_of(answer), b"Does it speak TLS?" in answer[2]) == (502, True)
+        proxy = start(upstream_tls=[str(app.port)], insecure_upstream=True)
+        assert_says(proxy.ask(to(app)), 502, b"Does it speak TLS?")
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no Unix sockets")
