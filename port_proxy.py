@@ -3202,13 +3202,15 @@ class Upstreams:
         replayable request can then be sent again.  Other requests get only connections that were
         used within the last second, to upstreams that are known to keep connections open.
         """
-        idle = list(self._idle.get(route.authority, {}).items())
+        idle = self._idle.get(route.authority, {})
         if idle and not is_replayable and route.authority not in self._persistent:
-            connection, since = idle[0]  # still open after a second, it shows this
+            connection, since = next(iter(idle.items()))  # still open after a second: shows this
             if now() - since < _PERSISTENT_SECONDS or not connection.is_fresh():
                 return None
             self._persistent[route.authority] = None
-        for connection, since in reversed(idle):
+        while idle:
+            connection, since = idle.popitem()  # the latest
+            idle[connection] = since
             if not is_replayable and now() - since >= _PERSISTENT_SECONDS:
                 break
             self._remove(route.authority, connection)
