@@ -1326,6 +1326,7 @@ _PENDING_BYTES = 1 << 26  # limit of PendingBytes, for all connections
 _SMALL_READ = 1 << 12  # bytes; of an admitted client, only larger reads are counted on arrival
 _LARGE_HEAD = 1 << 16  # bytes; the rest of a larger read is not counted: it is a body
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
+_CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
 _UNIX = getattr(socket, "AF_UNIX", None)
 
 # The states of a connection.  A connection to an upstream is always ACTIVE.
@@ -1445,7 +1446,7 @@ class Connection(asyncio.StreamReaderProtocol):
     def connection_lost(self, exc: Optional[Exception]) -> None:
         if isinstance(exc, OSError) and not self.ended:
             self._read_remainder()
-        self.deadlines.discard(self)
+        self.deadlines.connections.discard(self)
         self.deadlines.pending.release(self)
         self.end(exc)
         if self.feeder is not None:
@@ -1643,7 +1644,6 @@ class Deadlines:
         self.pending = PendingBytes()
         self.has_activity = False
         self.on_activity = None  # type: Optional[Callable[[], None]]
-        self._empty = None  # type: Optional[asyncio.Future[None]]
         self._timer = loop.call_later(interval, self._tick)
 
     def _tick(self) -> None:
@@ -1658,17 +1658,12 @@ class Deadlines:
             self.on_activity()
         self.has_activity = False
 
-    def discard(self, connection: Any) -> None:
-        self.connections.discard(connection)
-        if not self.connections and self._empty is not None and not self._empty.done():
-            self._empty.set_result(None)
-
     async def close(self, timeout: float) -> None:
         """Wait `timeout` seconds for connections to close, abort the others, stop the timer."""
         for seconds in (timeout, 1.0):  # a second for the aborted ones to end
-            if self.connections:
-                self._empty = self.loop.create_future()
-                await asyncio.wait([self._empty], timeout=seconds)
+            until = now() + seconds
+            while self.connections and now() < until:
+                await asyncio.sleep(_CLOSE_PAUSE)
             for connection in list(self.connections):
                 connection.abort()
         self._timer.cancel()
@@ -4796,7 +4791,7 @@ class TunnelEnd(asyncio.Protocol):
         if self.is_lost:
             return
         self.is_lost = True
-        self.deadlines.discard(self)
+        self.deadlines.connections.discard(self)
         if exc is None:
             self.peer.deadline = now() + self.tunnel.timeout
             self.peer.transport.close()
@@ -5820,7 +5815,7 @@ async def _serve_handler(handler: Any, server: Any, proxy: "PortProxy") -> None:
     if transport.is_reading() or transport.is_closing():
         connection.close()
         return
-    connection.deadlines.discard(connection)
+    connection.deadlines.connections.discard(connection)
     stream.set_close_callback(None)
     server.http_server.handle_stream(stream, address)
 
