@@ -5818,8 +5818,8 @@ def responding(respond):
 def site(pages, is_fussy=False):
     """An app with these pages by path ("*": any other): HTML, where it redirects to, or the bytes of a response.
 
-    In HTML, PORT stands for the app's port, PUBLIC for the host that a browser sees.  No path but that of SWITCHING opens
-    a WebSocket.  A fussy app refuses a foreign Host or Origin.
+    In HTML, PORT stands for the app's port, PUBLIC for the host that a browser sees.  Only the path of SWITCHING opens a
+    WebSocket.  A fussy app refuses a foreign Host or Origin.
     """
 
     def respond(target, fields, app):
@@ -6082,7 +6082,7 @@ def run_main(capsys, *options):
 
 
 def banner_of(*options):
-    """What the program prints when it starts: (stdout, stderr).  The first line stops it, in this process, by a signal."""
+    """What the program prints when it starts: (stdout, stderr).  It runs in this process, and its first line stops it."""
 
     class Output(io.StringIO):
         encoding = None
@@ -7536,8 +7536,8 @@ class TestJupyter:
             visitor.cookies[name, path] = "x"
         referer = "Referer: http://127.0.0.1:%d%s/?token=%s" % (jupyter.port, target, TOKEN)
         for query, *lines in (
-            ("token=%s",), ("token=%s", BY_TOKEN), ("token=%s", "Authorization: bearer " + TOKEN), ("token=%s", referer),
-            ("token=%s", "Authorization: ToKeN\t " + TOKEN),  # Jupyter reads this and what follows as its token
+            ("token=%s",), ("token=%s", BY_TOKEN), ("token=%s", "Authorization: bearer " + TOKEN),
+            ("token=%s", referer), ("token=%s", "Authorization: ToKeN\t " + TOKEN),  # Jupyter reads this and what follows as its token
             ("token=%s%%20",), ("token=+%s",), ("token=%%00%s",), ("token=%s%%0a",),
         ):  # fmt: skip
             visitor.cookies.pop(("app", target + "/"))
@@ -7775,7 +7775,8 @@ class TestBenchmark:
         if not hasattr(os, "fork"):
             pytest.skip("the benchmark forks")
         run = "import runpy, sys; sys.modules['pytest'] = None; runpy.run_path(%r, None, '__main__')"
-        command = [sys.executable, "-c", run % str(HERE / "test_port_proxy.py"), "bench", "--seconds=0.05", "--repeats=1"]
+        command = [sys.executable, "-c", run % str(HERE / "test_port_proxy.py"), "bench"]
+        command += ["--seconds=0.05", "--repeats=1"]
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": dict(os.environ, PATH=""), "cwd": str(HERE)}
         done = subprocess.run(command, timeout=4 * WAIT, **how)
         assert (done.returncode, done.stderr) == (0, b"")
