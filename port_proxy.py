@@ -11,7 +11,7 @@ listens on port 8080 of this machine.  Requires CPython 3.6 or newer, and nothin
     <base>/absolute/<host>:<port>/path?q    <host>:<port> if allowed, the full path
     http://<port>.localhost:8888/path?q     localhost:<port>, /path?q (an origin for each app)
 
-Request flow.  Each client connection has one coroutine.  All requests take the same steps:
+Request flow.  Each busy client connection has one coroutine.  All requests take the same steps:
 
     accept -> read_head -> parse_request -> Gate.authorize -> Upstreams.take or connect
            -> request_for_upstream -> [a second task sends the request body meanwhile]
@@ -2359,9 +2359,9 @@ def cookies_for_unprefixed(
     if route is None or not route.prefix or not (request.is_page_visit or sets_cookies):
         return []
     dest = request.headers.get("sec-fetch-dest")
-    is_opened = request.is_page_visit and dest in ("", "document")  # not in a frame
+    is_top_level = request.is_page_visit and dest in ("", "document")  # not in a frame
     app, last_app = _app_name(route), _last_app(request, gate)
-    if not is_opened and not last_app:
+    if not is_top_level and not last_app:
         return []
     values = (line[11:].strip(" \t") for line in lines if line[:11].lower() == "set-cookie:")
     # Of two attributes Path, browsers use the last.  Cookies with __Host- have Path=/ already.
@@ -2370,7 +2370,7 @@ def cookies_for_unprefixed(
         for value in values
         if value[:7].lower() != "__host-"
     ]
-    if is_opened and response.status < 400 and app != last_app:
+    if is_top_level and response.status < 400 and app != last_app:
         value = "%s.%s" % (app, sign(gate.key, "app", app))
         cookies.append(own_cookie(gate.app_cookie, value, "/", request.client)[1])
     return ["Set-Cookie: " + cookie for cookie in cookies]
@@ -3553,15 +3553,15 @@ class Gate:
     def check_origin(self, request: Request) -> None:
         """Raise ProxyError 403 for a request that a page of another origin caused.
 
-        Following a link is allowed.  Browsers send Sec-Fetch-Site only to HTTPS and localhost.
-        Without it and Origin, as for an image over plain HTTP, the Referer decides.
+        Top-level navigation, as by a link, is allowed.  Browsers send Sec-Fetch-Site only to HTTPS
+        and localhost.  Without it and Origin, as for an image over plain HTTP, the Referer decides.
         """
         headers, allowed = request.headers, self.config.allow_origins
         sites, has_origin = headers.get_all("sec-fetch-site"), "origin" in headers.index
         if not has_origin and sites in (["same-origin"], ["none"]):
             return
         in_frame = any(dest != "document" for dest in headers.get_all("sec-fetch-dest"))
-        is_opened = request.is_page_visit and not in_frame
+        is_top_level = request.is_page_visit and not in_frame
         if has_origin:
             page = headers.get("origin")
             is_own_form = page == "null" and sites == ["same-origin"]  # from a no-referrer page
@@ -3570,9 +3570,9 @@ class Gate:
             page = "/".join(headers.get("referer").split("/")[:3])
             referers = headers.get_all("referer")
             is_ours = all(_own_path(url, request.client.authority) for url in referers)
-            is_foreign = not (sites or is_opened or is_ours)
+            is_foreign = not (sites or is_top_level or is_ours)
         # "same-site" is foreign, too: it includes the hosts of apps, and other ports of this host.
-        is_other_site = not is_opened and not {"same-origin", "none"}.issuperset(sites)
+        is_other_site = not is_top_level and not {"same-origin", "none"}.issuperset(sites)
         if not (is_foreign or is_other_site) or "*" in allowed:
             return
         origin = normal_origin(page) if _PLAIN_ORIGIN.fullmatch(page.lower()) else ""
@@ -3580,7 +3580,7 @@ class Gate:
             return
         site = ", %s," % origin if origin else ""
         text = "A page of another site%s may not use this address (%s)."
-        text %= site, request.client.authority or "a server without a name"
+        text %= site, request.client.authority or "no Host"
         raise ProxyError(403, text, (), self.origin_advice(origin), origin)
 
     def origin_advice(self, origin: str) -> str:
@@ -3632,8 +3632,7 @@ class TokenGate(Gate):
 
     With a token, it admits requests with the token, or with the signed cookie of an earlier
     sign-in.  Without a token, Host must be a name of this machine: this prevents DNS rebinding.
-    Requests that need no token, because of a cookie or because none is set, must not come from
-    foreign pages.
+    Requests admitted without a token must not come from foreign pages.
 
     Browsers do not share cookies between hosts, so each app's host has a session of its own.  A
     browser that is signed in at our host signs in there with a one-time ticket.
@@ -3910,7 +3909,7 @@ def _http_url(url: str) -> str:
 
 def _hub_home(prefix: str, path: str) -> str:
     home = prefix + "/" + quote(path.lstrip("/"), safe="/?#[]@!$&'()*+,;=:%~")
-    return "" if is_base(prefix, home.partition("#")[0]) else home  # else a redirect loop
+    return "" if is_base(prefix, home.partition("#")[0]) else home  # avoids a redirect loop
 
 
 def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
@@ -4047,7 +4046,7 @@ class HubApi:
         response, data = await self.call("POST", url, [_FORM], urlencode(form))
         token = str(data.get("access_token", "")) if response.status == 200 else ""
         if token:
-            self.tokens[token] = True
+            self.tokens[token] = True  # so that its lookup is not limited
         return token
 
     async def call(
@@ -4599,7 +4598,7 @@ class Exchange:
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
-            if self.status:  # a half-closed client or a stalled upload: abort the response
+            if self.status:  # abort: the client has half-closed, or the upstream stopped reading
                 return ClientGone()
             timeout = min(self.config.response_timeout, self._upstream_timeout)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
@@ -5080,7 +5079,7 @@ class PortProxy:
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
-            # asyncio closes a socket that it has taken, 3.6 only at EOF: hence the shutdown.
+            # asyncio closes a socket that it has taken.  Python 3.6 waits for EOF: force it.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             if not is_taken:
@@ -5372,7 +5371,7 @@ def _is_private(sock: socket.socket) -> bool:
 async def _first_byte(
     loop: asyncio.AbstractEventLoop, sock: socket.socket, timeout: float
 ) -> bytes:
-    """The first byte, left unread; b"" at EOF and on Windows.  Raises asyncio.TimeoutError."""
+    """Peek at the first byte; b"" at EOF, on Windows.  Raises OSError or asyncio.TimeoutError."""
     ready = loop.create_future()
 
     def note() -> None:
@@ -5769,7 +5768,7 @@ class JupyterGate(Gate):
 
     def origin_advice(self, origin: str) -> str:
         if not origin or self._allows_any_origin():  # an option would not help
-            return "A program can send it with a Jupyter token."
+            return "A program can send this request with a Jupyter token."
         return super().origin_advice(origin).replace("{value}", "= '%s'" % origin)  # not a list
 
     def response_lines(self) -> Sequence[str]:
@@ -6081,7 +6080,7 @@ async def check_port(upstream: str, config: Config) -> Report:
     deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
     own = []  # type: List[Address]
     with contextlib.suppress(OSError, UnicodeError):  # the proxy cannot listen on this address
-        own = [place[4][:2] for place in _bind_addresses(config)]
+        own = [address[:2] for *_, address in _bind_addresses(config)]
     check = PortCheck(route, Upstreams(config, deadlines, own))
     try:
         await check.run()

@@ -7444,7 +7444,7 @@ class TestJupyterConfiguration:
             assert visitor.status("GET", target + "ws", FOREIGN, *HANDSHAKE, no_body=True) == 101
             assert visitor.status("POST", target, FOREIGN) == 403  # more in TestJupyterExtension
             answer = visitor.ask("POST", target, "Origin: null")  # to allow one more would not help
-            assert answer[2].endswith(b" A program can send it with a Jupyter token.\n")
+            assert answer[2].endswith(b" A program can send this request with a Jupyter token.\n")
 
 
 class TestJupyter:
@@ -7587,7 +7587,7 @@ class TestJupyter:
         advice = "Set c.ServerApp.allow_origin = 'https://xn--e1afmkfd.example' to allow it."
         for method, path, lines, says in (
             ("POST", target + "/", ("Origin: https://xn--e1afmkfd.example",), advice),
-            ("POST", target + "/", ("Origin: null",), "A program can send it with a Jupyter token."),
+            ("POST", target + "/", ("Origin: null",), "A program can send this request with a Jupyter token."),
             ("GET", "/nb/proxy/xn--a.b:80/", (), "Set c.PortProxy.host_allowlist = ['xn--a.b'] to allow it."),
         ):  # fmt: skip
             answer = visitor.ask(method, path, *lines)
