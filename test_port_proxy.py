@@ -5818,8 +5818,8 @@ def responding(respond):
 def site(pages, is_fussy=False):
     """An app with these pages by path ("*": any other): HTML, where it redirects to, or the bytes of a response.
 
-    In HTML, PORT stands for the app's port, PUBLIC for the host that a browser sees.  Only the path of SWITCHING opens a
-    WebSocket.  A fussy app refuses a foreign Host or Origin.
+    In HTML, PORT stands for the app's port, PUBLIC for the host that a browser sees.  Only the path of SWITCHING opens
+    a WebSocket.  A fussy app refuses a foreign Host or Origin.
     """
 
     def respond(target, fields, app):
@@ -6082,7 +6082,7 @@ def run_main(capsys, *options):
 
 
 def banner_of(*options):
-    """What the program prints when it starts: (stdout, stderr).  It runs in this process, and its first line stops it."""
+    """What the program prints when it starts: (stdout, stderr).  It runs in this process until its first line."""
 
     class Output(io.StringIO):
         encoding = None
@@ -7537,7 +7537,8 @@ class TestJupyter:
         referer = "Referer: http://127.0.0.1:%d%s/?token=%s" % (jupyter.port, target, TOKEN)
         for query, *lines in (
             ("token=%s",), ("token=%s", BY_TOKEN), ("token=%s", "Authorization: bearer " + TOKEN),
-            ("token=%s", referer), ("token=%s", "Authorization: ToKeN\t " + TOKEN),  # Jupyter reads this and what follows as its token
+            ("token=%s", referer), ("token=%s", "Authorization: ToKeN\t " + TOKEN),
+            # Jupyter reads these loosely, too.
             ("token=%s%%20",), ("token=+%s",), ("token=%%00%s",), ("token=%s%%0a",),
         ):  # fmt: skip
             visitor.cookies.pop(("app", target + "/"))
