@@ -3981,7 +3981,7 @@ class HubApi:
 
     Anybody can cause lookups of invented tokens.  Tokens that gave access therefore have a cache of
     their own, and only the lookups of others are limited.  tokens: all tokens that the Hub has
-    known, with True if they gave access to this server at the last lookup.
+    known; True if they gave access at the last lookup.
     """
 
     def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
@@ -5924,7 +5924,7 @@ def _jupyter_server_extension_points() -> List[Dict[str, str]]:
 def _load_jupyter_server_extension(server: Any) -> None:
     """Serve `<base>/proxy/` of a Jupyter server; Jupyter calls this for an enabled extension.
 
-    `c.PortProxy` in its configuration may set the fields of `Config`, host_allowlist above all.
+    `c.PortProxy` in its configuration may set the fields of `Config`.
     """
     base = server.base_url.rstrip("/") + "/proxy"
     trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
