@@ -5581,6 +5581,7 @@ class TornadoTransport(asyncio.Transport):
         self._queued = 0  # bytes that Tornado has not sent yet
         self._reading = None  # type: Optional[asyncio.Task[None]]
         self._is_continuous = self._is_closing = self._is_lost = False
+        stream.set_nodelay(True)  # as asyncio does: small writes are not held back
         stream.set_close_callback(self.resume_reading)  # reads the rest, then `connection_lost`
         connection.connection_made(self)
 
