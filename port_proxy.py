@@ -110,7 +110,7 @@ COMMAND_LINE_TERMS = {
     "host_allowlist": "--host-allowlist",
     "insecure_upstream": "--insecure-upstream",
     "upstream_tls": "--upstream-tls",
-    "value": "%s",  # the form of an option's value
+    "value": "%s",  # a %-template for the value
 }
 
 
@@ -259,7 +259,7 @@ class Config(NamedTuple):
 
     max_connections: int = 8192  # of clients; at the limit, an idle one is closed
     max_tunnels: int = 6144  # WebSockets; leaves room for requests
-    max_head_bytes: int = 65536  # cookies of a whole hub fit; Node allows 16 KiB, nginx 32 KiB
+    max_head_bytes: int = 65536  # cookies of many apps fit; Node allows 16 KiB, nginx 32 KiB
     max_target_bytes: int = 16384  # OAuth and notebook URLs fit; nginx and Apache allow 8 KiB
     max_fields: int = 200  # Apache allows 100
     max_chunk_line_bytes: int = 4096  # a size of 15 digits, and any sensible extension
@@ -280,7 +280,7 @@ class Kind(NamedTuple):
     """The type of an option's values."""
 
     words: str  # for error messages
-    types: Tuple[type, ...]  # the last one of a number parses its text
+    types: Tuple[type, ...]  # for numbers, the last type parses the flag's value
 
 
 _STRING = Kind("a string", (str,))
@@ -378,7 +378,7 @@ OPTIONS = {
 
 
 def check_values(config: Config) -> None:
-    """Raise ValueError for a value of the wrong type, a number out of range, or a missing option.
+    """Raise ValueError for a wrong type, a number out of range, a bad token or a missing option.
 
     The message does not contain a value of the wrong type, which may be a secret.
     """
@@ -465,8 +465,8 @@ def find_route(
     """The route, the raw path and the raw query of a request target in origin form.
 
     The route is None for the base itself.  The path is "" if the slash after the port is missing.
-    The query includes its "?".  Raises ProxyError 404 for a target without a port, 400 for dot
-    segments that lead above the app's root.
+    The query includes its "?".  Raises ProxyError 404 for a target without a port, 400 for a bad
+    IPv6 address or dot segments that lead above the app's root.
     """
     rest = path_below(base, target)
     match = _BELOW_BASE.fullmatch(rest or "")
@@ -674,7 +674,7 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 # Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
-# Finds the name of each valid field line in a section in lower case.
+# Finds the names of the valid lines in a field section.
 _FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
 _SPACED_NAME = re.compile(r"\A(%s)[\t ]+:" % TOKEN)
 _LEGAL = bytes(byte for byte in range(256) if (byte >= 32 and byte != 127) or byte in b"\t\r\n")
@@ -1323,7 +1323,7 @@ _LARGE_PIECE = 1 << 15  # bytes; larger pieces are not copied to join them
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # limit of PendingBytes, for all connections
-_SMALL_READ = 1 << 12  # bytes; of an admitted client, only larger reads are counted on arrival
+_SMALL_READ = 1 << 12  # bytes; for admitted clients, data_received counts only larger reads
 _LARGE_HEAD = 1 << 16  # bytes; the rest of a larger read is not counted: it is a body
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
@@ -1417,7 +1417,7 @@ class Connection(asyncio.StreamReaderProtocol):
     def _count_pending(self, size: int) -> bool:
         """Count received bytes, except bodies of admitted clients; False above the limit."""
         if not self.is_admitted:
-            is_pending = self.state is not CLOSING  # otherwise data is dropped
+            is_pending = self.state is not CLOSING  # a CLOSING client's data is dropped
         else:
             is_pending = self.state in (IDLE, READING_HEAD)
             size = min(size, _LARGE_HEAD)
@@ -1519,7 +1519,7 @@ class Connection(asyncio.StreamReaderProtocol):
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def can_carry_more(self) -> bool:
-        """Whether another request can follow.  Unused bytes of a lent connection are lost."""
+        """Whether another request can follow.  A lent connection must not hold unused bytes."""
         return not (self.is_lent and (self.buffer or self.unread))
 
     def queued(self) -> int:
@@ -1967,7 +1967,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     assert route is not None
     is_hidden = _hides_public_origin(request, gate)
     table = _HIDDEN_ORIGIN_TABLE if is_hidden else _REQUEST_TABLE
-    table = _table_without(table, request.connection)
+    table = _table_dropping(table, request.connection)
     path = (route.prefix + request.path) if route.absolute else (request.path or "/")
     preserve_host = gate.config.preserve_host and client.authority
     lines = [
@@ -1994,7 +1994,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     """The status line and header lines of a response for the client, without its framing."""
     route, headers = request.route, response.headers
     assert route is not None
-    table = _table_without(_RESPONSE_TABLE, response.connection)
+    table = _table_dropping(_RESPONSE_TABLE, response.connection)
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
     lines += _rewritten_lines(headers, table, (request, route, gate))
     is_bodiless = response.framing is NO_BODY and response.status >= 200 and response.status != 204
@@ -2048,8 +2048,8 @@ def serialise(lines: List[str], framing: Framing) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def _table_without(table: Dict[str, Any], named: FrozenSet[str]) -> Dict[str, Any]:
-    """`table`, but the fields named in Connection are dropped, too (RFC 9110 section 7.6.1)."""
+def _table_dropping(table: Dict[str, Any], named: FrozenSet[str]) -> Dict[str, Any]:
+    """`table`, and the fields named in Connection are dropped (RFC 9110 section 7.6.1)."""
     return table if named <= _USUAL_CONNECTION else {**table, **dict.fromkeys(named)}
 
 
@@ -2088,8 +2088,8 @@ def _translate_origin(value: str, request: Request, route: Route, gate: Any) -> 
 
 
 def _translate_referer(value: str, request: Request, route: Route, gate: Any) -> str:
-    """A URL of this app becomes a URL of the upstream.  Another URL of the public origin becomes
-    the upstream's origin, because browsers send no path to other origins."""
+    """A URL of this app becomes a URL of the upstream.  Other URLs of the public origin lose their
+    path: between apps with separate origins, browsers omit it."""
     value = gate.strip_query(value)
     if gate.config.preserve_host:
         return value
@@ -2111,8 +2111,8 @@ def _translate_destination(value: str, request: Request, route: Route, gate: Any
 
 
 def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:
-    """Add the prefix to a path, and reduce a URL of the app to such a path.  Relative references,
-    "//host" and other URLs are unchanged."""
+    """Add the prefix to a path, and reduce a URL of the app or the proxy to one.  Relative
+    references, "//host" and other URLs are unchanged."""
     match = _HTTP_URL.fullmatch(value)
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
@@ -2303,7 +2303,7 @@ def find_app(request: Request, gate: Any) -> Request:
     error, config = request.route_error, gate.config
     if error is None:
         return request
-    # An unknown path below the base is mistyped; without a base, only one below /absolute.
+    # Not served: mistyped paths below the base, or below /absolute without a base.
     is_served = gate.app_cookie and not is_below(config.base or "/absolute", request.target)
     is_served = is_served and error.status == 404 and _is_from_own_origin(request)
     app = _app_of_page(request, gate) if is_served else ""
@@ -2438,9 +2438,9 @@ def _copy_start(route: Route, gate: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 # Local sockets
 # --------------------------------------------------------------------------------------------------
-# Lists the programs that listen, and finds the user who owns a port.  On Linux, both
-# are in /proc (proc(5)).  For the owner of one socket, netlink (sock_diag(7)) is much faster if the
-# machine has many sockets.  On other systems, no port is listed and no port is refused.
+# Lists the programs that listen, and finds the user who owns a port.  On Linux, /proc has both
+# (proc(5)).  For the owner of one socket, netlink (sock_diag(7)) is much faster if the machine has
+# many sockets.  On other systems, no port is listed or refused.
 
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 # A row of these tables: local address and port, remote address and port, state, user id, inode.
@@ -2560,7 +2560,7 @@ class OwnerGuard:
         self._had_known_owner = self._check_owner(address)
 
     def check(self, peer: Address) -> None:
-        """Check a new connection.  `peer`: the address and port of the proxy's end."""
+        """Check a new connection.  `peer`: the proxy's end.  Also raises ConnectionRefusedError."""
         address = self._address
         # A program that serves a single connection may have closed its listening socket.
         if not self._check_owner(address) and not self._check_owner(address, peer):
@@ -3199,7 +3199,7 @@ class Upstreams:
         """
         idle = self._idle.get(route.authority, {})
         if idle and not is_replayable and route.authority not in self._persistent:
-            connection, since = next(iter(idle.items()))  # still open after a second: shows this
+            connection, since = next(iter(idle.items()))  # persistent if open for a second
             if now() - since < _PERSISTENT_SECONDS or not connection.is_fresh():
                 return None
             self._persistent[route.authority] = None
