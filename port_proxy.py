@@ -4172,12 +4172,13 @@ class HubGate(Gate):
 
     def _check_access(self, user: HubUser) -> None:
         if not user.has_access:
-            logger.info("refused: %r has no access to the server of %r", user.name, self.hub.user)
+            logger.info("refused: %r has no access to %s", user.name, self.hub.prefix)
             text = (
-                "You are signed in as %s, but have no access to this server of %s. Sign in at the"
-                " Hub as another user, or ask for access."
+                "You are signed in as %s, but have no access to this server%s. Sign in at the Hub"
+                " as another user, or ask for access."
             )
-            raise ProxyError(403, text % (user.name, self.hub.user))
+            owner = " of " + self.hub.user if self.hub.user else ""  # a service has no owner
+            raise ProxyError(403, text % (user.name, owner))
 
     def owns_token(self, token: str) -> bool:
         return token in self.api.tokens or token == self.hub.api_token

@@ -4107,7 +4107,12 @@ class TestHub:
         asked, cookie = self.sent_to_hub(proxy, target)
         answer = self.come_back(proxy, hub, asked, cookie, token="stranger-token")
         assert (status_of(answer), "set-cookie" in fields_of(answer), app.connections) == (403, False, 0)
-        assert b"signed in as mallory, but have no access to this server of al@ice.x+y" in answer[2]
+        assert b"signed in as mallory, but have no access to this server of al@ice.x+y. Sign in" in answer[2]
+
+    def test_refusal_names_no_owner_of_a_server_without_one(self, begin):
+        """A service of the Hub belongs to nobody."""
+        answer = begin(user="").get(BASE, AS_STRANGER)
+        assert b"have no access to this server. Sign in" in answer[2]
 
     def test_path_outside_of_the_prefix_is_a_404(self, proxy):
         for target in ("//evil.example/proxy/80/", "/jh/user/mallory/proxy/80/", "/proxy/80/", "/", PREFIX + "2/"):
@@ -4636,6 +4641,15 @@ class TestRequests:
         with proxy.sent(to(app, "Content-Length: 6", method="POST", body=b"abc")) as wire:
             app.happened.set()
             assert wire.message()[2] == b"ok"
+
+    def test_response_to_a_client_that_has_half_closed_ends_two_seconds_after_its_last_data(self, proxy, upstream):
+        app = upstream(script(read_head, ok(bytes(10))[:-10] + b"abc", wait, b"d", read_to_the_end))
+        with proxy.sent(to(app)) as wire:
+            assert wire.until(b"abc")
+            wire.end()
+            proxy.get("/proxy/")  # the proxy has seen the end by now
+            app.happened.set()
+            assert wire.rest() == b"d"
 
     @needs_proc
     def test_client_that_leaves_closes_its_upstream(self, proxy, upstream, records):
