@@ -3602,7 +3602,7 @@ class SessionWatch:
         self._task = None  # type: Optional[asyncio.Task[None]]
 
     def note(self, connection: Any, gate: Gate, request: Optional[Request]) -> None:
-        """Record the current request of a client's connection or tunnel; None at its end."""
+        """Record the request that a connection or tunnel serves now, or None."""
         self._served.pop(connection, None)
         if request is not None and gate.sessions_can_end:
             self._served[connection] = gate, request
@@ -3611,7 +3611,7 @@ class SessionWatch:
     async def _run(self) -> None:
         while self._served:
             await asyncio.sleep(_RECHECK_SECONDS)
-            connections = self.deadlines.connections  # ended tunnels have left it
+            connections = self.deadlines.connections  # without ended tunnels
             self._served = {key: self._served[key] for key in self._served if key in connections}
             for connection, served in list(self._served.items()):
                 gate, request = served
@@ -3689,7 +3689,7 @@ class TokenGate(Gate):
                 logger.error(text)
                 raise ProxyError(500, "This proxy has a mistake: " + text)
         elif not self.token:
-            # A foreign page may choose X-Forwarded-Host, but not Host.
+            # After DNS rebinding, a page can set X-Forwarded-Host, but not Host: check both.
             for authority in {request.authority, request.client.authority}:
                 self._check_host(authority)
         elif preflight:
@@ -3964,8 +3964,8 @@ class HubUser(NamedTuple):
 class HubBrowser(NamedTuple):
     """A browser that is signed in.
 
-    hub_session: the `_hub_session` of its requests, until a sign-out at the Hub.  None if unknown:
-    then every value is accepted.
+    hub_session: `_hub_session` at the sign-in.  Another value in a later request means that the
+    browser has signed out at the Hub.  None: not compared.
     """
 
     token: str
@@ -4197,7 +4197,7 @@ class HubGate(Gate):
         return ProxyError(403, text, CHALLENGE)
 
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
-        """The redirect to the Hub, which redirects the browser back to `_end_login`."""
+        """The redirect to the Hub, which redirects back to `_end_login`."""
         state = secrets.token_urlsafe(32)
         path, mark, query = target.partition("?")
         # Browsers do not decode paths to match a cookie's Path: spell the prefix as in the cookie.
@@ -4271,7 +4271,7 @@ class HubGate(Gate):
     async def _respond_ready(self) -> None:
         """Raise the response to the Hub's poll: the server is up.  The Hub checks the version."""
         if self._version is None:
-            self._version = ""  # optional, so one request is enough
+            self._version = ""  # optional: requested only once
             with contextlib.suppress(ProxyError):
                 response, _ = await self.api.call("GET", self.hub.api_url + "/", [])
                 self._version = response.headers.get("x-jupyterhub-version")
@@ -4282,7 +4282,7 @@ class HubGate(Gate):
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     async def _report_activity(self) -> None:
-        """Report activity to the Hub once an interval, if there was any (ISO 8601, UTC)."""
+        """Report the time of the last activity (ISO 8601, UTC) once an interval, if it is new."""
         own_token, reported = "Authorization: token " + self.hub.api_token, ""
         while self.hub.activity_url:
             await asyncio.sleep(self.hub.activity_interval)
@@ -4599,8 +4599,8 @@ class Exchange:
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
-            if self.status:  # abort: the client has half-closed, or the upstream stopped reading
-                return ClientGone()
+            if self.status:  # the client has half-closed, or the upstream stopped reading
+                return ClientGone()  # aborts the response
             timeout = min(self.config.response_timeout, self._upstream_timeout)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
@@ -5080,7 +5080,7 @@ class PortProxy:
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
-            # asyncio closes a socket that it has taken.  Python 3.6 waits for EOF: force it.
+            # asyncio closes a socket that it took; in 3.6 only after EOF, which `shutdown` causes.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             if not is_taken:
@@ -5372,7 +5372,7 @@ def _is_private(sock: socket.socket) -> bool:
 async def _first_byte(
     loop: asyncio.AbstractEventLoop, sock: socket.socket, timeout: float
 ) -> bytes:
-    """Peek at the first byte; b"" at EOF, on Windows.  Raises OSError or asyncio.TimeoutError."""
+    """Peek at the first byte; b"" at EOF or on Windows.  Raises OSError, asyncio.TimeoutError."""
     ready = loop.create_future()
 
     def note() -> None:
@@ -5705,7 +5705,7 @@ class JupyterGate(Gate):
         self.redirect_without_token(request, self._new_cookies)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
-        # Jupyter's options decide, except for the method OPTIONS: there it allows all origins.
+        # Jupyter's settings decide, except for OPTIONS requests: it allows all of them.
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and self.handler.check_origin()
         if allowed and request.method not in _SAFE and self._allows_any_origin():
@@ -5945,8 +5945,8 @@ def _load_jupyter_server_extension(server: Any) -> None:
     all_rules = server.web_app.default_router.rules
     all_rules.insert(0, all_rules.pop(-2))  # the new rule, before other extensions' rules
     logger.parent = getattr(server.log, "logger", server.log)
-    is_debugging = server.log_level in (logging.DEBUG, "DEBUG")
-    logger.setLevel(logging.INFO if is_debugging else logging.WARNING)  # as for Jupyter's requests
+    is_debugging = server.log_level in (logging.DEBUG, "DEBUG")  # then Jupyter logs requests
+    logger.setLevel(logging.INFO if is_debugging else logging.WARNING)
     extensions = getattr(getattr(server, "extension_manager", None), "extensions", {})
     if getattr(extensions.get("jupyter_server_proxy"), "enabled", False):
         text = "port_proxy: jupyter_server_proxy is enabled too; port_proxy serves %s/."
@@ -6632,7 +6632,7 @@ def _ssh_destination() -> str:
 
 
 def _abandon(stream: TextIO) -> None:
-    """Use a stream no longer.  Python flushes it at exit: /dev/null accepts its unwritten text."""
+    """Stop using a stream.  Python flushes it at exit: /dev/null accepts its unwritten text."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
