@@ -3962,7 +3962,7 @@ class HubUser(NamedTuple):
 
 
 class HubBrowser(NamedTuple):
-    """A browser that is signed in.
+    """A signed-in browser.
 
     hub_session: `_hub_session` at the sign-in.  Another value in a later request means that the
     browser has signed out at the Hub.  None: not compared.
@@ -4675,7 +4675,7 @@ class Exchange:
         await self.respond(ports_response(config.base, rows, self.request))
 
     async def _read_form(self) -> bytes:
-        """The whole body of a request to the gate."""
+        """The body of a request to the gate."""
         timeout = self.config.head_timeout
         until, data = now() + timeout, b""
         self.body.in_chunks = False  # the body is used here, not sent on
@@ -5018,7 +5018,7 @@ class PortProxy:
         self._let_idle(client)
 
     def _make_room(self) -> bool:
-        """Make room for one more connection; False if that is not possible.
+        """Make room for one more connection; False if there is none.
 
         At the limit, closes a TLS handshake, or else a connection without an admitted request, or
         else the connection that has been idle for longest.
@@ -6592,7 +6592,7 @@ def _holder(port: int) -> str:
 
 
 def _banner(proxy: PortProxy, has_new_token: bool) -> str:
-    """The text that the proxy prints at its start: how to reach it, and the page to open."""
+    """The text printed at the start: how to reach it, and the page to open."""
     config, url = proxy.config, proxy.url
     name = "port_proxy %s: " % __version__
     if config.hub:
