@@ -6422,7 +6422,7 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argpar
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0]
-        if argv[argv.index(word) - 1] == "--token":
+        if argv[: argv.index(word)][-1:] == ["--token"]:
             parser.error(_TOKEN_HAS_NO_VALUE)
         if _PORT_NUMBER.fullmatch(word):
             parser.error(_BARE_PORT % {"port": word})

@@ -6250,6 +6250,7 @@ class TestCommandLine:
         ("--check 0", "expected a number from 1 to 65535, or HOST:PORT"), ("--json", "type --check PORT --json"),
         ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
         ("8080", "--port 8080 to listen there, --check 8080 to examine the app on it."),
+        ("8080 --token", "8080 needs an option: --port 8080 to listen there"),
         ("--token abc", "--token takes no value, because other users could see it: type --token-file FILE"),
         ("--token=abc", "--token takes no value"),
     ])  # fmt: skip
