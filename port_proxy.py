@@ -110,7 +110,7 @@ COMMAND_LINE_TERMS = {
     "host_allowlist": "--host-allowlist",
     "insecure_upstream": "--insecure-upstream",
     "upstream_tls": "--upstream-tls",
-    "value": "%s",  # a %-template for the value
+    "value": "%s",  # %s stands for the value
 }
 
 
@@ -362,7 +362,7 @@ LIMIT_OPTIONS = (
     _option("--connect-timeout", SECONDS, "SECONDS", "for a connection to an app"),
     _option("--response-timeout", SECONDS, "SECONDS", "for the head of a response"),
     _option("--stall-timeout", SECONDS, "SECONDS", "for a client that stalls a body"),
-    _option("--linger-timeout", SECONDS, "SECONDS", "for reading on after an early response"),
+    _option("--linger-timeout", SECONDS, "SECONDS", "for a request body after its response"),
     _option("--idle-upstream-timeout", SECONDS, "SECONDS", "for an idle connection to an app"),
     _option("--shutdown-timeout", SECONDS, "SECONDS", "for running requests at shutdown"),
 )
@@ -883,8 +883,8 @@ def _make_client_info(
 def _first_member(headers: Headers, name: str) -> str:
     """The first member of the last field called `name`.
 
-    If the nearest proxy replaces the field, this is its only member.  If proxies append members,
-    the outermost proxy wrote the first one.
+    If the nearest proxy replaces the field, it has one member.  If proxies append members, the
+    outermost proxy wrote the first one.
     """
     return headers.get(name).partition(",")[0].strip(" \t")
 
@@ -946,7 +946,7 @@ class Request(NamedTuple):
     def is_above_prefix(self) -> bool:
         """Whether the path up to its last slash is outside the prefix, as for /proxy/8080.
 
-        Browsers use it as the default Path of cookies and the default scope of service workers.
+        Browsers use that part as the default Path of cookies and scope of service workers.
         """
         return self.is_unprefixed or not self.path
 
@@ -1323,8 +1323,8 @@ _LARGE_PIECE = 1 << 15  # bytes; larger pieces are not copied to join them
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # limit of PendingBytes, for all connections
-_SMALL_READ = 1 << 12  # bytes; for admitted clients, data_received counts only larger reads
-_LARGE_HEAD = 1 << 16  # bytes; the rest of a larger read is not counted: it is a body
+_SMALL_READ = 1 << 12  # bytes; PendingBytes ignores smaller reads of admitted clients
+_LARGE_HEAD = 1 << 16  # bytes; PendingBytes ignores the rest of a read: a body
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
 _UNIX = getattr(socket, "AF_UNIX", None)
@@ -2111,8 +2111,8 @@ def _translate_destination(value: str, request: Request, route: Route, gate: Any
 
 
 def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:
-    """Add the prefix to a path, and reduce a URL of the app or the proxy to one.  Relative
-    references, "//host" and other URLs are unchanged."""
+    """Add the prefix to a path.  A URL of the app or the proxy becomes a path with the prefix.
+    Relative references, "//host" and other URLs are unchanged."""
     match = _HTTP_URL.fullmatch(value)
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
@@ -2303,7 +2303,7 @@ def find_app(request: Request, gate: Any) -> Request:
     error, config = request.route_error, gate.config
     if error is None:
         return request
-    # Not served: mistyped paths below the base, or below /absolute without a base.
+    # Paths below the base are mistyped.  If the base is empty, so are paths below /absolute.
     is_served = gate.app_cookie and not is_below(config.base or "/absolute", request.target)
     is_served = is_served and error.status == 404 and _is_from_own_origin(request)
     app = _app_of_page(request, gate) if is_served else ""
