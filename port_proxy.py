@@ -1355,15 +1355,14 @@ class Connection(asyncio.StreamReaderProtocol):
     StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.  has_received:
     data has come since this was last set to False.  is_reused: taken from the pool.  is_admitted:
     the gate has admitted a request of this client, or the peer is an upstream.  watcher: called on
-    data and EOF.  sink: the Body that receives data instead of the StreamReader.  feeder: the Body
-    that is sent to this connection.  address: the peer's IP address, or "".  scheme: "http" or
-    "https".  eof_ends_body: EOF ends the body that is sent to the peer.  state: see above.
+    data and EOF.  address: the peer's IP address, or "".  scheme: "http" or "https".
+    eof_ends_body: EOF ends the body that is sent to the peer.  state: see above.
     """
 
     __slots__ = (
-        "_on_accept", "address", "buffer", "deadlines", "ended", "eof_ends_body", "failure",
-        "feeder", "has_received", "is_admitted", "is_reused", "read_deadline", "reader", "scheme",
-        "sink", "state", "task", "transport", "unread", "watcher", "write_deadline", "writer",
+        "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
+        "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "reader", "scheme",
+        "state", "task", "transport", "unread", "watcher", "write_deadline", "writer",
     )  # fmt: skip
 
     is_lent = False  # whether data comes only if `read` is called; see LentConnection
@@ -1380,7 +1379,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.is_admitted = on_accept is None
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
-        self.sink = self.feeder = None  # type: Optional[Body]
+        self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
         self.read_deadline = self.write_deadline = FOREVER
         self.state = ACTIVE
         self.task = None  # type: Optional[asyncio.Future[None]]
@@ -1403,16 +1402,22 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.ended:  # a deadline has passed
             return
         self.has_received = True
-        if self.sink is not None:
-            self.sink.take(data)
-            return
         size = len(data)
         if (size > _SMALL_READ or not self.is_admitted) and not self._count_pending(size):
             return
-        self.unread += size
-        self.reader.feed_data(data)
+        if not self._finish_read(data):
+            self.unread += size
+            self.reader.feed_data(data)
         if self.watcher is not None:
             self.watcher(self)
+
+    def _finish_read(self, data: bytes) -> bool:
+        """Let a waiting `read` return `data`; False if none waits."""
+        waiting = self._waiting_read
+        if waiting is None or waiting.done():
+            return False
+        waiting.set_result(data)
+        return True
 
     def _count_pending(self, size: int) -> bool:
         """Count received bytes, except bodies of admitted clients; False above the limit."""
@@ -1429,16 +1434,6 @@ class Connection(asyncio.StreamReaderProtocol):
             self.is_admitted = True
             self.deadlines.pending.release(self)
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self.feeder is not None:
-            self.feeder.pause()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.feeder is not None:
-            self.feeder.resume()
-
     def eof_received(self) -> bool:
         self.end()
         return bool(self.transport.can_write_eof())
@@ -1449,8 +1444,6 @@ class Connection(asyncio.StreamReaderProtocol):
         self.deadlines.connections.discard(self)
         self.deadlines.pending.release(self)
         self.end(exc)
-        if self.feeder is not None:
-            self.feeder.stop()
         # Without the exception, the reader still returns the data that it holds.
         super().connection_lost(None)
 
@@ -1480,18 +1473,21 @@ class Connection(asyncio.StreamReaderProtocol):
         self.ended = True
         self.failure = failure
         self.reader.feed_eof()
+        self._finish_read(b"")
         if self.watcher is not None:
             self.watcher(self)
-        if self.sink is not None:
-            self.sink.end()
 
     async def read(self) -> bytes:
         """The bytes in `buffer`, or else the next ones; b"" at EOF.  Raises OSError or TimedOut."""
         if self.buffer:
             data, self.buffer = self.buffer, b""
             return data
-        data = await self.reader.read(_READ_BYTES)
-        self.unread = 0
+        if self.unread or self.ended:
+            data = await self.reader.read(_READ_BYTES)
+            self.unread = 0
+        else:  # data that is awaited need not be copied into the StreamReader and out of it
+            self._waiting_read = self.deadlines.loop.create_future()
+            data = await self._waiting_read
         if not data and self.failure is not None:
             raise self.failure
         return data
@@ -1741,15 +1737,14 @@ async def read_head(
 class Body:
     """A message body that is read from one connection, `source`, and sent to another.
 
-    `read` returns the next pieces.  `relay` sends the rest, from transport to transport.
+    `read` returns the next pieces.  `relay` sends the rest.
     in_chunks: encode the pieces as chunked, including the last chunk.  count: bytes of body data so
     far.  finished: the body is complete; the source's buffer holds the bytes after it.
     read_timeout: for data from the source, in `relay`.
     """
 
     __slots__ = (
-        "_decoder", "_done", "_is_paused", "_is_target_slow", "_target", "_write_timeout", "count",
-        "finished", "in_chunks", "read_timeout", "source",
+        "_decoder", "count", "finished", "in_chunks", "read_timeout", "source",
     )  # fmt: skip
 
     def __init__(
@@ -1812,7 +1807,6 @@ class Body:
 
         write_timeout: for sending queued bytes.  Raises the exceptions of `read`.
         """
-        source = self.source
         while True:
             try:
                 await target.drain(write_timeout)
@@ -1820,103 +1814,8 @@ class Body:
                 return False
             if self.finished:
                 return True
-            source.deadlines.has_activity = True
-            if source.is_lent or source.buffer or source.unread or source.ended:
-                target.write(await self.read(self.read_timeout))
-            else:
-                await self._relay_directly(target, write_timeout)
-
-    # From transport to transport: the source calls `take` and `end`; the target calls `pause`,
-    # `resume` and `stop`.
-
-    async def _relay_directly(self, target: Connection, write_timeout: float) -> None:
-        """Let the source write to the target until the body is complete or the target is closed."""
-        source = self.source
-        self._target, self._write_timeout = target, write_timeout
-        self._is_paused = self._is_target_slow = False
-        self._done = source.deadlines.loop.create_future()
-        source.sink = target.feeder = self
-        source.read_deadline = now() + self.read_timeout
-        try:
-            await self._done
-        finally:
-            source.sink = target.feeder = None
-            source.read_deadline = FOREVER
-            if self._is_paused:
-                resume_reading(source.transport)
-
-    def take(self, data: bytes) -> None:
-        source, time = self.source, now()
-        data, source.buffer = source.buffer + data, b""
-        try:
-            pieces = self._decode(data)
-        except ProxyError as error:
-            self._settle(error)
-            return
-        source.deadlines.has_activity = True
-        source.read_deadline = FOREVER if self._is_paused else time + self.read_timeout
-        if pieces:
-            self._target.write_deadline = time + self._write_timeout
-            self._target.write(pieces)
-        if self.finished:
-            self._settle(None)
-        elif source.buffer and not self._is_paused:  # more than _MAX_PIECES
-            self._pause_source()
-            source.deadlines.loop.call_soon(self._continue)
-
-    def end(self) -> None:
-        source = self.source
-        if source.failure is not None:
-            self._settle(source.failure)
-        elif not source.buffer:  # otherwise `_continue` calls `end` again
-            try:
-                self._target.write(self._decode_end())
-                self._settle(None)
-            except Truncated as error:
-                self._settle(error)
-
-    def pause(self) -> None:
-        self._is_target_slow = True
-        self._pause_source()
-
-    def resume(self) -> None:
-        self._is_target_slow = False
-        self._continue()
-
-    def _pause_source(self) -> None:
-        self._is_paused = True
-        self.source.read_deadline = FOREVER
-        pause_reading(self.source.transport)
-
-    def _continue(self) -> None:
-        """Decode the buffered data and resume the source, unless the target is slow.
-
-        A paused TLS transport may have delivered further data and EOF.
-        """
-        source = self.source
-        if self._done.done() or not self._is_paused or self._is_target_slow:
-            return
-        self._is_paused = False
-        if source.buffer:
-            self.take(b"")
-        if source.ended and not self._done.done():
-            self.end()
-        if not self._is_paused and not self._done.done():
-            source.read_deadline = now() + self.read_timeout
-            resume_reading(source.transport)
-
-    def stop(self) -> None:
-        self._settle(None)
-
-    def _settle(self, failure: Optional[BaseException]) -> None:
-        """Let `_relay_directly` return.  Further data goes to the StreamReader."""
-        self.source.sink = None
-        if self._done.done():
-            return
-        if failure is None:
-            self._done.set_result(None)
-        else:
-            self._done.set_exception(failure)
+            target.deadlines.has_activity = True
+            target.write(await self.read(self.read_timeout))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1761,56 +1761,6 @@ class TestBackPressure:
             steady(lambda: len(app.messages))
             assert len(app.messages) * 60000 < 16 << 20  # the kernel's buffers hold a few MiB of 114
 
-    def test_source_that_gives_out_data_while_paused_waits_for_a_slow_target(self, background):
-        """As TLS does before 3.11: it may give out data between two turns of a flood of small chunks."""
-        queue = []  # what the target has not taken
-
-        async def turns():
-            for _ in range(50):
-                await asyncio.sleep(0)
-
-        async def relay():
-            loop = asyncio.get_event_loop()
-            deadlines = port_proxy.Deadlines(loop, WAIT)
-            source, target = (port_proxy.Connection(deadlines) for _ in range(2))
-
-            def queue_up(data):
-                queue.append(data)
-                if len(queue) == 2:
-                    target.pause_writing()
-
-            def take_all():
-                was_slow = len(queue) > 1
-                del queue[:]
-                if was_slow:
-                    target.resume_writing()
-
-            for connection in (source, target):
-                connection.connection_made(Mock(asyncio.Transport))
-                connection.transport.is_closing.return_value = False
-                connection.transport.get_extra_info.return_value = None
-            target.transport.write.side_effect = queue_up
-            body = port_proxy.Body(source, CHUNKED, DEFAULT, is_response=True)
-            task = loop.create_task(body.relay(target, WAIT))
-            await turns()
-            for _ in range(3):
-                source.data_received(b"1\r\nx\r\n" * 2000)
-            await turns()
-            reading = [name for name, _, _ in source.transport.method_calls if name.endswith("_reading")]
-            assert reading[-1] == "pause_reading"
-            assert sum(map(len, queue)) < 3000
-            while body.count != 6000:
-                take_all()
-                await turns()
-            source.data_received(b"0\r\n\r\n")
-            take_all()
-            await asyncio.wait_for(task, WAIT)
-            for connection in (source, target):
-                connection.connection_lost(None)
-            await deadlines.close(0.1)
-
-        background.do(relay())
-
     def test_connections_that_are_over_leave_no_memory(self, upstream, process):
         """If each of 350 connections left only a few of its objects, they would exceed the bound."""
         app, before = upstream(answering(OK)), 0
