@@ -1154,7 +1154,7 @@ def cookie_values(headers: Headers, name: str) -> List[str]:
 # --------------------------------------------------------------------------------------------------
 # Decoders without I/O (RFC 9112 sections 6 and 7).
 #
-# feed(data): returns the body data in `data`, as a list of at most _MAX_PIECES pieces.
+# feed(data): returns the body data in `data`.
 # end(): called at EOF; raises Truncated if the body is incomplete.
 # finished: the body is complete.
 # rest: the unused bytes of the last `data`.  Feed them again unless the body is finished.
@@ -1170,9 +1170,8 @@ _CHUNK_LINE = re.compile(
 _CHUNK_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?")
 _TRAILER_LINE = re.compile(_FIELD_LINE.pattern.encode("latin-1"))
 
-_MAX_PIECES = 250  # so that many small chunks do not hold up other requests
-
-Pieces = List[Union[bytes, memoryview]]
+_CHUNKS_IN_A_ROW = 250  # then other requests have their turn
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 class LengthDecoder:
@@ -1185,13 +1184,13 @@ class LengthDecoder:
         self.finished = length == 0
         self.rest = b""
 
-    def feed(self, data: bytes) -> Pieces:
+    def feed(self, data: bytes) -> bytes:
         if len(data) > self._remaining:
             self.rest = data[self._remaining :]
             data = data[: self._remaining]
         self._remaining -= len(data)
         self.finished = self._remaining == 0
-        return [data]
+        return data
 
     def end(self) -> None:
         raise Truncated()
@@ -1206,8 +1205,8 @@ class UntilCloseDecoder:
         self.finished = False
         self.rest = b""
 
-    def feed(self, data: bytes) -> Pieces:
-        return [data]
+    def feed(self, data: bytes) -> bytes:
+        return data
 
     def end(self) -> None:
         self.finished = True
@@ -1216,8 +1215,9 @@ class UntilCloseDecoder:
 class ChunkedDecoder:
     """A body in the chunked coding.  Extensions and trailers are checked and dropped.
 
-    Raises ProxyError 400 for data that does not match RFC 9112 section 7.1.  Responses may have
-    white space after a chunk size, because some devices send it.
+    `feed` decodes at most _CHUNKS_IN_A_ROW chunks.  Raises ProxyError 400 for data that does not
+    match RFC 9112 section 7.1.  Responses may have white space after a chunk size, because some
+    devices send it.
     """
 
     __slots__ = (
@@ -1235,17 +1235,16 @@ class ChunkedDecoder:
         self._remaining = 0  # bytes of the current chunk still to come
         self._trailer_bytes = 0
 
-    def feed(self, data: bytes) -> Pieces:
+    def feed(self, data: bytes) -> bytes:
         if self._partial:
             data, self._partial = self._partial + data, b""
-        view, at, self.rest = memoryview(data), 0, b""
-        pieces = []  # type: Pieces
-        while at < len(data) and not self.finished and len(pieces) < _MAX_PIECES:
+        at, self.rest = 0, b""
+        found = []  # type: List[bytes]  # the data of each chunk
+        while at < len(data) and not self.finished and len(found) < _CHUNKS_IN_A_ROW:
             if self._state == "data":
-                piece = view[at : at + self._remaining]
-                pieces.append(piece)
-                at += len(piece)
-                self._remaining -= len(piece)
+                found.append(data[at : at + self._remaining])
+                at += len(found[-1])
+                self._remaining -= len(found[-1])
                 if not self._remaining:
                     self._state = "data end"
                 continue
@@ -1256,11 +1255,11 @@ class ChunkedDecoder:
             if not line_end:
                 self._partial = data[at:]
                 self._check_partial_line(limit)
-                return pieces
+                return b"".join(found)
             self._take_line(data[at:line_end])
             at = line_end
         self.rest = data[at:]
-        return pieces
+        return b"".join(found)
 
     def end(self) -> None:
         raise Truncated()
@@ -1319,7 +1318,6 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 
 _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice this
 _READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties it
-_LARGE_PIECE = 1 << 15  # bytes; larger pieces are not copied to join them
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # limit of PendingBytes, for all connections
@@ -1492,16 +1490,10 @@ class Connection(asyncio.StreamReaderProtocol):
             raise self.failure
         return data
 
-    def write(self, pieces: Sequence[Union[bytes, memoryview]]) -> None:
+    def write(self, data: bytes) -> None:
         """Send or queue bytes.  Callers then await `drain`."""
-        if self.transport.is_closing():
-            return
-        # Not writelines, which never pauses the writer in 3.12.0 to 3.12.8 and 3.13.0
-        # (CVE-2024-12254).  Large pieces are not joined: copying them costs more than system calls.
-        if len(pieces) > 1 and (len(pieces) > 4 or max(map(len, pieces)) < _LARGE_PIECE):
-            pieces = [b"".join(pieces)]
-        for piece in pieces:
-            self.writer.write(piece)
+        if not self.transport.is_closing():
+            self.writer.write(data)
 
     async def drain(self, timeout: float) -> None:
         """Wait until most of the queued bytes are sent.
@@ -1737,10 +1729,9 @@ async def read_head(
 class Body:
     """A message body that is read from one connection, `source`, and sent to another.
 
-    `read` returns the next pieces.  `relay` sends the rest.
-    in_chunks: encode the pieces as chunked, including the last chunk.  count: bytes of body data so
-    far.  finished: the body is complete; the source's buffer holds the bytes after it.
-    read_timeout: for data from the source, in `relay`.
+    in_chunks: `encode` applies the chunked coding.  count: bytes of body data so far.  finished:
+    the body is complete; the source's buffer holds the bytes after it.  read_timeout: for data from
+    the source, in `relay`.
     """
 
     __slots__ = (
@@ -1763,44 +1754,43 @@ class Body:
         self.read_timeout = FOREVER
         self.finished = self._decoder.finished  # type: bool
 
-    def buffered_pieces(self) -> Pieces:
-        """The pieces in the source's buffer; ProxyError 400."""
+    def buffered(self) -> bytes:
+        """The body data in the source's buffer; ProxyError 400 if it is malformed."""
         if self.finished or not self.source.buffer:
-            return []
+            return b""
         data, self.source.buffer = self.source.buffer, b""
         return self._decode(data)
 
-    async def read(self, timeout: float) -> Pieces:
-        """The next pieces; the list may be empty.
+    async def read(self, timeout: float) -> bytes:
+        """The next body data, which may be empty.
 
         Raises ProxyError 400 if the body is malformed, Truncated if it is incomplete, TimedOut if
         no data comes for `timeout` seconds, and OSError if the connection fails.
         """
-        if self.source.buffer:  # more than _MAX_PIECES: other tasks run first
+        if self.source.buffer:  # more than _CHUNKS_IN_A_ROW
             await asyncio.sleep(0)
         self.source.read_deadline = now() + timeout
         data = await self.source.read()
         self.source.read_deadline = FOREVER
-        return self._decode(data) if data else self._decode_end()
-
-    def _decode(self, data: bytes) -> Pieces:
-        decoder = self._decoder
-        pieces = decoder.feed(data)  # type: Pieces
-        size = sum(map(len, pieces))
-        self.count += size
-        self.finished = decoder.finished
-        self.source.buffer = decoder.rest
-        if self.in_chunks:
-            if size:
-                pieces = [b"%x\r\n" % size] + pieces + [b"\r\n"]
-            if self.finished:
-                pieces.append(b"0\r\n\r\n")
-        return pieces
-
-    def _decode_end(self) -> Pieces:
+        if data:
+            return self._decode(data)
         self._decoder.end()
         self.finished = True
-        return [b"0\r\n\r\n"] if self.in_chunks else []
+        return b""
+
+    def _decode(self, data: bytes) -> bytes:
+        decoded = self._decoder.feed(data)  # type: bytes
+        self.count += len(decoded)
+        self.finished = self._decoder.finished
+        self.source.buffer = self._decoder.rest
+        return decoded
+
+    def encode(self, data: bytes) -> bytes:
+        """The bytes to send for the latest body data; at the end, with the last chunk."""
+        if not self.in_chunks:
+            return data
+        chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        return chunk + _LAST_CHUNK if self.finished else chunk
 
     async def relay(self, target: Connection, write_timeout: float) -> bool:
         """Send the rest of the body to `target` as it comes; False if `target` is closed.
@@ -1815,7 +1805,7 @@ class Body:
             if self.finished:
                 return True
             target.deadlines.has_activity = True
-            target.write(await self.read(self.read_timeout))
+            target.write(self.encode(await self.read(self.read_timeout)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3270,7 +3260,7 @@ async def fetch(
         lines = lines + ["Connection: close"]
     head = serialise(lines, Framing("length", len(body)) if body else NO_BODY)
     try:
-        connection.write([head, body])
+        connection.write(head + body)
         connection.read_deadline = deadline
         while True:
             response = parse_response(await read_head(connection, False, config), method, config)
@@ -3279,7 +3269,7 @@ async def fetch(
         source = Body(connection, response.framing, config, is_response=True)
         content = b""
         while not source.finished and len(content) < _FETCH_BYTES and response.status != 101:
-            content += b"".join(await source.read(deadline - now()))
+            content += await source.read(deadline - now())
         return Fetched(response.status, response.headers, content)
     finally:
         connection.abort()
@@ -3296,7 +3286,7 @@ async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
     except ProxyError:
         return False
     try:
-        connection.write([hello.read()])
+        connection.write(hello.read())
         connection.read_deadline = now() + _FETCH_SECONDS
         return is_tls_record(await connection.read())
     except (TimedOut, OSError):
@@ -4310,23 +4300,24 @@ class Exchange:
         if request.is_unprefixed:
             request = self.request = with_app_cookies(request, gate)
         # Body data that has already come is validated before a connection is taken.
-        head = request_for_upstream(request, gate, self.proxy.mark)
-        pieces = [head] + self.body.buffered_pieces()
+        data = request_for_upstream(request, gate, self.proxy.mark)
+        data += self.body.encode(self.body.buffered())
         pooled = upstreams.take(route, request.is_replayable)
-        if pooled is None or not await self._forward(pooled, pieces, request.is_replayable):
-            await self._forward(await upstreams.connect(route), pieces, False)
+        if pooled is None or not await self._forward(pooled, data, request.is_replayable):
+            await self._forward(await upstreams.connect(route), data, False)
 
-    async def _forward(self, upstream: Connection, pieces: Pieces, may_retry: bool) -> bool:
+    async def _forward(self, upstream: Connection, data: bytes, may_retry: bool) -> bool:
         """Send the request and relay its response on one connection; then pool or close it.
 
-        Returns False if the connection was stale and the request may be sent on another.
+        data: the request head, and the start of the body.  Returns False if the connection was
+        stale and the request may be sent on another.
         """
         is_reusable = False
         try:
             self._watch_client(upstream)
             self.proxy.sessions.note(self.client, self.gate, self.request)
             upstream.write_deadline = now() + self.config.stall_timeout
-            upstream.write(pieces)
+            upstream.write(data)
             if not self.body.finished:
                 self._sender = upstream.deadlines.loop.create_task(self._send_body(upstream))
             response = await self._read_response(upstream)
@@ -4415,16 +4406,16 @@ class Exchange:
                 return response
             if self.request.minor == "1":  # RFC 9110 section 15.2
                 lines = response_lines(response, self.request, self.gate)
-                self.client.write([serialise(lines, NO_BODY)])
+                self.client.write(serialise(lines, NO_BODY))
                 await self._drain(self.config.stall_timeout)
             await asyncio.sleep(0)  # yield: a flood of them must not starve other requests
 
     async def _relay(self, upstream: Connection, response: Response) -> bool:
         """Relay the response.  Returns whether the upstream's connection can be reused."""
-        client, framing = self.client, response.framing
+        client, request, framing = self.client, self.request, response.framing
         client_framing = framing
         if framing is CHUNKED or framing is UNTIL_CLOSE:
-            client_framing = CHUNKED if self.request.minor == "1" else UNTIL_CLOSE
+            client_framing = CHUNKED if request.minor == "1" else UNTIL_CLOSE
         self.keep_alive = self._may_keep_alive() and client_framing is not UNTIL_CLOSE
         client.eof_ends_body = client_framing is UNTIL_CLOSE
         in_chunks = client_framing is CHUNKED
@@ -4432,14 +4423,15 @@ class Exchange:
         body.read_timeout = self._upstream_timeout
         self._response_body = body
         # Malformed data at the start of the body raises here, before the head is sent.
-        pieces = body.buffered_pieces()
+        data = body.buffered()
         head = self._response_head(response, client_framing)
         self.status = response.status
-        client.write([head] + pieces)
-        while not body.finished and not body.count:  # the first data may hold the page's title
-            pieces = await body.read(body.read_timeout)
-            client.write(pieces)
-        self._note_title(response, body, pieces)
+        client.write(head + body.encode(data))
+        while not body.finished and not data:  # the first data may hold the page's title
+            data = await body.read(body.read_timeout)
+            client.write(body.encode(data))
+        if request.is_page_visit and data and request.route is not None:
+            self.proxy.titles.note(request.route, response, data)
         try:
             if not await body.relay(client, self.config.stall_timeout):
                 raise ClientGone()
@@ -4454,11 +4446,6 @@ class Exchange:
         if not self.keep_alive and response.status >= 200:
             lines.append("Connection: close")
         return serialise(lines, framing)
-
-    def _note_title(self, response: Response, body: Body, pieces: Pieces) -> None:
-        if self.request.is_page_visit and body.count and self.request.route is not None:
-            data = b"".join(pieces[1:] if body.in_chunks else pieces)  # without the chunk size
-            self.proxy.titles.note(self.request.route, response, data)
 
     def _may_keep_alive(self) -> bool:
         """Whether the client may send another request after the response that starts now.
@@ -4485,7 +4472,7 @@ class Exchange:
         timeout = self.config.stall_timeout
         await upstream.drain(timeout)
         self.status = 101
-        self.client.write([self._response_head(response, NO_BODY)])
+        self.client.write(self._response_head(response, NO_BODY))
         await self._drain(timeout)
         self.tunnel = Tunnel(self.client, upstream, timeout, self.proxy.tunnels)
         await self.tunnel.start(self.client, upstream)
@@ -4536,7 +4523,7 @@ class Exchange:
         self.keep_alive = self._may_keep_alive()
         is_head = self.request.method == "HEAD"
         self.status = response.status
-        self.client.write([local_response(response, self.keep_alive, is_head)])
+        self.client.write(local_response(response, self.keep_alive, is_head))
         # Not `stall_timeout`: the response is short, and the client may not be signed in.
         await self._drain(self.config.head_timeout)
         self.sent = 0 if is_head else len(response.body)
@@ -4577,10 +4564,9 @@ class Exchange:
         """The body of a request to the gate."""
         timeout = self.config.head_timeout
         until, data = now() + timeout, b""
-        self.body.in_chunks = False  # the body is used here, not sent on
         try:
             while not self.body.finished:
-                data += b"".join(self.body.buffered_pieces() or await self.body.read(until - now()))
+                data += self.body.buffered() or await self.body.read(until - now())
                 if len(data) > _MAX_FORM_BYTES:
                     raise ProxyError(413, "The sign-in form is too long.")
         except TimedOut:
@@ -4910,7 +4896,7 @@ class PortProxy:
 
     def _accepted(self, client: Connection) -> None:
         if not self._make_room():
-            client.write([_TOO_MANY_CONNECTIONS])
+            client.write(_TOO_MANY_CONNECTIONS)
             client.close()
             return
         self._clients[client] = None
@@ -5053,7 +5039,7 @@ class PortProxy:
     async def _refuse(self, client: Connection, error: ProxyError) -> None:
         """Send the error for an invalid request head, and close the connection."""
         logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
-        client.write([local_response(error_response(error), keep_alive=False)])
+        client.write(local_response(error_response(error), keep_alive=False))
         await self._linger(client, is_read=False)
 
     async def _serve_request(self, client: Connection, request: Request, gate: Gate) -> bool:

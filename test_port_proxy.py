@@ -1322,7 +1322,7 @@ def decode(framing, pieces, is_response=False):
         if decoder.finished:
             behind += piece
         else:
-            data += b"".join(decoder.feed(piece))
+            data += decoder.feed(piece)
             behind = decoder.rest
     return (data, behind) if decoder.finished else None
 
@@ -1372,9 +1372,9 @@ class TestBodies:
         """One turn is short, so that other requests have theirs; the rest is fed again."""
         decoder, data, turns, count = body_decoder(CHUNKED, DEFAULT), b"1\r\nx\r\n" * 30000 + b"0\r\n\r\nrest", 0, 0
         while not decoder.finished:
-            pieces = decoder.feed(data)
-            data, turns, count = decoder.rest, turns + 1, count + len(pieces)
-            assert len(pieces) <= 300
+            decoded = decoder.feed(data)
+            data, turns, count = decoder.rest, turns + 1, count + len(decoded)
+            assert len(decoded) <= 300
         assert (data, count, turns >= 100) == (b"rest", 30000, True)
 
     @pytest.mark.parametrize("raw", BAD_CHUNKED_BODIES, ids=case_id)
@@ -1415,14 +1415,14 @@ class TestBodies:
     def test_part_of_a_chunk_is_not_held_back(self):
         decoder = body_decoder(CHUNKED, DEFAULT)
         pieces = (b"5", b"\r\n", b"ab", b"cde\r", b"\n1\r\nf", b"\r\n0", b"\r\n\r", b"\nGET")
-        given = [b"".join(decoder.feed(piece)) for piece in pieces]
+        given = [decoder.feed(piece) for piece in pieces]
         assert given == [b"", b"", b"ab", b"cde", b"f", b"", b"", b""]
         assert (decoder.finished, decoder.rest) == (True, b"GET")
 
     def test_body_until_close_is_all_that_comes(self):
         for pieces, behind in feedings(b"abc\r\n0\r\n\r\n"):
             decoder = body_decoder(UNTIL_CLOSE, DEFAULT)
-            assert b"".join(b"".join(decoder.feed(piece)) for piece in pieces) == b"abc\r\n0\r\n\r\n" + behind
+            assert b"".join(map(decoder.feed, pieces)) == b"abc\r\n0\r\n\r\n" + behind
             assert not decoder.finished
             decoder.end()
             assert (decoder.finished, decoder.rest) == (True, b"")
