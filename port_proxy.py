@@ -1321,8 +1321,6 @@ _READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties 
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # limit of PendingBytes, for all connections
-_SMALL_READ = 1 << 12  # bytes; PendingBytes ignores smaller reads of admitted clients
-_LARGE_HEAD = 1 << 16  # bytes; PendingBytes ignores the rest of a read: a body
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
 _UNIX = getattr(socket, "AF_UNIX", None)
@@ -1400,11 +1398,11 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.ended:  # a deadline has passed
             return
         self.has_received = True
-        size = len(data)
-        if (size > _SMALL_READ or not self.is_admitted) and not self._count_pending(size):
+        is_pending = not self.is_admitted and self.state is not CLOSING  # which drops its data
+        if is_pending and not self.deadlines.pending.add(self, len(data)):
             return
         if not self._finish_read(data):
-            self.unread += size
+            self.unread += len(data)
             self.reader.feed_data(data)
         if self.watcher is not None:
             self.watcher(self)
@@ -1416,15 +1414,6 @@ class Connection(asyncio.StreamReaderProtocol):
             return False
         waiting.set_result(data)
         return True
-
-    def _count_pending(self, size: int) -> bool:
-        """Count received bytes, except bodies of admitted clients; False above the limit."""
-        if not self.is_admitted:
-            is_pending = self.state is not CLOSING  # a CLOSING client's data is dropped
-        else:
-            is_pending = self.state in (IDLE, READING_HEAD)
-            size = min(size, _LARGE_HEAD)
-        return not is_pending or self.deadlines.pending.add(self, size)
 
     def admit(self) -> None:
         """Note that the gate has admitted a request of this client."""
@@ -1584,18 +1573,6 @@ def has_failed(transport: Any, events: int = -1) -> bool:
     except (AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
         return False
     return bool(is_paused and poll(transport, 0) & events)
-
-
-def pause_reading(transport: Any) -> None:
-    """Pause reading, unless the transport is closed."""
-    with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
-        transport.pause_reading()
-
-
-def resume_reading(transport: Any) -> None:
-    """Resume reading, unless the transport is closed."""
-    with contextlib.suppress(RuntimeError, AttributeError):
-        transport.resume_reading()
 
 
 def end_writing(transport: Any) -> None:
@@ -4658,10 +4635,12 @@ class TunnelEnd(asyncio.Protocol):
             self.deadline = now() + self.tunnel.timeout
 
     def pause_writing(self) -> None:
-        pause_reading(self.peer.transport)
+        with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
+            self.peer.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        resume_reading(self.peer.transport)
+        with contextlib.suppress(RuntimeError, AttributeError):
+            self.peer.transport.resume_reading()
 
     def eof_received(self) -> bool:
         self.ended = True
