@@ -110,7 +110,7 @@ COMMAND_LINE_TERMS = {
     "host_allowlist": "--host-allowlist",
     "insecure_upstream": "--insecure-upstream",
     "upstream_tls": "--upstream-tls",
-    "value": "%s",  # %s stands for the value
+    "value": "%s",  # how to write the value of an option
 }
 
 
@@ -465,8 +465,8 @@ def find_route(
     """The route, the raw path and the raw query of a request target in origin form.
 
     The route is None for the base itself.  The path is "" if the slash after the port is missing.
-    The query includes its "?".  Raises ProxyError 404 for a target without a port, 400 for a bad
-    IPv6 address or dot segments that lead above the app's root.
+    The query includes its "?".  Raises ProxyError 404 for a target without a valid port, 400 for
+    a bad IPv6 address or dot segments that lead above the app's root.
     """
     rest = path_below(base, target)
     match = _BELOW_BASE.fullmatch(rest or "")
@@ -914,7 +914,7 @@ class Request(NamedTuple):
     is_replayable: the request may be sent again if a pooled connection turns out to be closed.
     is_navigation: sent by a browser for a new page, not by a script or a program.  is_page_visit: a
     navigation with GET or HEAD.  is_own_origin: Origin is present and is the public origin.
-    is_unprefixed: the target has no prefix; see section Unprefixed requests.
+    is_unprefixed: the app was found by Referer or cookie; see section Unprefixed requests.
     """
 
     method: str
@@ -1320,7 +1320,7 @@ _READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice t
 _READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties it
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
-_PENDING_BYTES = 1 << 26  # limit of PendingBytes, for all connections
+_PENDING_BYTES = 1 << 26  # of all clients together; see PendingBytes
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
 _UNIX = getattr(socket, "AF_UNIX", None)
@@ -1329,7 +1329,7 @@ _UNIX = getattr(socket, "AF_UNIX", None)
 IDLE = "idle"  # waits for a request, without a task
 READING_HEAD = "reading head"
 ACTIVE = "active"  # serves a request
-CLOSING = "closing"  # no further request is served
+CLOSING = "closing"  # no further request is served, and no data is kept
 
 
 class StreamWriter(asyncio.StreamWriter):
@@ -1361,7 +1361,7 @@ class Connection(asyncio.StreamReaderProtocol):
         "state", "task", "transport", "unread", "watcher", "write_deadline", "writer",
     )  # fmt: skip
 
-    is_lent = False  # whether data comes only if `read` is called; see LentConnection
+    is_lent = False  # by a Jupyter server, for one request; see LentConnection
 
     def __init__(
         self, deadlines: "Deadlines", on_accept: Optional[Callable[["Connection"], None]] = None
@@ -1398,8 +1398,8 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.ended:  # a deadline has passed
             return
         self.has_received = True
-        is_pending = not self.is_admitted and self.state is not CLOSING  # which drops its data
-        if is_pending and not self.deadlines.pending.add(self, len(data)):
+        is_pending = not self.is_admitted and self.state is not CLOSING
+        if is_pending and not self.deadlines.pending_bytes.add(self, len(data)):
             return
         if not self._finish_read(data):
             self.unread += len(data)
@@ -1419,7 +1419,7 @@ class Connection(asyncio.StreamReaderProtocol):
         """Note that the gate has admitted a request of this client."""
         if not self.is_admitted:
             self.is_admitted = True
-            self.deadlines.pending.release(self)
+            self.deadlines.pending_bytes.release(self)
 
     def eof_received(self) -> bool:
         self.end()
@@ -1429,7 +1429,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if isinstance(exc, OSError) and not self.ended:
             self._read_remainder()
         self.deadlines.connections.discard(self)
-        self.deadlines.pending.release(self)
+        self.deadlines.pending_bytes.release(self)
         self.end(exc)
         # Without the exception, the reader still returns the data that it holds.
         super().connection_lost(None)
@@ -1496,7 +1496,7 @@ class Connection(asyncio.StreamReaderProtocol):
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def can_carry_more(self) -> bool:
-        """Whether another request can follow.  A lent connection must not hold unused bytes."""
+        """Whether another request can follow.  Unused bytes of a lent connection would be lost."""
         return not (self.is_lent and (self.buffer or self.unread))
 
     def queued(self) -> int:
@@ -1606,7 +1606,7 @@ class Deadlines:
         self.loop = loop
         self.interval = interval
         self.connections = set()  # type: Set[Any]
-        self.pending = PendingBytes()
+        self.pending_bytes = PendingBytes()
         self.has_activity = False
         self.on_activity = None  # type: Optional[Callable[[], None]]
         self._timer = loop.call_later(interval, self._tick)
@@ -1696,7 +1696,7 @@ async def read_head(
             raise
         checked = len(head)
         if is_request:
-            connection.deadlines.pending.set_size(connection, checked)
+            connection.deadlines.pending_bytes.set_size(connection, checked)
         data = await connection.read()
         if not data:
             raise Truncated()
@@ -1711,9 +1711,7 @@ class Body:
     the source, in `relay`.
     """
 
-    __slots__ = (
-        "_decoder", "count", "finished", "in_chunks", "read_timeout", "source",
-    )  # fmt: skip
+    __slots__ = ("_decoder", "count", "finished", "in_chunks", "read_timeout", "source")
 
     def __init__(
         self,
@@ -1955,7 +1953,7 @@ def _translate_origin(value: str, request: Request, route: Route, gate: Any) -> 
 
 def _translate_referer(value: str, request: Request, route: Route, gate: Any) -> str:
     """A URL of this app becomes a URL of the upstream.  Other URLs of the public origin lose their
-    path: between apps with separate origins, browsers omit it."""
+    path, which browsers do not send to another origin."""
     value = gate.strip_query(value)
     if gate.config.preserve_host:
         return value
@@ -2432,7 +2430,7 @@ class OwnerGuard:
         if not self._check_owner(address) and not self._check_owner(address, peer):
             text = "The user who owns port %d of this machine could not be determined."
             raise ProxyError(403, text % address[1], (), _TRUST_ADVICE)
-        if not self._had_known_owner:  # another user may have listened meanwhile
+        if not self._had_known_owner:  # another user's program may have accepted this
             raise ConnectionRefusedError(errno.ECONNREFUSED, "the port had no known owner before")
 
     def _check_owner(self, address: Address, peer: Optional[Address] = None) -> bool:
@@ -5139,7 +5137,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
         try:
             head = await read_head(client, True, config, data)
         finally:
-            client.deadlines.pending.release_head(client)
+            client.deadlines.pending_bytes.release_head(client)
         client.read_deadline = FOREVER
         return head
     except TimedOut:
