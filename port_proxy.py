@@ -3475,7 +3475,7 @@ class SessionWatch:
     async def _run(self) -> None:
         while self._served:
             await asyncio.sleep(_RECHECK_SECONDS)
-            connections = self.deadlines.connections  # without ended tunnels
+            connections = self.deadlines.connections  # ended tunnels are not in it
             self._served = {key: self._served[key] for key in self._served if key in connections}
             for connection, served in list(self._served.items()):
                 gate, request = served
@@ -4234,7 +4234,7 @@ class Exchange:
         Raises ProxyError for an error response or a redirect; ClientGone, Truncated, TimedOut or
         OSError if the client has failed.
         """
-        # The gate's own addresses have no route, or are at the host of an app (a sign-in there).
+        # Requests for the gate itself have no route, or are sent to an app's host to sign in there.
         if self.request.route is None or self.request.client.app_port:
             await self.gate.respond(self.request, self._read_form)
         request = self.request = find_app(self.request, self.gate)
@@ -4328,8 +4328,8 @@ class Exchange:
             raise self._client_failure
 
     def _on_client_data(self, upstream: Connection, client: Connection) -> None:
-        """Data or EOF has come from the client."""
-        if not client.ended or isinstance(client.failure, TimedOut):  # `_send_body` handles it
+        """Act on EOF or a failure of the client; `_send_body` handles data and timeouts."""
+        if not client.ended or isinstance(client.failure, TimedOut):
             return
         if client.failure is not None or not client.transport.can_write_eof():
             self._client_failure = self._client_failure or ClientGone()
@@ -4942,7 +4942,7 @@ class PortProxy:
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
-            # asyncio closes a socket that it took; in 3.6 only after EOF, which `shutdown` causes.
+            # If `is_taken`, asyncio closes the socket; in 3.6 only after EOF, so cause one here.
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             if not is_taken:
@@ -5306,7 +5306,7 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
 
 
 def _pass_phrase() -> str:
-    """The pass phrase from the terminal, or "".  From Python 3.15 on, OpenSSL does not ask."""
+    """The pass phrase from the terminal, or "".  OpenSSL asks for it only before Python 3.15."""
     import getpass
 
     try:
@@ -5567,7 +5567,7 @@ class JupyterGate(Gate):
         self.redirect_without_token(request, self._new_cookies)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
-        # Jupyter's settings decide, except for OPTIONS requests: it allows all of them.
+        # Jupyter's settings decide, except for OPTIONS: Jupyter allows all OPTIONS requests.
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and self.handler.check_origin()
         if allowed and request.method not in _SAFE and self._allows_any_origin():
@@ -5716,7 +5716,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
 
         def set_default_headers(self) -> None:
             super().set_default_headers()
-            # Tornado closes, without notice, after a response that precedes the request body.
+            # Tornado closes after a response that precedes the request body: announce that.
             self.set_header("Connection", "close")
 
         def check_xsrf_cookie(self) -> None:
@@ -5993,8 +5993,8 @@ class PortCheck:
         self._note(use=self._addresses(), status=page.status, title=title)
         self._note_links(page)
         text = page.body.decode("latin-1")
-        for name, sign, flag in _KNOWN_APPS:
-            if re.search(sign, text):
+        for name, pattern, flag in _KNOWN_APPS:
+            if re.search(pattern, text):
                 has_flag = flag and not self._is_absolute()
                 self._note(app=name, flag=flag % self.absolute_path if has_flag else "")
                 break
@@ -6454,7 +6454,7 @@ def _holder(port: int) -> str:
 
 
 def _banner(proxy: PortProxy, has_new_token: bool) -> str:
-    """The text printed at the start: how to reach it, and the page to open."""
+    """The text printed at the start: how to reach the proxy, and the page to open."""
     config, url = proxy.config, proxy.url
     name = "port_proxy %s: " % __version__
     if config.hub:
