@@ -575,11 +575,6 @@ def is_base(base: str, target: str) -> bool:
     return path_below(base, target.partition("?")[0]) in ("", "/")
 
 
-def is_below(base: str, target: str) -> bool:
-    """Whether a target is the base or below it."""
-    return path_below(base, target.partition("?")[0]) is not None
-
-
 def _leads_out(path: str) -> bool:
     """Whether dot segments lead above the start of `path` (RFC 3986 section 5.2.4)."""
     depth = 0
@@ -826,7 +821,7 @@ class ClientInfo(NamedTuple):
 
     address: "" if unknown.  scheme, authority (host:port): of the public origin; the authority is
     "" if the request has none.  app_port: the port in a host such as 8080.localhost, or 0.  lines:
-    the X-Forwarded header lines.  address_lines: the line of X-Forwarded-For alone, if any.
+    the X-Forwarded header lines.
     """
 
     address: str
@@ -834,7 +829,6 @@ class ClientInfo(NamedTuple):
     authority: str
     app_port: int = 0
     lines: Tuple[str, ...] = ()
-    address_lines: Tuple[str, ...] = ()
 
 
 def client_info(
@@ -869,15 +863,14 @@ def client_info(
 def _make_client_info(
     address: str, scheme: str, authority: str, port: str, hops: str, domains: Sequence[str]
 ) -> ClientInfo:
-    address_lines = ("X-Forwarded-For: " + hops,) if hops else ()
-    origin_lines = ["X-Forwarded-Proto: " + scheme]
+    lines = ["X-Forwarded-For: " + hops] if hops else []
+    lines.append("X-Forwarded-Proto: " + scheme)
     if authority:
         match = _PORT.search(authority)
         port = port or (match.group(1) if match else _DEFAULT_PORTS[scheme][1:])
-        origin_lines += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
+        lines += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
     app_port = port_in_host(authority, domains)
-    lines = address_lines + tuple(origin_lines)
-    return ClientInfo(address, scheme, authority, app_port, lines, address_lines)
+    return ClientInfo(address, scheme, authority, app_port, tuple(lines))
 
 
 def _first_member(headers: Headers, name: str) -> str:
@@ -952,7 +945,11 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A parsed response head.  is_reusable: its connection can carry another request."""
+    """A parsed response head.
+
+    is_reusable: its connection can carry another request.  body: that of a response to one of the
+    proxy's own requests, see `fetch`.
+    """
 
     status: int
     reason: str
@@ -960,6 +957,7 @@ class Response(NamedTuple):
     connection: FrozenSet[str]
     framing: Framing
     is_reusable: bool
+    body: bytes = b""
 
 
 def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Request:
@@ -1174,41 +1172,27 @@ _CHUNKS_IN_A_ROW = 250  # then other requests have their turn
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
-class LengthDecoder:
-    """A body of known length."""
+class PlainDecoder:
+    """A body without a coding: of known length, or, with the length FOREVER, up to EOF."""
 
     __slots__ = ("_remaining", "finished", "rest")
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: float) -> None:
         self._remaining = length
         self.finished = length == 0
         self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
         if len(data) > self._remaining:
-            self.rest = data[self._remaining :]
-            data = data[: self._remaining]
+            length = int(self._remaining)
+            data, self.rest = data[:length], data[length:]
         self._remaining -= len(data)
         self.finished = self._remaining == 0
         return data
 
     def end(self) -> None:
-        raise Truncated()
-
-
-class UntilCloseDecoder:
-    """A body that ends at EOF."""
-
-    __slots__ = ("finished", "rest")
-
-    def __init__(self) -> None:
-        self.finished = False
-        self.rest = b""
-
-    def feed(self, data: bytes) -> bytes:
-        return data
-
-    def end(self) -> None:
+        if self._remaining != FOREVER:
+            raise Truncated()
         self.finished = True
 
 
@@ -1304,7 +1288,7 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
     """A new decoder for this framing."""
     if framing is CHUNKED:
         return ChunkedDecoder(config, is_response)
-    return UntilCloseDecoder() if framing is UNTIL_CLOSE else LengthDecoder(framing.length)
+    return PlainDecoder(FOREVER if framing is UNTIL_CLOSE else framing.length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1360,8 +1344,6 @@ class Connection(asyncio.StreamReaderProtocol):
         "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "reader", "scheme",
         "state", "task", "transport", "unread", "watcher", "write_deadline", "writer",
     )  # fmt: skip
-
-    is_lent = False  # by a Jupyter server, for one request; see LentConnection
 
     def __init__(
         self, deadlines: "Deadlines", on_accept: Optional[Callable[["Connection"], None]] = None
@@ -1496,8 +1478,8 @@ class Connection(asyncio.StreamReaderProtocol):
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def can_carry_more(self) -> bool:
-        """Whether another request can follow.  Unused bytes of a lent connection would be lost."""
-        return not (self.is_lent and (self.buffer or self.unread))
+        """Whether another request can follow."""
+        return True
 
     def queued(self) -> int:
         """The number of unsent bytes."""
@@ -1840,7 +1822,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     ]
     lines += _rewritten_lines(request.headers, table, (request, route, gate), _SET_BY_PROXY)
     if is_hidden:
-        lines += client.address_lines
+        lines += [line for line in client.lines if line.startswith("X-Forwarded-For:")]
         lines.append("X-Forwarded-Proto: " + route.scheme)
     else:
         lines += client.lines
@@ -1980,12 +1962,10 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
     match = _HTTP_URL.fullmatch(value)
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
-    scheme, authority, path = match.group(1).lower(), match.group(2).lower(), match.group(3)
-    default = "" if _PORT.search(authority) else _DEFAULT_PORTS[scheme]
-    if (
-        authority + default not in route.app_authorities
-        and authority != request.client.authority.lower()
-    ):
+    scheme, authority, path = match.groups()
+    default = "" if _PORT.search(authority) else _DEFAULT_PORTS[scheme.lower()]
+    is_app = authority.lower() + default in route.app_authorities
+    if not is_app and rest_of_own_url(value, request.client.authority) is None:
         return value
     path = _with_prefix(path if path.startswith("/") else "/" + path, route)
     return "/." + path if _OTHER_HOST.match(path) else path  # the same path, but not "//host"
@@ -2168,7 +2148,7 @@ def find_app(request: Request, gate: Any) -> Request:
     if error is None:
         return request
     # Paths below the base are mistyped.  If the base is empty, so are paths below /absolute.
-    is_served = gate.app_cookie and not is_below(config.base or "/absolute", request.target)
+    is_served = gate.app_cookie and path_below(config.base or "/absolute", request.target) is None
     is_served = is_served and error.status == 404 and _is_from_own_origin(request)
     app = _app_of_page(request, gate) if is_served else ""
     if not app:
@@ -3213,21 +3193,14 @@ def _tls_failure(route: Route, error: Exception) -> ProxyError:
     return ProxyError(502, text, (), "See {upstream_tls}.")
 
 
-class Fetched(NamedTuple):
-    """The response to one of the proxy's own requests; a long body is cut off."""
-
-    status: int
-    headers: Headers
-    body: bytes
-
-
 async def fetch(
     connection: Connection, lines: List[str], body: bytes, timeout: float, config: Config
-) -> Fetched:
+) -> Response:
     """Send one of our own requests on a new connection, then close the connection.
 
-    lines: the request line and the header fields.  Raises ProxyError 4xx or 501 if the response is
-    not valid HTTP, TimedOut after `timeout` seconds, Truncated or OSError.
+    lines: the request line and the header fields.  A long body of the response is cut off.  Raises
+    ProxyError 4xx or 501 if the response is not valid HTTP, TimedOut after `timeout` seconds,
+    Truncated or OSError.
     """
     method = lines[0].partition(" ")[0]
     deadline = now() + timeout
@@ -3245,7 +3218,7 @@ async def fetch(
         content = b""
         while not source.finished and len(content) < _FETCH_BYTES and response.status != 101:
             content += await source.read(deadline - now())
-        return Fetched(response.status, response.headers, content)
+        return response._replace(body=content)
     finally:
         connection.abort()
 
@@ -3629,7 +3602,7 @@ class TokenGate(Gate):
         """Raise the redirect to the page `next` of the sign-in form, or the sign-in page again."""
         sent = dict(parse_qsl(form.decode("latin-1")))
         target = sent.get("next", "")
-        if not _LOCAL_TARGET.fullmatch(target) or not is_below(self.config.base, target):
+        if not _LOCAL_TARGET.fullmatch(target) or path_below(self.config.base, target) is None:
             target = self.config.base + "/"
         if not self.owns_token(sent.get("token", "").strip()):
             raise self._sign_in_needed(await self._note_wrong_token(client), target, client)
@@ -3915,7 +3888,7 @@ class HubApi:
 
     async def call(
         self, method: str, url: str, lines: List[str], body: str = ""
-    ) -> Tuple[Fetched, Dict[str, Any]]:
+    ) -> Tuple[Response, Dict[str, Any]]:
         """One request: the response, and the members of the JSON object in its body."""
         parts = urlsplit(url)
         own = ["%s %s HTTP/1.1" % (method, parts.path), "Host: " + parts.netloc]
@@ -4328,8 +4301,8 @@ class Exchange:
             raise self._client_failure
 
     def _on_client_data(self, upstream: Connection, client: Connection) -> None:
-        """Act on EOF or a failure of the client; `_send_body` handles data and timeouts."""
-        if not client.ended or isinstance(client.failure, TimedOut):
+        """Act on EOF or a failure of the client; `_send_body` handles data and its timeout."""
+        if not client.ended or (isinstance(client.failure, TimedOut) and self._is_sending()):
             return
         if client.failure is not None or not client.transport.can_write_eof():
             self._client_failure = self._client_failure or ClientGone()
@@ -5412,12 +5385,14 @@ _HANG_UP = getattr(select, "POLLRDHUP", 0)  # EOF of the peer, even after unread
 class LentConnection(Connection):
     """A client connection that belongs to Tornado."""
 
-    is_lent = True
-
     async def read(self) -> bytes:
         if not self.buffer and not self.unread:
             self.transport.pull()
         return await super().read()
+
+    def can_carry_more(self) -> bool:
+        """Unused bytes could not be given back to Tornado."""
+        return not (self.buffer or self.unread)
 
     def check_deadlines(self, time: float) -> None:
         super().check_deadlines(time)
@@ -6011,7 +5986,7 @@ class PortCheck:
 
     async def _get(
         self, target: str, fields: Mapping[str, str] = {}, timeout: float = _FETCH_SECONDS
-    ) -> Fetched:
+    ) -> Response:
         """Send a request that looks to the app like a browser's request through the proxy.
 
         Raises ProxyError if there is no valid response.
@@ -6058,9 +6033,9 @@ class PortCheck:
 
     def _is_absolute(self) -> bool:
         """Whether the app is configured for the absolute form."""
-        return is_below(self.absolute_path, self.path)
+        return path_below(self.absolute_path, self.path) is not None
 
-    async def _find_page(self, first: Fetched) -> Fetched:
+    async def _find_page(self, first: Response) -> Response:
         """The first page of the app, which may be configured for the absolute form."""
         page = await self._follow_redirects(first)
         may_be_absolute = page.status == 404 or self.absolute_path.encode() in page.body
@@ -6084,7 +6059,7 @@ class PortCheck:
             addresses.insert(0, host)
         return addresses
 
-    async def _follow_redirects(self, page: Fetched) -> Fetched:
+    async def _follow_redirects(self, page: Response) -> Response:
         """Follow the app's redirects to itself; the last page."""
         route = self.route
         # The second is ours: the app may obey X-Forwarded-Host.
@@ -6119,16 +6094,16 @@ class PortCheck:
                 break
         return page
 
-    def _note_links(self, page: Fetched) -> None:
+    def _note_links(self, page: Response) -> None:
         """Report links that begin with a slash, other than those with the prefix."""
         links = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
         if self._is_absolute():
-            links = [link for link in links if not is_below(self.absolute_path, link)]
+            links = [link for link in links if path_below(self.absolute_path, link) is None]
         self._note(rooted=links[:5])
         if links and not self.config.whole_origin:
             self._add_problem(_LOSES_PREFIX)
 
-    async def _find_bypass(self, page: Fetched) -> None:
+    async def _find_bypass(self, page: Response) -> None:
         """Report an address of the app in the page or in one of its scripts."""
         port = self.route.port
         address = re.compile(_APP_ADDRESS % (re.escape(self.route.host).encode(), port))

@@ -72,7 +72,6 @@ from port_proxy import (
     is_allowed,
     is_authority,
     is_base,
-    is_below,
     is_domain,
     is_own_origin,
     normal_domain,
@@ -910,7 +909,6 @@ class TestRoutes:
     ])
     def test_path_below_the_base_is_found_without_decoding_the_rest(self, base, path, below):
         assert path_below(base, path) == below
-        assert is_below(base, path + "?a") is (below is not None)
         assert is_base(base, path + "?a") is (below in ("", "/"))
         if is_base(base, path):
             assert find_route(base, path + "?a") == (None, below, "?a")
@@ -1631,6 +1629,12 @@ class TestDeadlines:
                     wire.buffer = wire.buffer[-5:]
             assert wire.buffer != b"0\r\n\r\n"
 
+    def test_client_that_takes_nothing_does_not_hold_a_silent_app(self, start, upstream):
+        """So little is left that the proxy would send more, and waits for it."""
+        app = upstream(script(read_head, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(50000), read_to_the_end))
+        with slow_wire(start(stall_timeout=0.3), raw=to(app)):
+            eventually(lambda: app.messages)
+
     def test_response_that_never_comes_is_a_504(self, start, upstream):
         """On a fresh connection to the app and on a reused one; an interim response is no response."""
         app = upstream(script(read_head, OK, read_head, b"HTTP/1.1 103 E\r\n\r\n", read_to_the_end))
@@ -1992,6 +1996,12 @@ class TestRewriting:
     ])
     def test_location_by_another_name_of_the_upstream_is_translated(self, target, location, translated):
         assert sent_to_client(("Location", location), target=target) == [("Location", translated)]
+
+    @pytest.mark.parametrize("host, location", [
+        ("here", "http://here:80/x"), ("here:80", "http://here/x"), ("here:443", "https://here/x"),
+    ])
+    def test_location_of_the_proxy_may_leave_out_the_default_port(self, host, location):
+        assert sent_to_client(("Location", location), host=host) == [("Location", "/proxy/8080/x")]
 
     @pytest.mark.parametrize("cookie, stripped, absolute", [
         ("a=b; Path=/", "a=b; Path=/proxy/8080/", "a=b; Path=/proxy/absolute/8080"),
