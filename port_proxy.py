@@ -1616,6 +1616,15 @@ class Deadlines:
         self._timer.cancel()
 
 
+async def cancel(tasks: "Sequence[asyncio.Future[None]]") -> None:
+    """Cancel tasks, and wait until they have ended."""
+    running = [task for task in tasks if not task.done()]
+    for task in running:
+        task.cancel()
+    if running:
+        await asyncio.wait(running)
+
+
 class PendingBytes:
     """Limits the memory for incomplete request heads, and for all data of clients not yet admitted.
 
@@ -3460,8 +3469,7 @@ class SessionWatch:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await cancel([self._task])
 
 
 class TokenGate(Gate):
@@ -4022,8 +4030,7 @@ class HubGate(Gate):
 
     async def close(self) -> None:
         self.deadlines.on_activity = None
-        self._reporter.cancel()
-        await asyncio.wait([self._reporter])
+        await cancel([self._reporter])
 
     # Signing in.
 
@@ -4329,9 +4336,7 @@ class Exchange:
             upstream.abort()
 
     async def _stop_sending(self, sender: "asyncio.Task[None]") -> None:
-        if not sender.done():
-            sender.cancel()
-            await asyncio.wait([sender])
+        await cancel([sender])
         if not sender.cancelled() and sender.exception() is not None:
             logger.error("internal error: %r", sender.exception())
 
@@ -4781,11 +4786,7 @@ class PortProxy:
                 os.unlink(self.config.bind[len(_UNIX_PREFIX) :])
         for server in self._servers:
             server.close()
-        accepting = self._acceptors + list(self._handshakes)
-        for task in accepting:
-            task.cancel()
-        if accepting:
-            await asyncio.wait(accepting)
+        await cancel(self._acceptors + list(self._handshakes))
         for sock in self._sockets:
             sock.close()
         self.is_stopping = True
@@ -4798,11 +4799,7 @@ class PortProxy:
         tasks = self._tasks()
         if tasks:
             await asyncio.wait(tasks, timeout=self.config.shutdown_timeout)
-        for task in self._tasks():
-            task.cancel()
-        tasks = self._tasks()
-        if tasks:
-            await asyncio.wait(tasks)
+        await cancel(self._tasks())
         self.upstreams.close()
         await self.sessions.close()
         await self.gate.close()
