@@ -1295,13 +1295,14 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 # Connections
 # --------------------------------------------------------------------------------------------------
 # One class for connections from clients and to upstreams: an asyncio StreamReader and StreamWriter
-# with deadlines, and with callbacks for data and EOF.  asyncio does the buffering and the flow
-# control.  At most one coroutine reads from a connection at a time, and at most one writes.
+# with deadlines, and with callbacks for data and EOF.  At most one coroutine reads from a
+# connection at a time, and at most one writes.  Data that no coroutine waits for goes to the
+# StreamReader.  Above _MAX_UNREAD bytes, the transport pauses.
 #
 # Deadlines are absolute.  One coarse timer checks the deadlines of all connections.
 
-_READER_LIMIT = 1 << 17  # bytes; a StreamReader pauses its transport at twice this
-_READ_BYTES = 1 << 20  # more than a StreamReader holds, so that a read empties it
+_MAX_UNREAD = 1 << 16  # bytes
+_NO_LIMIT = 1 << 30  # bytes; a StreamReader that paused the transport could lose data, see `read`
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # of all clients together; see PendingBytes
@@ -1340,15 +1341,16 @@ class Connection(asyncio.StreamReaderProtocol):
     """
 
     __slots__ = (
-        "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
-        "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "reader", "scheme",
-        "state", "task", "transport", "unread", "watcher", "write_deadline", "writer",
+        "_is_paused", "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended",
+        "eof_ends_body", "failure", "has_received", "is_admitted", "is_reused", "read_deadline",
+        "reader", "scheme", "state", "task", "transport", "unread", "watcher", "write_deadline",
+        "writer",
     )  # fmt: skip
 
     def __init__(
         self, deadlines: "Deadlines", on_accept: Optional[Callable[["Connection"], None]] = None
     ) -> None:
-        self.reader = asyncio.StreamReader(_READER_LIMIT, loop=deadlines.loop)
+        self.reader = asyncio.StreamReader(_NO_LIMIT, loop=deadlines.loop)
         super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
         self.buffer = b""
@@ -1357,6 +1359,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.is_admitted = on_accept is None
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
+        self._is_paused = False
         self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
         self.read_deadline = self.write_deadline = FOREVER
         self.state = ACTIVE
@@ -1386,13 +1389,17 @@ class Connection(asyncio.StreamReaderProtocol):
         if not self._finish_read(data):
             self.unread += len(data)
             self.reader.feed_data(data)
+            if self.unread > _MAX_UNREAD and not self._is_paused:
+                self._is_paused = True
+                with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if closed
+                    self.transport.pause_reading()
         if self.watcher is not None:
             self.watcher(self)
 
     def _finish_read(self, data: bytes) -> bool:
         """Let a waiting `read` return `data`; False if none waits."""
-        waiting = self._waiting_read
-        if waiting is None or waiting.done():
+        waiting, self._waiting_read = self._waiting_read, None
+        if waiting is None or waiting.done():  # done: cancelled
             return False
         waiting.set_result(data)
         return True
@@ -1452,14 +1459,23 @@ class Connection(asyncio.StreamReaderProtocol):
             data, self.buffer = self.buffer, b""
             return data
         if self.unread or self.ended:
-            data = await self.reader.read(_READ_BYTES)
+            data = await self.reader.read(_NO_LIMIT)
             self.unread = 0
+            if self._is_paused:
+                self._is_paused = False
+                with contextlib.suppress(RuntimeError, AttributeError):  # TLS that has ended
+                    self.transport.resume_reading()
         else:  # data that is awaited need not be copied into the StreamReader and out of it
             self._waiting_read = self.deadlines.loop.create_future()
             data = await self._waiting_read
         if not data and self.failure is not None:
             raise self.failure
         return data
+
+    def shorten_wait(self, seconds: float) -> None:
+        """If a `read` waits, let it end in `seconds` at the latest."""
+        if self._waiting_read is not None:
+            self.read_deadline = min(self.read_deadline, now() + seconds)
 
     def write(self, data: bytes) -> None:
         """Send or queue bytes.  Callers then await `drain`."""
@@ -4318,7 +4334,7 @@ class Exchange:
             self._upstream_timeout = _HALF_CLOSED_SECONDS
             if self._response_body is not None:
                 self._response_body.read_timeout = self._upstream_timeout
-            upstream.read_deadline = min(upstream.read_deadline, now() + self._upstream_timeout)
+            upstream.shorten_wait(self._upstream_timeout)
 
     # The request body is sent while the response is awaited.
 
@@ -5375,7 +5391,7 @@ def _tick_interval(config: Config) -> float:
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _XSRF = "_xsrf"
 _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
-_PULL_BYTES = 65536  # below the limit at which a StreamReader pauses its transport
+_PULL_BYTES = _MAX_UNREAD  # so that the connection does not pause
 _HANG_UP = getattr(select, "POLLRDHUP", 0)  # EOF of the peer, even after unread data; Linux only
 
 

@@ -1765,6 +1765,49 @@ class TestBackPressure:
             steady(lambda: len(app.messages))
             assert len(app.messages) * 60000 < 16 << 20  # the kernel's buffers hold a few MiB of 114
 
+    def test_half_closed_client_that_reads_late_gets_all(self, proxy, upstream):
+        """The app is not late while the client takes nothing."""
+        sent, begun = [], ok(bytes(10))[:-10] + b"abc"
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % self.SIZE
+        app = upstream(script(read_head, head, lambda wire, app: send_blocks(wire, self.SIZE, sent)))
+        silent = upstream(script(read_head, begun, hold))
+        with proxy.sent(to(app)) as wire, proxy.sent(to(silent)) as clock:
+            wire.until(b"\r\n\r\n")
+            assert_stalls(sent)
+            for one in (wire, clock):
+                one.end()
+            assert clock.rest()[-3:] == b"abc"  # the time for data has passed
+            take_blocks(wire, self.SIZE)
+
+    def test_idle_client_leaves_nothing_of_its_last_request_in_memory(self, process):
+        asked, before = request("OPTIONS", "*"), 0
+        large = asked[:-2] + b"A: %s\r\n\r\n" % bytes(60000).replace(b"\0", b"a")
+        with contextlib.ExitStack() as stack:
+            other, *wires = [stack.enter_context(Wire.to(process[1])) for _ in range(321)]
+            for number, wire in enumerate(wires):
+                before = rss_kib(process[0].pid) if number == 20 else before
+                wire.send(large[:1])
+                assert status_of(other.ask(asked)) == 204  # the proxy waits for the rest by now
+                assert status_of(wire.ask(large[1:])) == 204
+            assert rss_kib(process[0].pid) - before < 300 * 10
+
+    def test_data_is_not_lost_if_its_transport_cannot_resume(self, background):
+        """Before Python 3.11, TLS that has ended cannot."""
+        async def read():
+            deadlines = port_proxy.Deadlines(asyncio.get_event_loop(), WAIT)
+            connection, transport = port_proxy.Connection(deadlines), Mock(asyncio.Transport)
+            transport.is_closing.return_value, transport.resume_reading.side_effect = False, AttributeError
+            connection.connection_made(transport)
+            for _ in range(4):
+                connection.data_received(bytes(250000))
+            connection.eof_received()
+            assert transport.pause_reading.called
+            assert (len(await connection.read()), await connection.read()) == (1000000, b"")
+            connection.connection_lost(None)
+            await deadlines.close(0.1)
+
+        background.do(read())
+
     def test_connections_that_are_over_leave_no_memory(self, upstream, process):
         """If each of 350 connections left only a few of its objects, they would exceed the bound."""
         app, before = upstream(answering(OK)), 0
