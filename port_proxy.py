@@ -3840,9 +3840,8 @@ TokenCache = BoundedDict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
 class HubApi:
     """The Hub's API.  Raises ProxyError 503 without a valid response from the Hub.
 
-    Anybody can cause lookups of invented tokens.  Tokens that gave access therefore have a cache of
-    their own, and only the lookups of others are limited.  tokens: all tokens that the Hub has
-    known; True if they gave access at the last lookup.
+    Anybody can cause lookups of invented tokens.  `tokens`, those that the Hub has known, therefore
+    have a cache of their own, and only the lookups of others are limited.
     """
 
     def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
@@ -3850,36 +3849,33 @@ class HubApi:
         self.config = config
         self.deadlines = deadlines
         self._context = None  # type: Optional[ssl.SSLContext]
-        self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, bool]
-        self._granted = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
+        self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
         self._others = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
 
     async def user_of(self, token: str) -> Optional[HubUser]:
         """The user of a token; None if the Hub does not know the token."""
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        gave_access = self.tokens.get(token)
-        cache = self._granted if gave_access else self._others
-        task, until = cache.get(token, (None, 0.0))
-        if task is None or now() > until:
+        cache = self.tokens if token in self.tokens else self._others
+        lookup = cache.get(token)
+        if lookup is None or now() > lookup[1]:
             pending = sum(not task.done() for task, _ in self._others.values())
-            if pending >= _MAX_PENDING and not gave_access:
+            if pending >= _MAX_PENDING and cache is self._others:
                 text = "There are too many requests to the Hub. Try again shortly."
                 raise ProxyError(503, text, _RETRY_SOON)
-            task = self.deadlines.loop.create_task(self._find_user(token))
-            until = now() + _CACHE_SECONDS
-            cache[token] = task, until
+            lookup = cache[token] = self._look_up(token)
         try:
-            user = await task
+            user = await lookup[0]
         except ProxyError:
-            cache.pop(token, None)  # failures are not cached
+            cache[token] = lookup[0], 0.0  # failures are not cached
             raise
-        has_access = user is not None and user.has_access
-        if user is not None or token in self.tokens:
-            self.tokens[token] = has_access
-        if has_access:
-            self._granted[token] = task, until
+        if user is not None:
+            self.tokens[token] = lookup
         return user
+
+    def _look_up(self, token: str) -> Tuple["asyncio.Task[Optional[HubUser]]", float]:
+        task = self.deadlines.loop.create_task(self._find_user(token))
+        return task, now() + _CACHE_SECONDS
 
     async def _find_user(self, token: str) -> Optional[HubUser]:
         lines = ["Authorization: token " + token]
@@ -3907,7 +3903,7 @@ class HubApi:
         response, data = await self.call("POST", url, [_FORM], urlencode(form))
         token = str(data.get("access_token", "")) if response.status == 200 else ""
         if token:
-            self.tokens[token] = True  # so that its lookup is not limited
+            self.tokens[token] = self._look_up(token)  # not limited
         return token
 
     async def call(
