@@ -3295,10 +3295,9 @@ _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
 _NO_REFERRER = ("Referrer-Policy", "no-referrer")
 # A path, but not "//host".  No backslashes: browsers read them as slashes.
 _LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~\x80-\xff]*')
-# All real hosts and origins have the plain form, and it is safe to paste into a shell.  In _ORIGIN,
-# the host may be a pattern.
+# All real hosts have this form, and it is safe to paste into a shell.
 _PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
-_PLAIN_ORIGIN = re.compile("https?://(?:%s)(?::[0-9]{1,5})?" % _PLAIN_HOST.pattern)
+# The host may be a pattern.
 _ORIGIN = re.compile(r"(https?)://([a-z0-9_.*-]+|\[[0-9a-f.*]*:[0-9a-f:.*]*\])(:[0-9]{1,5})?")
 ANY_TOKEN = "any"  # value of Config.token for a random token
 COOKIE_PREFIX = "port_proxy_"  # the port follows: browsers share cookies between ports
@@ -3437,7 +3436,9 @@ class Gate:
         is_other_site = not is_top_level and not {"same-origin", "none"}.issuperset(sites)
         if not (is_foreign or is_other_site) or "*" in allowed:
             return
-        origin = normal_origin(page) if _PLAIN_ORIGIN.fullmatch(page.lower()) else ""
+        origin = ""
+        with contextlib.suppress(ValueError):  # not valid, such as "null"
+            origin = "" if "*" in page else normal_origin(page)
         if allows_origin(allowed, origin):
             return
         site = ", %s," % origin if origin else ""

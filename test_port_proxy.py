@@ -2989,6 +2989,8 @@ class TestOrigin:
         ("POST", "Origin: http://evil", "http://evil"), ("POST", "Origin: null", "*"), ("POST", "Origin: \xe4", "*"),
         ("POST", "Origin: HTTPS://Evil.example:443", "https://evil.example"), ("POST", "Origin: http://a<b", "*"),
         ("POST", "Origin: http://a;reboot;$(id)", "*"), ("POST", "Origin: http://{value}", "*"),
+        ("POST", "Origin: http://*", "*"), ("POST", "Origin: http://[ab]", "*"), ("POST", "Origin: http://[a:b]", "*"),
+        ("POST", "Origin: http://[::1]:81", "http://[::1]:81"),
     ])
     def test_advice_for_a_refused_page_helps(self, method, line, option):
         """It names no origin that the option refuses, and nothing that a shell interprets."""
