@@ -4856,7 +4856,8 @@ class PortProxy:
 
     def _accepted(self, client: Connection) -> None:
         if not self._make_room():
-            client.write(_TOO_MANY_CONNECTIONS)
+            error = ProxyError(503, "There are too many connections.", _RETRY_SOON)
+            client.write(local_response(error_response(error), keep_alive=False))
             client.close()
             return
         self._clients[client] = None
@@ -5134,10 +5135,6 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
 
 _UNIX_PREFIX = "unix:"
 _ACCEPT_PAUSE = 0.2  # seconds
-_TOO_MANY_CONNECTIONS = local_response(
-    error_response(ProxyError(503, "There are too many connections.", (("Retry-After", "5"),))),
-    keep_alive=False,
-)
 
 
 # Sockets and TLS.

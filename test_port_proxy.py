@@ -36,6 +36,7 @@ import sys
 import tempfile
 import threading
 import time
+from email.utils import parsedate
 from http.cookies import SimpleCookie
 from pathlib import Path
 from unittest.mock import MagicMock, Mock
@@ -4851,7 +4852,8 @@ class TestLimits:
             for wire in (first, second):
                 wire.send(request("GET", "/proxy/"))
                 wire.message()
-            assert status_of(proxy.get("/proxy/")) == 200
+            earlier = proxy.get("/proxy/")
+            assert status_of(earlier) == 200
             assert first.ends()
             with proxy.sent(to(app)) as third:
                 second.send(to(app))
@@ -4859,6 +4861,7 @@ class TestLimits:
                 with proxy.wire() as wire:
                     answer = wire.message()
                     assert (status_of(answer), "retry-after" in fields_of(answer)) == (503, True)
+                    assert parsedate(fields_of(answer)["date"]) >= parsedate(fields_of(earlier)["date"])
                 app.let_go.set()
                 assert busy.message()[2] == second.message()[2] == third.message()[2] == b"ok"
 
