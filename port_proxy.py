@@ -3554,9 +3554,7 @@ class TokenGate(Gate):
             # After DNS rebinding, a page can set X-Forwarded-Host, but not Host: check both.
             for authority in {request.authority, request.client.authority}:
                 self._check_host(authority)
-        elif preflight:
-            return
-        else:
+        elif not preflight:
             signed_in = self._is_signed_in(request)
             if not signed_in:
                 await self._check_tokens(request)
@@ -3955,7 +3953,6 @@ class HubGate(Gate):
         assert config.hub is not None
         self.hub = config.hub
         self.api = HubApi(config.hub, config, deadlines)
-        self.deadlines = deadlines
         self.callback_path = urlsplit(self.hub.callback_url).path
         self.other_cookies = (_HUB_COOKIES,)
         self.cookie_marks += self.other_cookies
@@ -3983,7 +3980,10 @@ class HubGate(Gate):
     async def authorize(self, request: Request) -> None:
         user, token, is_signed_in = await self._find_user(request)
         if user is None:
-            raise self._sign_in_needed(request)
+            if request.is_page_visit:
+                raise self._begin_login(request.target, request.client)
+            text = "Sign in at the Hub, or send a Hub token as 'Authorization: token TOKEN'."
+            raise ProxyError(403, text, CHALLENGE)
         self._check_access(user)
         browser = HubBrowser(token, _hub_session(request))
         is_new = token and not is_signed_in
@@ -4042,16 +4042,9 @@ class HubGate(Gate):
         return token in self.api.tokens or token == self.hub.api_token
 
     async def close(self) -> None:
-        self.deadlines.on_activity = None
         await cancel([self._reporter])
 
     # Signing in.
-
-    def _sign_in_needed(self, request: Request) -> ProxyError:
-        if request.is_page_visit:
-            return self._begin_login(request.target, request.client)
-        text = "Sign in at the Hub, or send a Hub token as 'Authorization: token TOKEN'."
-        return ProxyError(403, text, CHALLENGE)
 
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
         """The redirect to the Hub, which redirects back to `_end_login`."""
