@@ -672,8 +672,8 @@ _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*
 # Finds the names of the valid lines in a field section.
 _FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
 _SPACED_NAME = re.compile(r"\A(%s)[\t ]+:" % TOKEN)
-_LEGAL = bytes(byte for byte in range(256) if (byte >= 32 and byte != 127) or byte in b"\t\r\n")
-_ABSOLUTE_FORM = re.compile(r"(?:http|https)://([^/?]*)(/[^?]*)?(\?.*)?", re.IGNORECASE)
+# A control byte, except TAB and CRLF.  A CR at the end may be half of a CRLF.
+_ILLEGAL = re.compile(rb"[\x00-\x08\n-\x1f\x7f](?<!\r\n)(?<!\r(?=\n|\Z))")
 # RFC 3986 section 3.2.2, without user information and IPvFuture.
 _AUTHORITY = re.compile(
     r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
@@ -1052,13 +1052,13 @@ def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
 
 def _parse_absolute_form(method: str, target: str) -> Tuple[str, str]:
     """Authority and origin form; the authority overrides Host (RFC 9112 section 3.2.2)."""
-    match = _ABSOLUTE_FORM.fullmatch(target)
-    if not match or not is_authority(match.group(1)):
+    match = _HTTP_URL.fullmatch(target)
+    if not match or not is_authority(match.group(2)):
         raise ProxyError(400, "The request target is neither a path nor an http URL.")
-    authority, path, query = match.groups()
-    if method == "OPTIONS" and not path and not query:
+    _, authority, path = match.groups()
+    if method == "OPTIONS" and not path:
         return authority, "*"  # RFC 9112 section 3.2.4
-    return authority, (path or "/") + (query or "")
+    return authority, path if path.startswith("/") else "/" + path
 
 
 def parse_response(head: bytes, method: str, config: Config) -> Response:
@@ -1083,13 +1083,7 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
 
     checked: the number of bytes that an earlier call has checked.
     """
-    start = max(0, checked - 1)  # this byte may be the CR of a CRLF
-    part = head[start:]
-    if start and part.startswith(b"\n"):  # its CR was checked before
-        part = part[1:]
-    crlfs = part.count(b"\r\n")
-    crs = part.count(b"\r") - part.endswith(b"\r")  # the last CR may be half of a CRLF
-    if part.translate(None, _LEGAL) or part.count(b"\n") != crlfs or crs != crlfs:
+    if _ILLEGAL.search(head, max(0, checked - 1)):  # the last checked byte may be a CR
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
     end = head.find(b"\r\n")
     if is_request:
