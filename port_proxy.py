@@ -425,7 +425,7 @@ _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _ONLY_IPV4 = r"(?=%s(?:\.%s){3}\Z)" % (_OCTET, _OCTET)
 _DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?)*")
 _PORT_NUMBER = re.compile(r"[1-9][0-9]{0,4}")
-_PORT_PART = re.compile(r":[0-9]*\Z")  # of an authority
+_PORT_PART = re.compile(r":([0-9]*)\Z")  # of an authority
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 
@@ -521,8 +521,6 @@ def authority_of(host: str, port: int) -> str:
 
 def port_in_host(authority: str, domains: Sequence[str]) -> int:
     """The port in a host such as 8080.localhost, or 0."""
-    if not authority[:1].isdigit():
-        return 0
     port, _, domain = host_of(authority).partition(".")
     is_port = domain in domains and _PORT_NUMBER.fullmatch(port) and int(port) <= 65535
     return int(port) if is_port else 0
@@ -679,8 +677,6 @@ _AUTHORITY = re.compile(
     r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
 )
 _HTTP_URL = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE)
-_PORT = re.compile(r":([0-9]+)\Z")
-_LENGTH = re.compile("[0-9]{1,18}")
 _LENGTH_LIST = re.compile(r"[0-9]{1,18}(?:[ \t]*,[ \t]*[0-9]{1,18})*")
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())
 _MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
@@ -745,11 +741,6 @@ class Headers:
         usual = _USUAL_TOKENS.get(value)
         return usual or frozenset([member.strip(" \t") for member in value.split(",")])
 
-    def pairs(self) -> Fields:
-        """All fields as (name, value) pairs."""
-        split = (line.partition(":") for line in self.lines)
-        return tuple((name, value.strip(" \t")) for name, _, value in split)
-
 
 def _explain_field_section(lines: List[str]) -> str:
     for line in lines:
@@ -778,20 +769,15 @@ CHUNKED = Framing("chunked")
 UNTIL_CLOSE = Framing("close")
 
 
-def request_framing(headers: Headers, minor: str) -> Framing:
-    """The framing of a request body (RFC 9112 section 6.3); ProxyError 400 or 501."""
-    return _declared_framing(headers, minor) or NO_BODY
-
-
 def response_framing(headers: Headers, minor: str, status: int, method: str) -> Framing:
     """The framing of the body of a response to `method`; ProxyError 400 or 501."""
-    declared = _declared_framing(headers, minor)
-    if method == "HEAD" or status < 200 or status in (204, 304):
-        return NO_BODY
-    return declared or UNTIL_CLOSE
+    framing = declared_framing(headers, minor, UNTIL_CLOSE)
+    has_body = method != "HEAD" and status >= 200 and status not in (204, 304)
+    return framing if has_body else NO_BODY
 
 
-def _declared_framing(headers: Headers, minor: str) -> Optional[Framing]:
+def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Framing:
+    """The framing in a head, or else `undeclared` (RFC 9112 section 6.3); ProxyError 400 or 501."""
     if "transfer-encoding" in headers.index:
         if "content-length" in headers.index:
             raise ProxyError(400, "The message has both Transfer-Encoding and Content-Length.")
@@ -804,10 +790,8 @@ def _declared_framing(headers: Headers, minor: str) -> Optional[Framing]:
             raise ProxyError(501, "The only transfer coding supported is 'chunked'.")
         return CHUNKED
     if "content-length" not in headers.index:
-        return None
+        return undeclared
     lengths = headers.get_all("content-length")
-    if len(lengths) == 1 and _LENGTH.fullmatch(lengths[0]):
-        return Framing("length", int(lengths[0]))
     if not all(_LENGTH_LIST.fullmatch(value) for value in lengths):
         raise ProxyError(400, "Content-Length is not a number of at most 18 digits.")
     numbers = {number.strip(" \t") for number in ",".join(lengths).split(",")}
@@ -866,8 +850,8 @@ def _make_client_info(
     lines = ["X-Forwarded-For: " + hops] if hops else []
     lines.append("X-Forwarded-Proto: " + scheme)
     if authority:
-        match = _PORT.search(authority)
-        port = port or (match.group(1) if match else _DEFAULT_PORTS[scheme][1:])
+        match = _PORT_PART.search(authority)
+        port = port or (match and match.group(1)) or _DEFAULT_PORTS[scheme][1:]
         lines += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
     app_port = port_in_host(authority, domains)
     return ClientInfo(address, scheme, authority, app_port, tuple(lines))
@@ -933,7 +917,8 @@ class Request(NamedTuple):
     @property
     def fields(self) -> Fields:
         """All header fields as (name, value) pairs, for the `authorize` of an embedder."""
-        return self.headers.pairs()
+        split = (line.partition(":") for line in self.headers.lines)
+        return tuple((name, value.strip(" \t")) for name, _, value in split)
 
     @property
     def is_above_prefix(self) -> bool:
@@ -983,7 +968,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         raise ProxyError(405, "CONNECT is refused: this is not a forward proxy.", allow)
     if target[0] != "/" and not (target == "*" and method == "OPTIONS"):
         authority, target = _parse_absolute_form(method, target)
-    framing = request_framing(headers, minor)
+    framing = declared_framing(headers, minor, NO_BODY)
     connection = headers.tokens("connection")
     client = client_info(headers, address, scheme, authority, config)
     route, path, query, route_error = _route_target(target, client, config)
@@ -1015,7 +1000,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         is_websocket=is_websocket,  # RFC 6455 section 4.1; other upgrades, such as h2c, are ignored
         is_navigation=is_navigation,
         is_page_visit=is_navigation and method in ("GET", "HEAD") and not is_websocket,
-        is_own_origin=is_own_origin(headers.get("origin"), client.authority),
+        is_own_origin=rest_of_own_url(headers.get("origin"), client.authority) == "",
     )
 
 
@@ -1102,11 +1087,6 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
 def is_authority(text: str) -> bool:
     """Whether `text` is a valid host or host:port, without user information."""
     return bool(_AUTHORITY.fullmatch(text))
-
-
-def is_own_origin(origin: str, authority: str) -> bool:
-    """Whether `origin` ("http://host:port") has this authority."""
-    return rest_of_own_url(origin, authority) == ""
 
 
 def rest_of_own_url(url: str, authority: str) -> Optional[str]:
@@ -1982,7 +1962,7 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
     scheme, authority, path = match.groups()
-    default = "" if _PORT.search(authority) else _DEFAULT_PORTS[scheme.lower()]
+    default = "" if _PORT_PART.search(authority) else _DEFAULT_PORTS[scheme.lower()]
     is_app = authority.lower() + default in route.app_authorities
     if not is_app and rest_of_own_url(value, request.client.authority) is None:
         return value
@@ -2038,10 +2018,8 @@ def _is_app_domain(domain: str, request: Request, route: Route) -> bool:
 
 def _cookie_path(path: str, route: Route) -> str:
     """A cookie's Path below the prefix.  For an absolute route, only a Path above it is changed."""
-    if not route.absolute or path_below(route.prefix, path) is not None:
-        return _with_prefix(path, route)
-    is_wider = path_below(path.rstrip("/"), route.prefix) is not None
-    return route.prefix if is_wider else path
+    is_wider = route.absolute and path_below(path.rstrip("/"), route.prefix)
+    return route.prefix if is_wider else _with_prefix(path, route)
 
 
 def _with_prefix(path: str, route: Route) -> str:
