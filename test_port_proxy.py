@@ -4863,6 +4863,13 @@ class TestLimits:
                 app.let_go.set()
                 assert busy.message()[2] == second.message()[2] == third.message()[2] == b"ok"
 
+    def test_connection_too_many_over_tls_ends_an_idle_one(self, start, certificate):
+        proxy = start(max_connections=2, certfile=str(certificate / "both.pem"))
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                wire = stack.enter_context(tls_wire(proxy, certificate))
+                assert status_of(wire.ask(request("GET", "/proxy/"))) == 200
+
     @pytest.mark.parametrize("has_tls, raw", [
         (False, b"GET /proxy/ HT"), (False, b""),
         (False, request("POST", "/proxy/", "Content-Length: 5000")), (True, b""),
