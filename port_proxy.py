@@ -1309,13 +1309,15 @@ class Connection(asyncio.StreamReaderProtocol):
     has_received: data has come since this was last set to False.  is_reused: taken from the pool.
     is_admitted: the gate has admitted a request of this client, or the peer is an upstream.
     watcher: called on data and EOF.  address: the peer's IP address, or "".  scheme: "http" or
-    "https".  eof_ends_body: EOF ends the body that is sent to the peer.  state: see above.
+    "https".  eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for each
+    part of a body, in `Body.relay`.  state: see above.
     """
 
     __slots__ = (
         "_is_paused", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
-        "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "reader", "scheme",
-        "state", "task", "transport", "unread", "watcher", "write_deadline", "writer",
+        "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "read_timeout",
+        "reader", "scheme", "state", "task", "transport", "unread", "watcher", "write_deadline",
+        "writer",
     )  # fmt: skip
 
     def __init__(self, deadlines: "Deadlines", is_admitted: bool = True) -> None:
@@ -1330,7 +1332,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
         self._is_paused = False
         self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
-        self.read_deadline = self.write_deadline = FOREVER
+        self.read_deadline = self.write_deadline = self.read_timeout = FOREVER
         self.state = ACTIVE
         self.task = None  # type: Optional[asyncio.Future[None]]
 
@@ -1680,11 +1682,10 @@ class Body:
     """A message body that is read from one connection, `source`, and sent to another.
 
     in_chunks: `encode` applies the chunked coding.  count: bytes of body data so far.  finished:
-    the body is complete; the source's buffer holds the bytes after it.  read_timeout: for data from
-    the source, in `relay`.
+    the body is complete; the source's buffer holds the bytes after it.
     """
 
-    __slots__ = ("_decoder", "count", "finished", "in_chunks", "read_timeout", "source")
+    __slots__ = ("_decoder", "count", "finished", "in_chunks", "source")
 
     def __init__(
         self,
@@ -1699,7 +1700,6 @@ class Body:
         self._decoder = body_decoder(framing, config, is_response)
         self.in_chunks = in_chunks
         self.count = 0
-        self.read_timeout = FOREVER
         self.finished = self._decoder.finished  # type: bool
 
     def buffered(self) -> bytes:
@@ -1753,7 +1753,7 @@ class Body:
             if self.finished:
                 return True
             target.deadlines.has_activity = True
-            target.write(self.encode(await self.read(self.read_timeout)))
+            target.write(self.encode(await self.read(self.source.read_timeout)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3045,6 +3045,7 @@ class Upstreams:
             if connection.is_fresh():
                 connection.has_received = False
                 connection.is_reused = True
+                connection.read_timeout = FOREVER
                 return connection
             connection.abort()
         return None
@@ -4173,8 +4174,6 @@ class Exchange:
         self.status = self.sent = 0
         self.failure = ""
         self.tunnel = None  # type: Optional[Tunnel]
-        self._upstream_timeout = FOREVER  # for data; shorter once the client has half-closed
-        self._response_body = None  # type: Optional[Body]
         self._sender = None  # type: Optional[asyncio.Task[None]]  # of the request body
         self._client_failure = None  # type: Optional[Exception]
 
@@ -4285,20 +4284,18 @@ class Exchange:
             self._client_failure = self._client_failure or ClientGone()
             upstream.abort()
         else:
-            self._upstream_timeout = _HALF_CLOSED_SECONDS
-            if self._response_body is not None:
-                self._response_body.read_timeout = self._upstream_timeout
-            upstream.shorten_wait(self._upstream_timeout)
+            upstream.read_timeout = _HALF_CLOSED_SECONDS
+            upstream.shorten_wait(_HALF_CLOSED_SECONDS)
 
     # The request body is sent while the response is awaited.
 
     async def _send_body(self, upstream: Connection) -> None:
         timeout = self.config.stall_timeout
-        self.body.read_timeout = timeout
+        self.client.read_timeout = timeout
         try:
             # An upstream that stops reading may have responded already: that is not an error.
             if await self.body.relay(upstream, timeout) and not self.status:
-                upstream.read_deadline = self._response_deadline()
+                upstream.read_deadline = now() + self._response_timeout(upstream)
         except (ProxyError, Truncated, TimedOut, OSError) as error:
             if isinstance(error, TimedOut):
                 error = ProxyError(408, "The request body stopped for %g seconds." % timeout)
@@ -4313,15 +4310,16 @@ class Exchange:
     def _is_sending(self) -> bool:
         return self._sender is not None and not self._sender.done()
 
-    def _response_deadline(self) -> float:
-        return now() + min(self.config.response_timeout, self._upstream_timeout)
+    def _response_timeout(self, upstream: Connection) -> float:
+        return min(self.config.response_timeout, upstream.read_timeout)
 
     # The response.
 
     async def _read_response(self, upstream: Connection) -> Response:
         """The final response or a 101; other interim responses are relayed at once."""
         while True:
-            upstream.read_deadline = FOREVER if self._is_sending() else self._response_deadline()
+            timeout = FOREVER if self._is_sending() else self._response_timeout(upstream)
+            upstream.read_deadline = now() + timeout
             head = await read_head(upstream, False, self.config)
             upstream.read_deadline = FOREVER
             response = parse_response(head, self.request.method, self.config)
@@ -4343,15 +4341,13 @@ class Exchange:
         client.eof_ends_body = client_framing is UNTIL_CLOSE
         in_chunks = client_framing is CHUNKED
         body = Body(upstream, framing, self.config, is_response=True, in_chunks=in_chunks)
-        body.read_timeout = self._upstream_timeout
-        self._response_body = body
         # Malformed data at the start of the body raises here, before the head is sent.
         data = body.buffered()
         head = self._response_head(response, client_framing)
         self.status = response.status
         client.write(head + body.encode(data))
         while not body.finished and not data:  # the first data may hold the page's title
-            data = await body.read(body.read_timeout)
+            data = await body.read(upstream.read_timeout)
             client.write(body.encode(data))
         if request.is_page_visit and data and request.route is not None:
             self.proxy.titles.note(request.route, response, data)
@@ -4410,7 +4406,7 @@ class Exchange:
         if isinstance(error, TimedOut):
             if self.status:  # the client has half-closed, or the upstream stopped reading
                 return ClientGone()  # aborts the response
-            timeout = min(self.config.response_timeout, self._upstream_timeout)
+            timeout = self._response_timeout(upstream)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
         if route.scheme == "http":

@@ -4655,6 +4655,19 @@ class TestRequests:
             app.happened.set()
             assert wire.rest() == b"d"
 
+    def test_response_after_that_of_a_half_closed_client_has_no_such_timeout(self, start, upstream):
+        def pause(wire, app):
+            time.sleep(2.5)
+
+        proxy = start(idle_upstream_timeout=10 * WAIT, linger_timeout=0.2)  # so deadlines are checked often
+        app = upstream(script(read_head, OK, read_head, ok(b"abcd")[:-1], pause, b"d", read_to_the_end))
+        with proxy.wire() as wire:
+            with proxy.held():  # the proxy sees the end together with the request
+                wire.send(to(app))
+                wire.end()
+            assert wire.message()[2] == b"ok"
+        assert (proxy.ask(to(app))[2], app.connections) == (b"abcd", 1)
+
     @needs_proc
     def test_client_that_leaves_closes_its_upstream(self, proxy, upstream, records):
         """On fresh and reused connections, during an upload, a silence of the app, its response, and in a tunnel.
