@@ -1278,6 +1278,7 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 _MAX_UNREAD = 1 << 16  # bytes
 _NO_LIMIT = 1 << 30  # bytes; a StreamReader that paused the transport could lose data, see `read`
 _BACKLOG = 1024  # connections that wait to be accepted
+_ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # of all clients together; see PendingBytes
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
@@ -1304,30 +1305,33 @@ class StreamWriter(asyncio.StreamWriter):
 class Connection(asyncio.StreamReaderProtocol):
     """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    task: serves a client that is not IDLE.  buffer: bytes read but not used.  unread: the number of
-    bytes in the StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.
-    has_received: data has come since this was last set to False.  is_reused: taken from the pool.
-    is_admitted: the gate has admitted a request of this client, or the peer is an upstream.
-    watcher: called on data and EOF.  address: the peer's IP address, or "".  scheme: "http" or
-    "https".  eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for each
-    part of a body, in `Body.relay`.  state: see above.
+    on_accept: called for a new client; None for a connection to an upstream.  task: serves a client
+    that is not IDLE.  buffer: bytes read but not used.  unread: the number of bytes in the
+    StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.  has_received:
+    data has come since this was last set to False.  is_reused: taken from the pool.  is_admitted:
+    the gate has admitted a request of this client, or the peer is an upstream.  watcher: called on
+    data and EOF.  address: the peer's IP address, or "".  scheme: "http" or "https".
+    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for each part of a
+    body, in `Body.relay`.  state: see above.
     """
 
     __slots__ = (
-        "_is_paused", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
-        "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "read_timeout",
-        "reader", "scheme", "state", "task", "transport", "unread", "watcher", "write_deadline",
-        "writer",
+        "_is_paused", "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended",
+        "eof_ends_body", "failure", "has_received", "is_admitted", "is_reused", "read_deadline",
+        "read_timeout", "reader", "scheme", "state", "task", "transport", "unread", "watcher",
+        "write_deadline", "writer",
     )  # fmt: skip
 
-    def __init__(self, deadlines: "Deadlines", is_admitted: bool = True) -> None:
+    def __init__(
+        self, deadlines: "Deadlines", on_accept: Optional[Callable[["Connection"], None]] = None
+    ) -> None:
         self.reader = asyncio.StreamReader(_NO_LIMIT, loop=deadlines.loop)
         super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
         self.buffer = b""
         self.unread = 0
         self.ended = self.has_received = self.eof_ends_body = self.is_reused = False
-        self.is_admitted = is_admitted
+        self.is_admitted = on_accept is None
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
         self._is_paused = False
@@ -1335,6 +1339,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.read_deadline = self.write_deadline = self.read_timeout = FOREVER
         self.state = ACTIVE
         self.task = None  # type: Optional[asyncio.Future[None]]
+        self._on_accept = on_accept
 
     # Protocol callbacks.
 
@@ -1346,6 +1351,8 @@ class Connection(asyncio.StreamReaderProtocol):
         self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""
         self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         self.deadlines.connections.add(self)
+        if self._on_accept is not None:
+            self._on_accept(self)
 
     def data_received(self, data: bytes) -> None:
         if self.ended:  # a deadline has passed
@@ -4643,7 +4650,8 @@ class PortProxy:
         self.titles = Titles()
         self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
         self._clients = {}  # type: Dict[Connection, None]  # the oldest first
-        self._acceptors = []  # type: List[asyncio.Future[None]]
+        self._servers = []  # type: List[asyncio.AbstractServer]
+        self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
         self._handshakes = {}  # type: Dict[asyncio.Future[None], None]  # the oldest first
         self._sockets = []  # type: List[socket.socket]
         self._owns_socket_file = True
@@ -4677,14 +4685,33 @@ class PortProxy:
         self.upstreams = Upstreams(self.config, self.deadlines, addresses + list(front_servers))
         try:
             for sock in self._sockets:
-                sock.listen(_BACKLOG)
-                sock.setblocking(False)
-                acceptor = self._accept(self.deadlines, sock, tls)
-                self._acceptors.append(loop.create_task(acceptor))
+                await self._listen(loop, sock, tls)
         except BaseException:
             await self.close()
             raise
         return self
+
+    async def _listen(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, tls: Optional[ssl.SSLContext]
+    ) -> None:
+        assert self.deadlines is not None
+        if tls is not None:
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+            self._acceptors.append(loop.create_task(self._accept_tls(self.deadlines, sock, tls)))
+            return
+        protocol = functools.partial(Connection, self.deadlines, self._accepted)
+        # In asyncio, `backlog` is also the number of attempts to accept in a row.  Without a free
+        # file descriptor, all of them fail: hence a small number, and another `listen` below.
+        options = {"sock": sock, "backlog": _ACCEPTS_IN_A_ROW}  # type: Dict[str, Any]
+        if sock.family != _UNIX:
+            server = await loop.create_server(protocol, **options)
+        else:
+            if sys.version_info >= (3, 13):
+                options["cleanup_socket"] = False  # another process may own the file by then
+            server = await loop.create_unix_server(protocol, **options)
+        self._servers.append(server)
+        sock.listen(_BACKLOG)
 
     @property
     def port(self) -> int:
@@ -4730,6 +4757,8 @@ class PortProxy:
         if self.config.bind.startswith(_UNIX_PREFIX) and self._owns_socket_file:
             with contextlib.suppress(OSError):
                 os.unlink(self.config.bind[len(_UNIX_PREFIX) :])
+        for server in self._servers:
+            server.close()
         await cancel(self._acceptors + list(self._handshakes))
         for sock in self._sockets:
             sock.close()
@@ -4750,6 +4779,7 @@ class PortProxy:
         # Tunnels have the rest of the time to send queued data, other connections one second.
         left = until - now() if self.tunnels else 0.0
         await deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
+        self._servers.clear()
         self._acceptors.clear()
         self._sockets.clear()
 
@@ -4784,6 +4814,18 @@ class PortProxy:
 
     # A client's connection.
 
+    def _accepted(self, client: Connection) -> None:
+        if not self._make_room():
+            error = ProxyError(503, "There are too many connections.", _RETRY_SOON)
+            client.write(local_response(error_response(error), keep_alive=False))
+            client.close()
+            return
+        self._begin(client)
+
+    def _begin(self, client: Connection) -> None:
+        self._clients[client] = None
+        self._let_idle(client)
+
     def _make_room(self) -> bool:
         """Make room for one more connection; False if there is none.
 
@@ -4805,24 +4847,20 @@ class PortProxy:
             victim.abort()
         return victim is not None
 
-    async def _accept(
-        self, deadlines: Deadlines, listener: socket.socket, tls: Optional[ssl.SSLContext]
+    async def _accept_tls(
+        self, deadlines: Deadlines, listener: socket.socket, tls: ssl.SSLContext
     ) -> None:
-        """Accept connections until cancelled.
+        """Accept connections over TLS, until cancelled.
 
-        asyncio's servers report a connection over TLS only after its handshake.  Here, handshakes
-        count as connections.
+        asyncio's servers report a connection only after its handshake.  Here, handshakes count as
+        connections.
         """
         loop = deadlines.loop
         try:
             while True:
                 try:
                     sock, _ = await loop.sock_accept(listener)
-                except ConnectionError:  # the client has left
-                    continue
-                except OSError as error:  # there is no file descriptor
-                    text = "socket.accept() out of system resource"
-                    loop.call_exception_handler({"message": text, "exception": error})
+                except OSError:  # the client has left, or there is no file descriptor
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
                 if self._make_room():
@@ -4830,31 +4868,26 @@ class PortProxy:
                     self._handshakes[task] = None
                     task.add_done_callback(self._handshakes.pop)
                 else:
-                    _turn_away(sock, tls is not None)
-                await asyncio.sleep(0)  # yield: many new clients must not starve others
+                    sock.close()
         finally:
             with contextlib.suppress(NotImplementedError):  # on Windows
                 loop.remove_reader(listener.fileno())  # Python 3.6 does not remove it
 
     async def _shake_hands(
-        self, deadlines: Deadlines, sock: socket.socket, tls: Optional[ssl.SSLContext]
+        self, deadlines: Deadlines, sock: socket.socket, tls: ssl.SSLContext
     ) -> None:
-        """Start a client's connection, over TLS if set; then, plain HTTP gets an error response."""
+        """Do the TLS handshake; plain HTTP gets an error response."""
         loop, timeout, is_taken = deadlines.loop, self.config.head_timeout, False
-        make = functools.partial(Connection, deadlines, is_admitted=False)
         try:
-            # Plain HTTP begins with a letter, TLS does not.
-            is_plain = tls is None or (await _first_byte(loop, sock, timeout)).isalpha()
+            first = await _first_byte(loop, sock, timeout)
             is_taken = True
-            if is_plain:
-                _, client = await loop.connect_accepted_socket(make, sock)
+            if first.isalpha():  # plain HTTP begins with a letter, TLS does not
+                make = functools.partial(Connection, deadlines, self._accepted_plain)
+                await loop.connect_accepted_socket(make, sock)
             else:
+                make = functools.partial(Connection, deadlines, self._begin)  # counted before
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
-                _, client = await asyncio.wait_for(handshake, timeout)
-            if is_plain and tls is not None:
-                text = "This port speaks HTTPS. Begin the address with https://."
-                await self._refuse(client, ProxyError(400, text))
-                return
+                await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
             # If `is_taken`, asyncio closes the socket; in 3.6 only after EOF, so cause one here.
             with contextlib.suppress(OSError):
@@ -4863,11 +4896,14 @@ class PortProxy:
                 sock.close()
             if not isinstance(error, (OSError, asyncio.TimeoutError)):
                 raise
-            return
+
+    def _accepted_plain(self, client: Connection) -> None:
+        """Answer a client that speaks plain HTTP where TLS is expected."""
+        error = ProxyError(400, "This port speaks HTTPS. Begin the address with https://.")
         self._clients[client] = None
-        self._let_idle(client)
-        if not client.is_quiet():  # data or EOF has come already
-            self._wake(client)
+        client.state = CLOSING
+        client.task = client.deadlines.loop.create_task(self._refuse(client, error))
+        client.task.add_done_callback(lambda _: self._clients.pop(client, None))
 
     def _let_idle(self, client: Connection) -> None:
         """Let a connection wait for its next request, without a task."""
@@ -4983,13 +5019,10 @@ class PortProxy:
             client.close()
             return
         client.read_deadline = now() + self.config.linger_timeout
-        try:
+        with contextlib.suppress(TimedOut):
             while await client.read():
                 pass
-        except TimedOut:
-            pass
-        finally:
-            client.close()
+        client.close()
 
     # The access log.
 
@@ -5139,14 +5172,6 @@ def _is_private(sock: socket.socket) -> bool:
         return not os.stat(name).st_mode & 0o077
     except (OSError, ValueError):  # ValueError: an abstract socket, whose name begins with NUL
         return False
-
-
-def _turn_away(sock: socket.socket, has_tls: bool) -> None:
-    """Close a connection for which there is no room, with a 503 unless it would need TLS."""
-    with sock, contextlib.suppress(OSError):
-        if not has_tls:
-            error = ProxyError(503, "There are too many connections.", _RETRY_SOON)
-            sock.send(local_response(error_response(error), keep_alive=False))
 
 
 async def _first_byte(
