@@ -1276,7 +1276,9 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 # Deadlines are absolute.  One coarse timer checks the deadlines of all connections.
 
 _MAX_UNREAD = 1 << 16  # bytes
-_NO_LIMIT = 1 << 30  # bytes; a StreamReader that paused the transport could lose data, see `read`
+# In bytes.  The connection pauses its transport, not the StreamReader: before 3.11, a StreamReader
+# loses its data if the transport is TLS, and has ended when the StreamReader resumes it.
+_NO_LIMIT = 1 << 30
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # of all clients together; see PendingBytes
@@ -1438,9 +1440,9 @@ class Connection(asyncio.StreamReaderProtocol):
             self.unread = 0
             if self._is_paused:
                 self._is_paused = False
-                with contextlib.suppress(RuntimeError, AttributeError):  # TLS that has ended
+                with contextlib.suppress(RuntimeError, AttributeError):
                     self.transport.resume_reading()
-        else:  # data that is awaited need not be copied into the StreamReader and out of it
+        else:  # the data is not copied into the StreamReader and out of it
             self._waiting_read = self.deadlines.loop.create_future()
             data = await self._waiting_read
         if not data and self.failure is not None:

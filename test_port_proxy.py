@@ -7300,7 +7300,8 @@ class TestJupyterHub:
         self.api(hub, "POST", server)
         visitor.visit("/jh/hub/spawn-pending/al@ice.x%2By/gpu-2")  # until it has started
         for place in (target, home):
-            assert first_line(visitor.visit(place)) == "GET / HTTP/1.1"
+            page = visitor.visit(place)
+            assert first_line(page) == "GET / HTTP/1.1", page
         assert fields_of(anything.messages[-1])["x-forwarded-prefix"] == target[:-1]
         with visitor.websocket(target + "ws") as wire, visitor.wire() as events:
             events.send(visitor.head("GET", target + "events"))
