@@ -431,9 +431,11 @@ def request(method, target, *lines, body=b""):
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port that is not in use; from 32768 on, Linux may soon give it to an outgoing connection."""
+    while True:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", random.randrange(10000, 32768)))
+            return sock.getsockname()[1]
 
 
 def eventually(condition, seconds=WAIT):
