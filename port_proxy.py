@@ -4825,6 +4825,7 @@ class PortProxy:
         self._begin(client)
 
     def _begin(self, client: Connection) -> None:
+        """Wait for requests of a client for which `_make_room` has made room."""
         self._clients[client] = None
         self._let_idle(client)
 
@@ -4887,7 +4888,7 @@ class PortProxy:
                 make = functools.partial(Connection, deadlines, self._accepted_plain)
                 await loop.connect_accepted_socket(make, sock)
             else:
-                make = functools.partial(Connection, deadlines, self._begin)  # counted before
+                make = functools.partial(Connection, deadlines, self._begin)
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
