@@ -791,10 +791,10 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
         return CHUNKED
     if "content-length" not in headers.index:
         return undeclared
-    lengths = headers.get_all("content-length")
-    if not all(_LENGTH_LIST.fullmatch(value) for value in lengths):
+    lengths = ",".join(headers.get_all("content-length"))
+    if not _LENGTH_LIST.fullmatch(lengths):
         raise ProxyError(400, "Content-Length is not a number of at most 18 digits.")
-    numbers = {number.strip(" \t") for number in ",".join(lengths).split(",")}
+    numbers = {number.strip(" \t") for number in lengths.split(",")}
     if len(numbers) > 1:
         raise ProxyError(400, "The message has different values of Content-Length.")
     return Framing("length", int(numbers.pop()))
