@@ -107,13 +107,20 @@ class Wire:
 
     def __init__(self, sock):
         sock.settimeout(WAIT)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # a Unix socket has no such option
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.buffer = b""
 
     @classmethod
-    def to(cls, port):
-        return cls(socket.create_connection(("127.0.0.1", port), WAIT))
+    def to(cls, port, host="127.0.0.1"):
+        return cls(socket.create_connection((host, port), WAIT))
+
+    @classmethod
+    def to_unix(cls, path):
+        wire = cls(socket.socket(socket.AF_UNIX))
+        wire.sock.connect(path)
+        return wire
 
     def __enter__(self):
         return self
@@ -371,38 +378,43 @@ class Running:
         self.background.do(self.proxy.close())
 
 
-def tcp_rows(local_port=None, remote_port=None):
-    """(state, bytes to send or not acknowledged, bytes not read yet) of TCP connections, from the kernel's table."""
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with open(table, encoding="ascii") as file:
-            for row in file.read().splitlines()[1:]:
-                _, local, remote, state, queues = row.split()[:5]
-                ports = [int(end.rpartition(":")[2], 16) for end in (local, remote)]
-                if local_port in (None, ports[0]) and remote_port in (None, ports[1]):
-                    yield (state,) + tuple(int(number, 16) for number in queues.split(":"))
+def own_sockets(local_port=None, remote_port=None):
+    """The TCP sockets of this process with this port, one at a time (Linux).
 
-
-def count_connections(local_port=None, remote_port=None):
-    """How many TCP connections of this machine are open at their own end (Linux)."""
-    open_states = ("01", "08")  # ESTABLISHED, CLOSE_WAIT
-    return sum(state in open_states for state, _, _ in tcp_rows(local_port, remote_port))
-
-
-def queued(local_port=None, remote_port=None):
-    """How many bytes the kernel holds: (to send or not acknowledged, not read yet or connections to accept) (Linux)."""
-    rows = list(tcp_rows(local_port, remote_port))
-    return sum(row[1] for row in rows), sum(row[2] for row in rows)
-
-
-def narrow(port, size=4096):
-    """Make the kernel take little at a time on this process's connections to `port`, as a slow link would."""
+    The kernel's table would have all of the machine, and takes long to read after many connections.
+    """
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError, IndexError):
             if not os.readlink("/proc/self/fd/" + name).startswith("socket:"):  # `fromfd` would leave a copy open
                 continue
-            with socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM) as sock:  # a copy: the connection stays
-                if sock.getpeername()[1] == port:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+            with socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM) as sock:  # a copy: the socket stays
+                if (sock.getpeername()[1] if remote_port else sock.getsockname()[1]) == (remote_port or local_port):
+                    yield sock
+
+
+def count_connections(**port):
+    """How many connections are open at their own end."""
+    states = [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] for sock in own_sockets(**port)]
+    return sum(state in (1, 8) for state in states)  # ESTABLISHED, CLOSE_WAIT
+
+
+def has_unread(port):
+    """Whether a socket at this port has bytes that were not read, or connections that were not accepted."""
+    return any(select.select([sock], [], [], 0)[0] for sock in own_sockets(local_port=port))
+
+
+def unsent(port):
+    """How many bytes on the way to this port are not acknowledged."""
+    import fcntl  # which Windows has not
+
+    counts = [fcntl.ioctl(sock, 0x5411, bytes(4)) for sock in own_sockets(remote_port=port)]  # SIOCOUTQ
+    return sum(int.from_bytes(count, sys.byteorder) for count in counts)
+
+
+def narrow(port, size=4096):
+    """Make the kernel take little at a time on connections to this port, as a slow link would."""
+    for sock in own_sockets(remote_port=port):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
 
 @contextlib.contextmanager
@@ -1565,7 +1577,7 @@ class TestConnections:
             wire.send(raw)
             if raw.endswith(b"\r\n\r\n"):
                 wire.message()
-            eventually(lambda: not queued(local_port=proxy.port)[1])
+            eventually(lambda: not has_unread(proxy.port))
             wire.reset()
             eventually(lambda: not proxy.open_connections())
             assert status_of(proxy.get("/proxy/")) == 200  # by now the reset has been seen
@@ -3076,16 +3088,6 @@ class TestAuthorize:
         assert (status_of(answer), found) == (status, ["/\xe4 b", "5", None, None] if status == 302 else [None] * 4)
 
 
-class UnixWire(Wire):
-    """One end of a raw connection to a Unix socket."""
-
-    def __init__(self, path):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(WAIT)
-        self.sock.connect(path)
-        self.buffer = b""
-
-
 class TestTrustedProxies:
     @pytest.mark.parametrize("trusted, peer, lines, address, arrives", [  # arrives: For, Proto, Host, Port
         ("10.0.0.0/8", "127.0.0.1", "", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
@@ -3126,8 +3128,7 @@ class TestTrustedProxies:
             proxy = start(bind="unix:" + path if bind == "unix" else bind, trusted_proxies=trusted)
         except (OSError, ValueError):
             pytest.skip("this system has no sockets of this kind")
-        wire = UnixWire(path) if bind == "unix" else Wire(socket.create_connection((bind, proxy.port), WAIT))
-        with wire:
+        with Wire.to_unix(path) if bind == "unix" else Wire.to(proxy.port, bind) as wire:
             assert status_of(wire.ask(to(app, "X-Forwarded-For: 1.2.3.4"))) == 200
         assert fields_of(app.messages[0]).get("x-forwarded-for") == arrives
 
@@ -3815,8 +3816,8 @@ class TestUpstream:
             narrow(app.port)
             wire.send(bytes(size))
             # The proxy has read the whole request, and the kernel takes no more of it towards the app.
-            eventually(lambda: queued(remote_port=proxy.port)[0] + queued(local_port=proxy.port)[1] == 0)
-            eventually(lambda: queued(remote_port=app.port)[0] > 0)
+            eventually(lambda: not unsent(proxy.port) and not has_unread(proxy.port))
+            eventually(lambda: unsent(app.port))
             app.happened.set()
             message = wire.message()
             assert (message[2], fields_of(message).get("connection")) == (b"ok", "close")
@@ -3859,7 +3860,7 @@ class TestUpstream:
         for form in forms:
             try:
                 proxy = start(bind=bind, token="", host_allowlist=["*"])
-                wire = Wire(socket.create_connection((address, proxy.port), WAIT))
+                wire = Wire.to(proxy.port, address)
             except OSError:
                 pytest.skip("this machine has no IPv6")
             with wire:
@@ -4265,7 +4266,7 @@ class TestHub:
         wires = [proxy.wire() for _ in range(5)]
         for wire in wires:
             wire.send(request("GET", BASE, "Authorization: token slow"))
-        eventually(lambda: hub.asked and queued(local_port=proxy.port)[1] == 0)
+        eventually(lambda: hub.asked and not has_unread(proxy.port))
         self.check(proxy, "/elsewhere", (404,))  # it came later, so all others have been read
         wires.pop().reset()
         hub.let_go.set()
@@ -5126,7 +5127,7 @@ class TestUnixSockets:
         path = tmp_path / "proxy"
         proxy = start(bind="unix:%s" % path, allow_hostnames=())
         assert path.stat().st_mode & 0o777 == 0o600
-        with UnixWire(str(path)) as wire:
+        with Wire.to_unix(str(path)) as wire:
             assert wire.ask(at("localhost", "GET", "/proxy/%d/" % app.port))[2] == b"ok"
         assert "x-forwarded-for" not in fields_of(app.messages[0])
         assert proxy.proxy.token == ""
@@ -5145,7 +5146,7 @@ class TestUnixSockets:
             with pytest.raises(OSError):
                 background.do(PortProxy(Config(bind="unix:%s" % (tmp_path / name))).start())
         assert (tmp_path / "file").read_text() == "precious"
-        UnixWire(str(path)).close()
+        Wire.to_unix(str(path)).close()
 
     def test_socket_that_others_may_use_requires_a_token(self, background, tmp_path):
         """A socket that was handed over is not removed."""
@@ -6262,7 +6263,7 @@ class TestCommandLine:
             with program(command=command, preexec_fn=hand_over, close_fds=False) as (_, banner, port):
                 assert where in banner
                 assert ("ssh -N -L 8888:%s " % path in banner) is (kind == "Unix")
-                with UnixWire(path) if kind == "Unix" else Wire.to(port) as wire:
+                with Wire.to_unix(path) if kind == "Unix" else Wire.to(port) as wire:
                     assert status_of(wire.ask(at("localhost", "GET", "/proxy/"))) == 200
 
     @pytest.mark.parametrize("options, message", [
