@@ -16,7 +16,7 @@ Request flow.  Each busy client connection has one coroutine.  All requests take
     accept -> read_head -> parse_request -> Gate.authorize -> Upstreams.take or connect
            -> request_for_upstream -> [a second task sends the request body meanwhile]
            -> read_head -> parse_response -> response_lines -> relay the body -> next request
-    after a 101: a Tunnel splices both transports, and the coroutine ends
+    after a 101: a tunnel splices both transports, and the coroutine ends
 
 Invariants.  The framing of a message is decided once; messages that do not match the grammar are
 refused, never repaired.  Bodies are streamed, with back-pressure in both directions.  Exceptions
@@ -4162,7 +4162,7 @@ class Exchange:
     """One request of a client, and its response.
 
     status: of the final response; 0 until its head is sent.  keep_alive: the client's connection
-    may carry another request.  tunnel: owns both connections after a 101; otherwise None.
+    may carry another request.  tunnel: the client's side of it after a 101; otherwise None.
     For the log: `started`, `sent` (bytes of the response body), `failure` (in words).
     """
 
@@ -4182,7 +4182,7 @@ class Exchange:
         self.started = now()
         self.status = self.sent = 0
         self.failure = ""
-        self.tunnel = None  # type: Optional[Tunnel]
+        self.tunnel = None  # type: Optional[TunnelEnd]
         self._sender = None  # type: Optional[asyncio.Task[None]]  # of the request body
         self._client_failure = None  # type: Optional[Exception]
 
@@ -4402,9 +4402,8 @@ class Exchange:
         self.status = 101
         self.client.write(self._response_head(response, NO_BODY))
         await self._drain(timeout)
-        self.tunnel = Tunnel(self.client, upstream, timeout, self.proxy.tunnels)
-        await self.tunnel.start(self.client, upstream)
-        self.proxy.sessions.note(self.tunnel.client, self.gate, self.request)
+        self.tunnel = await open_tunnel(self.client, upstream, timeout, self.proxy.tunnels)
+        self.proxy.sessions.note(self.tunnel, self.gate, self.request)
 
     # Failures.
 
@@ -4512,68 +4511,27 @@ def local_response(response: LocalResponse, keep_alive: bool, is_head: bool = Fa
     return serialise(lines, NO_BODY) + (b"" if is_head else response.body)
 
 
-class Tunnel:
-    """Relays data between two connections in both directions, until both are closed.
+class TunnelEnd(asyncio.Protocol):
+    """One side of a tunnel: writes its data to the other side, `peer`, with back-pressure.
 
-    An EOF of one side is passed on; a failure of one side aborts both.  tunnels: the set of open
-    tunnels, to which the new one is added.  on_end: called when the tunnel has ended.
+    An EOF of one side is passed on; a failure of one side aborts both.  timeout: for the rest of
+    the data after an EOF, in seconds.  received: the number of bytes.
     """
 
-    __slots__ = ("client", "on_end", "timeout", "tunnels", "upstream")
+    __slots__ = (
+        "deadline", "deadlines", "ended", "is_lost", "peer", "received", "timeout", "transport",
+        "tunnels", "write",
+    )  # fmt: skip
+    peer: "TunnelEnd"  # set by `open_tunnel`
 
     def __init__(
-        self, client: Connection, upstream: Connection, timeout: float, tunnels: "Set[Tunnel]"
+        self, connection: Connection, other: Connection, timeout: float, tunnels: "Tunnels"
     ) -> None:
-        self.timeout = timeout
-        self.client = TunnelEnd(client, upstream, self)
-        self.upstream = TunnelEnd(upstream, client, self)
-        self.client.peer, self.upstream.peer = self.upstream, self.client
-        self.on_end = None  # type: Optional[Callable[[], None]]
-        self.tunnels = tunnels
-        tunnels.add(self)
-
-    async def start(self, client: Connection, upstream: Connection) -> None:
-        """Take both connections over; data that they have buffered is sent first."""
-        connections = client.deadlines.connections
-        ends = ((self.client, client), (self.upstream, upstream))
-        for end, connection in ends:
-            connection.transport.set_protocol(end)
-            connections.discard(connection)
-            connections.add(end)
-        for end, connection in ends:
-            while connection.buffer or connection.unread:
-                end.data_received(await connection.read())  # buffered: returns at once
-        for end, connection in ends:
-            if connection.transport.is_closing():
-                end.connection_lost(connection.failure)
-            elif connection.ended:
-                end.eof_received()
-
-    def close(self) -> None:
-        """Close both sides after sending the queued data."""
-        for end in (self.client, self.upstream):
-            end.deadline = now() + self.timeout
-            end.transport.close()
-
-    def abort(self) -> None:
-        for end in (self.client, self.upstream):
-            end.transport.abort()
-
-
-class TunnelEnd(asyncio.Protocol):
-    """One side of a tunnel: writes its data to the peer, with back-pressure."""
-
-    __slots__ = (
-        "deadline", "deadlines", "ended", "is_lost", "peer", "received", "transport", "tunnel",
-        "write",
-    )  # fmt: skip
-    peer: "TunnelEnd"  # set by the tunnel
-
-    def __init__(self, connection: Connection, other: Connection, tunnel: Tunnel) -> None:
         self.deadlines = connection.deadlines
         self.transport = connection.transport
         self.write = other.transport.write
-        self.tunnel = tunnel
+        self.timeout = timeout
+        self.tunnels = tunnels
         self.deadline = FOREVER
         self.received = 0
         self.ended = self.is_lost = False
@@ -4583,7 +4541,7 @@ class TunnelEnd(asyncio.Protocol):
         self.deadlines.has_activity = True
         self.write(data)
         if self.peer.ended:  # half-closed: data extends the deadline
-            self.deadline = now() + self.tunnel.timeout
+            self.deadline = now() + self.timeout
 
     def pause_writing(self) -> None:
         with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
@@ -4596,10 +4554,10 @@ class TunnelEnd(asyncio.Protocol):
     def eof_received(self) -> bool:
         self.ended = True
         if self.peer.ended:
-            self.tunnel.close()
+            self.close()
         else:
             end_writing(self.peer.transport)
-            self.peer.deadline = now() + self.tunnel.timeout
+            self.peer.deadline = now() + self.timeout
         return bool(self.transport.can_write_eof())
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
@@ -4608,14 +4566,14 @@ class TunnelEnd(asyncio.Protocol):
         self.is_lost = True
         self.deadlines.connections.discard(self)
         if exc is None:
-            self.peer.deadline = now() + self.tunnel.timeout
+            self.peer.deadline = now() + self.timeout
             self.peer.transport.close()
         else:
             self.peer.transport.abort()
         if self.peer.is_lost:
-            self.tunnel.tunnels.discard(self.tunnel)
-            if self.tunnel.on_end:
-                self.tunnel.on_end()
+            on_end = self.tunnels.pop(self, None) or self.tunnels.pop(self.peer, None)
+            if on_end is not None:
+                on_end()
 
     def check_deadlines(self, time: float) -> None:
         """Abort after the deadline or a reset; called by Deadlines.
@@ -4623,10 +4581,48 @@ class TunnelEnd(asyncio.Protocol):
         POLLHUP is not a failure: if we have sent EOF, it can come while data is still unread.
         """
         if time > self.deadline or has_failed(self.transport, _RESET):
-            self.tunnel.abort()
+            self.abort()
+
+    def close(self) -> None:
+        """Close both sides after sending the queued data."""
+        for end in (self, self.peer):
+            end.deadline = now() + self.timeout
+            end.transport.close()
 
     def abort(self) -> None:
-        self.tunnel.abort()
+        for end in (self, self.peer):
+            end.transport.abort()
+
+
+# The open tunnels, by their client's side; each with a function to call at its end, or None.
+Tunnels = Dict[TunnelEnd, Optional[Callable[[], None]]]
+
+
+async def open_tunnel(
+    client: Connection, upstream: Connection, timeout: float, tunnels: Tunnels
+) -> TunnelEnd:
+    """Relay data between two connections in both directions, until both are closed.
+
+    Data that they have buffered is sent first.  Returns the client's side, added to `tunnels`.
+    """
+    end = TunnelEnd(client, upstream, timeout, tunnels)
+    end.peer = TunnelEnd(upstream, client, timeout, tunnels)
+    end.peer.peer = end
+    tunnels[end] = None
+    sides = ((end, client), (end.peer, upstream))
+    for side, connection in sides:
+        connection.transport.set_protocol(side)
+        side.deadlines.connections.discard(connection)
+        side.deadlines.connections.add(side)
+    for side, connection in sides:
+        while connection.buffer or connection.unread:
+            side.data_received(await connection.read())  # buffered: returns at once
+    for side, connection in sides:
+        if connection.transport.is_closing():
+            side.connection_lost(connection.failure)
+        elif connection.ended:
+            side.eof_received()
+    return end
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4648,7 +4644,7 @@ class PortProxy:
         self.config = checked_config(config)
         self.deadlines = None  # type: Optional[Deadlines]
         self.is_stopping = False
-        self.tunnels = set()  # type: Set[Tunnel]
+        self.tunnels = {}  # type: Tunnels
         self.titles = Titles()
         self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
         self._clients = {}  # type: Dict[Connection, None]  # the oldest first
@@ -5032,10 +5028,10 @@ class PortProxy:
     def _log_end(self, client: Connection, exchange: Exchange) -> None:
         """Log a request at its end, or at the end of its tunnel."""
         if not logger.isEnabledFor(logging.INFO):
-            return  # `on_end` would keep the exchange in memory for nothing
+            return  # the tunnel would keep the exchange in memory for nothing
         tunnel = exchange.tunnel
         if tunnel is not None and tunnel in self.tunnels:
-            tunnel.on_end = functools.partial(_log, exchange)
+            self.tunnels[tunnel] = functools.partial(_log, exchange)
         else:
             _log(exchange)
 
@@ -5050,14 +5046,14 @@ def _log(exchange: Exchange) -> None:
         "target": path + ("?..." if has_query else ""),
         "app": request.route.authority if request.route else "-",
         "status": exchange.status or "gone",
-        "bytes": tunnel.upstream.received if tunnel else exchange.sent,
+        "bytes": tunnel.peer.received if tunnel else exchange.sent,
         "seconds": round(now() - exchange.started, 3),
     }  # type: Dict[str, Any]
     line = (
         "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes, %(seconds).3f s"
     )
     if tunnel:
-        record["bytes_received"] = tunnel.client.received
+        record["bytes_received"] = tunnel.received
         line = line.replace(" bytes,", " bytes sent, %(bytes_received)d received,")
     if exchange.failure:
         record["error"] = exchange.failure
