@@ -4629,8 +4629,8 @@ async def open_tunnel(
 # Server
 # --------------------------------------------------------------------------------------------------
 # Accepts connections and serves their requests in order.  An idle connection has no task.  The
-# first byte of a request starts a task, which ends when the connection is idle again.  Errors
-# become responses in `_serve_request`, those of request heads in `_refuse`.
+# first byte of a request starts a task, which serves that request.  Errors become responses in
+# `_serve_request`, those of request heads in `_refuse`.
 
 
 class PortProxy:
@@ -4647,7 +4647,7 @@ class PortProxy:
         self.tunnels = {}  # type: Tunnels
         self.titles = Titles()
         self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
-        self._clients = {}  # type: Dict[Connection, None]  # the oldest first
+        self._clients = {}  # type: Dict[Connection, None]  # the one idle for longest first
         self._servers = []  # type: List[asyncio.AbstractServer]
         self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
         self._handshakes = {}  # type: Dict[asyncio.Future[None], None]  # the oldest first
@@ -4792,23 +4792,23 @@ class PortProxy:
             tunnel.abort()
 
     async def serve_one(self, client: Connection, head: bytes, gate: Gate) -> bool:
-        """Serve a request that another server has accepted; `gate` controls access.
+        """Serve a request; `gate` controls access.
 
-        Returns whether another request may follow.  If not, the connection is closed or tunnelled.
+        head: the request head if another server has read it, else b"".  Returns whether another
+        request may follow.  If not, the connection is closed or tunnelled.
         """
         self._clients[client] = None
-        keep = False
         try:
             request = await self._read_request(client, head)
-            keep = request is not None and await self._serve_request(client, request, gate)
+            return request is not None and await self._serve_request(client, request, gate)
         except (ClientGone, Truncated, TimedOut, OSError):
             client.abort()
-        except asyncio.CancelledError:
+            return False
+        except BaseException:  # CancelledError, for example
             client.abort()
             raise
         finally:
             self._clients.pop(client, None)
-        return keep
 
     # A client's connection.
 
@@ -4817,13 +4817,8 @@ class PortProxy:
             error = ProxyError(503, "There are too many connections.", _RETRY_SOON)
             client.write(local_response(error_response(error), keep_alive=False))
             client.close()
-            return
-        self._begin(client)
-
-    def _begin(self, client: Connection) -> None:
-        """Wait for requests of a client for which `_make_room` has made room."""
-        self._clients[client] = None
-        self._let_idle(client)
+        else:
+            self._await_request(client)
 
     def _make_room(self) -> bool:
         """Make room for one more connection; False if there is none.
@@ -4838,13 +4833,11 @@ class PortProxy:
             next(iter(self._handshakes)).cancel()
             return True
         living = [client for client in self._clients if not client.ended]
-        victim = next((client for client in living if not client.is_admitted), None)
-        if victim is None:
-            idle = (client for client in living if client.state is IDLE)
-            victim = min(idle, key=lambda client: client.read_deadline, default=None)
-        if victim is not None:
-            victim.abort()
-        return victim is not None
+        victims = [client for client in living if not client.is_admitted]
+        victims += [client for client in living if client.state is IDLE]
+        if victims:
+            victims[0].abort()
+        return bool(victims)
 
     async def _accept_tls(
         self, deadlines: Deadlines, listener: socket.socket, tls: ssl.SSLContext
@@ -4884,7 +4877,7 @@ class PortProxy:
                 make = functools.partial(Connection, deadlines, self._accepted_plain)
                 await loop.connect_accepted_socket(make, sock)
             else:
-                make = functools.partial(Connection, deadlines, self._begin)
+                make = functools.partial(Connection, deadlines, self._await_request)
                 handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
                 await asyncio.wait_for(handshake, timeout)
         except BaseException as error:
@@ -4904,46 +4897,33 @@ class PortProxy:
         client.task = client.deadlines.loop.create_task(self._refuse(client, error))
         client.task.add_done_callback(lambda _: self._clients.pop(client, None))
 
-    def _let_idle(self, client: Connection) -> None:
-        """Let a connection wait for its next request, without a task."""
+    def _await_request(self, client: Connection) -> None:
+        """Wait for the next request of a client, if possible without a task."""
+        if self.is_stopping:
+            client.close()
+            return
+        self._clients[client] = None
         client.state = IDLE
         client.task = None
         client.read_deadline = now() + self.config.keep_alive_timeout
         client.watcher = self._wake
+        if not client.is_quiet():
+            self._wake(client)
 
     def _wake(self, client: Connection) -> None:
-        """Data or EOF has come on an idle connection."""
+        """Data or EOF has come, or earlier responses are not sent yet."""
         client.watcher = None
         client.read_deadline = FOREVER
         client.state = READING_HEAD
-        if client.ended:
+        if client.ended and not (client.buffer or client.unread):
             self._clients.pop(client, None)
             client.close()
         else:
             client.task = client.deadlines.loop.create_task(self._serve(client))
 
     async def _serve(self, client: Connection) -> None:
-        """Serve the requests of a connection until it is quiet or must be closed."""
-        try:
-            while not self.is_stopping:
-                client.state = READING_HEAD
-                request = await self._read_request(client)
-                if request is None or not await self._serve_request(client, request, self.gate):
-                    return
-                if client.is_quiet() and not self.is_stopping:
-                    self._let_idle(client)
-                    return
-                await asyncio.sleep(0)  # yield: a pipelining client must not starve others
-            client.close()
-        except (ClientGone, Truncated, TimedOut, OSError):
-            client.abort()
-        except BaseException:  # CancelledError, for example
-            client.abort()
-            raise
-        finally:
-            client.task = None
-            if client.state is not IDLE:
-                self._clients.pop(client, None)
+        if await self.serve_one(client, b"", self.gate):
+            self._await_request(client)
 
     async def _read_request(self, client: Connection, head: bytes = b"") -> Optional[Request]:
         """The next request; None if the client has ended or the head was refused.
