@@ -4868,18 +4868,15 @@ class PortProxy:
     async def _shake_hands(
         self, deadlines: Deadlines, sock: socket.socket, tls: ssl.SSLContext
     ) -> None:
-        """Do the TLS handshake; plain HTTP gets an error response."""
+        """Do the TLS handshake, except with plain HTTP, which `_read_request` refuses."""
         loop, timeout, is_taken = deadlines.loop, self.config.head_timeout, False
+        make = functools.partial(Connection, deadlines, self._await_request)
         try:
             first = await _first_byte(loop, sock, timeout)
             is_taken = True
-            if first.isalpha():  # plain HTTP begins with a letter, TLS does not
-                make = functools.partial(Connection, deadlines, self._accepted_plain)
-                await loop.connect_accepted_socket(make, sock)
-            else:
-                make = functools.partial(Connection, deadlines, self._await_request)
-                handshake = loop.connect_accepted_socket(make, sock, ssl=tls)
-                await asyncio.wait_for(handshake, timeout)
+            is_plain = first.isalpha()  # plain HTTP begins with a letter, TLS does not
+            start = loop.connect_accepted_socket(make, sock, ssl=None if is_plain else tls)
+            await asyncio.wait_for(start, timeout)
         except BaseException as error:
             # If `is_taken`, asyncio closes the socket; in 3.6 only after EOF, so cause one here.
             with contextlib.suppress(OSError):
@@ -4888,14 +4885,6 @@ class PortProxy:
                 sock.close()
             if not isinstance(error, (OSError, asyncio.TimeoutError)):
                 raise
-
-    def _accepted_plain(self, client: Connection) -> None:
-        """Answer a client that speaks plain HTTP where TLS is expected."""
-        error = ProxyError(400, "This port speaks HTTPS. Begin the address with https://.")
-        self._clients[client] = None
-        client.state = CLOSING
-        client.task = client.deadlines.loop.create_task(self._refuse(client, error))
-        client.task.add_done_callback(lambda _: self._clients.pop(client, None))
 
     def _await_request(self, client: Connection) -> None:
         """Wait for the next request of a client, if possible without a task."""
@@ -4931,6 +4920,9 @@ class PortProxy:
         head: the request head, if it was read before.
         """
         try:
+            if self.config.certfile and client.scheme == "http" and not head:
+                text = "This port speaks HTTPS. Begin the address with https://."
+                raise ProxyError(400, text)
             head = head or await _read_request_head(client, self.config)
             if head:
                 return parse_request(head, client.address, client.scheme, self.config)
