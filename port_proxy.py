@@ -194,7 +194,7 @@ class TimedOut(Exception):
 # `Config` gives the type, the default and the rationale of each option.  `OPTIONS` gives its flag,
 # the kind of its values and its help.  `check_values`, the command line, Jupyter's configuration
 # and a test of the README use this table.  `checked_config` (section Server) also checks the syntax
-# of routes and origins.
+# of paths, hosts, networks and origins.
 
 
 class Hub(NamedTuple):
@@ -1016,7 +1016,7 @@ def _route_target(
         return route, path, mark + query, None
     try:
         return find_route(config.base, target, config.upstream_tls) + (None,)
-    except ProxyError as error:  # raised later, after the gate has decided
+    except ProxyError as error:  # `find_app` raises it, or else finds the app
         return None, "", "", error
 
 
@@ -1276,8 +1276,8 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 # Deadlines are absolute.  One coarse timer checks the deadlines of all connections.
 
 _MAX_UNREAD = 1 << 16  # bytes
-# In bytes.  The connection pauses its transport, not the StreamReader: before 3.11, a StreamReader
-# loses its data if the transport is TLS, and has ended when the StreamReader resumes it.
+# In bytes.  A StreamReader with this limit never pauses its transport; the connection does.  Before
+# 3.11, a StreamReader that resumes a closed TLS transport raises an error and loses its data.
 _NO_LIMIT = 1 << 30
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
@@ -1471,7 +1471,7 @@ class Connection(asyncio.StreamReaderProtocol):
             raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
 
     def can_carry_more(self) -> bool:
-        """Whether another request can follow."""
+        """Whether another request can follow; overridden in the Jupyter extension."""
         return True
 
     def queued(self) -> int:
@@ -1505,7 +1505,7 @@ class Connection(asyncio.StreamReaderProtocol):
     # Ending.
 
     def close(self) -> None:
-        """Close once the queued bytes are sent, or at the deadline of `drain`, or in a minute."""
+        """Close once the queued bytes are sent, or at the write deadline, a minute by default."""
         if not self.transport.is_closing():
             if self.write_deadline == FOREVER:
                 self.write_deadline = now() + _CLOSE_SECONDS
@@ -1779,7 +1779,7 @@ _HOP_BY_HOP = (
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade"
 ).split()
-# The proxy sets these itself, and drops the client's.
+# The proxy drops the client's, and sets most of these itself.
 _SET_BY_PROXY = [
     "host", "content-length", "transfer-encoding", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
@@ -2145,7 +2145,7 @@ def find_app(request: Request, gate: Any) -> Request:
     error, config = request.route_error, gate.config
     if error is None:
         return request
-    # Paths below the base are mistyped.  If the base is empty, so are paths below /absolute.
+    # Paths below the base, or below /absolute if the base is empty, are mistyped.
     is_served = gate.app_cookie and path_below(config.base or "/absolute", request.target) is None
     is_served = is_served and error.status == 404 and _is_from_own_origin(request)
     app = _app_of_page(request, gate) if is_served else ""
@@ -3163,14 +3163,14 @@ class Upstreams:
 
     def _guard_for(self, address: Address) -> Optional[OwnerGuard]:
         """The guard for a local address, if any.  Raises ProxyError 403 or 508."""
-        own = local_address(address)
-        if own is None:
+        local = local_address(address)
+        if local is None:
             return None
-        if any((name, own[1]) in self.listening for name in (own[0],) + _UNSPECIFIED):
+        if any((name, local[1]) in self.listening for name in (local[0],) + _UNSPECIFIED):
             text = "Port %d is the proxy's own: this is an endless loop."
-            raise ProxyError(508, text % own[1])
+            raise ProxyError(508, text % local[1])
         is_guarded = sys.platform.startswith("linux") and not self.config.any_owner
-        return OwnerGuard(own) if is_guarded else None
+        return OwnerGuard(local) if is_guarded else None
 
 
 def upstream_context(verified: bool) -> ssl.SSLContext:
@@ -4279,13 +4279,13 @@ class Exchange:
 
     def _watch_client(self, upstream: Connection) -> None:
         """Watch for EOF or failure of the client, which may have happened already."""
-        self.client.watcher = functools.partial(self._on_client_data, upstream)
+        self.client.watcher = functools.partial(self._on_client_end, upstream)
         if self.client.ended:
-            self._on_client_data(upstream, self.client)
+            self._on_client_end(upstream, self.client)
         if self._client_failure is not None:
             raise self._client_failure
 
-    def _on_client_data(self, upstream: Connection, client: Connection) -> None:
+    def _on_client_end(self, upstream: Connection, client: Connection) -> None:
         """Act on EOF or a failure of the client; `_send_body` handles data and its timeout."""
         if not client.ended or (isinstance(client.failure, TimedOut) and self._is_sending()):
             return
@@ -4394,7 +4394,7 @@ class Exchange:
         is_upgrade = "upgrade" in response.connection
         is_websocket = "websocket" in response.headers.tokens("upgrade")
         if not self.request.is_websocket or not is_upgrade or not is_websocket:
-            text = "It switched to a protocol (101) that the request did not name."
+            text = "The app switched to a protocol (101) that the request did not name."
             raise ProxyError(502, text)
         self.keep_alive = False
         timeout = self.config.stall_timeout
@@ -4412,8 +4412,8 @@ class Exchange:
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
-            if self.status:  # the client has half-closed, or the upstream stopped reading
-                return ClientGone()  # aborts the response
+            if self.status:  # the timeout of a half-closed client, or of sending the request body
+                return ClientGone()  # in both cases, the server then aborts the response
             timeout = self._response_timeout(upstream)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
