@@ -5612,23 +5612,16 @@ def _head_from_tornado(request: Any) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-class AnyMethod(Tuple[str, ...]):
-    """Tornado's list of methods, which seems to contain every method."""
-
-    def __contains__(self, method: object) -> bool:
-        return True
-
-
 def _handler_class(server: Any, proxy: "PortProxy") -> Any:
     """The class of the Tornado handlers for `<base>/proxy/`."""
-    import inspect
-
     from jupyter_server.base.handlers import JupyterHandler
+    from jupyter_server.utils import ensure_async
     from tornado import web
 
     @web.stream_request_body
     class PortProxyHandler(JupyterHandler):  # type: ignore[misc]
-        SUPPORTED_METHODS = AnyMethod(JupyterHandler.SUPPORTED_METHODS)
+        def initialize(self) -> None:
+            self.SUPPORTED_METHODS = (self.request.method,)  # any method
 
         def set_default_headers(self) -> None:
             super().set_default_headers()
@@ -5660,9 +5653,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 return
             if not hasattr(self, method.lower()):  # Jupyter reads it, but does not call it
                 setattr(self, method.lower(), None)
-            result = super().prepare()
-            if inspect.isawaitable(result):
-                await result
+            await ensure_async(super().prepare())
             if not self._finished:
                 web.authenticated(lambda handler: None)(self)  # some versions have not done so
             if self._finished:  # redirected to sign in
@@ -5671,7 +5662,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
             if authorizer is not None:
                 user = self.current_user
                 allowed = authorizer.is_authorized(self, user, "execute", "proxy")
-                if not (await allowed if inspect.isawaitable(allowed) else allowed):
+                if not await ensure_async(allowed):
                     raise web.HTTPError(403)
             await _serve_handler(self, server, proxy)
 
