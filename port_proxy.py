@@ -1851,7 +1851,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     if route.prefix and (request.is_above_prefix or has_scope):
         # A service worker may control its own app, and nothing else.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
-    lines += gate.response_lines()
+    lines += ["%s: %s" % field for field in gate.response_fields()]
     if response.status == 101:
         lines += _UPGRADE_LINES
     return lines
@@ -3323,8 +3323,8 @@ class Gate:
     async def close(self) -> None:
         """End the gate's background tasks."""
 
-    def response_lines(self) -> Sequence[str]:
-        """Header lines that the gate adds to a response of an app."""
+    def response_fields(self) -> Fields:
+        """Header fields that the gate adds to a response of an app."""
         return ()
 
     def owns_token(self, token: str) -> bool:
@@ -5480,7 +5480,7 @@ class JupyterGate(Gate):
     async def authorize(self, request: Request) -> None:
         if self.hub_auth is not None:
             await self._find_hub_tokens(request)
-        self.redirect_without_token(request, self._new_cookies)
+        self.redirect_without_token(request, self.response_fields)
         if self.handler.token_authenticated:  # a foreign page has no token to send
             return
         # Jupyter's settings decide, except for OPTIONS: Jupyter allows all OPTIONS requests.
@@ -5551,11 +5551,8 @@ class JupyterGate(Gate):
             return "A program can send this request with a Jupyter token."
         return super().origin_advice(origin).replace("{value}", "= '%s'" % origin)  # not a list
 
-    def response_lines(self) -> Sequence[str]:
+    def response_fields(self) -> Fields:
         """The cookies that Jupyter sets with this response."""
-        return ["%s: %s" % field for field in self._new_cookies()]
-
-    def _new_cookies(self) -> Fields:
         cookies = getattr(self.handler, "_new_cookie", {}).values()
         return tuple(("Set-Cookie", cookie.OutputString(None)) for cookie in cookies)
 
