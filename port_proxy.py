@@ -4047,8 +4047,9 @@ class HubGate(Gate):
         """Handle the redirect from the Hub: redirect to the page first requested, or 403."""
         sent = dict(parse_qsl(request.target.partition("?")[2]))
         state, again = sent.get("state", ""), " Open %s/ again." % self.hub.prefix
-        target = self._login_target(request, state)
-        if not target:
+        name, purpose = self._login_name(state), "login " + state
+        deadline, _, target = signed_value(request.headers, name, self._key, purpose).partition(".")
+        if not deadline or now() > int(deadline):
             text = "This sign-in was used or has expired, began in another browser, or cookies are"
             raise ProxyError(403, text + " blocked." + again)
         verifier, code = sign(self._key, "verifier", state), sent.get("code", "")
@@ -4059,14 +4060,8 @@ class HubGate(Gate):
         self._check_access(user)
         browser = HubBrowser(token, _hub_session(request) or None)
         session = self._new_session(browser, request.client)
-        expired = self._cookie(self._login_name(state), "", request.client, 0)
-        raise ProxyError(302, "Signed in.", (("Location", target), session, expired))
-
-    def _login_target(self, request: Request, state: str) -> str:
-        """The page that the browser requested before its sign-in; "" if no sign-in is valid."""
-        name, purpose = self._login_name(state), "login " + state
-        deadline, _, target = signed_value(request.headers, name, self._key, purpose).partition(".")
-        return unquote(target) if deadline and now() <= int(deadline) else ""
+        expired = self._cookie(name, "", request.client, 0)
+        raise ProxyError(302, "Signed in.", (("Location", unquote(target)), session, expired))
 
     def _new_session(self, browser: HubBrowser, client: ClientInfo) -> Tuple[str, str]:
         session = secrets.token_urlsafe(32)
