@@ -3329,7 +3329,7 @@ class Gate:
 
     def owns_token(self, token: str) -> bool:
         """Whether a token in a request is ours, and not the app's."""
-        return False
+        return bool(self.token) and hmac.compare_digest(token.encode(), self.token.encode())
 
     def owns_authorization(self, value: str) -> bool:
         """Whether the value of an Authorization field holds a token of ours."""
@@ -3529,7 +3529,9 @@ class TokenGate(Gate):
             for authority in {request.authority, request.client.authority}:
                 self._check_host(authority)
         elif not preflight:
-            signed_in = self._is_signed_in(request)
+            host = host_of(request.client.authority)
+            cookies = cookie_values(request.headers, self.cookie_name)
+            signed_in = any(is_signed(self.key, "session", host, cookie) for cookie in cookies)
             if not signed_in:
                 await self._check_tokens(request)
             self.redirect_without_token(request, lambda: (self._new_cookie(request.client),))
@@ -3537,9 +3539,6 @@ class TokenGate(Gate):
                 return  # admitted by the token, which foreign pages do not know
         if not preflight:
             self.check_origin(request)
-
-    def owns_token(self, token: str) -> bool:
-        return bool(self.token) and hmac.compare_digest(token.encode("utf-8"), self.token.encode())
 
     # Without a token.
 
@@ -3583,11 +3582,6 @@ class TokenGate(Gate):
         logger.warning("invalid token from %s", client.address or "-")
         await asyncio.sleep(_WRONG_TOKEN_SECONDS)
         return "Invalid token."
-
-    def _is_signed_in(self, request: Request) -> bool:
-        host = host_of(request.client.authority)
-        cookies = cookie_values(request.headers, self.cookie_name)
-        return any(is_signed(self.key, "session", host, cookie) for cookie in cookies)
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
         """The session cookie for the host that the client uses."""
