@@ -4690,13 +4690,8 @@ class PortProxy:
         protocol = functools.partial(Connection, self.deadlines, self._accepted)
         # In asyncio, `backlog` is also the number of attempts to accept in a row.  Without a free
         # file descriptor, all of them fail: hence a small number, and another `listen` below.
-        options = {"sock": sock, "backlog": _ACCEPTS_IN_A_ROW}  # type: Dict[str, Any]
-        if sock.family != _UNIX:
-            server = await loop.create_server(protocol, **options)
-        else:
-            if sys.version_info >= (3, 13):
-                options["cleanup_socket"] = False  # another process may own the file by then
-            server = await loop.create_unix_server(protocol, **options)
+        # For Unix sockets, too: `create_unix_server` would unlink sockets that are not the proxy's.
+        server = await loop.create_server(protocol, sock=sock, backlog=_ACCEPTS_IN_A_ROW)
         self._servers.append(server)
         sock.listen(_BACKLOG)
 
