@@ -5177,15 +5177,8 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
     wrong one.
     """
     key_path = keyfile or certfile
-    has_asked = False
-
-    def ask() -> str:
-        nonlocal has_asked
-        has_asked = True
-        return _pass_phrase()
-
     try:
-        context.load_cert_chain(certfile, keyfile, ask)
+        context.load_cert_chain(certfile, keyfile, _pass_phrase)
         return
     except OSError as error:
         reason = getattr(error, "reason", None)
@@ -5194,8 +5187,9 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
         if _is_pipe(certfile) or _is_pipe(key_path):  # it cannot be read again
             raise ValueError(failure)
     _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certfile)
-    open(key_path, "rb").close()
-    if has_asked and reason in (None, "BAD_PASSWORD_READ", "BAD_DECRYPT"):
+    with open(key_path, encoding="latin-1") as file:
+        is_encrypted = "ENCRYPTED" in file.read()
+    if is_encrypted and reason in (None, "BAD_PASSWORD_READ", "BAD_DECRYPT"):
         raise ValueError("the pass phrase of the key in %s was not given" % key_path)
     if reason not in (None, "KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
         raise ValueError(failure)
