@@ -4425,14 +4425,6 @@ class Exchange:
         advice = "If it speaks TLS, {start} {upstream_tls} {value}."
         return ProxyError(502, text, (), advice, upstream_name(route))
 
-    def cut_short(self) -> None:
-        """End a response that cannot be finished, so that the client sees that it is incomplete."""
-        self.keep_alive = False
-        if self.client.eof_ends_body:
-            self.client.abort()
-        else:
-            self.client.close()  # Content-Length, or the missing last chunk, shows it
-
     # Responses of our own.
 
     async def respond(self, response: LocalResponse) -> None:
@@ -4445,10 +4437,18 @@ class Exchange:
         self.sent = 0 if is_head else len(response.body)
 
     async def respond_error(self, error: ProxyError) -> None:
-        """Respond with the error: as a page to a person, as plain text to a program."""
-        error.phrase_advice(self.gate.terms)
-        self.failure = error.detail if error.status >= 400 else ""
-        await self.respond(error_response(error, self.request, self.config.base))
+        """Respond with the error, or end a response so that the client sees it is incomplete."""
+        if not self.status:
+            error.phrase_advice(self.gate.terms)
+            self.failure = error.detail if error.status >= 400 else ""
+            await self.respond(error_response(error, self.request, self.config.base))
+            return
+        self.failure = error.detail
+        self.keep_alive = False
+        if self.client.eof_ends_body:
+            self.client.abort()
+        else:
+            self.client.close()  # Content-Length, or the missing last chunk, shows it
 
     async def _redirect_into_prefix(self) -> None:
         """Read the request body, then redirect: browsers do not read an earlier response."""
@@ -4932,7 +4932,7 @@ class PortProxy:
             try:
                 await exchange.run()
             except ProxyError as error:
-                await self._answer_error(exchange, error)
+                await exchange.respond_error(error)
             except (ClientGone, Truncated, TimedOut, OSError):
                 raise
             except asyncio.CancelledError:
@@ -4942,9 +4942,9 @@ class PortProxy:
                 logger.error("internal error: %r", error)
                 logger.debug("", exc_info=True)
                 text = "Internal error of the proxy. Its log says more."
-                await self._answer_error(exchange, ProxyError(500, text))
+                await exchange.respond_error(ProxyError(500, text))
         finally:
-            self._log_end(client, exchange)
+            self._log_end(exchange)
         if exchange.tunnel is not None:
             client.state = CLOSING
             return False
@@ -4952,13 +4952,6 @@ class PortProxy:
             await self._linger(client, exchange.body.finished)
             return False
         return True
-
-    async def _answer_error(self, exchange: Exchange, error: ProxyError) -> None:
-        if exchange.status:
-            exchange.failure = error.detail
-            exchange.cut_short()
-        else:
-            await exchange.respond_error(error)
 
     async def _linger(self, client: Connection, is_read: bool) -> None:
         """Close the connection, but first read until EOF or `linger_timeout`.
@@ -4981,7 +4974,7 @@ class PortProxy:
 
     # The access log.
 
-    def _log_end(self, client: Connection, exchange: Exchange) -> None:
+    def _log_end(self, exchange: Exchange) -> None:
         """Log a request at its end, or at the end of its tunnel."""
         if not logger.isEnabledFor(logging.INFO):
             return  # the tunnel would keep the exchange in memory for nothing
