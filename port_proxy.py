@@ -4944,7 +4944,7 @@ class PortProxy:
                 text = "Internal error of the proxy. Its log says more."
                 await exchange.respond_error(ProxyError(500, text))
         finally:
-            self._log_end(exchange)
+            self._log(exchange)
         if exchange.tunnel is not None:
             client.state = CLOSING
             return False
@@ -4972,42 +4972,38 @@ class PortProxy:
                 pass
         client.close()
 
-    # The access log.
+    def _log(self, exchange: Exchange) -> None:
+        """Log a request at its end, or at the end of its tunnel.
 
-    def _log_end(self, exchange: Exchange) -> None:
-        """Log a request at its end, or at the end of its tunnel."""
+        One line, without the query, which may hold a secret.
+        """
         if not logger.isEnabledFor(logging.INFO):
             return  # the tunnel would keep the exchange in memory for nothing
-        tunnel = exchange.tunnel
+        request, tunnel = exchange.request, exchange.tunnel
         if tunnel is not None and tunnel in self.tunnels:
-            self.tunnels[tunnel] = functools.partial(_log, exchange)
-        else:
-            _log(exchange)
-
-
-def _log(exchange: Exchange) -> None:
-    """One line per request, without the query, which may hold a secret."""
-    request, tunnel = exchange.request, exchange.tunnel
-    path, has_query, _ = request.target.partition("?")
-    record = {
-        "client": request.client.address or "-",
-        "method": request.method,
-        "target": path + ("?..." if has_query else ""),
-        "app": request.route.authority if request.route else "-",
-        "status": exchange.status or "gone",
-        "bytes": tunnel.peer.received if tunnel else exchange.sent,
-        "seconds": round(now() - exchange.started, 3),
-    }  # type: Dict[str, Any]
-    line = (
-        "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes, %(seconds).3f s"
-    )
-    if tunnel:
-        record["bytes_received"] = tunnel.received
-        line = line.replace(" bytes,", " bytes sent, %(bytes_received)d received,")
-    if exchange.failure:
-        record["error"] = exchange.failure
-        line += ": %(error)s"
-    logger.info(line, record, extra={"request": record})
+            self.tunnels[tunnel] = functools.partial(self._log, exchange)
+            return
+        path, has_query, _ = request.target.partition("?")
+        record = {
+            "client": request.client.address or "-",
+            "method": request.method,
+            "target": path + ("?..." if has_query else ""),
+            "app": request.route.authority if request.route else "-",
+            "status": exchange.status or "gone",
+            "bytes": tunnel.peer.received if tunnel else exchange.sent,
+            "seconds": round(now() - exchange.started, 3),
+        }  # type: Dict[str, Any]
+        line = (
+            "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes,"
+            " %(seconds).3f s"
+        )
+        if tunnel:
+            record["bytes_received"] = tunnel.received
+            line = line.replace(" bytes,", " bytes sent, %(bytes_received)d received,")
+        if exchange.failure:
+            record["error"] = exchange.failure
+            line += ": %(error)s"
+        logger.info(line, record, extra={"request": record})
 
 
 async def _read_request_head(client: Connection, config: Config) -> bytes:
