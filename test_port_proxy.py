@@ -12,6 +12,7 @@ import collections
 import contextlib
 import ctypes
 import errno
+import gc
 import gzip
 import hashlib
 import html
@@ -1716,7 +1717,7 @@ def assert_stalls(progress):
 class TestBackPressure:
     """A peer that does not read stops the other side, and memory stays where it was."""
 
-    SIZE = 100 << 20
+    SIZE = 64 << 20
 
     @pytest.mark.parametrize("is_tunnel", [False, True])
     def test_slow_client_stops_the_app(self, upstream, measured, is_tunnel):
@@ -1796,13 +1797,13 @@ class TestBackPressure:
         asked, before = request("OPTIONS", "*"), 0
         large = asked[:-2] + b"A: %s\r\n\r\n" % bytes(60000).replace(b"\0", b"a")
         with contextlib.ExitStack() as stack:
-            other, *wires = [stack.enter_context(Wire.to(process[1])) for _ in range(321)]
+            other, *wires = [stack.enter_context(Wire.to(process[1])) for _ in range(121)]
             for number, wire in enumerate(wires):
                 before = rss_kib(process[0].pid) if number == 20 else before
                 wire.send(large[:1])
                 assert status_of(other.ask(asked)) == 204  # the proxy waits for the rest by now
                 assert status_of(wire.ask(large[1:])) == 204
-            assert rss_kib(process[0].pid) - before < 300 * 10
+            assert rss_kib(process[0].pid) - before < 100 * 10
 
     def test_data_is_not_lost_if_its_transport_cannot_resume(self, background):
         """Before Python 3.11, TLS that has ended cannot."""
@@ -1821,14 +1822,18 @@ class TestBackPressure:
 
         background.do(read())
 
-    def test_connections_that_are_over_leave_no_memory(self, upstream, process):
-        """If each of 350 connections left only a few of its objects, they would exceed the bound."""
-        app, before = upstream(answering(OK)), 0
-        for number in range(500):
-            with Wire.to(process[1]) as wire:
-                assert wire.ask(to(app, "Connection: close"))[2] == b"ok"
-            before = rss_kib(process[0].pid) if number == 150 else before
-        assert rss_kib(process[0].pid) - before < 768
+    def test_connections_that_are_over_leave_no_objects(self, proxy, app):
+        def count():
+            gc.collect()
+            return sum(type(one).__module__ in ("port_proxy", "asyncio.streams") for one in gc.get_objects())
+
+        counts = []
+        for _ in range(2):
+            for _ in range(10):
+                assert proxy.ask(to(app, "Connection: close"))[2] == b"ok"
+            eventually(lambda: not proxy.open_connections())
+            counts.append(count())
+        eventually(lambda: count() <= counts[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3229,23 +3234,22 @@ class TestPortOwner:
         return app_of
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", "own"])
-    def test_port_of_another_ordinary_user_is_a_403(self, start, app_of, host):
+    def test_port_of_another_ordinary_user_is_a_403(self, start, app_of, source, host):
         """jupyter-server-proxy issue 590: this holds whatever address the other user's program listens on."""
         host = own_address() if host == "own" else host
         if not host:
             pytest.skip("this machine has loopback addresses alone")
         name = {"0.0.0.0": "127.0.0.1", "::1": "[::1]", "::": "127.0.0.1"}.get(host, host)
         proxy, open_proxy = (start(any_owner=is_open, host_allowlist=[name]) for is_open in (False, True))
-        forms = ["/proxy/%s:%%d/" % name]
-        if host != own_address():
-            forms += ["/proxy/%d/", "/proxy/absolute/%d/"]
+        requests = [("/proxy/%s:%%d/" % name, HANDSHAKE)]
+        if host != own_address() and source == "netlink":  # a table takes long to read after many connections
+            requests += [("/proxy/%d/", ()), ("/proxy/absolute/%d/", ())]
         allowed, other = [app_of(user, host=host).port for user in (0, 33)], app_of(OTHER_USER, host=host).port
-        for form in forms:
+        for form, lines in requests:
             assert [status_of(proxy.get(form % port)) for port in allowed] == [200, 200]
             assert status_of(open_proxy.get(form % other)) == 200
-            for lines in ((), HANDSHAKE):
-                text = b"belongs to another user, number %d" % OTHER_USER
-                assert_says(proxy.get(form % other, *lines), 403, text, b"--any-owner")
+            text = b"belongs to another user, number %d" % OTHER_USER
+            assert_says(proxy.get(form % other, *lines), 403, text, b"--any-owner")
 
     def test_proxy_of_an_ordinary_user_reaches_ports_of_the_same_user(self, app_of, source):
         before = OWNERS_HIDDEN if source == "table" else ""
