@@ -4378,6 +4378,8 @@ class TestResponses:
         (ok(b"abc"), "1.1", ("content-length", "3"), b"abc"), (ok(b"abc"), "1.0", ("content-length", "3"), b"abc"),
         (ok(b""), "1.1", ("content-length", "0"), b""),
         (CHUNKED_HEAD + b"1;x\r\na\r\n2\r\nbc\r\n0\r\nX: y\r\n\r\n", "1.1", ("transfer-encoding", "chunked"), b"abc"),
+        (b"HTTP/1.1 299 Sch\xf6n\r\nTransfer-Encoding\t: chunked\r\n\r\n3 \t\r\nabc\r\n0  \r\n\r\n", "1.1",
+         ("transfer-encoding", "chunked"), b"abc"),  # some devices send spaces that the grammar does not allow
         (CHUNKED_HEAD + b"3\r\nabc\r\n0\r\n\r\n", "1.0", None, b"abc"),
         (UNTIL_CLOSE_HEAD + b"abc", "1.1", ("transfer-encoding", "chunked"), b"abc"),
         (b"HTTP/1.0 200 OK\r\n\r\nabc", "1.1", ("transfer-encoding", "chunked"), b"abc"),
@@ -4386,7 +4388,7 @@ class TestResponses:
     ], ids=case_id)
     def test_framing_suits_the_version_of_the_client(self, proxy, upstream, answer, version, framing, body):
         message = proxy.ask(to(upstream(once(answer)), version=version), until_close=True)
-        assert (message[0], message[2]) == ("HTTP/1.1 200 OK", body)
+        assert (message[0][9:], message[2]) == (answer[9:].decode("latin-1").split("\r\n")[0], body)
         fields = fields_of(message)
         declared = [(name, fields[name]) for name in ("content-length", "transfer-encoding") if name in fields]
         assert declared == ([framing] if framing else [])
@@ -4491,15 +4493,6 @@ class TestResponses:
         message = proxy.ask(to(app, version="1.0"))
         assert (status_of(message), message[2]) == (200, b"ok")
 
-    def test_response_is_passed_on_unchanged_but_in_canonical_form(self, proxy, upstream):
-        """Some devices send spaces that the grammar does not allow."""
-        head = b"HTTP/1.1 299 Sch\xf6n\r\nContent-Encoding : gzip\r\nTransfer-Encoding\t: chunked\r\n\r\n"
-        app = upstream(once(head + b"4   \r\n\x1f\x8b\x08\x00\r\n0  \r\n\r\n"))
-        with proxy.sent(to(app, "Connection: close")) as wire:
-            rest = wire.rest()
-        assert rest.startswith(b"HTTP/1.1 299 Sch\xf6n\r\nContent-Encoding: gzip\r\n")
-        assert rest.endswith(b"\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n\x1f\x8b\x08\x00\r\n0\r\n\r\n")
-
     def test_busy_download_delays_no_other_request_and_no_deadline(self, start, upstream):
         """A client takes as fast as it can a response that has no end."""
 
@@ -4603,27 +4596,25 @@ class TestRequests:
             app.happened.set()
             assert wire.message()[2] == b"ok"
 
-    def test_response_to_a_client_that_has_half_closed_ends_two_seconds_after_its_last_data(self, proxy, upstream):
-        app = upstream(script(read_head, ok(bytes(10))[:-10] + b"abc", wait, b"d", read_to_the_end))
-        with proxy.sent(to(app)) as wire:
-            assert wire.until(b"abc")
-            wire.end()
-            proxy.get("/proxy/")  # the proxy has seen the end by now
-            app.happened.set()
-            assert wire.rest() == b"d"
-
-    def test_response_after_that_of_a_half_closed_client_has_no_such_timeout(self, start, upstream):
-        def pause(wire, app):
-            time.sleep(2.5)
-
+    def test_timeout_of_a_half_closed_client_is_two_seconds_for_its_response_alone(self, start, upstream):
+        """It begins anew with all data of the app. The next response on the connection to the app has none."""
+        begun = ok(bytes(10))[:-10] + b"abc"
+        silent = upstream(script(read_head, begun, wait, b"d", read_to_the_end))
+        app = upstream(script(read_head, OK, read_head, begun, wait, bytes(7), read_to_the_end))
         proxy = start(idle_upstream_timeout=10 * WAIT, linger_timeout=0.2)  # so deadlines are checked often
-        app = upstream(script(read_head, OK, read_head, ok(b"abcd")[:-1], pause, b"d", read_to_the_end))
-        with proxy.wire() as wire:
+        with proxy.wire() as wire, proxy.sent(to(silent)) as half_closed:
+            half_closed.until(b"abc")
+            half_closed.end()
             with proxy.held():  # the proxy sees the end together with the request
                 wire.send(to(app))
                 wire.end()
             assert wire.message()[2] == b"ok"
-        assert (proxy.ask(to(app))[2], app.connections) == (b"abcd", 1)
+            with proxy.sent(to(app)) as after:
+                assert after.until(b"abc").startswith(b"HTTP/1.1 200")
+                silent.happened.set()
+                assert half_closed.rest() == b"d"
+                app.happened.set()
+                assert (after.exactly(7), app.connections) == (bytes(7), 1)
 
     @needs_proc
     def test_client_that_leaves_closes_its_upstream(self, proxy, upstream, records):
@@ -4707,11 +4698,6 @@ class TestTunnel:
             assert [sent[name] for name in names] == ["websocket", "Upgrade", "a, b"]
             assert (sent["origin"], sent["host"]) == ("http://localhost:%d" % app.port, "localhost:%d" % app.port)
             assert sent["x-forwarded-prefix"] == "/proxy/%d" % app.port
-
-    def test_bytes_behind_the_handshake_arrive(self, proxy, upstream):
-        app = upstream(script(read_head, SWITCHING + b"app", lambda wire, app: wire.send(wire.exactly(7)[::-1])))
-        with proxy.tunnel(app, b"browser") as wire:
-            assert wire.rest() == b"app" + b"browser"[::-1]
 
     def test_refusal_of_the_app_is_passed_on(self, proxy, upstream):
         """There is no tunnel: the next bytes of the client are its next request."""
