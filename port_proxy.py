@@ -5059,23 +5059,18 @@ def _bind(config: Config) -> List[socket.socket]:
     """Bound sockets for all addresses of the configuration.  Raises OSError or UnicodeError."""
     if config.bind.startswith(_UNIX_PREFIX):
         return [_bind_unix(config.bind[len(_UNIX_PREFIX) :])]
-    sockets = []  # type: List[socket.socket]
-    try:
+    sockets, port = [], config.port
+    with contextlib.ExitStack() as stack:  # closes all if one cannot be bound
         for family, kind, protocol, _, address in dict.fromkeys(_bind_addresses(config)):
-            sock = socket.socket(family, kind, protocol)
+            sock = stack.enter_context(socket.socket(family, kind, protocol))
             sockets.append(sock)
             if os.name == "posix":  # on Windows it would let another program take the port over
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            port = config.port
-            if not port and len(sockets) > 1:  # all addresses get the first one's free port
-                port = sockets[0].getsockname()[1]
             sock.bind((address[0], port) + address[2:])
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
+            port = sock.getsockname()[1]  # if it was 0: one free port for all addresses
+        stack.pop_all()
     return sockets
 
 
@@ -5097,13 +5092,11 @@ def _bind_unix(path: str) -> socket.socket:
             os.unlink(path)
         else:
             raise OSError(errno.EADDRINUSE, "%s is in use by another program" % path)
-    sock = socket.socket(_UNIX, socket.SOCK_STREAM)
-    try:
+    with contextlib.ExitStack() as stack:  # closes the socket after a failure
+        sock = stack.enter_context(socket.socket(_UNIX, socket.SOCK_STREAM))
         sock.bind(path)
         os.chmod(path, 0o600)  # nobody can connect yet: the socket does not listen
-    except BaseException:
-        sock.close()
-        raise
+        stack.pop_all()
     return sock
 
 
