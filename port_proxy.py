@@ -4619,7 +4619,7 @@ async def open_tunnel(
 # --------------------------------------------------------------------------------------------------
 # Accepts connections and serves their requests in order.  An idle connection has no task.  The
 # first byte of a request starts a task, which serves that request.  Errors become responses in
-# `_serve_request`, those of request heads in `_refuse`.
+# `_serve_request`, those of request heads in `_read_request`.
 
 
 class PortProxy:
@@ -4899,7 +4899,7 @@ class PortProxy:
             self._await_request(client)
 
     async def _read_request(self, client: Connection, head: bytes = b"") -> Optional[Request]:
-        """The next request; None if the client has ended or the head was refused.
+        """The next request; None after EOF, or after the response to an invalid head.
 
         head: the request head, if it was read before.
         """
@@ -4912,14 +4912,10 @@ class PortProxy:
                 return parse_request(head, client.address, client.scheme, self.config)
             client.close()
         except ProxyError as error:
-            await self._refuse(client, error)
+            logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
+            client.write(local_response(error_response(error), keep_alive=False))
+            await self._linger(client, is_read=False)
         return None
-
-    async def _refuse(self, client: Connection, error: ProxyError) -> None:
-        """Send the error for an invalid request head, and close the connection."""
-        logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
-        client.write(local_response(error_response(error), keep_alive=False))
-        await self._linger(client, is_read=False)
 
     async def _serve_request(self, client: Connection, request: Request, gate: Gate) -> bool:
         """Serve a request, and turn its errors into responses.
