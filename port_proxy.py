@@ -4853,21 +4853,17 @@ class PortProxy:
         self, deadlines: Deadlines, sock: socket.socket, tls: ssl.SSLContext
     ) -> None:
         """Do the TLS handshake, except with plain HTTP, which `_read_request` refuses."""
-        loop, timeout, is_taken = deadlines.loop, self.config.head_timeout, False
+        loop, timeout = deadlines.loop, self.config.head_timeout
         make = functools.partial(Connection, deadlines, self._await_request)
-        try:
+        with sock, contextlib.suppress(OSError, asyncio.TimeoutError):
             first = await _first_byte(loop, sock, timeout)
-            is_taken = True
             is_plain = first.isalpha()  # plain HTTP begins with a letter, TLS does not
-            start = loop.connect_accepted_socket(make, sock, ssl=None if is_plain else tls)
-            await asyncio.wait_for(start, timeout)
-        except BaseException as error:
-            # If `is_taken`, asyncio closes the socket; in 3.6 only after EOF, so cause one here.
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            if not is_taken:
-                sock.close()
-            if not isinstance(error, (OSError, asyncio.TimeoutError)):
+            copy = sock.dup()  # asyncio closes it
+            start = loop.connect_accepted_socket(make, copy, ssl=None if is_plain else tls)
+            try:
+                await asyncio.wait_for(start, timeout)
+            except BaseException:
+                sock.shutdown(socket.SHUT_RDWR)  # in 3.6, asyncio waits for EOF
                 raise
 
     def _await_request(self, client: Connection) -> None:
