@@ -1452,7 +1452,7 @@ def slow_wire(proxy, size=4096, raw=b""):
     sock.settimeout(WAIT)
     sock.connect(("127.0.0.1", proxy.port))
     wire = Wire(sock)
-    wire.ask(request("GET", "/proxy/"))
+    wire.ask(request("GET", "/nothing"))
     with proxy.held():
         narrow(sock.getsockname()[1], size)
         wire.send(raw)
@@ -4032,13 +4032,13 @@ class TestHub:
         assert hub.questions("/hub/api/oauth2/token") == []
         assert place_of(self.come_back(proxy, hub, asked, cookie)) == BASE
 
-    def test_hub_is_asked_again_after_a_minute_and_a_login_expires_after_ten(self, options, hub):
+    def test_hub_is_asked_again_after_a_minute_and_a_login_expires_after_ten(self, options, hub, target):
         with proxy_with_a_clock(**options()) as (port, put_forward):
             proxy = proxy_at(port)
             early, late = self.sent_to_hub(proxy), self.sent_to_hub(proxy)
             for half_minute in range(22):
                 if half_minute < 4:  # an answer is valid for 45 seconds
-                    self.check(proxy, BASE, (AS_OWNER, 200))
+                    self.check(proxy, target, (AS_OWNER, 200))
                     assert len(hub.asked) == 1 + half_minute // 2
                 if half_minute == 18:
                     assert place_of(self.come_back(proxy, hub, *early)) == BASE
@@ -4160,11 +4160,11 @@ class TestHub:
             wire.send(request("GET", target, cookie) + request("GET", target) + request("GET", target, cookie))
             assert [status_of(wire.message()) for _ in range(3)] == [200, 403, 200]
 
-    def test_session_cookie_counts_beside_others_of_its_name(self, proxy, cookie):
+    def test_session_cookie_counts_beside_others_of_its_name(self, proxy, target, cookie):
         """A cookie of a wider path may stand beside it."""
         of_hub, own = cookie.split("; ")
         stale = own.split("=")[0] + "=old"
-        self.check(proxy, BASE, *(("; ".join(pairs), 200) for pairs in ([of_hub, own, stale], [of_hub, stale, own])))
+        self.check(proxy, target, *(("; ".join(pairs), 200) for pairs in ([of_hub, own, stale], [of_hub, stale, own])))
 
     def test_request_of_another_site_needs_a_token(self, proxy, target, cookie):
         foreign, own = "Origin: http://evil.example", ("Origin: https://hub.example", "X-Forwarded-Host: hub.example")
@@ -4200,14 +4200,14 @@ class TestHub:
         ({"cookie_options": (("SameSite", "None"), ("Partitioned", ""))}, "https",
          ["SameSite=None", "Partitioned", "Secure"], ["SameSite=Lax"]),
     ])  # fmt: skip
-    def test_session_cookie_has_the_attributes_of_its_hub(self, begin, options_of_hub, forwarded, has, lacks):
+    def test_session_cookie_has_the_attributes_of_its_hub(self, begin, target, options_of_hub, forwarded, has, lacks):
         proxy = begin(**options_of_hub)
         answer = proxy.get(BASE + "?token=owner-token", "X-Forwarded-Proto: " + forwarded, *VISIT)
         attributes = fields_of(answer)["set-cookie"].split("; ")
         assert set(has) <= set(attributes)
         assert not set(lacks) & set(attributes)
         assert attributes[0].startswith("__Host-") is bool(options_of_hub.get("host_cookies"))
-        self.check(proxy, BASE, ("Cookie: " + attributes[0], 200))
+        self.check(proxy, target, ("Cookie: " + attributes[0], 200))
 
     @pytest.mark.parametrize("answer", [
         b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
@@ -4220,12 +4220,12 @@ class TestHub:
             answer = proxy.get(BASE, "Authorization: token some", *VISIT)
             assert (status_of(answer), "retry-after" in fields_of(answer), len(hub.app.messages)) == (503, True, count)
 
-    def test_requests_with_the_same_token_wait_for_one_answer(self, proxy, hub):
+    def test_requests_with_the_same_token_wait_for_one_answer(self, proxy, hub, target):
         """A client that leaves takes the answer from nobody."""
         hub.users["slow"] = OWNER
         wires = [proxy.wire() for _ in range(5)]
         for wire in wires:
-            wire.send(request("GET", BASE, "Authorization: token slow"))
+            wire.send(request("GET", target, "Authorization: token slow"))
         eventually(lambda: hub.asked and not has_unread(proxy.port))
         self.check(proxy, "/elsewhere", (404,))  # it came later, so all others have been read
         wires.pop().reset()
@@ -4243,12 +4243,12 @@ class TestHub:
             proxy.close()
             assert b"200" not in wire.rest()
 
-    def test_oldest_of_too_many_sessions_ends(self, proxy):
+    def test_oldest_of_too_many_sessions_ends(self, proxy, target):
         """A thousand are remembered."""
         raw = request("GET", BASE + "?token=owner-token", *VISIT)
         cookies = list(map(cookie_of, answers_in_turn(proxy, [raw] * 1050)))
         for at, status in ((0, 403), (49, 403), (50, 200), (1049, 200)):
-            self.check(proxy, BASE, (cookies[at], status))
+            self.check(proxy, target, (cookies[at], status))
 
     def test_request_with_too_many_tokens_is_refused(self, proxy, hub):
         """More than eight different ones are refused, and the same one is looked up once."""
@@ -4430,7 +4430,7 @@ class TestResponses:
                 assert status_of(wire.message(no_body=True)) == 100
             assert_says(wire.message(), 502, text, b"port %d of this machine" % app.port)
             assert app.connections == 1 + (is_reused and not answer)  # a GET is sent again on a stale connection alone
-            assert status_of(wire.ask(request("GET", "/proxy/"))) == 200
+            assert status_of(wire.ask(request("GET", "/nothing"))) == 404
 
     @pytest.mark.parametrize("how", [end, Wire.reset], ids=["end", "reset"])
     def test_truncated_response_does_not_end_cleanly(self, proxy, upstream, how):
@@ -4707,7 +4707,7 @@ class TestTunnel:
             with proxy.wire() as wire:
                 message = wire.ask(to(app, *HANDSHAKE))
                 assert (status_of(message), message[2]) == (int(status[:3]), b"no")
-                assert b"/proxy/8080/" in wire.ask(request("GET", "/proxy/"))[2]
+                assert status_of(wire.ask(request("GET", "/nothing"))) == 404
 
     def test_101_to_something_else_is_502(self, proxy, upstream):
         for fields in (b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"Upgrade: websocket\r\n"):
@@ -4805,10 +4805,9 @@ class TestLimits:
         with proxy.sent(to(app)) as busy, proxy.wire() as first, proxy.wire() as second:
             eventually(lambda: app.connections == 1)
             for wire in (first, second):
-                wire.send(request("GET", "/proxy/"))
-                wire.message()
-            earlier = proxy.get("/proxy/")
-            assert status_of(earlier) == 200
+                wire.ask(request("GET", "/nothing"))
+            earlier = proxy.get("/nothing")
+            assert status_of(earlier) == 404
             assert first.ends()
             with proxy.sent(to(app)) as third:
                 second.send(to(app))
@@ -4825,7 +4824,7 @@ class TestLimits:
         with contextlib.ExitStack() as stack:
             for _ in range(4):
                 wire = stack.enter_context(tls_wire(proxy, certificate))
-                assert status_of(wire.ask(request("GET", "/proxy/"))) == 200
+                assert status_of(wire.ask(request("GET", "/nothing"))) == 404
 
     @pytest.mark.parametrize("has_tls, raw", [
         (False, b"GET /proxy/ HT"), (False, b""),
@@ -5185,7 +5184,7 @@ class TestClose:
         app = upstream(script(read_head, OK[:-1], hold, OK[-1:], read_to_the_end))
         proxy = start(shutdown_timeout=4 * WAIT, keep_alive_timeout=4 * WAIT)
         with proxy.wire() as idle, proxy.sent(to(app)) as wire:
-            idle.ask(request("GET", "/proxy/"))
+            idle.ask(request("GET", "/nothing"))
             assert "close" not in wire.until(b"\r\n\r\n").decode()
             with in_thread(proxy.close):
                 assert idle.rest() == b""  # by now the proxy is closing
