@@ -4921,20 +4921,19 @@ class PortProxy:
         client.state = ACTIVE
         exchange = Exchange(self, gate, client, request)
         try:
-            try:
-                await exchange.run()
-            except ProxyError as error:
-                await exchange.respond_error(error)
-            except (ClientGone, Truncated, TimedOut, OSError):
-                raise
-            except asyncio.CancelledError:
-                exchange.failure = "The proxy was told to stop." if self.is_stopping else ""
-                raise
-            except Exception as error:  # a bug: only this request fails
-                logger.error("internal error: %r", error)
-                logger.debug("", exc_info=True)
-                text = "Internal error of the proxy. Its log says more."
-                await exchange.respond_error(ProxyError(500, text))
+            await exchange.run()
+        except ProxyError as error:
+            await exchange.respond_error(error)
+        except (ClientGone, Truncated, TimedOut, OSError):
+            raise
+        except asyncio.CancelledError:
+            exchange.failure = "The proxy was told to stop." if self.is_stopping else ""
+            raise
+        except Exception as error:  # a bug: only this request fails
+            logger.error("internal error: %r", error)
+            logger.debug("", exc_info=True)
+            text = "Internal error of the proxy. Its log says more."
+            await exchange.respond_error(ProxyError(500, text))
         finally:
             self._log(exchange)
         if exchange.tunnel is not None:
@@ -5017,10 +5016,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
         if not data:
             return b""
         client.read_deadline = now() + config.head_timeout
-        try:
-            head = await read_head(client, True, config, data)
-        finally:
-            client.deadlines.pending_bytes.release_head(client)
+        head = await read_head(client, True, config, data)
         client.read_deadline = FOREVER
         return head
     except TimedOut:
@@ -5030,6 +5026,8 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
         raise ProxyError(408, text)
     except Truncated:
         raise ProxyError(400, "The request ended in the middle of its head.")
+    finally:
+        client.deadlines.pending_bytes.release_head(client)
 
 
 _UNIX_PREFIX = "unix:"
