@@ -4637,11 +4637,10 @@ class PortProxy:
         self.titles = Titles()
         self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
         self._clients = {}  # type: Dict[Connection, None]  # the one idle for longest first
-        self._servers = []  # type: List[asyncio.AbstractServer]
         self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
         self._handshakes = {}  # type: Dict[asyncio.Future[None], None]  # the oldest first
         self._sockets = []  # type: List[socket.socket]
-        self._owns_socket_file = True
+        self._listening = contextlib.ExitStack()  # ends what `start` has begun
 
     async def start(
         self,
@@ -4658,8 +4657,12 @@ class PortProxy:
         """
         loop = asyncio.get_event_loop()
         tls = server_context(self.config) if self.config.certfile else None
-        self._owns_socket_file = sockets is None
         self._sockets = _bind(self.config) if sockets is None else list(sockets)
+        for sock in self._sockets:
+            self._listening.callback(sock.close)
+        if sockets is None and self.config.bind.startswith(_UNIX_PREFIX):
+            self._listening.enter_context(contextlib.suppress(OSError))
+            self._listening.callback(os.unlink, self.config.bind[len(_UNIX_PREFIX) :])
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         self.is_stopping = False
         self.deadlines = Deadlines(loop, _tick_interval(self.config))
@@ -4692,7 +4695,7 @@ class PortProxy:
         # file descriptor, all of them fail: hence a small number, and another `listen` below.
         # For Unix sockets, too: `create_unix_server` would unlink sockets that are not the proxy's.
         server = await loop.create_server(protocol, sock=sock, backlog=_ACCEPTS_IN_A_ROW)
-        self._servers.append(server)
+        self._listening.callback(server.close)
         sock.listen(_BACKLOG)
 
     @property
@@ -4736,14 +4739,8 @@ class PortProxy:
         deadlines, self.deadlines = self.deadlines, None
         if deadlines is None:
             return
-        if self.config.bind.startswith(_UNIX_PREFIX) and self._owns_socket_file:
-            with contextlib.suppress(OSError):
-                os.unlink(self.config.bind[len(_UNIX_PREFIX) :])
-        for server in self._servers:
-            server.close()
         await cancel(self._acceptors + list(self._handshakes))
-        for sock in self._sockets:
-            sock.close()
+        self._listening.close()
         self.is_stopping = True
         until = now() + self.config.shutdown_timeout
         for client in list(self._clients):
@@ -4761,7 +4758,6 @@ class PortProxy:
         # Tunnels have the rest of the time to send queued data, other connections one second.
         left = until - now() if self.tunnels else 0.0
         await deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
-        self._servers.clear()
         self._acceptors.clear()
         self._sockets.clear()
 
