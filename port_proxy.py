@@ -3299,8 +3299,7 @@ class Gate:
     app_cookie = ""  # name of the cookie that holds the last app; "" for none
     cookie_name = ""  # of the session
     sessions_can_end = False  # whether `has_access` can change while a request is served
-    other_cookies = ()  # type: Tuple[str, ...]  # prefixes of our other cookies' names
-    cookie_marks = (COOKIE_PREFIX,)  # type: Tuple[str, ...]  # substrings of our cookies' names
+    other_cookies = ()  # type: Tuple[str, ...]  # prefixes of names besides COOKIE_PREFIX
     terms = COMMAND_LINE_TERMS  # the names of options in errors
 
     def __init__(self, config: Config) -> None:
@@ -3348,11 +3347,12 @@ class Gate:
         if not bare.startswith(COOKIE_PREFIX):
             return False
         app_session = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
-        return bare != app_session and not bare.startswith(app_session + "_app")
+        is_apps = bare == app_session or bare.startswith(app_session + "_app")
+        return not is_apps or app_session == self.cookie_name
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
-        if not any(mark in value for mark in self.cookie_marks):
+        if COOKIE_PREFIX not in value and not self.other_cookies:
             return value
         pairs = value.split(";")
         kept = [pair for pair in pairs if not self.owns_cookie(cookie_name(pair), route)]
@@ -3481,7 +3481,6 @@ class TokenGate(Gate):
         self.is_private = is_private
         self.cookie_name = COOKIE_PREFIX + (str(port) if port else "unix")
         self.app_cookie = self.cookie_name + "_app" if config.whole_origin else ""
-        self.other_cookies = (self.cookie_name + "_app",)
         token = config.token if config.authorize is None else ""
         if token is None:
             token = "" if is_private else ANY_TOKEN
@@ -3915,6 +3914,7 @@ class HubGate(Gate):
     """
 
     sessions_can_end = True
+    other_cookies = (_HUB_COOKIES,)
 
     def __init__(self, config: Config, deadlines: Deadlines) -> None:
         super().__init__(config)
@@ -3922,8 +3922,6 @@ class HubGate(Gate):
         self.hub = config.hub
         self.api = HubApi(config.hub, config, deadlines)
         self.callback_path = urlsplit(self.hub.callback_url).path
-        self.other_cookies = (_HUB_COOKIES,)
-        self.cookie_marks += self.other_cookies
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + short_hash(self.hub.prefix)
         self._key = secrets.token_bytes(32)
@@ -5406,6 +5404,7 @@ class JupyterGate(Gate):
     """
 
     terms = _JUPYTER_TERMS
+    other_cookies = (_HUB_COOKIES,)
 
     def __init__(self, config: Config, handler: Any) -> None:
         super().__init__(config)
@@ -5420,8 +5419,6 @@ class JupyterGate(Gate):
             self.tokens += [str(token)] if token else []
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
         self.cookie_name = get_name(handler)
-        self.other_cookies = (_HUB_COOKIES,)
-        self.cookie_marks += (_HUB_COOKIES, _JUPYTER_COOKIES, self.cookie_name)
 
     async def authorize(self, request: Request) -> None:
         if self.hub_auth is not None:
