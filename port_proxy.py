@@ -3317,6 +3317,10 @@ class Gate:
 
     async def has_access(self, request: Request) -> bool:
         """Whether the session of an admitted request still exists; see SessionWatch."""
+        try:
+            await self.authorize(request)
+        except ProxyError as error:
+            return error.status == 503  # no response of the Hub: the next check tries again
         return True
 
     async def close(self) -> None:
@@ -3944,7 +3948,16 @@ class HubGate(Gate):
             raise ProxyError(302, "Redirecting.", (("Location", home),))
 
     async def authorize(self, request: Request) -> None:
-        user, token, is_signed_in = await self._find_user(request)
+        user = session_user = await self._user_of_session(request)
+        token, accepted = "", authorization_tokens(request.headers)
+        if {"same-origin", "none"}.issuperset(request.headers.get_all("sec-fetch-site")):
+            # A link of a foreign page must not sign this browser in as another user.
+            accepted += query_tokens(request.target)
+        # All tokens are looked up, so that every token of the Hub can be removed from the request.
+        for candidate in all_tokens(request):
+            owner = await self.api.user_of(candidate)
+            if owner is not None and candidate in accepted and not token:
+                user, token = owner, candidate
         if user is None:
             if request.is_page_visit:
                 raise self._begin_login(request.target, request.client)
@@ -3952,29 +3965,12 @@ class HubGate(Gate):
             raise ProxyError(403, text, CHALLENGE)
         self._check_access(user)
         browser = HubBrowser(token, _hub_session(request))
-        is_new = token and not is_signed_in
+        is_new = token and session_user is None
         self.redirect_without_token(
             request, lambda: (self._new_session(browser, request.client),) if is_new else ()
         )
         if not token:  # foreign pages do not know tokens
             self.check_origin(request)
-
-    async def _find_user(self, request: Request) -> Tuple[Optional[HubUser], str, bool]:
-        """The user, the user's token in the request or "", and whether the browser has a session.
-
-        All tokens are looked up, so that every token of the Hub can be removed from the request.
-        """
-        user, found = await self._user_of_session(request), ""
-        is_signed_in = user is not None
-        accepted = authorization_tokens(request.headers)
-        if {"same-origin", "none"}.issuperset(request.headers.get_all("sec-fetch-site")):
-            # A link of a foreign page must not sign this browser in as another user.
-            accepted += query_tokens(request.target)
-        for token in all_tokens(request):
-            owner = await self.api.user_of(token)
-            if owner is not None and token in accepted and not found:
-                user, found = owner, token
-        return user, found, is_signed_in
 
     async def _user_of_session(self, request: Request) -> Optional[HubUser]:
         """The user that this browser has signed in as; None after a sign-out at the Hub."""
@@ -3986,13 +3982,6 @@ class HubGate(Gate):
                     return user
             self._sessions.pop(session, None)
         return None
-
-    async def has_access(self, request: Request) -> bool:
-        try:
-            user, _, _ = await self._find_user(request)
-        except ProxyError:  # no response: the next check tries again
-            return True
-        return user is not None and user.has_access
 
     def _check_access(self, user: HubUser) -> None:
         if not user.has_access:
