@@ -3822,18 +3822,19 @@ class HubApi:
         self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
         self._others = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
 
-    async def user_of(self, token: str) -> Optional[HubUser]:
-        """The user of a token; None if the Hub does not know the token."""
+    async def user_of(self, token: str, is_known: bool = False) -> Optional[HubUser]:
+        """The user of a token; None if the Hub does not know it.  is_known: the Hub gave it."""
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        cache = self.tokens if token in self.tokens else self._others
+        cache = self.tokens if is_known or token in self.tokens else self._others
         lookup = cache.get(token)
         if lookup is None or now() > lookup[1]:
             pending = sum(not task.done() for task, _ in self._others.values())
             if pending >= _MAX_PENDING and cache is self._others:
                 text = "There are too many requests to the Hub. Try again shortly."
                 raise ProxyError(503, text, _RETRY_SOON)
-            lookup = cache[token] = self._look_up(token)
+            task = self.deadlines.loop.create_task(self._find_user(token))
+            lookup = cache[token] = task, now() + _CACHE_SECONDS
         try:
             user = await lookup[0]
         except ProxyError:
@@ -3842,10 +3843,6 @@ class HubApi:
         if user is not None:
             self.tokens[token] = lookup
         return user
-
-    def _look_up(self, token: str) -> Tuple["asyncio.Task[Optional[HubUser]]", float]:
-        task = self.deadlines.loop.create_task(self._find_user(token))
-        return task, now() + _CACHE_SECONDS
 
     async def _find_user(self, token: str) -> Optional[HubUser]:
         lines = ["Authorization: token " + token]
@@ -3871,10 +3868,7 @@ class HubApi:
         }
         url = self.hub.api_url + "/oauth2/token"
         response, data = await self.call("POST", url, [_FORM], urlencode(form))
-        token = str(data.get("access_token", "")) if response.status == 200 else ""
-        if token:
-            self.tokens[token] = self._look_up(token)  # not limited
-        return token
+        return str(data.get("access_token", "")) if response.status == 200 else ""
 
     async def call(
         self, method: str, url: str, lines: List[str], body: str = ""
@@ -4035,7 +4029,7 @@ class HubGate(Gate):
             raise ProxyError(403, text + " blocked." + again)
         verifier, code = sign(self._key, "verifier", state), sent.get("code", "")
         token = await self.api.token_for(code, verifier) if code else ""
-        user = await self.api.user_of(token)
+        user = await self.api.user_of(token, is_known=True)
         if user is None:
             raise ProxyError(403, "The Hub did not sign you in." + again)
         self._check_access(user)
