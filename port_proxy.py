@@ -5272,15 +5272,11 @@ class TornadoTransport(asyncio.Transport):
     """A transport on a Tornado stream, over TCP or TLS.
 
     It reads when `pull` is called.  After `set_protocol`, for a tunnel, it reads continuously.
-    Raises OSError if the client has left.
     """
 
-    def __init__(self, stream: Any, connection: Connection) -> None:
-        sock = stream.socket
-        if sock is None:
-            raise ConnectionResetError(errno.ECONNRESET, "the client has left")
-        context = getattr(sock, "context", None)
-        super().__init__({"socket": sock, "peername": sock.getpeername(), "sslcontext": context})
+    def __init__(self, stream: Any, address: Any, connection: Connection) -> None:
+        context = getattr(stream.socket, "context", None)
+        super().__init__({"socket": stream.socket, "peername": address, "sslcontext": context})
         self._stream = stream
         self._loop = connection.deadlines.loop
         self._protocol = connection  # type: Any
@@ -5505,13 +5501,11 @@ async def _serve_handler(handler: Any, server: Any, proxy: "PortProxy") -> None:
     assert proxy.deadlines is not None
     proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
     connection = LentConnection(proxy.deadlines)
+    address = handler.request.connection.context.address
     stream = handler.detach()
-    try:
-        transport = TornadoTransport(stream, connection)
-    except OSError:  # the client has left
-        stream.close()
+    if stream.closed():  # the client has left
         return
-    address = transport.get_extra_info("peername")
+    transport = TornadoTransport(stream, address, connection)
     if not await proxy.serve_one(connection, handler.request_head, gate):
         return
     if transport.is_reading() or transport.is_closing():
