@@ -5323,12 +5323,9 @@ class TornadoTransport(asyncio.Transport):
     # Writing.
 
     def write(self, data: Union[bytes, bytearray, memoryview]) -> None:
-        if not data or self._is_closing:
+        if not data or self._is_closing or self._stream.closed():  # the close callback follows
             return
-        try:
-            future = self._stream.write(bytes(data))
-        except OSError:  # StreamClosedError; the close callback follows
-            return
+        future = self._stream.write(bytes(data))
         if not future.done():
             if not self._queued:
                 self._protocol.pause_writing()
