@@ -4217,7 +4217,8 @@ class Exchange:
         """
         is_reusable = False
         try:
-            self._watch_client(upstream)
+            watcher = self.client.watcher = functools.partial(self._on_client_end, upstream)
+            watcher(self.client)  # it may have ended already
             self.proxy.sessions.note(self.client, self.gate, self.request)
             upstream.write_deadline = now() + self.config.stall_timeout
             upstream.write(data)
@@ -4246,14 +4247,6 @@ class Exchange:
         return True
 
     # The client may leave at any time.
-
-    def _watch_client(self, upstream: Connection) -> None:
-        """Watch for EOF or failure of the client, which may have happened already."""
-        self.client.watcher = functools.partial(self._on_client_end, upstream)
-        if self.client.ended:
-            self._on_client_end(upstream, self.client)
-        if self._client_failure is not None:
-            raise self._client_failure
 
     def _on_client_end(self, upstream: Connection, client: Connection) -> None:
         """Act on EOF or a failure of the client; `_send_body` handles data and its timeout."""
