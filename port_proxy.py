@@ -176,8 +176,8 @@ class ProxyError(Exception):
 _FIELD_LINE = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
 
 
-class ClientGone(Exception):
-    """The client disconnected or stopped reading, so no response can be sent."""
+class PeerGone(Exception):
+    """Nothing more can be sent: the peer has disconnected or stopped reading."""
 
 
 class Truncated(Exception):
@@ -1463,12 +1463,15 @@ class Connection(asyncio.StreamReaderProtocol):
         """Wait until most of the queued bytes are sent.
 
         The connection is aborted if some of them are still queued after `timeout` seconds.  Raises
-        OSError if the connection is closed.
+        PeerGone if the connection is closed.
         """
         self.write_deadline = now() + timeout
-        await self.writer.drain()
+        try:
+            await self.writer.drain()
+        except OSError:
+            raise PeerGone()
         if self.transport.is_closing():
-            raise ConnectionResetError(errno.ECONNRESET, "the connection is closed")
+            raise PeerGone()
 
     def can_carry_more(self) -> bool:
         """Whether another request can follow; overridden in the Jupyter extension."""
@@ -1512,7 +1515,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once.  `read` and `drain` raise OSError.
+        """Close at once.  `read` raises OSError, `drain` raises PeerGone.
 
         If `eof_ends_body`, reset the connection, so that the peer knows that the body is truncated.
         """
@@ -1749,20 +1752,17 @@ class Body:
         chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
         return chunk + _LAST_CHUNK if self.finished else chunk
 
-    async def relay(self, target: Connection, write_timeout: float) -> bool:
-        """Send the rest of the body to `target` as it comes; False if `target` is closed.
+    async def relay(self, target: Connection, write_timeout: float) -> None:
+        """Send the queued bytes, and the rest of the body as it comes.
 
-        write_timeout: for sending queued bytes.  Raises the exceptions of `read`.
+        write_timeout: for sending queued bytes.  Raises the exceptions of `read`, and PeerGone if
+        `target` is closed.
         """
-        while True:
-            try:
-                await target.drain(write_timeout)
-            except OSError:
-                return False
-            if self.finished:
-                return True
+        await target.drain(write_timeout)
+        while not self.finished:
             target.deadlines.has_activity = True
             target.write(self.encode(await self.read(self.source.read_timeout)))
+            await target.drain(write_timeout)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4159,7 +4159,7 @@ class Exchange:
     async def run(self) -> None:
         """Serve the request.
 
-        Raises ProxyError for an error response or a redirect; ClientGone, Truncated, TimedOut or
+        Raises ProxyError for an error response or a redirect; PeerGone, Truncated, TimedOut or
         OSError if the client has failed.
         """
         # Requests for the gate itself have no route, or are sent to an app's host to sign in there.
@@ -4253,7 +4253,7 @@ class Exchange:
         if not client.ended or (isinstance(client.failure, TimedOut) and self._is_sending()):
             return
         if client.failure is not None or not client.transport.can_write_eof():
-            self._client_failure = self._client_failure or ClientGone()
+            self._client_failure = self._client_failure or PeerGone()
             upstream.abort()
         else:
             upstream.read_timeout = _HALF_CLOSED_SECONDS
@@ -4266,12 +4266,13 @@ class Exchange:
         self.client.read_timeout = timeout
         try:
             # An upstream that stops reading may have responded already: that is not an error.
-            if await self.body.relay(upstream, timeout) and not self.status:
-                upstream.read_deadline = now() + self._response_timeout(upstream)
+            with contextlib.suppress(PeerGone):
+                await self.body.relay(upstream, timeout)
+                if not self.status:
+                    upstream.read_deadline = now() + self._response_timeout(upstream)
         except (ProxyError, Truncated, TimedOut, OSError) as error:
-            if isinstance(error, TimedOut):
-                error = ProxyError(408, "The request body stopped for %g seconds." % timeout)
-            self._client_failure = error if isinstance(error, ProxyError) else ClientGone()
+            text = "The request body stopped for %g seconds." % timeout
+            self._client_failure = ProxyError(408, text) if isinstance(error, TimedOut) else error
             upstream.abort()
 
     async def _stop_sending(self, sender: "asyncio.Task[None]") -> None:
@@ -4300,7 +4301,7 @@ class Exchange:
             if self.request.minor == "1":  # RFC 9110 section 15.2
                 lines = response_lines(response, self.request, self.gate)
                 self.client.write(serialise(lines, NO_BODY))
-                await self._drain(self.config.stall_timeout)
+                await self.client.drain(self.config.stall_timeout)
             await asyncio.sleep(0)  # yield: a flood of them must not starve other requests
 
     async def _relay(self, upstream: Connection, response: Response) -> bool:
@@ -4324,8 +4325,7 @@ class Exchange:
         if request.is_page_visit and data and request.route is not None:
             self.proxy.titles.note(request.route, response, data)
         try:
-            if not await body.relay(client, self.config.stall_timeout):
-                raise ClientGone()
+            await body.relay(client, self.config.stall_timeout)
         finally:
             self.sent = body.count
         return response.is_reusable
@@ -4346,12 +4346,6 @@ class Exchange:
         is_read = self.body.finished and not self._is_sending() and self.client.can_carry_more()
         return self.keep_alive and is_read and not self.proxy.is_stopping
 
-    async def _drain(self, timeout: float) -> None:
-        try:
-            await self.client.drain(timeout)
-        except OSError:
-            raise ClientGone()
-
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
         """Send the upstream's 101 to the client, then move both connections to a tunnel."""
         is_upgrade = "upgrade" in response.connection
@@ -4361,22 +4355,23 @@ class Exchange:
             raise ProxyError(502, text)
         self.keep_alive = False
         timeout = self.config.stall_timeout
-        await upstream.drain(timeout)
+        with contextlib.suppress(PeerGone):  # the client gets the 101 first
+            await upstream.drain(timeout)
         self.status = 101
         self.client.write(self._response_head(response, NO_BODY))
-        await self._drain(timeout)
+        await self.client.drain(timeout)
         self.tunnel = await open_tunnel(self.client, upstream, timeout, self.proxy.tunnels)
         self.proxy.sessions.note(self.tunnel, self.gate, self.request)
 
     # Failures.
 
     async def _explain(self, error: Exception, upstream: Connection) -> Exception:
-        """The ProxyError for a failure of the upstream, or ClientGone."""
+        """The ProxyError for a failure of the upstream, or TimedOut after the response head."""
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
             if self.status:  # the timeout of a half-closed client, or of sending the request body
-                return ClientGone()  # in both cases, the server then aborts the response
+                return error  # in both cases, the server then aborts the response
             timeout = self._response_timeout(upstream)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
@@ -4407,7 +4402,7 @@ class Exchange:
         self.status = response.status
         self.client.write(local_response(response, self.keep_alive, is_head))
         # Not `stall_timeout`: the response is short, and the client may not be signed in.
-        await self._drain(self.config.head_timeout)
+        await self.client.drain(self.config.head_timeout)
         self.sent = 0 if is_head else len(response.body)
 
     async def respond_error(self, error: ProxyError) -> None:
@@ -4755,7 +4750,7 @@ class PortProxy:
         try:
             request = await self._read_request(client, head)
             return request is not None and await self._serve_request(client, request, gate)
-        except (ClientGone, Truncated, TimedOut, OSError):
+        except (PeerGone, Truncated, TimedOut, OSError):
             client.abort()
             return False
         except BaseException:  # CancelledError, for example
@@ -4894,7 +4889,7 @@ class PortProxy:
             await exchange.run()
         except ProxyError as error:
             await exchange.respond_error(error)
-        except (ClientGone, Truncated, TimedOut, OSError):
+        except (PeerGone, Truncated, TimedOut, OSError):
             raise
         except asyncio.CancelledError:
             exchange.failure = "The proxy was told to stop." if self.is_stopping else ""
