@@ -1318,10 +1318,10 @@ class Connection(asyncio.StreamReaderProtocol):
     """
 
     __slots__ = (
-        "_is_paused", "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended",
-        "eof_ends_body", "failure", "has_received", "is_admitted", "is_reused", "read_deadline",
-        "read_timeout", "reader", "scheme", "state", "task", "transport", "unread", "watcher",
-        "write_deadline", "writer",
+        "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
+        "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "read_timeout",
+        "reader", "scheme", "state", "task", "transport", "unread", "watcher", "write_deadline",
+        "writer",
     )  # fmt: skip
 
     def __init__(
@@ -1336,7 +1336,6 @@ class Connection(asyncio.StreamReaderProtocol):
         self.is_admitted = on_accept is None
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
-        self._is_paused = False
         self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
         self.read_deadline = self.write_deadline = self.read_timeout = FOREVER
         self.state = ACTIVE
@@ -1366,8 +1365,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if not self._finish_read(data):
             self.unread += len(data)
             self.reader.feed_data(data)
-            if self.unread > _MAX_UNREAD and not self._is_paused:
-                self._is_paused = True
+            if self.unread > _MAX_UNREAD:
                 with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if closed
                     self.transport.pause_reading()
         if self.watcher is not None:
@@ -1437,9 +1435,8 @@ class Connection(asyncio.StreamReaderProtocol):
             return data
         if self.unread or self.ended:
             data = await self.reader.read(_NO_LIMIT)
-            self.unread = 0
-            if self._is_paused:
-                self._is_paused = False
+            was_paused, self.unread = self.unread > _MAX_UNREAD, 0
+            if was_paused:
                 with contextlib.suppress(RuntimeError, AttributeError):
                     self.transport.resume_reading()
         else:  # the data is not copied into the StreamReader and out of it
