@@ -7802,59 +7802,39 @@ def browsed_responses():
         yield (BROWSER_RESPONSE % numbers + body).encode()
 
 
-class BenchUpstream(asyncio.Protocol):
+def bench_upstream(listener):
     """The app behind the proxies: it answers a GET as a browser is answered, or with as many bytes as its path says; it
-    swallows PUTs and echoes WebSockets.  On a bare protocol, so that it is faster than what is measured."""
-
+    swallows PUTs and echoes WebSockets."""
     browsed = browsed_responses()
 
-    def connection_made(self, transport):
-        self.transport, self.head, self.data_received = transport, b"", self.next_request
-        self.missing, self.may_write = 0, True  # bytes of the body that is being received or sent
+    async def serve(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                method, path, _ = head.split(b" ", 2)
+                if b"\r\nupgrade: websocket" in head.lower():
+                    writer.write(SWITCHING)
+                    while not reader.at_eof():
+                        writer.write(await reader.read(len(BLOCK)))
+                elif method == b"PUT":
+                    missing = int(re.search(rb"(?i)content-length: ([0-9]+)", head).group(1))
+                    while missing:
+                        missing -= len(await reader.read(min(missing, len(BLOCK)))) or missing
+                    writer.write(OK)
+                elif b"/browse/" in path:
+                    writer.write(next(browsed))
+                else:
+                    size = int(path.rpartition(b"/")[2])
+                    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % size
+                    writer.write(head + BLOCK[:size])
+                    for at in range(len(BLOCK), size, len(BLOCK)):
+                        await writer.drain()
+                        writer.write(BLOCK[: size - at])
+        writer.close()
 
-    def next_request(self, data):
-        self.head += data
-        head, mark, rest = self.head.lower().partition(b"\r\n\r\n")
-        if not mark:
-            return
-        self.head = b""
-        if b"\r\nupgrade: websocket" in head:
-            self.transport.write(SWITCHING)
-            self.data_received = self.transport.write
-        elif head.startswith(b"put"):
-            self.missing = int(re.search(rb"content-length: ([0-9]+)", head).group(1))
-            self.data_received = self.swallow
-            self.swallow(rest)
-        elif b"/browse/" in head.partition(b"\r\n")[0]:
-            self.transport.write(next(self.browsed))
-        else:
-            size = int(head.split(b" ", 2)[1].rpartition(b"/")[2])
-            self.missing = max(0, size - 65536)
-            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % size
-            self.transport.write(head + BLOCK[: min(size, 65536)])
-            self.resume_writing()
-
-    def swallow(self, data):
-        self.missing -= len(data)
-        if self.missing <= 0:
-            self.data_received = self.next_request
-            self.transport.write(OK)
-
-    def pause_writing(self):
-        self.may_write = False
-
-    def resume_writing(self):
-        self.may_write = True
-        while self.missing and self.may_write:
-            count = min(self.missing, len(BLOCK))
-            self.missing -= count
-            self.transport.write(BLOCK[:count])
-
-
-def bench_upstream(listener):
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    loop.run_until_complete(loop.create_server(BenchUpstream, sock=listener, backlog=1024))
+    loop.run_until_complete(asyncio.start_server(serve, sock=listener, backlog=1024, limit=len(BLOCK)))
     loop.run_forever()
 
 
