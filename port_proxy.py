@@ -6299,31 +6299,25 @@ def _ssh_destination() -> str:
     return ("" if port == "22" else "-p %s " % port) + (user and user + "@") + address
 
 
-def _abandon(stream: TextIO) -> None:
-    """Stop using a stream.  Python flushes it at exit: /dev/null accepts its unwritten text."""
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
-    if stream is sys.stdout:
-        sys.stdout = None
-
-
 def _say(text: str, *streams: Optional[TextIO]) -> None:
     """Print on the first stream that accepts the text; by default stdout, then stderr.
 
     Writing fails if the stream is closed, a broken pipe, or a file on a full disk.  Characters that
     the stream cannot encode are escaped.
     """
-    for stream in streams or (sys.stdout, sys.stderr):
-        if stream is not None:  # None: it was closed when Python started
-            coding = stream.encoding or "ascii"
-            encoded = text.encode(coding, "backslashreplace").decode(coding)
-            try:
-                print(encoded, file=stream, flush=True)
-                return
-            except OSError:
-                _abandon(stream)
+    # None: the stream was closed when Python started.
+    for stream in filter(None, streams or (sys.stdout, sys.stderr)):
+        coding = stream.encoding or "ascii"
+        encoded = text.encode(coding, "backslashreplace").decode(coding)
+        try:
+            print(encoded, file=stream, flush=True)
+            return
+        except OSError:
+            # Python flushes the stream at exit: /dev/null accepts its unwritten text.
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), stream.fileno())
+            if stream is sys.stdout:
+                sys.stdout = None
 
 
 def _log_to_stderr(arguments: argparse.Namespace) -> None:
