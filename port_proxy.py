@@ -2718,6 +2718,7 @@ _MISTYPED_PATH = re.compile(
 _OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
 _TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
 _TITLE_BYTES = 65536  # how much of a page is searched for its title
+REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers show no password dialog for this scheme
 
 
@@ -2881,7 +2882,7 @@ def error_response(
     """
     if isinstance(error, SignInNeeded):
         return _sign_in_page(error)
-    phrase = title = reason_phrase(error.status)
+    phrase = title = REASON_PHRASES.get(error.status, "Error")
     path = _probable_path(error, request, base) if request else ""
     is_page = request and request.is_navigation and request.method in ("GET", "HEAD", "POST")
     if request is None or not is_page:
@@ -2940,14 +2941,6 @@ def _sign_in_page(error: SignInNeeded) -> LocalResponse:
         action=html.escape(error.action),
     )
     return _page(error.status, "Sign in", body, error.fields, frames="'none'")
-
-
-def reason_phrase(status: int) -> str:
-    """The standard reason phrase of a status code."""
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Error"
 
 
 def _page(
@@ -4459,7 +4452,8 @@ class Exchange:
 
 def local_response(response: LocalResponse, keep_alive: bool, is_head: bool = False) -> bytes:
     """The bytes of a response of our own."""
-    lines = ["HTTP/1.1 %d %s" % (response.status, reason_phrase(response.status))]
+    phrase = REASON_PHRASES.get(response.status, "Error")
+    lines = ["HTTP/1.1 %d %s" % (response.status, phrase)]
     lines += ["%s: %s" % field for field in response.fields]
     if not keep_alive:
         lines.append("Connection: close")
