@@ -5748,13 +5748,14 @@ async def check_port(upstream: str, config: Config) -> Report:
     check = PortCheck(route, Upstreams(config, deadlines, own))
     try:
         await check.run()
-        return check.report
     finally:
         await deadlines.close(1.0)
+    found = dict(check.found, kept=check.absolute_path + "/", problems=tuple(check.problems))
+    return Report(route.place, route.host, route.port, config.base, **found)
 
 
 class PortCheck:
-    """Examines an upstream; `run` completes `report`."""
+    """Examines an upstream; `run` completes `found`, the fields of a report, and `problems`."""
 
     def __init__(self, route: Route, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
@@ -5762,51 +5763,45 @@ class PortCheck:
         self.route = route
         self.path = "/"  # of the page, without its query
         self.absolute_path = "%s/absolute/%s" % (self.config.base, upstream_name(route))
-        place, base, kept = route.place, self.config.base, self.absolute_path + "/"
-        self.report = Report(place, route.host, route.port, base, kept)
+        self.problems = []  # type: List[str]
+        self.found = {}  # type: Dict[str, Any]
         for listener in find_listeners():
             is_app = listener.port == route.port
             if is_app and (route.is_local or route.host in listener.addresses):
                 owner, program = user_name(listener.user), listener.program
-                self._note(addresses=listener.addresses, owner=owner, program=program)
-
-    def _note(self, **findings: Any) -> None:
-        self.report = self.report._replace(**findings)
-
-    def _add_problem(self, text: str) -> None:
-        self._note(problems=self.report.problems + (text,))
+                self.found.update(addresses=listener.addresses, owner=owner, program=program)
 
     async def run(self) -> None:
         try:
             check_route(self.route, self.config)
         except ProxyError as error:
-            self._add_problem(error.detail)
-        is_allowed = not self.report.problems
+            self.problems.append(error.detail)
+        is_allowed = not self.problems
         try:
             first = await self._get("/", timeout=_PAGE_SECONDS)
         except ProxyError as error:
             await self._note_failure(error)
             return
-        self._note(ok=is_allowed, speaks=self.route.scheme)
+        self.found.update(ok=is_allowed, speaks=self.route.scheme)
         page = await self._find_page(first)
         title = title_in(page.headers, page.body)
-        self._note(use=self._addresses(), status=page.status, title=title)
+        self.found.update(use=self._addresses(), status=page.status, title=title)
         self._note_links(page)
         text = page.body.decode("latin-1")
         for name, pattern, flag in _KNOWN_APPS:
             if re.search(pattern, text):
                 has_flag = flag and not self._is_absolute()
-                self._note(app=name, flag=flag % self.absolute_path if has_flag else "")
+                self.found.update(app=name, flag=flag % self.absolute_path if has_flag else "")
                 break
         else:
             await self._find_bypass(page)
         status = await self._status(self.path, {"Host": _FOREIGN_HOST})
-        self._note(refuses_host=status >= 400 > page.status)
+        self.found.update(refuses_host=status >= 400 > page.status)
         status = await self._status(self.path, {"X-Forwarded-For": "127.0.0.1"})
         if status >= 400 > page.status:
-            self._add_problem(_REFUSES_PROXIES % status)
+            self.problems.append(_REFUSES_PROXIES % status)
         if page.headers.get("www-authenticate").lower().startswith("digest"):
-            self._add_problem(_SIGNS_PATH)
+            self.problems.append(_SIGNS_PATH)
         await self._try_websockets()
 
     async def _get(
@@ -5848,11 +5843,11 @@ class PortCheck:
             text = _OWN_PORT % self.route.port
         elif is_not_http and self.route.scheme == "http":
             is_tls = await accepts_tls(self.upstreams, self.route)
-            self._note(speaks="https" if is_tls else "other")
+            self.found.update(speaks="https" if is_tls else "other")
             text = "It does not answer HTTP. Is this the port of the app?"
             if is_tls:
                 text = unexpected_tls(self.route).detail
-        self._add_problem(text)
+        self.problems.append(text)
 
     # The page.
 
@@ -5901,21 +5896,21 @@ class PortCheck:
             authority = url.netloc.rpartition("@")[2]
             is_own = authority.lower() in own
             if not is_own or url.scheme != route.scheme:
-                self._note(redirect="%s://%s%s" % (url.scheme, authority, url.path))
+                self.found.update(redirect="%s://%s%s" % (url.scheme, authority, url.path))
                 if is_own and url.scheme == "https":
-                    self._add_problem(_TO_TLS)
+                    self.problems.append(_TO_TLS)
                 break
             self.path = url.path or "/"
-            self._note(redirect=self.path)
+            self.found.update(redirect=self.path)
             target = self.path + ("?" + url.query if url.query else "")
             if count == _MAX_REDIRECTS:
-                self._add_problem(_TOO_MANY_REDIRECTS)
+                self.problems.append(_TOO_MANY_REDIRECTS)
             if count == _MAX_REDIRECTS or not _LOCAL_TARGET.fullmatch(target):
                 break
             try:
                 page = await self._get(target, timeout=_PAGE_SECONDS)
             except ProxyError as error:
-                self._add_problem(error.detail)
+                self.problems.append(error.detail)
                 break
         return page
 
@@ -5924,9 +5919,9 @@ class PortCheck:
         links = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
         if self._is_absolute():
             links = [link for link in links if path_below(self.absolute_path, link) is None]
-        self._note(rooted=links[:5])
+        self.found.update(rooted=links[:5])
         if links and not self.config.whole_origin:
-            self._add_problem(_LOSES_PREFIX)
+            self.problems.append(_LOSES_PREFIX)
 
     async def _find_bypass(self, page: Response) -> None:
         """Report an address of the app in the page or in one of its scripts."""
@@ -5943,7 +5938,7 @@ class PortCheck:
             if address.search(body):
                 is_webpack = b"webpack-dev-server" in body
                 advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
-                self._add_problem(_BYPASSES % (path, port) + advice)
+                self.problems.append(_BYPASSES % (path, port) + advice)
                 break
 
     async def _try_websockets(self) -> None:
@@ -5953,7 +5948,7 @@ class PortCheck:
             path = self.absolute_path * self._is_absolute() + path
             if await self._status(path, {**_HANDSHAKE, "Origin": own}) == 101:
                 status = await self._status(path, {**_HANDSHAKE, "Origin": foreign})
-                self._note(socket=path.partition("?")[0], refuses_origin=status != 101)
+                self.found.update(socket=path.partition("?")[0], refuses_origin=status != 101)
                 break
 
 
