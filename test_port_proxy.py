@@ -1154,7 +1154,7 @@ class TestMessages:
     def test_message_without_a_declared_body_has_none_or_one_until_close(self, minor, fields, framing):
         headers = headers_of(fields)
         assert declared_framing(headers, minor, NO_BODY) == (framing or NO_BODY)
-        for method in ("GET", "DELETE", "POST", "FROB"):
+        for method in "POST PUT PATCH DELETE OPTIONS GET HEAD PROPFIND TRACE FROB get".split():
             lines = ["%s / HTTP/1.%s" % (method, minor), "Host: a"] + headers.lines
             assert parsed(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")).framing == (framing or NO_BODY)
         for status, method in ((200, "GET"), (200, "POST"), (404, "GET")):
@@ -1428,17 +1428,6 @@ class TestBodies:
             decoder.end()
             assert (decoder.finished, decoder.rest) == (True, b"")
 
-    @pytest.mark.parametrize("line, raw", [
-        ("content-LENGTH: 03", b"abc"), ("Transfer-Encoding: CHUNKED", b"3;x=y\r\nabc\r\n0\r\nX: y\r\n\r\n"),
-    ], ids=["length", "chunked"])
-    def test_body_of_a_request_with_any_method_arrives(self, proxy, app, line, raw):
-        """A second request on the same connection shows that the first one's body ended where it should."""
-        for method in "POST PUT PATCH DELETE OPTIONS GET PROPFIND MKCOL REPORT TRACE M-SEARCH FROB get X!".split():
-            with proxy.sent(to(app, line, method=method, body=raw), to(app, path="/next")) as wire:
-                assert [wire.message()[2], wire.message()[2]] == [b"ok", b"ok"]
-            arrived = [(message[0], message[2]) for message in app.messages[-2:]]
-            assert arrived == [(method + " / HTTP/1.1", b"abc"), ("GET /next HTTP/1.1", b"")]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Connections
@@ -1514,17 +1503,6 @@ class TestConnections:
             head, _, body = wire.rest().partition(b"\r\n\r\n")
         assert (b"\r\nConnection: close" in head, body) == (True, bytes(100000))
 
-    def test_client_that_ends_its_side_while_the_app_works_is_answered(self, proxy, upstream):
-        """On a pooled connection, too: `nc -N` ends its side right behind its request."""
-        app = upstream(script(read_head, tell, wait, OK, read_head, tell, OK, read_to_the_end))
-        for _ in range(2):
-            with proxy.sent(to(app)) as wire:
-                assert app.told.wait(WAIT)
-                wire.end()
-                app.happened.set()
-                assert wire.message()[2] == b"ok"
-                assert wire.rest() == b""
-
     def test_pipelined_requests_are_answered_in_order(self, proxy, upstream):
         """None is lost, whether the app answers or the proxy itself, though the client has ended its side."""
         app = upstream(answering(*(ok(b"%d" % number) for number in range(50))))
@@ -1540,14 +1518,13 @@ class TestConnections:
             assert wire.rest() == b""
         assert [message[0] for message in app.messages] == ["POST /%d HTTP/1.1" % number for number in range(50)]
 
-    @pytest.mark.parametrize("size, count", [(1000, 1), (5000000, 1000)])
-    def test_response_to_an_unread_body_arrives_before_the_close(self, proxy, app, size, count):
+    def test_response_to_an_unread_body_arrives_before_the_close(self, proxy, app):
         """The client gets the response although it is still sending, and its body is not taken for requests."""
         with proxy.wire() as wire:
-            message = wire.ask(request("POST", "/nothing", "Content-Length: %d" % size))
+            message = wire.ask(request("POST", "/nothing", "Content-Length: 5000000"))
             assert (status_of(message), fields_of(message)["connection"]) == (404, "close")
             with contextlib.suppress(OSError):
-                wire.send(to(app) * count)
+                wire.send(to(app) * 1000)
                 wire.end()
                 assert wire.rest() == b""
         eventually(lambda: not proxy.open_connections())
@@ -1613,18 +1590,6 @@ class TestDeadlines:
                 assert b"HTTP/1.1" not in wire.rest()
         eventually(lambda: app.messages)
         assert (app.messages, app.connections) == ([b"a"], 1)
-
-    def test_response_that_the_client_does_not_take_is_cut(self, start, upstream):
-        """The client can tell: the bytes in its buffers have no proper end."""
-        app = upstream(script(read_head, b"HTTP/1.1 200 OK\r\n\r\n", bytes(1 << 26)))
-        proxy = start(stall_timeout=0.3)
-        with proxy.sent(to(app)) as wire:
-            eventually(lambda: app.connections == 1)
-            eventually(lambda: not proxy.open_connections())
-            with contextlib.suppress(ConnectionResetError):
-                while wire.more():
-                    wire.buffer = wire.buffer[-5:]
-            assert wire.buffer != b"0\r\n\r\n"
 
     def test_client_that_takes_nothing_does_not_hold_a_silent_app(self, start, upstream):
         """So little is left that the proxy would send more, and waits for it."""
@@ -2167,10 +2132,6 @@ class TestRewriting:
         for lengths in (["5"], ["5", "5"], ["5 , 5"]):
             fields = sent_to_client(*[("Content-Length", one) for one in lengths], method=method, status=status)
             assert [value for name, value in fields if name == "Content-Length"] == ([length] if length else [])
-
-    def test_switched_protocol_is_announced(self):
-        fields = sent_to_client(("Upgrade", "websocket"), ("Connection", "Upgrade"), ("X", "y"), status=101)
-        assert fields == [("X", "y"), ("Connection", "Upgrade"), ("Upgrade", "websocket")]
 
     @pytest.mark.parametrize("client, domains, url", [
         (("http", "localhost:8888"), "localhost", "http://80.localhost:8888/"),
@@ -2966,11 +2927,6 @@ class TestOrigin:
         """Over plain HTTP to another name than localhost, browsers send no Sec-Fetch fields."""
         gate = gate_with(allow_origins=["http://a.b"])
         assert refusal(gate, request("GET", "/proxy/80/a.png", *lines))[0] == status
-
-    def test_refusal_is_logged_with_its_reason(self, proxy, caplog):
-        with caplog.at_level(logging.INFO, "port_proxy"):
-            proxy.ask(request("POST", "/proxy/1/", "Origin: http://evil"))
-            eventually(lambda: "http://evil, may not use this address (here:8888)" in caplog.text)
 
     @pytest.mark.parametrize("method, line, option", [
         ("GET", "Sec-Fetch-Dest: image", "*"), ("GET", "Origin: https://a.example", "https://a.example"),
@@ -3826,13 +3782,13 @@ class TestUpstream:
         ("127.0.0.1", "::ffff:127.0.0.1", ["/proxy/absolute/[::ffff:127.0.0.1]:%d/"]),
     ])
     def test_request_to_the_proxys_own_port_is_a_508(self, start, bind, address, forms):
-        for form in forms:
-            try:
-                proxy = start(bind=bind, token="", host_allowlist=["*"])
-                wire = Wire.to(proxy.port, address)
-            except OSError:
-                pytest.skip("this machine has no IPv6")
-            with wire:
+        try:
+            proxy = start(bind=bind, token="", host_allowlist=["*"])
+            wire = Wire.to(proxy.port, address)
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+        with wire:
+            for form in forms:
                 assert status_of(wire.ask(request("GET", form % proxy.port))) == 508, form
 
     @pytest.mark.parametrize("host, name", [("127.0.0.2", "127.0.0.2"), ("::1", "[::1]")])
