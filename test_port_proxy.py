@@ -1864,14 +1864,13 @@ class TestRewriting:
         assert fields == [HOST, ("x-other", "a")] + [(name, "http://evil") for name in names] + ours
 
     @pytest.mark.parametrize("lines, method, options, proto", [
-        (["Origin: https://here:8888"], "POST", {}, "http"), (["Origin: https://here:8888"], "GET", {}, "http"),
+        (["Origin: https://here:8888"], "GET", {}, "http"),
         (["Origin: https://here:8888"], "POST", {"upstream_tls": ["8080"]}, "https"),
         (["Referer: https://here:8888/proxy/8080/a"], "POST", {}, "http"),
         (["Destination: https://here:8888/proxy/8080/a"], "MOVE", {}, "http"),
     ] + [(lines, method, {}, None) for lines, method in (
         (["Referer: https://here:8888/proxy/8080/a"], "GET"), ([], "POST"), (["Referer: https://evil/"], "POST"),
-        (["Origin: null", "Referer: https://here:8888/"], "POST"), (["Origin: https://evil"], "POST"),
-        (["Origin: https://here:1"], "POST"), (["Origin: https://localhost:8080"], "POST"),
+        (["Origin: null", "Referer: https://here:8888/"], "POST"), (["Origin: https://localhost:8080"], "POST"),
     )] + [([line], "POST", {"preserve_host": True}, None) for line in (
         "Origin: https://here:8888", "Referer: https://here:8888/proxy/8080/x",
     )])
@@ -2039,21 +2038,17 @@ class TestRewriting:
         ("Authorization", "token OURS", None), ("Authorization", "BEARER  OURS", None),
         ("Authorization", "Basic OURS", "Basic OURS"),
         ("Referer", US + "/proxy/8080/p?token=OURS&q=%2F", "http://localhost:8080/p?q=%2F"),
-        ("Referer", US + "/proxy/8080/p?token=OURS", "http://localhost:8080/p"),
         ("Referer", US + "/proxy/8080/p?token=OURS#token=x", "http://localhost:8080/p#token=x"),
-        ("Referer", "http://a/p?token=OURS#x", "http://a/p#x"),
         ("Referer", "http://a/p?b&token=OURS#x?token=y", "http://a/p?b#x?token=y"),
         ("Referer", "http://a/p?token=y#token=z", "http://a/p?token=y#token=z"),
     ] + [("Destination", US + "/proxy/8080/b" + query, "http://localhost:8080/b" + kept) for query, kept in (
         ("?token=OURS", ""), ("?a&token=OURS&b=", "?a&b="), ("?a=%zz&&", "?a=%zz&&"), ("?%74oken=OURS", ""),
         ("?token=other", "?token=other"), ("?", "?"), ("?xtoken=OURS", "?xtoken=OURS"),
     )] + [("Cookie", sent, arrives) for sent, arrives in (
-        ("a=b; OWN=x; c=d", "a=b; c=d"), ("OWN=x; a=b", "a=b"), ("a=b; OWN=x", "a=b"), ("OWN=x", None),
+        ("a=b; OWN=x; c=d", "a=b; c=d"), ("OWN=x; OWN=stale; a=b", "a=b"), ("OWN=stale; OWN=x", None),
         ('a="x y";b ; OWN=x;c', 'a="x y";b ;c'), ("xOWN=x; a=OWN=x; OWN=x", "xOWN=x; a=OWN=x"),
-        ("OWN=x; OWN=stale; a=b", "a=b"), ("OWN=stale; OWN=x", None), ("\xe4=\xf6; OWN=x", "\xe4=\xf6"),
-        ("OWN_app=x;  a", "a"), ("a;\tOWN=x", "a"), ("port_proxy_1=x; a", "a"), (" =OWN=x", None),
-        ("a ;;b=", "a ;;b="),
-        ("port_proxy_8080=x", "port_proxy_8080=x"),
+        ("\xe4=\xf6; OWN=x", "\xe4=\xf6"), ("OWN_app=x;  a", "a"), ("a;\tOWN=x", "a"), ("port_proxy_1=x; a", "a"),
+        (" =OWN=x", None), ("a ;;b=", "a ;;b="), ("port_proxy_8080=x", "port_proxy_8080=x"),
     )], ids=case_id)
     def test_own_credentials_are_removed_and_other_bytes_stay(self, name, sent, arrives):
         line = ("%s: %s" % (name, sent)).replace("OURS", TOKEN).replace("OWN", "port_proxy_8888")
@@ -3219,14 +3214,8 @@ class TestPortOwner:
         """The system hides its table of sockets; nothing of the proxy itself is changed."""
         if source == "netlink":
             return
-
-        def open_others(name, *more, _open=open, **how):
-            if str(name).startswith("/proc/net/"):
-                raise FileNotFoundError(errno.ENOENT, "hidden by the test", name)
-            return _open(name, *more, **how)
-
         with monkeypatch.context() as patch:
-            patch.setattr("builtins.open", open_others)
+            patch.setattr("builtins.open", Mock(side_effect=FileNotFoundError))
             response, open_response = start().ask(to(app)), start(any_owner=True).ask(to(app))
         assert (status_of(response), status_of(open_response)) == (403, 200)
         assert b"could not be determined. If you trust it, start the proxy with --any-owner." in response[2]
