@@ -2173,19 +2173,6 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
     return ProxyError(404, detail, error.fields)
 
 
-def can_be_redirected(request: Request) -> bool:
-    """Whether the client follows redirects.  WebSockets and service worker scripts do not."""
-    is_script = "serviceworker" in request.headers.get_all("sec-fetch-dest")
-    return not request.is_websocket and not is_script
-
-
-def redirect_into_prefix(request: Request, gate: Any) -> ProxyError:
-    """A redirect to the prefix: there the browser sends the app's cookies and the right Referer."""
-    assert request.route is not None
-    location = request.route.prefix + request.path + gate.strip_query(request.query)
-    return ProxyError(307, "Redirecting.", (("Location", location),))
-
-
 def cookies_for_unprefixed(
     request: Request, response: Response, lines: List[str], gate: Any
 ) -> List[str]:
@@ -4181,15 +4168,12 @@ class Exchange:
             if len(self.proxy.tunnels) >= self.config.max_tunnels:
                 fields = (("Retry-After", "10"),)
                 raise ProxyError(503, "There are too many open WebSockets.", fields)
-        elif request.is_unprefixed and can_be_redirected(request):
-            await self._redirect_into_prefix()
-            return
+        # WebSockets and service worker scripts do not follow redirects.
+        elif request.is_unprefixed and request.headers.get("sec-fetch-dest") != "serviceworker":
+            await self._redirect(route, 307, "Redirecting.")
         elif not request.path and not route.absolute and request.method in ("GET", "HEAD"):
-            location = route.prefix + "/" + gate.strip_query(request.query)
-            text = "Redirecting to the address with a slash after the port.\n"
-            fields = (("Location", location),)
-            await self.respond(_response(302, "text/plain", text, fields))
-            return
+            text = "Redirecting to the address with a slash after the port."
+            await self._redirect(route, 302, text)
         if request.is_unprefixed:
             request = self.request = with_app_cookies(request, gate)
         # Body data that has already come is validated before a connection is taken.
@@ -4409,12 +4393,16 @@ class Exchange:
         else:
             self.client.close()  # Content-Length, or the missing last chunk, shows it
 
-    async def _redirect_into_prefix(self) -> None:
-        """Read the request body, then redirect: browsers do not read an earlier response."""
+    async def _redirect(self, route: Route, status: int, detail: str) -> None:
+        """Redirect to the prefix: there the browser sends the app's cookies and the right Referer.
+
+        The request body is read first, because browsers do not read an earlier response.
+        """
         is_waiting = "expect" in self.request.headers.index  # to send the body
         while not self.body.finished and not is_waiting:
             await self.body.read(self.config.stall_timeout)
-        raise redirect_into_prefix(self.request, self.gate)
+        path, query = self.request.path or "/", self.gate.strip_query(self.request.query)
+        raise ProxyError(status, detail, (("Location", route.prefix + path + query),))
 
     async def _show_ports(self) -> None:
         config, client = self.config, self.request.client
