@@ -1654,19 +1654,18 @@ class PendingBytes:
         self._total -= self._sizes.pop(connection, 0)
 
 
-async def read_head(
-    connection: Connection, is_request: bool, config: Config, head: bytes = b""
-) -> bytes:
+async def read_head(connection: Connection, is_request: bool, config: Config) -> bytes:
     """Read a message head up to its empty line.  Further bytes stay in the connection's buffer.
-
-    head: the bytes of the head that were read before.
 
     Raises ProxyError as soon as the head is invalid (its bytes are then in the buffer), Truncated
     at EOF, TimedOut at the connection's read deadline, and OSError if the connection fails.
     """
-    head = head or await connection.read()
-    checked = 0
+    head, checked = b"", 0
     while True:
+        data = await connection.read()
+        if not data:
+            raise Truncated()
+        head += data
         end = head.find(b"\r\n\r\n", max(0, checked - 3)) + 4
         if 4 <= end <= config.max_head_bytes:
             if end < len(head):
@@ -1681,10 +1680,6 @@ async def read_head(
         checked = len(head)
         if is_request:
             connection.deadlines.pending_bytes.set_size(connection, checked)
-        data = await connection.read()
-        if not data:
-            raise Truncated()
-        head += data
 
 
 class Body:
@@ -4960,7 +4955,8 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
         if not data:
             return b""
         client.read_deadline = now() + config.head_timeout
-        head = await read_head(client, True, config, data)
+        client.buffer = data
+        head = await read_head(client, True, config)
         client.read_deadline = FOREVER
         return head
     except TimedOut:
