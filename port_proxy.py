@@ -4616,30 +4616,25 @@ class PortProxy:
             else TokenGate(self.config, self.is_private, self.port)
         )  # type: Gate
         self.upstreams = Upstreams(self.config, self.deadlines, addresses + list(front_servers))
+        protocol = functools.partial(Connection, self.deadlines, self._accepted)
         try:
             for sock in self._sockets:
-                await self._listen(loop, sock, tls)
+                if tls is not None:
+                    sock.setblocking(False)
+                    acceptor = self._accept_tls(self.deadlines, sock, tls)
+                    self._acceptors.append(loop.create_task(acceptor))
+                else:
+                    # In asyncio, `backlog` is also the number of attempts to accept in a row.
+                    # Without a free file descriptor, all of them fail: hence a small number.  For
+                    # Unix sockets, too: `create_unix_server` would unlink sockets of others.
+                    number = _ACCEPTS_IN_A_ROW
+                    server = await loop.create_server(protocol, sock=sock, backlog=number)
+                    self._listening.callback(server.close)
+                sock.listen(_BACKLOG)
         except BaseException:
             await self.close()
             raise
         return self
-
-    async def _listen(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, tls: Optional[ssl.SSLContext]
-    ) -> None:
-        assert self.deadlines is not None
-        if tls is not None:
-            sock.listen(_BACKLOG)
-            sock.setblocking(False)
-            self._acceptors.append(loop.create_task(self._accept_tls(self.deadlines, sock, tls)))
-            return
-        protocol = functools.partial(Connection, self.deadlines, self._accepted)
-        # In asyncio, `backlog` is also the number of attempts to accept in a row.  Without a free
-        # file descriptor, all of them fail: hence a small number, and another `listen` below.
-        # For Unix sockets, too: `create_unix_server` would unlink sockets that are not the proxy's.
-        server = await loop.create_server(protocol, sock=sock, backlog=_ACCEPTS_IN_A_ROW)
-        self._listening.callback(server.close)
-        sock.listen(_BACKLOG)
 
     @property
     def port(self) -> int:
