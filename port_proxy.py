@@ -2748,26 +2748,6 @@ class SignInNeeded(ProxyError):
         self.action = action
 
 
-class Titles:
-    """Page titles of local apps, taken from the responses that the proxy relays."""
-
-    def __init__(self) -> None:
-        # By port: the title, and the time of the visit in seconds since the epoch.
-        self._seen = {}  # type: Dict[int, Tuple[str, float]]
-
-    def note(self, route: Route, response: Response, data: bytes) -> None:
-        """Keep the title of a page that begins with `data`, if it has one."""
-        if route.host == "localhost" and response.status == 200:
-            title = title_in(response.headers, data)
-            if title:
-                self._seen[route.port] = title, time.time()
-
-    def get(self, listener: Listener) -> str:
-        """The title of the last page from the listening process, or ""."""
-        title, seen = self._seen.get(listener.port, ("", 0.0))
-        return title if seen >= listener.started else ""
-
-
 def title_in(headers: Headers, data: bytes) -> str:
     """The title of an HTML page that begins with `data`; "" if it cannot be read."""
     if "html" not in headers.get("content-type").lower():
@@ -4291,8 +4271,11 @@ class Exchange:
         while not body.finished and not data:  # the first data may hold the page's title
             data = await body.read(upstream.read_timeout)
             client.write(body.encode(data))
-        if request.is_page_visit and data and request.route is not None:
-            self.proxy.titles.note(request.route, response, data)
+        route = request.route
+        if request.is_page_visit and response.status == 200 and route and route.host == "localhost":
+            title = title_in(response.headers, data)
+            if title:
+                self.proxy.titles[route.port] = title, time.time()
         try:
             await body.relay(client, self.config.stall_timeout)
         finally:
@@ -4414,7 +4397,8 @@ class Exchange:
             host_url = host_form(listener.port, client, config.domains)
             if host_url and self.gate.token:  # the gate redirects to the host, with a ticket
                 host_url = "%s/?open=%d" % (config.base, listener.port)
-            title = self.proxy.titles.get(listener)
+            title, seen = self.proxy.titles.get(listener.port, ("", 0.0))
+            title = title if seen >= listener.started else ""  # of an earlier program
             rows.append(port_row(config.base, listener, title, host_url))
         await self.respond(ports_response(config.base, rows, self.request))
 
@@ -4577,7 +4561,8 @@ class PortProxy:
         self.deadlines = None  # type: Optional[Deadlines]
         self.is_stopping = False
         self.tunnels = {}  # type: Tunnels
-        self.titles = Titles()
+        # By port: the title of the last page visited, and when, in seconds since the epoch.
+        self.titles = {}  # type: Dict[int, Tuple[str, float]]
         self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
         self._clients = {}  # type: Dict[Connection, None]  # the one idle for longest first
         self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
