@@ -5462,13 +5462,6 @@ def _note_activity(settings: Dict[str, Any]) -> None:
     settings["api_last_activity"] = datetime.now(timezone.utc)
 
 
-def _head_from_tornado(request: Any) -> bytes:
-    """The request head, restored from Tornado's request for our stricter parser."""
-    lines = ["%s %s %s" % (request.method, request.uri, request.version)]
-    lines += ["%s: %s" % field for field in request.headers.get_all()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
 def _handler_class(server: Any, proxy: "PortProxy") -> Any:
     """The class of the Tornado handlers for `<base>/proxy/`."""
     from jupyter_server.base.handlers import JupyterHandler
@@ -5497,11 +5490,13 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
             return str(super().get_login_url())
 
         async def prepare(self) -> None:
-            method = self.request.method
+            method, uri = self.request.method, self.request.uri
+            lines = ["%s %s %s" % (method, uri, self.request.version)]
+            lines += ["%s: %s" % field for field in self.request.headers.get_all()]
+            self.request_head = serialise(lines, NO_BODY)  # restored for our stricter parser
             try:
                 if not _PLAIN_METHOD.fullmatch(method):  # Jupyter reads the attribute of this name
                     raise ProxyError(405, "The method must consist of capital letters.")
-                self.request_head = _head_from_tornado(self.request)
                 self.parsed = parse_request(self.request_head, "", "http", proxy.config)
             except ProxyError as error:
                 self.set_status(error.status)
