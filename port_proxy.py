@@ -2230,13 +2230,12 @@ def _app_of_page(request: Request, gate: Any) -> str:
     """The app of the page in Referer, or else the last app; "" for the proxy's own page."""
     base = gate.config.base
     path = _own_path(request.headers.get("referer"), request.client.authority)
-    if path and base and is_base(base, path):
-        return ""
-    if path:
-        with contextlib.suppress(ProxyError):
-            route = find_route(base, path)[0]
-            if route is not None:
-                return _app_name(route)
+    with contextlib.suppress(ProxyError):
+        route = find_route(base, path)[0]
+        if route is not None:
+            return _app_name(route)
+        if base:  # otherwise, "/" is also an app's page
+            return ""
     return _last_app(request, gate)
 
 
