@@ -1127,8 +1127,7 @@ def cookie_values(headers: Headers, name: str) -> List[str]:
 # Decoders without I/O (RFC 9112 sections 6 and 7).
 #
 # feed(data): returns the body data in `data`.
-# end(): called at EOF; raises Truncated if the body is incomplete.
-# finished: the body is complete.
+# finished: the body is complete.  One that ends at EOF is never finished here; see `Body`.
 # rest: the unused bytes of the last `data`.  Feed them again unless the body is finished.
 
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
@@ -1163,11 +1162,6 @@ class PlainDecoder:
         self._remaining -= len(data)
         self.finished = self._remaining == 0
         return data
-
-    def end(self) -> None:
-        if self._remaining != FOREVER:
-            raise Truncated()
-        self.finished = True
 
 
 class ChunkedDecoder:
@@ -1218,9 +1212,6 @@ class ChunkedDecoder:
             at = line_end
         self.rest = data[at:]
         return b"".join(found)
-
-    def end(self) -> None:
-        raise Truncated()
 
     def _check_partial_line(self, limit: int) -> None:
         """Raise ProxyError 400 if an incomplete line is already invalid."""
@@ -1689,7 +1680,7 @@ class Body:
     the body is complete; the source's buffer holds the bytes after it.
     """
 
-    __slots__ = ("_decoder", "count", "finished", "in_chunks", "source")
+    __slots__ = ("_decoder", "_framing", "count", "finished", "in_chunks", "source")
 
     def __init__(
         self,
@@ -1701,6 +1692,7 @@ class Body:
         in_chunks: bool = False,
     ) -> None:
         self.source = source
+        self._framing = framing
         self._decoder = body_decoder(framing, config, is_response)
         self.in_chunks = in_chunks
         self.count = 0
@@ -1726,7 +1718,8 @@ class Body:
         self.source.read_deadline = FOREVER
         if data:
             return self._decode(data)
-        self._decoder.end()
+        if self._framing is not UNTIL_CLOSE:
+            raise Truncated()
         self.finished = True
         return b""
 
