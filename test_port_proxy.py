@@ -1041,9 +1041,9 @@ GOOD_RESPONSES = [
 ]
 BAD_RESPONSES = [head + b"\r\n\r\n" for head in (
     b"HTTP/1.1 20 OK", b"HTTP/1.1 2000 OK", b"HTTP/1.1 099 OK", b"HTTP/1.1  200 OK", b"HTTP/2 200 OK",
-    b"HTTP/1.2 200 OK", b"http/1.1 200 OK", b"HTTP/1.1 2\xb20 OK", b"HTTP/1.1 200 O\x00K", b"HTTP/1.1 200 OK\r\nA b : c", b"HTTP/1.1 200 OK\r\nA: b\r\n c",
-    b"HTTP/1.1 200 OK\r\nA : b\r\n c: d", b"HTTP/1.1 200 OK\r\n : b", b"HTTP/1.1 200 OK\r\nA : b\x00",
-    b"<h1>", b"", b"HTTP/1.1 200 OK\nA: b\n\n",
+    b"HTTP/1.2 200 OK", b"http/1.1 200 OK", b"HTTP/1.1 2\xb20 OK", b"HTTP/1.1 200 O\x00K",
+    b"HTTP/1.1 200 OK\r\nA b : c", b"HTTP/1.1 200 OK\r\nA: b\r\n c", b"HTTP/1.1 200 OK\r\nA : b\r\n c: d",
+    b"HTTP/1.1 200 OK\r\n : b", b"HTTP/1.1 200 OK\r\nA : b\x00", b"<h1>", b"", b"HTTP/1.1 200 OK\nA: b\n\n",
 )]
 FRAMINGS = [  # minor version, fields, framing; None if none is declared
     ("1", [], None), ("1", [("Content-Length", "0")], Framing("length", 0)),
@@ -1945,8 +1945,9 @@ class TestRewriting:
 
     @pytest.mark.parametrize("location, stripped, absolute", [
         ("/x?y#z", "/proxy/8080/x?y#z", "/x?y#z"), ("/proxy/80801", "/proxy/8080/proxy/80801", "/proxy/80801"),
-        ("/%70roxy/808%30/%70", "/proxy/8080/%70", "/%70roxy/808%30/%70"), ("HTTP://LOCALHOST:8080", "/proxy/8080/", "/"),
-        ("https://localhost:8080?x", "/proxy/8080/?x", "/?x"), ("http://[::1]:8080/x", "/proxy/8080/x", "/x"),
+        ("/%70roxy/808%30/%70", "/proxy/8080/%70", "/%70roxy/808%30/%70"),
+        ("HTTP://LOCALHOST:8080", "/proxy/8080/", "/"), ("https://localhost:8080?x", "/proxy/8080/?x", "/?x"),
+        ("http://[::1]:8080/x", "/proxy/8080/x", "/x"),
         ("http://0.0.0.0:8080/x", "/proxy/8080/x", "/x"), ("http://[::]:8080/x", "/proxy/8080/x", "/x"),
         ("http://127.0.0.1:8080/proxy/8080/x", "/proxy/8080/x", "/proxy/8080/x"),
         ("http://here:8888/x", "/proxy/8080/x", "/x"), ("http://HERE:8888/x", "/proxy/8080/x", "/x"),
@@ -1964,7 +1965,8 @@ class TestRewriting:
             assert seen == [(name, form % translated) for name, form in fields]
 
     @pytest.mark.parametrize("name, value, rewritten", [
-        ("Refresh", "5", "5"), ("Refresh", "0;URL='/x'", "0;URL='/proxy/8080/x'"), ("Refresh", "0, /x", "0, /proxy/8080/x"),
+        ("Refresh", "5", "5"), ("Refresh", "0;URL='/x'", "0;URL='/proxy/8080/x'"),
+        ("Refresh", "0, /x", "0, /proxy/8080/x"),
         ("Refresh", '1.5 ; Url = "/x" y', '1.5 ; Url = "/proxy/8080/x" y'),
         ("Link", '</a>; rel="next", </b>;rel=last', '</proxy/8080/a>; rel="next", </proxy/8080/b>;rel=last'),
         ("link", '<http://localhost:8080/a?b>;title="</c> \\" </d>"', '</proxy/8080/a?b>;title="</c> \\" </d>"'),
