@@ -4137,10 +4137,10 @@ class Exchange:
                 raise ProxyError(503, "There are too many open WebSockets.", fields)
         # WebSockets and service worker scripts do not follow redirects.
         elif request.is_unprefixed and request.headers.get("sec-fetch-dest") != "serviceworker":
-            await self._redirect(route, 307, "Redirecting.")
+            raise await self._redirect(route, 307, "Redirecting.")
         elif not request.path and not route.absolute and request.method in ("GET", "HEAD"):
             text = "Redirecting to the address with a slash after the port."
-            await self._redirect(route, 302, text)
+            raise await self._redirect(route, 302, text)
         if request.is_unprefixed:
             request = self.request = with_app_cookies(request, gate)
         # Body data that has already come is validated before a connection is taken.
@@ -4363,8 +4363,8 @@ class Exchange:
         else:
             self.client.close()  # Content-Length, or the missing last chunk, shows it
 
-    async def _redirect(self, route: Route, status: int, detail: str) -> None:
-        """Redirect to the prefix: there the browser sends the app's cookies and the right Referer.
+    async def _redirect(self, route: Route, status: int, detail: str) -> ProxyError:
+        """A redirect to the prefix, where browsers send the app's cookies and the right Referer.
 
         The request body is read first, because browsers do not read an earlier response.
         """
@@ -4372,7 +4372,7 @@ class Exchange:
         while not self.body.finished and not is_waiting:
             await self.body.read(self.config.stall_timeout)
         path, query = self.request.path or "/", self.gate.strip_query(self.request.query)
-        raise ProxyError(status, detail, (("Location", route.prefix + path + query),))
+        return ProxyError(status, detail, (("Location", route.prefix + path + query),))
 
     async def _show_ports(self) -> None:
         config, client = self.config, self.request.client
