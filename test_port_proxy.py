@@ -2470,21 +2470,17 @@ class TestHostCheck:
                 status, detail = refusal(gate, raw)
                 assert (status, "--allow-hostname" in detail) == ((200, False) if is_known else (403, True)), host
 
-    @pytest.mark.parametrize("host, status", [
-        ("192.0.2.1:8888", 200), ("[2001:db8::1]", 200), (socket.gethostname(), 200), ("evil.example", 403),
-    ])
-    def test_address_is_accepted_if_other_machines_can_connect(self, host, status):
+    def test_address_is_accepted_if_other_machines_can_connect(self):
         """Nobody can point an address elsewhere."""
-        assert refusal(gate_with(False, token="", allow_hostnames=()), at(host, "GET", "/proxy/"))[0] == status
+        gate = gate_with(False, token="", allow_hostnames=())
+        names = ("192.0.2.1:8888", "[2001:db8::1]", socket.gethostname(), "evil.a")
+        assert [refusal(gate, at(name, "GET", "/proxy/"))[0] for name in names] == [200, 200, 200, 403]
 
-    @pytest.mark.parametrize("host, forwarded, status", [
-        ("evil.example", "localhost", 403), ("localhost", "evil.example", 403), ("localhost", "pub.example", 200),
-        ("pub.example", "pub.example", 200),
-    ])
-    def test_host_is_checked_behind_a_trusted_proxy_too(self, host, forwarded, status):
+    def test_host_is_checked_behind_a_trusted_proxy_too(self):
         """A page can set X-Forwarded-Host, but not Host."""
-        gate = gate_with(trusted_proxies=["127.0.0.1"], allow_hostnames=["pub.example"])
-        assert refusal(gate, at(host, "GET", "/proxy/", "X-Forwarded-Host: " + forwarded))[0] == status
+        gate = gate_with(trusted_proxies=["127.0.0.1"], allow_hostnames=["pub.a"])
+        for host, forwarded, status in (("evil.a", "pub.a", 403), ("pub.a", "evil.a", 403), ("localhost", "pub.a", 200)):
+            assert refusal(gate, at(host, "GET", "/proxy/", "X-Forwarded-Host: " + forwarded))[0] == status
 
     def test_request_without_a_host_is_served(self):
         assert refusal(gate_with(allow_hostnames=()), b"GET /proxy/ HTTP/1.0\r\n\r\n") == (200, "")
