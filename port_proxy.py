@@ -5017,22 +5017,15 @@ async def _first_byte(
     loop: asyncio.AbstractEventLoop, sock: socket.socket, timeout: float
 ) -> bytes:
     """Peek at the first byte; b"" at EOF or on Windows.  Raises OSError, asyncio.TimeoutError."""
-    ready = loop.create_future()
-
-    def note() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
+    ready = asyncio.Event()
     try:
-        loop.add_reader(sock.fileno(), note)
+        loop.add_reader(sock.fileno(), ready.set)
     except NotImplementedError:
         return b""
     try:
-        await asyncio.wait([ready], timeout=timeout)
+        await asyncio.wait_for(ready.wait(), timeout)
     finally:
         loop.remove_reader(sock.fileno())
-    if not ready.done():
-        raise asyncio.TimeoutError()
     return sock.recv(1, socket.MSG_PEEK)
 
 
