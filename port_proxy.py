@@ -1374,7 +1374,7 @@ class Connection(asyncio.StreamReaderProtocol):
         """Note that the gate has admitted a request of this client."""
         if not self.is_admitted:
             self.is_admitted = True
-            self.deadlines.pending_bytes.release(self)
+            self.deadlines.pending_bytes.set_size(self, 0)
 
     def eof_received(self) -> bool:
         self.end()
@@ -1384,7 +1384,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if isinstance(exc, OSError) and not self.ended:
             self._read_remainder()
         self.deadlines.connections.discard(self)
-        self.deadlines.pending_bytes.release(self)
+        self.deadlines.pending_bytes.set_size(self, 0)
         self.end(exc)
         # Without the exception, the reader still returns the data that it holds.
         super().connection_lost(None)
@@ -1624,25 +1624,17 @@ class PendingBytes:
         return self.set_size(connection, self._sizes.get(connection, 0) + size)
 
     def set_size(self, connection: Connection, size: int) -> bool:
-        """Count exactly `size` bytes of a connection; False above the limit."""
+        """Count exactly `size` bytes, none if the connection is closing; False above the limit."""
+        size = 0 if connection.transport.is_closing() else size
         self._total += size - self._sizes.get(connection, 0)
         self._sizes[connection] = size
-        if self._total <= _PENDING_BYTES:
+        if not size:
+            del self._sizes[connection]
+        if self._total <= _PENDING_BYTES or not size:
             return True
         next(iter(self._sizes)).abort()  # frees its memory soon, but not at once
         connection.abort()
         return False
-
-    def release_head(self, connection: Connection) -> None:
-        """After `read_head`: count only unused bytes, and none of an admitted client."""
-        size = len(connection.buffer) + connection.unread
-        if size and not connection.is_admitted and not connection.transport.is_closing():
-            self.set_size(connection, size)
-        else:
-            self.release(connection)
-
-    def release(self, connection: Connection) -> None:
-        self._total -= self._sizes.pop(connection, 0)
 
 
 async def read_head(connection: Connection, is_request: bool, config: Config) -> bytes:
@@ -4939,7 +4931,9 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
     except Truncated:
         raise ProxyError(400, "The request ended in the middle of its head.")
     finally:
-        client.deadlines.pending_bytes.release_head(client)
+        # Of an admitted client, only an incomplete head counts.
+        unused = 0 if client.is_admitted else len(client.buffer) + client.unread
+        client.deadlines.pending_bytes.set_size(client, unused)
 
 
 _UNIX_PREFIX = "unix:"
