@@ -559,7 +559,7 @@ def _decoded_segments(path: str) -> List[bytes]:
     return [unquote_to_bytes(segment.encode("latin-1")) for segment in path.split("/")]
 
 
-def with_spelling_of(base: str, target: str) -> str:
+def respell_base(base: str, target: str) -> str:
     """The target, with the base spelled as in `base`, not in another percent-encoding.
 
     Browsers compare cookie paths without decoding.
@@ -2371,8 +2371,8 @@ class OwnerGuard:
         if not self._check_owner(address) and not self._check_owner(address, peer):
             text = "The user who owns port %d of this machine could not be determined."
             raise ProxyError(403, text % address[1], (), _TRUST_ADVICE)
-        if not self._had_known_owner:  # another user's program may have accepted this
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "the port had no known owner before")
+        if not self._had_known_owner:  # this owner may have replaced the one that accepted it
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "no known owner before connecting")
 
     def _check_owner(self, address: Address, peer: Optional[Address] = None) -> bool:
         """Raise ProxyError 403 for another ordinary user.  Returns whether the owner is known."""
@@ -3287,8 +3287,8 @@ class Gate:
         if not bare.startswith(COOKIE_PREFIX):
             return False
         app_session = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
-        is_apps = bare == app_session or bare.startswith(app_session + "_app")
-        return not is_apps or app_session == self.cookie_name
+        belongs_to_app = bare == app_session or bare.startswith(app_session + "_app")
+        return not belongs_to_app or app_session == self.cookie_name
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
@@ -3321,7 +3321,7 @@ class Gate:
         if clean == request.target or not request.is_page_visit:
             return
         if not request.client.app_port:
-            clean = with_spelling_of(self.config.base, clean)
+            clean = respell_base(self.config.base, clean)
         location = "/." + clean if _OTHER_HOST.match(clean) else clean  # "//" starts a host
         raise ProxyError(302, "Signed in.", (("Location", location),) + cookies())
 
@@ -3542,7 +3542,7 @@ class TokenGate(Gate):
         """The sign-in page; without a form at an app's host, whose pages could read the token."""
         base = self.config.base
         if not client.app_port:
-            return SignInNeeded(detail, with_spelling_of(base, target), base + "/")
+            return SignInNeeded(detail, respell_base(base, target), base + "/")
         return SignInNeeded(detail, "%s?open=%d" % (ports_url(client, base), client.app_port), "")
 
     # Apps at hosts of their own.
@@ -3552,7 +3552,7 @@ class TokenGate(Gate):
         url = host_form(port, client, self.config.domains)
         if not url or port > 65535:
             text = "Apps have no host of their own under this name of the proxy."
-            advice = "{Start} {domains}, and a name whose subdomains resolve to this machine."
+            advice = "{Start} {domains} NAME. All subdomains of NAME must resolve to this machine."
             raise ProxyError(404, text, (), advice)
         if self.token:
             ticket = secrets.token_urlsafe(32)
@@ -3622,7 +3622,7 @@ def authorization_tokens(headers: Headers) -> List[str]:
 _CACHE_SECONDS = 45.0  # lifetime of a token's cached user
 _LOGIN_SECONDS = 600  # timeout of a sign-in
 _MAX_REMEMBERED = 1000  # sessions and tokens, each
-_MAX_PENDING = 64  # concurrent lookups of tokens that have not given access
+_MAX_PENDING = 64  # concurrent lookups of tokens that the Hub has not known
 _MAX_TOKENS = 8  # distinct tokens in a request
 _MAX_LOGIN_TARGET = 2048  # characters; a browser refuses cookies of more than 4096
 _HUB_TIMEOUT = 10.0  # seconds
@@ -3746,8 +3746,8 @@ TokenCache = BoundedDict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
 class HubApi:
     """The Hub's API.  Raises ProxyError 503 without a valid response from the Hub.
 
-    Anybody can cause lookups of invented tokens.  `tokens`, those that the Hub has known, therefore
-    have a cache of their own, and only the lookups of others are limited.
+    Anybody can cause lookups of invented tokens.  Only concurrent lookups of unknown tokens are
+    therefore limited, and tokens that the Hub has known have a cache of their own, `tokens`.
     """
 
     def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
@@ -4594,8 +4594,8 @@ class PortProxy:
                     self._acceptors.append(loop.create_task(acceptor))
                 else:
                     # In asyncio, `backlog` is also the number of attempts to accept in a row.
-                    # Without a free file descriptor, all of them fail: hence a small number.  For
-                    # Unix sockets, too: `create_unix_server` would unlink sockets of others.
+                    # Without a free file descriptor, all of them fail: hence a small number.
+                    # `create_unix_server` is not used: it unlinks sockets of the caller, too.
                     number = _ACCEPTS_IN_A_ROW
                     server = await loop.create_server(protocol, sock=sock, backlog=number)
                     self._listening.callback(server.close)
@@ -5069,7 +5069,7 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
 
 
 def _pass_phrase() -> str:
-    """The pass phrase from the terminal, or "".  OpenSSL asks for it only before Python 3.15."""
+    """The pass phrase from the terminal, or "".  From Python 3.15 on, only this function asks."""
     import getpass
 
     try:
@@ -5486,7 +5486,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 setattr(self, method.lower(), None)
             await ensure_async(super().prepare())
             if not self._finished:
-                web.authenticated(lambda handler: None)(self)  # some versions have not done so
+                web.authenticated(lambda handler: None)(self)  # `prepare` may not require a user
             if self._finished:  # redirected to sign in
                 return
             authorizer = self.settings.get("authorizer")

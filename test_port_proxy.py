@@ -2820,7 +2820,7 @@ class TestSignInAtAHost:
         asked = asked_for("/proxy/?open=%d" % port, host=host, gate=gate)
         ((error, _),) = outcomes(lambda one: gate.respond(one, None), asked)
         assert (error.status, dict(error.fields).get("Location")) == (status, location)
-        assert ("--domain, and a name whose subdomains resolve to this machine" in error.detail) is (status == 404)
+        assert ("--domain NAME. All subdomains of NAME must resolve to this machine" in error.detail) is (status == 404)
 
 
 # Method, Origin, Sec-Fetch-Site, Sec-Fetch-Mode, and whether a browser that sends credentials on its own may.
