@@ -1668,11 +1668,11 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
 class Body:
     """A message body that is read from one connection, `source`, and sent to another.
 
-    in_chunks: `encode` applies the chunked coding.  count: bytes of body data so far.  finished:
-    the body is complete; the source's buffer holds the bytes after it.
+    sent_framing: without a known length, chunked, or up to EOF for HTTP/1.0.  count: bytes of body
+    data so far.  finished: the body is complete; the source's buffer holds the bytes after it.
     """
 
-    __slots__ = ("_decoder", "_framing", "count", "finished", "in_chunks", "source")
+    __slots__ = ("_decoder", "_framing", "count", "finished", "sent_framing", "source")
 
     def __init__(
         self,
@@ -1681,12 +1681,13 @@ class Body:
         config: Config,
         *,
         is_response: bool,
-        in_chunks: bool = False,
+        minor: str = "1",  # the HTTP minor version of the recipient
     ) -> None:
         self.source = source
-        self._framing = framing
+        self._framing = self.sent_framing = framing
+        if framing is CHUNKED or framing is UNTIL_CLOSE:
+            self.sent_framing = CHUNKED if minor == "1" else UNTIL_CLOSE
         self._decoder = body_decoder(framing, config, is_response)
-        self.in_chunks = in_chunks
         self.count = 0
         self.finished = self._decoder.finished  # type: bool
 
@@ -1724,7 +1725,7 @@ class Body:
 
     def encode(self, data: bytes) -> bytes:
         """The bytes to send for the latest body data; at the end, with the last chunk."""
-        if not self.in_chunks:
+        if self.sent_framing is not CHUNKED:
             return data
         chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
         return chunk + _LAST_CHUNK if self.finished else chunk
@@ -4080,10 +4081,7 @@ class Exchange:
         self.config = gate.config
         self.client = client
         self.request = request
-        in_chunks = request.framing is CHUNKED
-        self.body = Body(
-            client, request.framing, self.config, is_response=False, in_chunks=in_chunks
-        )
+        self.body = Body(client, request.framing, self.config, is_response=False)
         self.keep_alive = request.keep_alive
         self.started = now()
         self.status = self.sent = 0
@@ -4240,16 +4238,12 @@ class Exchange:
     async def _relay(self, upstream: Connection, response: Response) -> bool:
         """Relay the response.  Returns whether the upstream's connection can be reused."""
         client, request, framing = self.client, self.request, response.framing
-        client_framing = framing
-        if framing is CHUNKED or framing is UNTIL_CLOSE:
-            client_framing = CHUNKED if request.minor == "1" else UNTIL_CLOSE
-        self.keep_alive = self._may_keep_alive() and client_framing is not UNTIL_CLOSE
-        client.eof_ends_body = client_framing is UNTIL_CLOSE
-        in_chunks = client_framing is CHUNKED
-        body = Body(upstream, framing, self.config, is_response=True, in_chunks=in_chunks)
+        body = Body(upstream, framing, self.config, is_response=True, minor=request.minor)
+        client.eof_ends_body = body.sent_framing is UNTIL_CLOSE
+        self.keep_alive = self._may_keep_alive() and not client.eof_ends_body
         # Malformed data at the start of the body raises here, before the head is sent.
         data = body.buffered()
-        head = self._response_head(response, client_framing)
+        head = self._response_head(response, body.sent_framing)
         self.status = response.status
         client.write(head + body.encode(data))
         while not body.finished and not data:  # the first data may hold the page's title
