@@ -24,7 +24,7 @@ become responses in one place; after the response head was sent, an error trunca
 that the client can tell.  Access is decided before the proxy connects to an upstream.  Apps never
 receive the proxy's own credentials.
 
-Sections, each using only names above it: errors, configuration, routes, messages, bodies,
+Sections, each using only names above it: configuration, errors, routes, messages, bodies,
 connections, header rewriting, unprefixed requests, local sockets, pages, upstreams, access control,
 jupyterhub, exchange, server, jupyter extension, port check, command line.
 
@@ -91,101 +91,6 @@ Fields = Tuple[Tuple[str, str], ...]  # (name, value) pairs in order, as latin-1
 Address = Tuple[str, int]
 FOREVER = float("inf")
 now = time.monotonic  # the clock of all deadlines, in seconds
-
-
-# --------------------------------------------------------------------------------------------------
-# Errors
-# --------------------------------------------------------------------------------------------------
-# `PortProxy` turns a ProxyError into the response, in one place.  The other exceptions are failures
-# of connections.
-
-# The names of options in error messages.  The Jupyter extension has terms of its own.
-COMMAND_LINE_TERMS = {
-    "Start": "Start the proxy with",
-    "start": "start the proxy with",
-    "allow_hostnames": "--allow-hostname",
-    "allow_origins": "--allow-origin",
-    "any_owner": "--any-owner",
-    "domains": "--domain",
-    "host_allowlist": "--host-allowlist",
-    "insecure_upstream": "--insecure-upstream",
-    "upstream_tls": "--upstream-tls",
-    "value": "%s",  # how to write the value of an option
-}
-
-
-def own_command() -> str:
-    """The command that starts this program."""
-    is_installed = os.path.basename(sys.argv[0]).startswith("port-proxy")
-    return "port-proxy" if is_installed else "python3 port_proxy.py"
-
-
-def printable(text: str) -> str:
-    """Untrusted text for a terminal, a log or a page.
-
-    Escapes all that `str.isprintable` rejects: control characters, bidirectional marks and others.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def _escape_record(record: logging.LogRecord) -> bool:
-    """Logging filter: messages contain text from clients and apps."""
-    record.msg, record.args = printable(record.getMessage()), ()
-    return True
-
-
-logger.addFilter(_escape_record)
-
-
-class ProxyError(Exception):
-    """Ends a request with a response of the proxy itself, such as an error or a redirect.
-
-    status: the HTTP status code.  detail: the explanation for the user, in plain text; the advice
-    is appended to it.  fields: additional response headers.  advice: a sentence that names an
-    option, as a `str.format` template with the keys of COMMAND_LINE_TERMS.  value: the option's
-    value, for "{value}" in the advice.
-
-    Raises ValueError for an invalid header, such as a value with a line break.
-    """
-
-    def __init__(
-        self, status: int, detail: str, fields: Fields = (), advice: str = "", value: str = ""
-    ) -> None:
-        super().__init__(status, detail)
-        for name, content in fields:
-            if not _FIELD_LINE.fullmatch("%s:%s" % (name, content)):
-                raise ValueError("the header %s is not valid" % ascii(name))
-        self.status = status
-        self.detail = self._explanation = detail
-        self.fields = fields
-        self._advice = advice
-        self._value = value
-        self.phrase_advice(COMMAND_LINE_TERMS)
-
-    def phrase_advice(self, terms: Mapping[str, str]) -> None:
-        """Set `detail` to the explanation and the advice, with these names of the options."""
-        if self._advice:
-            advice = self._advice.format(**dict(terms, value=terms["value"] % self._value))
-            self.detail = "%s %s" % (self._explanation, advice)
-
-
-_FIELD_LINE = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
-
-
-class PeerGone(Exception):
-    """Nothing more can be sent: the peer has disconnected or stopped reading."""
-
-
-class Truncated(Exception):
-    """EOF in the middle of a message."""
-
-
-class TimedOut(Exception):
-    """A deadline has passed."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,6 +310,95 @@ def check_values(config: Config) -> None:
     if not re.fullmatch("[!-~]{16,}|any|", config.token or ""):
         text = "the token must consist of visible ASCII characters without spaces, at least 16"
         raise ValueError(text + "; if none is given, a random one is made")
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------
+# `PortProxy` turns a ProxyError into the response, in one place.  The other exceptions are failures
+# of connections.
+
+# The names of options in error messages.  The Jupyter extension has terms of its own.
+COMMAND_LINE_TERMS = {option.field: option.flag for option in OPTIONS.values()}
+COMMAND_LINE_TERMS.update(
+    Start="Start the proxy with",
+    start="start the proxy with",
+    value="%s",  # how to write the value of an option
+)
+
+
+def own_command() -> str:
+    """The command that starts this program."""
+    is_installed = os.path.basename(sys.argv[0]).startswith("port-proxy")
+    return "port-proxy" if is_installed else "python3 port_proxy.py"
+
+
+def printable(text: str) -> str:
+    """Untrusted text for a terminal, a log or a page.
+
+    Escapes all that `str.isprintable` rejects: control characters, bidirectional marks and others.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _escape_record(record: logging.LogRecord) -> bool:
+    """Logging filter: messages contain text from clients and apps."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+logger.addFilter(_escape_record)
+
+
+class ProxyError(Exception):
+    """Ends a request with a response of the proxy itself, such as an error or a redirect.
+
+    status: the HTTP status code.  detail: the explanation for the user, in plain text; the advice
+    is appended to it.  fields: additional response headers.  advice: a sentence that names an
+    option, as a `str.format` template with the keys of COMMAND_LINE_TERMS.  value: the option's
+    value, for "{value}" in the advice.
+
+    Raises ValueError for an invalid header, such as a value with a line break.
+    """
+
+    def __init__(
+        self, status: int, detail: str, fields: Fields = (), advice: str = "", value: str = ""
+    ) -> None:
+        super().__init__(status, detail)
+        for name, content in fields:
+            if not _FIELD_LINE.fullmatch("%s:%s" % (name, content)):
+                raise ValueError("the header %s is not valid" % ascii(name))
+        self.status = status
+        self.detail = self._explanation = detail
+        self.fields = fields
+        self._advice = advice
+        self._value = value
+        self.phrase_advice(COMMAND_LINE_TERMS)
+
+    def phrase_advice(self, terms: Mapping[str, str]) -> None:
+        """Set `detail` to the explanation and the advice, with these names of the options."""
+        if self._advice:
+            advice = self._advice.format(**dict(terms, value=terms["value"] % self._value))
+            self.detail = "%s %s" % (self._explanation, advice)
+
+
+_FIELD_LINE = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
+
+
+class PeerGone(Exception):
+    """Nothing more can be sent: the peer has disconnected or stopped reading."""
+
+
+class Truncated(Exception):
+    """EOF in the middle of a message."""
+
+
+class TimedOut(Exception):
+    """A deadline has passed."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5277,7 +5271,7 @@ class TornadoTransport(asyncio.Transport):
 
 
 # Like `COMMAND_LINE_TERMS`.  Allowed origins are an option of Jupyter itself.
-_JUPYTER_TERMS = {name: "c.PortProxy." + name for name in COMMAND_LINE_TERMS}
+_JUPYTER_TERMS = {field: "c.PortProxy." + field for field in OPTIONS}
 _JUPYTER_TERMS.update(
     Start="Set",
     start="set",
