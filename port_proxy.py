@@ -1176,23 +1176,20 @@ class ChunkedDecoder:
         self.rest = b""
         self._config = config
         self._is_response = is_response
-        self._state = "size"  # expected next: size, data, data end or trailer
-        self._partial = b""  # an incomplete line
         self._remaining = 0  # bytes of the current chunk still to come
+        self._state = "size"  # the line after them: size, data end or trailer
+        self._partial = b""  # an incomplete line
         self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> bytes:
-        if self._partial:
-            data, self._partial = self._partial + data, b""
+        data, self._partial = self._partial + data, b""
         at, self.rest = 0, b""
         found = []  # type: List[bytes]  # the data of each chunk
         while at < len(data) and not self.finished and len(found) < _CHUNKS_IN_A_ROW:
-            if self._state == "data":
+            if self._remaining:
                 found.append(data[at : at + self._remaining])
                 at += len(found[-1])
                 self._remaining -= len(found[-1])
-                if not self._remaining:
-                    self._state = "data end"
                 continue
             in_trailer = self._state == "trailer"
             config = self._config
@@ -1227,7 +1224,7 @@ class ChunkedDecoder:
             if not match:
                 raise ProxyError(400, "A chunk does not begin with its size in hexadecimal digits.")
             self._remaining = int(match.group(1), 16)
-            self._state = "data" if self._remaining else "trailer"
+            self._state = "data end" if self._remaining else "trailer"
         elif self._state == "data end":
             if len(line) != 2:
                 raise ProxyError(400, "A chunk is not followed by CRLF.")
