@@ -97,9 +97,9 @@ now = time.monotonic  # the clock of all deadlines, in seconds
 # Configuration
 # --------------------------------------------------------------------------------------------------
 # `Config` gives the type, the default and the rationale of each option.  `OPTIONS` gives its flag,
-# the kind of its values and its help.  `check_values`, the command line, Jupyter's configuration
-# and a test of the README use this table.  `checked_config` (section Server) also checks the syntax
-# of paths, hosts, networks and origins.
+# the kind of its values and its help.  `check_values`, the command line, Jupyter's configuration,
+# error messages and a test of the README use this table.  `checked_config` (section Server) also
+# checks the syntax of paths, hosts, networks and origins.
 
 
 class Hub(NamedTuple):
@@ -623,16 +623,13 @@ def normal_base(base: str) -> str:
     return path
 
 
-def normal_patterns(patterns: Iterable[str]) -> Tuple[str, ...]:
-    """Host patterns in lower case without brackets; ValueError for an invalid one."""
-    normal = []
-    for given in patterns:
-        pattern = (given[1:-1] if given[:1] + given[-1:] == "[]" else given).lower()
-        if not _HOST_PATTERN.fullmatch(pattern):
-            text = "a host is a name, an address or a pattern such as *.example.org, not %r"
-            raise ValueError(text % given)
-        normal.append(pattern)
-    return tuple(normal)
+def normal_pattern(given: str) -> str:
+    """A host pattern in lower case without brackets; ValueError if it is invalid."""
+    pattern = (given[1:-1] if given[:1] + given[-1:] == "[]" else given).lower()
+    if not _HOST_PATTERN.fullmatch(pattern):
+        text = "a host is a name, an address or a pattern such as *.example.org, not %r"
+        raise ValueError(text % given)
+    return pattern
 
 
 def is_domain(name: str) -> bool:
@@ -3573,7 +3570,7 @@ def normal_origin(origin: str) -> str:
         text = "an origin is a scheme, host and port such as https://a.example.org, not %r"
         raise ValueError(text % origin)
     scheme, host, port = match.groups("")
-    normal_patterns([host])
+    normal_pattern(host)
     return "%s://%s%s" % (scheme, host, "" if port == _DEFAULT_PORTS[scheme] else port)
 
 
@@ -5082,50 +5079,47 @@ def _is_pipe(path: str) -> bool:
 # Validation of Config.
 
 
-def _normal_origins(origins: Iterable[str]) -> Tuple[str, ...]:
-    return tuple(origin if origin == "*" else normal_origin(origin) for origin in origins)
+def _checked_proxy(proxy: str) -> str:
+    try:
+        if proxy != "unix":
+            ipaddress.ip_network(proxy, False)
+    except ValueError:
+        raise ValueError("a trusted proxy is an address, a network or unix, not %r" % proxy)
+    return proxy
 
 
-def _checked_proxies(proxies: Iterable[str]) -> Tuple[str, ...]:
-    for proxy in proxies:
-        try:
-            if proxy != "unix":
-                ipaddress.ip_network(proxy, False)
-        except ValueError:
-            raise ValueError("a trusted proxy is an address, a network or unix, not %r" % proxy)
-    return tuple(proxies)
+def _normal_upstream(upstream: str) -> str:
+    try:
+        find_route("", "/%s/" % upstream)
+    except ProxyError:
+        raise ValueError("an upstream is PORT or HOST:PORT, not %r" % upstream)
+    return upstream.lower()
 
 
-def _normal_upstreams(upstreams: Iterable[str]) -> Tuple[str, ...]:
-    for upstream in upstreams:
-        try:
-            find_route("", "/%s/" % upstream)
-        except ProxyError:
-            raise ValueError("an upstream is PORT or HOST:PORT, not %r" % upstream)
-    return tuple(upstream.lower() for upstream in upstreams)
-
-
-_NORMALISERS = {
+_NORMALISERS = {  # of values, or of the members of sequences
     "base": normal_base,
-    "host_allowlist": normal_patterns,
-    "domains": lambda domains: tuple(map(normal_domain, domains)),
-    "allow_hostnames": normal_patterns,
-    "allow_origins": _normal_origins,
-    "trusted_proxies": _checked_proxies,
-    "upstream_tls": _normal_upstreams,
-}  # type: Dict[str, Callable[[Any], Any]]
+    "host_allowlist": normal_pattern,
+    "domains": normal_domain,
+    "allow_hostnames": normal_pattern,
+    "allow_origins": lambda origin: origin if origin == "*" else normal_origin(origin),
+    "trusted_proxies": _checked_proxy,
+    "upstream_tls": _normal_upstream,
+}  # type: Dict[str, Callable[[str], str]]
 
 
 def checked_config(config: Config) -> Config:
     """`config` in normal form.  Raises ValueError, which names the option, for invalid values."""
     check_values(config)
     for field, normalise in _NORMALISERS.items():
-        value = getattr(config, field)
-        if not callable(value):
-            try:
-                config = config._replace(**{field: normalise(value)})
-            except ValueError as error:
-                raise ValueError("%s: %s" % (OPTIONS[field].flag, error))
+        value = getattr(config, field)  # type: Any
+        try:
+            if field == "base":
+                value = normalise(value)
+            elif not callable(value):
+                value = tuple(map(normalise, value))
+        except ValueError as error:
+            raise ValueError("%s: %s" % (OPTIONS[field].flag, error))
+        config = config._replace(**{field: value})
     if config.hub:  # which shares its origin with the proxy
         return config._replace(domains=(), whole_origin=False)
     if config.whole_origin is None:

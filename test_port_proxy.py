@@ -926,7 +926,7 @@ class TestRoutes:
         """A wildcard matches no dot, so that a page elsewhere cannot make a name that matches."""
         for hosts, allowed in ((inside, True), (outside, False)):
             for host in hosts.split():
-                assert is_allowed(host, port_proxy.normal_patterns([pattern])) is allowed, host
+                assert is_allowed(host, [port_proxy.normal_pattern(pattern)]) is allowed, host
 
     def test_domain_is_a_name_and_no_address(self):
         for name in ("localhost", "apps.example.org", "a-1.b2", "1.a"):
