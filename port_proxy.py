@@ -5090,7 +5090,7 @@ def _checked_proxy(proxy: str) -> str:
 
 def _normal_upstream(upstream: str) -> str:
     try:
-        find_route("", "/%s/" % upstream)
+        _make_route("", "", upstream, False, ())
     except ProxyError:
         raise ValueError("an upstream is PORT or HOST:PORT, not %r" % upstream)
     return upstream.lower()

@@ -796,7 +796,8 @@ class TestConfig:
         ("host_allowlist", "a:80 user@host a[bc]d [::1 ::1] [] http://a a/ \xe4".split() + ["", "a b", "a\n"]),
         ("allow_hostnames", ["a b"]), ("trusted_proxies", ["a"]), ("domains", ["127.0.0.1"]),
         ("allow_origins", "null a http:// http://a/ http://a:b http://% http://[a] http://u@a ftp://a".split()),
-        ("allow_origins", ["http://a?b", "http://a b"]), ("upstream_tls", "x 0 a:b localhost:70000".split() + [""]),
+        ("allow_origins", ["http://a?b", "http://a b"]),
+        ("upstream_tls", "x 0 a:b localhost:70000 1/ absolute/1 1?x".split() + [""]),
     ) for value in values], ids=case_id)  # fmt: skip
     def test_bad_value_is_refused_with_the_name_of_the_option(self, field, value):
         with pytest.raises(ValueError, match=port_proxy.OPTIONS[field].flag):
