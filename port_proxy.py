@@ -578,13 +578,6 @@ def _leads_out(path: str) -> bool:
     return False
 
 
-def is_allowed(host: str, allowlist: Union[Sequence[str], Callable[[str], bool]]) -> bool:
-    """Whether `host`, in lower case, is allowed.  Names are not resolved for this."""
-    if callable(allowlist):
-        return bool(allowlist(host))
-    return host in LOOPBACK_NAMES or matches(host, allowlist)
-
-
 def matches(host: str, patterns: Iterable[str]) -> bool:
     """Whether a host (lower case, no brackets) matches one of the normalized patterns."""
     return bool(re.fullmatch(host_regex(patterns), host))
@@ -3210,8 +3203,13 @@ ReadForm = Callable[[], Awaitable[bytes]]
 
 
 def check_route(route: Route, config: Config) -> None:
-    """ProxyError 403 if the host of a route is not on the allowlist."""
-    if not is_allowed(route.host, config.host_allowlist):
+    """ProxyError 403 if the host of a route is not on the allowlist.  Names are not resolved."""
+    allowlist = config.host_allowlist
+    if callable(allowlist):
+        is_allowed = allowlist(route.host)
+    else:
+        is_allowed = route.is_local or matches(route.host, allowlist)
+    if not is_allowed:
         text = "The host %s is not on the allowlist." % route.host
         advice = "{Start} {host_allowlist} {value} to allow it."
         raise ProxyError(403, text, (), advice, route.host)

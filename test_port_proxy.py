@@ -69,7 +69,6 @@ from port_proxy import (
     declared_framing,
     find_app,
     find_route,
-    is_allowed,
     is_base,
     is_domain,
     parse_request,
@@ -925,9 +924,12 @@ class TestRoutes:
     ])
     def test_host_is_allowed_if_the_pattern_matches(self, pattern, inside, outside):
         """A wildcard matches no dot, so that a page elsewhere cannot make a name that matches."""
-        for hosts, allowed in ((inside, True), (outside, False)):
-            for host in hosts.split():
-                assert is_allowed(host, [port_proxy.normal_pattern(pattern)]) is allowed, host
+        config = PortProxy(Config(host_allowlist=[pattern])).config
+        route = find_route("", "/1/")[0]
+        for host in inside.split():
+            port_proxy.check_route(route._replace(host=host), config)
+        for host in outside.split():
+            assert status_of_error(port_proxy.check_route, route._replace(host=host), config) == 403, host
 
     def test_domain_is_a_name_and_no_address(self):
         for name in ("localhost", "apps.example.org", "a-1.b2", "1.a"):
