@@ -185,7 +185,7 @@ class Kind(NamedTuple):
     """The type of an option's values."""
 
     words: str  # for error messages
-    types: Tuple[type, ...]  # for numbers, the last type parses the flag's value
+    types: Tuple[type, ...]  # the last is that of defaults; for numbers, it parses the flag's value
 
 
 _STRING = Kind("a string", (str,))
@@ -193,7 +193,8 @@ _FILE = Kind("a path", (str, os.PathLike))
 SWITCH = Kind("True or False", (bool,))
 INTEGER = Kind("a whole number", (int,))
 SECONDS = Kind("a number", (int, float))
-STRINGS = Kind("a sequence of strings", (tuple, list, set, frozenset))
+STRINGS = Kind("a sequence of strings", (list, set, frozenset, tuple))
+_KINDS = {kind.types[-1]: kind for kind in (_STRING, SWITCH, INTEGER, SECONDS, STRINGS)}
 
 
 class Option(NamedTuple):
@@ -206,75 +207,63 @@ class Option(NamedTuple):
     help: str
 
 
-def _option(flag: str, kind: Kind, metavar: str, text: str, field: str = "") -> Option:
-    return Option(flag, field or flag.lstrip("-").replace("-", "_"), kind, metavar, text)
+_PLURALS = {  # fields that are not named like their flag
+    "--allow-hostname": "allow_hostnames",
+    "--allow-origin": "allow_origins",
+    "--domain": "domains",
+    "--trusted-proxy": "trusted_proxies",
+}
+
+
+def _option(flag: str, metavar: str, text: str, kind: Optional[Kind] = None) -> Option:
+    """kind: only for a field whose default is None; otherwise, it follows from the default."""
+    field = _PLURALS.get(flag) or flag.lstrip("-").replace("-", "_")
+    return Option(flag, field, kind or _KINDS[type(getattr(Config(), field))], metavar, text)
 
 
 GENERAL_OPTIONS = (
-    _option("--port", INTEGER, "N", "port to listen on, 0 for any free one"),
-    _option("--bind", _STRING, "ADDRESS", "address to listen on, or unix:PATH"),
-    _option("--base", _STRING, "PATH", "path prefix of all addresses"),
-    _option("--host-allowlist", STRINGS, "HOST", "also reach this host: name, address or pattern"),
-    _option("--domain", STRINGS, "NAME", "also reach port 8080 as 8080.NAME", "domains"),
-    _option("--whole-origin", SWITCH, "", "route requests without the prefix to their app"),
-    _option(
-        "--preserve-host", SWITCH, "", "send the browser's Host to the app, not localhost:PORT"
-    ),
+    _option("--port", "N", "port to listen on, 0 for any free one"),
+    _option("--bind", "ADDRESS", "address to listen on, or unix:PATH"),
+    _option("--base", "PATH", "path prefix of all addresses"),
+    _option("--host-allowlist", "HOST", "also reach this host: name, address or pattern"),
+    _option("--domain", "NAME", "also reach port 8080 as 8080.NAME"),
+    _option("--whole-origin", "", "route requests without the prefix to their app", SWITCH),
+    _option("--preserve-host", "", "send the browser's Host to the app, not localhost:PORT"),
 )
 ACCESS_OPTIONS = (
-    _option(
-        "--allow-hostname",
-        STRINGS,
-        "NAME",
-        "accept this name, or pattern, in the Host header",
-        "allow_hostnames",
-    ),
-    _option(
-        "--allow-origin",
-        STRINGS,
-        "ORIGIN",
-        "let pages of this origin use the apps; * for any",
-        "allow_origins",
-    ),
-    _option(
-        "--trusted-proxy",
-        STRINGS,
-        "ADDRESS",
-        "trust the X-Forwarded headers of this server",
-        "trusted_proxies",
-    ),
-    _option("--upstream-tls", STRINGS, "[HOST:]PORT", "connect to this upstream with TLS"),
-    _option(
-        "--insecure-upstream", SWITCH, "", "do not verify certificates of this machine's ports"
-    ),
-    _option("--allow-preflight", SWITCH, "", "let CORS preflights reach the apps without a token"),
-    _option("--any-owner", SWITCH, "", "also reach ports of this machine's other users"),
-    _option("--certfile", _FILE, "FILE", "serve HTTPS with this certificate (PEM)"),
-    _option("--keyfile", _FILE, "FILE", "the key, if --certfile does not contain it"),
-    _option("--client-ca", _FILE, "FILE", "require a client certificate signed by one of these"),
+    _option("--allow-hostname", "NAME", "accept this name, or pattern, in the Host header"),
+    _option("--allow-origin", "ORIGIN", "let pages of this origin use the apps; * for any"),
+    _option("--trusted-proxy", "ADDRESS", "trust the X-Forwarded headers of this server"),
+    _option("--upstream-tls", "[HOST:]PORT", "connect to this upstream with TLS"),
+    _option("--insecure-upstream", "", "do not verify certificates of this machine's ports"),
+    _option("--allow-preflight", "", "let CORS preflights reach the apps without a token"),
+    _option("--any-owner", "", "also reach ports of this machine's other users"),
+    _option("--certfile", "FILE", "serve HTTPS with this certificate (PEM)", _FILE),
+    _option("--keyfile", "FILE", "the key, if --certfile does not contain it", _FILE),
+    _option("--client-ca", "FILE", "require a client certificate signed by one of these", _FILE),
 )
 LIMIT_OPTIONS = (
-    _option("--max-head-bytes", INTEGER, "BYTES", "longest head of a request or response"),
-    _option("--max-target-bytes", INTEGER, "BYTES", "longest request target"),
-    _option("--max-fields", INTEGER, "COUNT", "most fields in a head"),
-    _option("--max-chunk-line-bytes", INTEGER, "BYTES", "longest first line of a chunk"),
-    _option("--max-trailer-bytes", INTEGER, "BYTES", "longest trailers"),
-    _option("--max-connections", INTEGER, "COUNT", "most connections of clients"),
-    _option("--max-tunnels", INTEGER, "COUNT", "most open WebSockets"),
-    _option("--max-idle-upstreams", INTEGER, "COUNT", "most idle connections kept to apps"),
-    _option("--head-timeout", SECONDS, "SECONDS", "for the whole head of a request"),
-    _option("--keep-alive-timeout", SECONDS, "SECONDS", "between requests on a connection"),
-    _option("--connect-timeout", SECONDS, "SECONDS", "for a connection to an app"),
-    _option("--response-timeout", SECONDS, "SECONDS", "for the head of a response"),
-    _option("--stall-timeout", SECONDS, "SECONDS", "for a client that stalls a body"),
-    _option("--linger-timeout", SECONDS, "SECONDS", "for a request body after its response"),
-    _option("--idle-upstream-timeout", SECONDS, "SECONDS", "for an idle connection to an app"),
-    _option("--shutdown-timeout", SECONDS, "SECONDS", "for running requests at shutdown"),
+    _option("--max-head-bytes", "BYTES", "longest head of a request or response"),
+    _option("--max-target-bytes", "BYTES", "longest request target"),
+    _option("--max-fields", "COUNT", "most fields in a head"),
+    _option("--max-chunk-line-bytes", "BYTES", "longest first line of a chunk"),
+    _option("--max-trailer-bytes", "BYTES", "longest trailers"),
+    _option("--max-connections", "COUNT", "most connections of clients"),
+    _option("--max-tunnels", "COUNT", "most open WebSockets"),
+    _option("--max-idle-upstreams", "COUNT", "most idle connections kept to apps"),
+    _option("--head-timeout", "SECONDS", "for the whole head of a request"),
+    _option("--keep-alive-timeout", "SECONDS", "between requests on a connection"),
+    _option("--connect-timeout", "SECONDS", "for a connection to an app"),
+    _option("--response-timeout", "SECONDS", "for the head of a response"),
+    _option("--stall-timeout", "SECONDS", "for a client that stalls a body"),
+    _option("--linger-timeout", "SECONDS", "for a request body after its response"),
+    _option("--idle-upstream-timeout", "SECONDS", "for an idle connection to an app"),
+    _option("--shutdown-timeout", "SECONDS", "for running requests at shutdown"),
 )
 _FIELDS_WITHOUT_FLAG = (  # error messages name the field
-    _option("token", _STRING, "", ""),
-    _option("authorize", Kind("an asynchronous callable", ()), "", ""),
-    _option("hub", Kind("a Hub", (Hub,)), "", ""),
+    _option("token", "", "", _STRING),
+    _option("authorize", "", "", Kind("an asynchronous callable", ())),
+    _option("hub", "", "", Kind("a Hub", (Hub,))),
 )
 OPTIONS = {
     option.field: option
