@@ -4249,7 +4249,7 @@ class Exchange:
         If the response starts before the end of the request body, the rest may never be read.
         """
         is_read = self.body.finished and not self._is_sending() and self.client.can_carry_more()
-        return self.keep_alive and is_read and not self.proxy.is_stopping
+        return self.keep_alive and is_read and self.proxy.is_running
 
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
         """Send the upstream's 101 to the client, then move both connections to a tunnel."""
@@ -4511,8 +4511,7 @@ class PortProxy:
 
     def __init__(self, config: Config = Config()) -> None:
         self.config = checked_config(config)
-        self.deadlines = None  # type: Optional[Deadlines]
-        self.is_stopping = False
+        self.is_running = False  # from `start` to `close`
         self.tunnels = {}  # type: Tunnels
         # By port: the title of the last page visited, and when, in seconds since the epoch.
         self.titles = {}  # type: Dict[int, Tuple[str, float]]
@@ -4545,7 +4544,7 @@ class PortProxy:
             self._listening.enter_context(contextlib.suppress(OSError))
             self._listening.callback(os.unlink, self.config.bind[len(_UNIX_PREFIX) :])
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
-        self.is_stopping = False
+        self.is_running = True
         self.deadlines = Deadlines(loop, _tick_interval(self.config))
         self.sessions = SessionWatch(self.deadlines)
         self.gate = (
@@ -4559,8 +4558,7 @@ class PortProxy:
             for sock in self._sockets:
                 if tls is not None:
                     sock.setblocking(False)
-                    acceptor = self._accept_tls(self.deadlines, sock, tls)
-                    self._acceptors.append(loop.create_task(acceptor))
+                    self._acceptors.append(loop.create_task(self._accept_tls(sock, tls)))
                 else:
                     # In asyncio, `backlog` is also the number of attempts to accept in a row.
                     # Without a free file descriptor, all of them fail: hence a small number.
@@ -4587,7 +4585,7 @@ class PortProxy:
     @property
     def token(self) -> str:
         """The token that clients must send; "" if none is required."""
-        return self.gate.token if self.deadlines else ""
+        return self.gate.token if self.is_running else ""
 
     @property
     def url(self) -> str:
@@ -4612,12 +4610,11 @@ class PortProxy:
 
         They have `shutdown_timeout` seconds.
         """
-        deadlines, self.deadlines = self.deadlines, None
-        if deadlines is None:
+        if not self.is_running:
             return
+        self.is_running = False
         await cancel(self._acceptors + list(self._handshakes))
         self._listening.close()
-        self.is_stopping = True
         until = now() + self.config.shutdown_timeout
         for client in list(self._clients):
             if client.state is not ACTIVE:
@@ -4633,7 +4630,7 @@ class PortProxy:
         await self.gate.close()
         # Tunnels have the rest of the time to send queued data, other connections one second.
         left = until - now() if self.tunnels else 0.0
-        await deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
+        await self.deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
         self._acceptors.clear()
         self._sockets.clear()
 
@@ -4695,15 +4692,13 @@ class PortProxy:
             victims[0].abort()
         return bool(victims)
 
-    async def _accept_tls(
-        self, deadlines: Deadlines, listener: socket.socket, tls: ssl.SSLContext
-    ) -> None:
+    async def _accept_tls(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
         """Accept connections over TLS, until cancelled.
 
         asyncio's servers report a connection only after its handshake.  Here, handshakes count as
         connections.
         """
-        loop = deadlines.loop
+        loop = self.deadlines.loop
         try:
             while True:
                 try:
@@ -4712,7 +4707,7 @@ class PortProxy:
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
                 if self._make_room():
-                    task = loop.create_task(self._shake_hands(deadlines, sock, tls))
+                    task = loop.create_task(self._shake_hands(sock, tls))
                     self._handshakes[task] = None
                     task.add_done_callback(self._handshakes.pop)
                 else:
@@ -4721,12 +4716,10 @@ class PortProxy:
             with contextlib.suppress(NotImplementedError):  # on Windows
                 loop.remove_reader(listener.fileno())  # Python 3.6 does not remove it
 
-    async def _shake_hands(
-        self, deadlines: Deadlines, sock: socket.socket, tls: ssl.SSLContext
-    ) -> None:
+    async def _shake_hands(self, sock: socket.socket, tls: ssl.SSLContext) -> None:
         """Do the TLS handshake, except with plain HTTP, which `_read_request` refuses."""
-        loop, timeout = deadlines.loop, self.config.head_timeout
-        make = functools.partial(Connection, deadlines, self._await_request)
+        loop, timeout = self.deadlines.loop, self.config.head_timeout
+        make = functools.partial(Connection, self.deadlines, self._await_request)
         with sock, contextlib.suppress(OSError, asyncio.TimeoutError):
             first = await _first_byte(loop, sock, timeout)
             is_plain = first.isalpha()  # plain HTTP begins with a letter, TLS does not
@@ -4740,7 +4733,7 @@ class PortProxy:
 
     def _await_request(self, client: Connection) -> None:
         """Wait for the next request of a client, if possible without a task."""
-        if self.is_stopping:
+        if not self.is_running:
             client.close()
             return
         self._clients[client] = None
@@ -4799,7 +4792,7 @@ class PortProxy:
         except (PeerGone, Truncated, TimedOut, OSError):
             raise
         except asyncio.CancelledError:
-            exchange.failure = "The proxy was told to stop." if self.is_stopping else ""
+            exchange.failure = "" if self.is_running else "The proxy was told to stop."
             raise
         except Exception as error:  # a bug: only this request fails
             logger.error("internal error: %r", error)
@@ -5381,9 +5374,8 @@ async def _serve_handler(handler: Any, server: Any, proxy: "PortProxy") -> None:
     gate = JupyterGate(proxy.config, handler)
     if handler.parsed.is_page_visit:
         handler.xsrf_token  # noqa: B018  reading it sets its cookie
-    if proxy.deadlines is None:  # not started yet: the event loop was not running
+    if not proxy.is_running:  # not started yet: the event loop was not running
         await proxy.start([], [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)])
-    assert proxy.deadlines is not None
     proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
     connection = LentConnection(proxy.deadlines)
     address = handler.request.connection.context.address
