@@ -1522,6 +1522,14 @@ class TestConnections:
         eventually(lambda: not proxy.open_connections())
         assert app.connections == 0
 
+    def test_body_that_is_dropped_does_not_count_as_waiting(self, proxy, monkeypatch):
+        monkeypatch.setattr(port_proxy, "_PENDING_BYTES", 1 << 19)
+        with proxy.wire() as wire:
+            assert status_of(wire.ask(request("POST", "/nothing", "Content-Length: 5000000"))) == 404
+            wire.send(bytes(1 << 21))
+            wire.end()
+            assert wire.rest() == b""
+
     @needs_proc
     @pytest.mark.parametrize("raw", [b"", b"GET /pro", request("GET", "/nothing")], ids=case_id)
     def test_reset_between_requests_is_not_logged(self, proxy, caplog, raw):
