@@ -1247,6 +1247,12 @@ _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
 _UNIX = getattr(socket, "AF_UNIX", None)
 
+# The states of a connection.  A connection to an upstream is always ACTIVE.
+IDLE = "idle"  # waits for a request, without a task
+READING_HEAD = "reading head"
+ACTIVE = "active"  # serves a request
+CLOSING = "closing"  # no further request is served, and no data is kept
+
 
 class StreamWriter(asyncio.StreamWriter):
     """A StreamWriter that can be dropped while its transport stays open.
@@ -1262,22 +1268,21 @@ class StreamWriter(asyncio.StreamWriter):
 class Connection(asyncio.StreamReaderProtocol):
     """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    on_accept: called for a new client; None for a connection to an upstream.  task: serves a
-    client; None while it is idle.  is_active: a request is served, from the end of its head to the
-    end of its response; always true for an upstream.  buffer: bytes read but not used.  unread: the
-    number of bytes in the StreamReader.  ended: EOF or a failure.  failure: the exception, None
-    after EOF.  has_received: data has come since this was last set to False.  is_reused: taken from
-    the pool.  is_admitted: the gate has admitted a request of this client, or the peer is an
-    upstream.  watcher: called on data and EOF.  address: the peer's IP address, or "".  scheme:
-    "http" or "https".  eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout:
-    for each part of a body, in `Body.relay`.
+    on_accept: called for a new client; None for a connection to an upstream.  task: serves a client
+    that is not IDLE.  buffer: bytes read but not used.  unread: the number of bytes in the
+    StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.  has_received:
+    data has come since this was last set to False.  is_reused: taken from the pool.  is_admitted:
+    the gate has admitted a request of this client, or the peer is an upstream.  watcher: called on
+    data and EOF.  address: the peer's IP address, or "".  scheme: "http" or "https".
+    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for each part of a
+    body, in `Body.relay`.  state: see above.
     """
 
     __slots__ = (
         "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
-        "failure", "has_received", "is_active", "is_admitted", "is_reused", "read_deadline",
-        "read_timeout", "reader", "scheme", "task", "transport", "unread", "watcher",
-        "write_deadline", "writer",
+        "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "read_timeout",
+        "reader", "scheme", "state", "task", "transport", "unread", "watcher", "write_deadline",
+        "writer",
     )  # fmt: skip
 
     def __init__(
@@ -1294,7 +1299,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
         self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
         self.read_deadline = self.write_deadline = self.read_timeout = FOREVER
-        self.is_active = True
+        self.state = ACTIVE
         self.task = None  # type: Optional[asyncio.Future[None]]
         self._on_accept = on_accept
 
@@ -1315,7 +1320,8 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.ended:  # a deadline has passed
             return
         self.has_received = True
-        if not self.is_admitted and not self.deadlines.pending_bytes.add(self, len(data)):
+        is_pending = not self.is_admitted and self.state is not CLOSING
+        if is_pending and not self.deadlines.pending_bytes.add(self, len(data)):
             return
         if not self._finish_read(data):
             self.unread += len(data)
@@ -4597,7 +4603,7 @@ class PortProxy:
     @property
     def active_requests(self) -> int:
         """The number of requests in progress, without open WebSockets."""
-        return sum(client.is_active for client in self._clients)
+        return sum(client.state is ACTIVE for client in self._clients)
 
     async def close(self) -> None:
         """Stop accepting, close idle connections and tunnels, and wait for running requests.
@@ -4611,7 +4617,7 @@ class PortProxy:
         self._listening.close()
         until = now() + self.config.shutdown_timeout
         for client in list(self._clients):
-            if not client.is_active:
+            if client.state is not ACTIVE:
                 client.close()
         for tunnel in list(self.tunnels):
             tunnel.close()
@@ -4681,7 +4687,7 @@ class PortProxy:
             return True
         living = [client for client in self._clients if not client.ended]
         victims = [client for client in living if not client.is_admitted]
-        victims += [client for client in living if not (client.is_active or client.task)]
+        victims += [client for client in living if client.state is IDLE]
         if victims:
             victims[0].abort()
         return bool(victims)
@@ -4731,7 +4737,7 @@ class PortProxy:
             client.close()
             return
         self._clients[client] = None
-        client.is_active = False
+        client.state = IDLE
         client.task = None
         client.read_deadline = now() + self.config.keep_alive_timeout
         client.watcher = self._wake
@@ -4741,6 +4747,8 @@ class PortProxy:
     def _wake(self, client: Connection) -> None:
         """Data or EOF has come, or earlier responses are not sent yet."""
         client.watcher = None
+        client.read_deadline = FOREVER
+        client.state = READING_HEAD
         if client.ended and not (client.buffer or client.unread):
             self._clients.pop(client, None)
             client.close()
@@ -4775,7 +4783,7 @@ class PortProxy:
 
         Returns whether the connection may carry another request.
         """
-        client.is_active = True
+        client.state = ACTIVE
         exchange = Exchange(self, gate, client, request)
         try:
             await exchange.run()
@@ -4794,6 +4802,7 @@ class PortProxy:
         finally:
             self._log(exchange)
         if exchange.tunnel is not None:
+            client.state = CLOSING
             return False
         if not exchange.keep_alive or not exchange.body.finished:
             await self._linger(client, exchange.body.finished)
@@ -4807,7 +4816,7 @@ class PortProxy:
         (RFC 9112 section 9.6).  is_read: the request was read completely.  A TLS connection, which
         has no half-close, is then closed at once.
         """
-        client.is_active = False
+        client.state = CLOSING
         if client.transport.can_write_eof():
             end_writing(client.transport)
         elif is_read:
@@ -4816,7 +4825,7 @@ class PortProxy:
         client.read_deadline = now() + self.config.linger_timeout
         with contextlib.suppress(TimedOut):
             while await client.read():
-                client.deadlines.pending_bytes.set_size(client, 0)  # the data is dropped
+                pass
         client.close()
 
     def _log(self, exchange: Exchange) -> None:
@@ -4861,6 +4870,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
     """
     data = b""
     try:
+        client.read_deadline = now() + config.keep_alive_timeout
         data = await client.read()
         for _ in range(2):
             while data == b"\r":
