@@ -4038,6 +4038,7 @@ def _hub_session(request: Request) -> str:
 _HALF_CLOSED_SECONDS = 2.0
 _MAX_FORM_BYTES = 8192
 _ALLOW = (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),)
+_BODY_STOPPED = "The request body stopped for %g seconds."
 
 
 class Exchange:
@@ -4177,8 +4178,8 @@ class Exchange:
                 if not self.status:
                     upstream.read_deadline = now() + self._response_timeout(upstream)
         except (ProxyError, Truncated, TimedOut, OSError) as error:
-            text = "The request body stopped for %g seconds." % timeout
-            self._client_failure = ProxyError(408, text) if isinstance(error, TimedOut) else error
+            is_late = isinstance(error, TimedOut)
+            self._client_failure = ProxyError(408, _BODY_STOPPED % timeout) if is_late else error
             upstream.abort()
 
     async def _stop_sending(self, sender: "asyncio.Task[None]") -> None:
@@ -4327,11 +4328,15 @@ class Exchange:
     async def _redirect(self, route: Route, status: int, detail: str) -> ProxyError:
         """A redirect to the prefix, where browsers send the app's cookies and the right Referer.
 
-        The request body is read first, because browsers do not read an earlier response.
+        The body of a form is read first, because browsers do not read an earlier response.
         """
+        timeout, is_form = self.config.stall_timeout, self.request.method not in ("GET", "HEAD")
         is_waiting = "expect" in self.request.headers.index  # to send the body
-        while not self.body.finished and not is_waiting:
-            await self.body.read(self.config.stall_timeout)
+        try:
+            while not self.body.finished and is_form and not is_waiting:
+                await self.body.read(timeout)
+        except TimedOut:
+            return ProxyError(408, _BODY_STOPPED % timeout)
         path, query = self.request.path or "/", self.gate.strip_query(self.request.query)
         return ProxyError(status, detail, (("Location", route.prefix + path + query),))
 
@@ -4683,7 +4688,9 @@ class PortProxy:
         if count < self.config.max_connections:
             return True
         if self._handshakes:
-            next(iter(self._handshakes)).cancel()
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]  # it ends soon, but not at once
+            oldest.cancel()
             return True
         living = [client for client in self._clients if not client.ended]
         victims = [client for client in living if not client.is_admitted]
@@ -4709,9 +4716,10 @@ class PortProxy:
                 if self._make_room():
                     task = loop.create_task(self._shake_hands(sock, tls))
                     self._handshakes[task] = None
-                    task.add_done_callback(self._handshakes.pop)
+                    task.add_done_callback(lambda task: self._handshakes.pop(task, None))
                 else:
                     sock.close()
+                await asyncio.sleep(0)  # yield: cancelled handshakes then close their sockets
         finally:
             with contextlib.suppress(NotImplementedError):  # on Windows
                 loop.remove_reader(listener.fileno())  # Python 3.6 does not remove it
@@ -4720,11 +4728,12 @@ class PortProxy:
         """Do the TLS handshake, except with plain HTTP, which `_read_request` refuses."""
         loop, timeout = self.deadlines.loop, self.config.head_timeout
         make = functools.partial(Connection, self.deadlines, self._await_request)
-        with sock, contextlib.suppress(OSError, asyncio.TimeoutError):
+        with contextlib.suppress(OSError, asyncio.TimeoutError), contextlib.ExitStack() as stack:
+            stack.enter_context(sock)
             first = await _first_byte(loop, sock, timeout)
+            stack.pop_all()  # from here on, asyncio closes the socket
             is_plain = first.isalpha()  # plain HTTP begins with a letter, TLS does not
-            copy = sock.dup()  # asyncio closes it
-            start = loop.connect_accepted_socket(make, copy, ssl=None if is_plain else tls)
+            start = loop.connect_accepted_socket(make, sock, ssl=None if is_plain else tls)
             try:
                 await asyncio.wait_for(start, timeout)
             except BaseException:
@@ -4760,7 +4769,7 @@ class PortProxy:
             self._await_request(client)
 
     async def _read_request(self, client: Connection, head: bytes = b"") -> Optional[Request]:
-        """The next request; None after EOF, or after the response to an invalid head.
+        """The next request; None after EOF, `close`, or the response to an invalid head.
 
         head: the request head, if it was read before.
         """
@@ -4769,7 +4778,7 @@ class PortProxy:
                 text = "This port speaks HTTPS. Begin the address with https://."
                 raise ProxyError(400, text)
             head = head or await _read_request_head(client, self.config)
-            if head:
+            if head and self.is_running:
                 return parse_request(head, client.address, client.scheme, self.config)
             client.close()
         except ProxyError as error:
@@ -4973,15 +4982,23 @@ async def _first_byte(
     loop: asyncio.AbstractEventLoop, sock: socket.socket, timeout: float
 ) -> bytes:
     """Peek at the first byte; b"" at EOF or on Windows.  Raises OSError, asyncio.TimeoutError."""
-    ready = asyncio.Event()
+    ready = loop.create_future()
+
+    def note() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
     try:
-        loop.add_reader(sock.fileno(), ready.set)
+        loop.add_reader(sock.fileno(), note)
     except NotImplementedError:
         return b""
     try:
-        await asyncio.wait_for(ready.wait(), timeout)
+        # Not `wait_for`: before Python 3.12, it may ignore a cancellation.
+        await asyncio.wait([ready], timeout=timeout)
     finally:
         loop.remove_reader(sock.fileno())
+    if not ready.done():
+        raise asyncio.TimeoutError()
     return sock.recv(1, socket.MSG_PEEK)
 
 

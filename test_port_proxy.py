@@ -966,6 +966,7 @@ class TestRoutesOnTheWire:
         ):
             answer = proxy.ask(to(app, method=method, form=form, path=query), no_body=method == "HEAD")
             assert result_of(answer) == (302, form % app.port + "/" + query)
+        assert status_of(proxy.ask(to(app, "Content-Length: 1", path=""))) == 302  # the body never comes
         assert app.connections == 0
         assert status_of(proxy.ask(to(app, "Content-Length: 0", method="POST", path="?a"))) == 200
         assert status_of(proxy.ask(to(app, path="?a", form="/proxy/absolute/%d"))) == 200
@@ -2248,12 +2249,17 @@ class TestUnprefixedRequests:
             wire.send(pieces[1], request("GET", "/proxy/?port=80"))
             assert [status_of(wire.message()), status_of(wire.message())] == [307, 303]
 
-    @pytest.mark.parametrize("lines, body, status", [
-        (("Content-Length: 6", "Expect: 100-continue"), b"", 307), (("Transfer-Encoding: chunked",), b"x\r\n", 400),
-    ], ids=["expects 100", "bad chunk"])
-    def test_upload_that_will_not_come_is_answered_at_once(self, proxy, lines, body, status):
+    @pytest.mark.parametrize("method, lines, body, status", [
+        ("POST", ("Content-Length: 6", "Expect: 100-continue"), b"", 307),
+        ("POST", ("Transfer-Encoding: chunked",), b"x\r\n", 400), ("GET", ("Content-Length: 6",), b"", 307),
+    ], ids=["expects 100", "bad chunk", "not a form"])
+    def test_upload_that_will_not_come_is_answered_at_once(self, proxy, method, lines, body, status):
         lines += ("Referer: %s/proxy/80/" % US, "Origin: " + US)
-        assert status_of(proxy.ask(request("POST", "/upload", *lines, body=body))) == status
+        assert status_of(proxy.ask(request(method, "/upload", *lines, body=body))) == status
+
+    def test_upload_that_stops_is_a_408(self, start):
+        raw = request("POST", "/upload", "Content-Length: 6", "Referer: %s/proxy/80/" % US, "Origin: " + US, body=b"a")
+        assert status_of(start(stall_timeout=0.2, linger_timeout=0.1).ask(raw)) == 408
 
     @pytest.mark.parametrize("options, is_ours", [
         ({"base": "/a/b"}, False), ({"base": "/a/b", "whole_origin": True}, True),
@@ -4875,6 +4881,17 @@ class TestTls:
         with secure(head_timeout=0.3).sent(sent) as wire:
             assert wire.ends()
 
+    def test_handshakes_count_as_connections(self, secure):
+        """Also if many clients come at once. Each has one socket."""
+        proxy, poll = secure(max_connections=5, head_timeout=4 * WAIT), select.poll()
+        with contextlib.ExitStack() as stack:
+            with proxy.held():
+                for _ in range(40):
+                    wire = stack.enter_context(proxy.sent(b"\x16\x03"))
+                    poll.register(wire.sock, getattr(select, "POLLRDHUP", 0))
+            eventually(lambda: len(poll.poll(0)) == 35)
+            assert proxy.open_connections() == 5
+
     def test_versions_before_tls_1_2_are_refused(self, certificate):
         """Not on the wire: some builds of OpenSSL refuse them in any case."""
         context = port_proxy.server_context(Config(certfile=str(certificate / "both.pem")))
@@ -5103,6 +5120,26 @@ class TestClose:
                 assert idle.rest() == b""  # by now the proxy is closing
                 app.let_go.set()
                 assert wire.rest() == OK[-2:]
+
+    def test_request_behind_the_last_one_is_not_served(self, background, start, upstream, caplog):
+        """The app would act on it, and the client would see no response."""
+        app, proxy, closing = upstream(answering(OK)), start(), []
+
+        class Closing(logging.Handler):
+            def emit(self, record):  # in the loop, between two requests
+                closing.append(background.loop.create_task(proxy.proxy.close()))
+
+        handler = Closing()
+        with caplog.at_level(logging.INFO, "port_proxy"), proxy.wire() as wire:
+            logging.getLogger("port_proxy").addHandler(handler)
+            try:
+                wire.send(to(app, "Content-Length: 0", method="POST") * 2)
+                assert wire.rest() == OK
+            finally:
+                logging.getLogger("port_proxy").removeHandler(handler)
+        background.do(asyncio.wait(closing))
+        app.close()
+        assert (len(closing), len(app.messages)) == (1, 1)
 
     def test_close_works_twice_at_once_and_without_start(self, background):
         proxy = PortProxy(Config(port=0))
