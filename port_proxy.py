@@ -185,7 +185,7 @@ class Kind(NamedTuple):
     """The type of an option's values."""
 
     words: str  # for error messages
-    types: Tuple[type, ...]  # the last is that of defaults; for numbers, it parses the flag's value
+    types: Tuple[type, ...]  # defaults have the last one; for numbers, it also parses the flag
 
 
 _STRING = Kind("a string", (str,))
@@ -1156,7 +1156,7 @@ class ChunkedDecoder:
         self._config = config
         self._is_response = is_response
         self._remaining = 0  # bytes of the current chunk still to come
-        self._state = "size"  # the line after them: size, data end or trailer
+        self._state = "size"  # the kind of the next line: size, data end or trailer
         self._partial = b""  # an incomplete line
         self._trailer_bytes = 0
 
@@ -1638,8 +1638,8 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
 class Body:
     """A message body that is read from one connection, `source`, and sent to another.
 
-    sent_framing: without a known length, chunked, or up to EOF for HTTP/1.0.  count: bytes of body
-    data so far.  finished: the body is complete; the source's buffer holds the bytes after it.
+    sent_framing: for the recipient; if the length is unknown, chunked, or up to EOF for HTTP/1.0.
+    count: bytes of data so far.  finished: complete; the source's buffer holds the bytes after it.
     """
 
     __slots__ = ("_decoder", "_framing", "count", "finished", "sent_framing", "source")
@@ -1727,7 +1727,7 @@ _HOP_BY_HOP = (
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade"
 ).split()
-# The proxy drops the client's, and sets most of these itself.
+# The proxy drops these fields of the client, and sets most of them itself.
 _SET_BY_PROXY = [
     "host", "content-length", "transfer-encoding", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
@@ -1843,7 +1843,7 @@ def serialise(lines: List[str], framing: Framing) -> bytes:
 
 
 def _table_dropping(table: Dict[str, Any], named: FrozenSet[str]) -> Dict[str, Any]:
-    """`table`, and the fields named in Connection are dropped (RFC 9110 section 7.6.1)."""
+    """`table`, extended to drop the fields named in Connection (RFC 9110 section 7.6.1)."""
     return table if named <= _USUAL_CONNECTION else {**table, **dict.fromkeys(named)}
 
 
@@ -1995,7 +1995,7 @@ _REQUEST_TABLE.update(
         "expect": lambda value, request, *_: None if request.minor == "0" else value,
     }
 )
-# Other headers with the public scheme.  Rack prefers the first to X-Forwarded-Proto.
+# Other headers with the public scheme.  Rack prefers X-Forwarded-SSL over X-Forwarded-Proto.
 _SCHEME_FIELDS = "x-forwarded-ssl x-forwarded-scheme x-forwarded-protocol front-end-https".split()
 _HIDDEN_ORIGIN_TABLE = {**_REQUEST_TABLE, **dict.fromkeys(_SCHEME_FIELDS)}
 _RESPONSE_TABLE = dict.fromkeys(_HOP_BY_HOP + ["content-length"])  # type: Dict[str, Any]
@@ -2190,7 +2190,7 @@ def _app_of_page(request: Request, gate: Any) -> str:
         route = find_route(base, path)[0]
         if route is not None:
             return _app_name(route)
-        if base:  # otherwise, "/" is also an app's page
+        if base:  # with an empty base, the page "/" may be an app's
             return ""
     return _last_app(request, gate)
 
@@ -4070,7 +4070,7 @@ class Exchange:
         """Serve the request.
 
         Raises ProxyError for an error response or a redirect; PeerGone, Truncated, TimedOut or
-        OSError if the client has failed.
+        OSError if the client's connection must be aborted.
         """
         # Requests for the gate itself have no route, or are sent to an app's host to sign in there.
         if self.request.route is None or self.request.client.app_port:
@@ -4261,7 +4261,7 @@ class Exchange:
             raise ProxyError(502, text)
         self.keep_alive = False
         timeout = self.config.stall_timeout
-        with contextlib.suppress(PeerGone):  # the client gets the 101 first
+        with contextlib.suppress(PeerGone):  # the upstream may close after its 101
             await upstream.drain(timeout)
         self.status = 101
         self.client.write(self._response_head(response, NO_BODY))
@@ -4754,7 +4754,7 @@ class PortProxy:
             self._wake(client)
 
     def _wake(self, client: Connection) -> None:
-        """Data or EOF has come, or earlier responses are not sent yet."""
+        """Leave IDLE: data or EOF has come, or the last response is not sent yet."""
         client.watcher = None
         client.read_deadline = FOREVER
         client.state = READING_HEAD
@@ -5048,7 +5048,7 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[
 
 
 def _pass_phrase() -> str:
-    """The pass phrase from the terminal, or "".  From Python 3.15 on, only this function asks."""
+    """The pass phrase from the terminal, or "".  OpenSSL itself does not ask since Python 3.15."""
     import getpass
 
     try:
