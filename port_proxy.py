@@ -4366,7 +4366,7 @@ class Exchange:
         until, data = now() + timeout, b""
         try:
             while not self.body.finished:
-                data += self.body.buffered() or await self.body.read(until - now())
+                data += await self.body.read(until - now())
                 if len(data) > _MAX_FORM_BYTES:
                     raise ProxyError(413, "The sign-in form is too long.")
         except TimedOut:
