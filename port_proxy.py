@@ -19,8 +19,8 @@ Request flow.  Each busy client connection has one coroutine.  All requests take
     after a 101: a tunnel splices both transports, and the coroutine ends
 
 Invariants.  The framing of a message is decided once; messages that do not match the grammar are
-refused, never repaired.  Bodies are streamed, with back-pressure in both directions.  Exceptions
-become responses in one place; after the response head was sent, an error truncates the response so
+refused, never repaired.  Bodies are streamed, with back-pressure in both directions.  `PortProxy`
+turns errors into responses; after the response head was sent, an error truncates the response so
 that the client can tell.  Access is decided before the proxy connects to an upstream.  Apps never
 receive the proxy's own credentials.
 
@@ -185,7 +185,7 @@ class Kind(NamedTuple):
     """The type of an option's values."""
 
     words: str  # for error messages
-    types: Tuple[type, ...]  # defaults have the last one; for numbers, it also parses the flag
+    types: Tuple[type, ...]  # the last one is the type of defaults, and parses numbers from text
 
 
 _STRING = Kind("a string", (str,))
@@ -304,8 +304,8 @@ def check_values(config: Config) -> None:
 # --------------------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------------------
-# `PortProxy` turns a ProxyError into the response, in one place.  The other exceptions are failures
-# of connections.
+# `PortProxy` turns a ProxyError into the response.  The other exceptions are failures of
+# connections.
 
 # The names of options in error messages.  The Jupyter extension has terms of its own.
 COMMAND_LINE_TERMS = {option.field: option.flag for option in OPTIONS.values()}
@@ -895,9 +895,9 @@ class Request(NamedTuple):
 
     @property
     def is_above_prefix(self) -> bool:
-        """Whether the path up to its last slash is outside the prefix, as for /proxy/8080.
+        """Whether the directory of the client's URL is outside the prefix, as for /proxy/8080.
 
-        Browsers use that part as the default Path of cookies and scope of service workers.
+        Browsers use this directory as the default Path of cookies and scope of service workers.
         """
         return self.is_unprefixed or not self.path
 
@@ -1582,7 +1582,7 @@ async def cancel(tasks: "Sequence[asyncio.Future[None]]") -> None:
 class PendingBytes:
     """Limits the memory for incomplete request heads, and for all data of clients not yet admitted.
 
-    Above the limit, the methods abort the connection, and the one that was counted first.
+    Above the limit, the methods abort the given connection and the one counted for longest.
     """
 
     def __init__(self) -> None:
@@ -1638,7 +1638,7 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
 class Body:
     """A message body that is read from one connection, `source`, and sent to another.
 
-    sent_framing: for the recipient; if the length is unknown, chunked, or up to EOF for HTTP/1.0.
+    sent_framing: for the recipient.  Bodies of unknown length: chunked, or for HTTP/1.0 to EOF.
     count: bytes of data so far.  finished: complete; the source's buffer holds the bytes after it.
     """
 
@@ -2342,7 +2342,7 @@ class OwnerGuard:
         if not self._check_owner(address) and not self._check_owner(address, peer):
             text = "The user who owns port %d of this machine could not be determined."
             raise ProxyError(403, text % address[1], (), _TRUST_ADVICE)
-        if not self._had_known_owner:  # this owner may have replaced the one that accepted it
+        if not self._had_known_owner:  # another user's program may have accepted the connection
             raise ConnectionRefusedError(errno.ECONNREFUSED, "no known owner before connecting")
 
     def _check_owner(self, address: Address, peer: Optional[Address] = None) -> bool:
@@ -2948,7 +2948,7 @@ class Upstreams:
         """
         idle = self._idle.get(route.authority, {})
         if idle and not is_replayable and route.authority not in self._persistent:
-            connection, since = next(iter(idle.items()))  # persistent if open for a second
+            connection, since = next(iter(idle.items()))  # idle for a second: a persistent upstream
             if now() - since < _PERSISTENT_SECONDS or not connection.is_fresh():
                 return None
             self._persistent[route.authority] = None
@@ -4276,8 +4276,8 @@ class Exchange:
         route, is_page = self.request.route, self.request.is_page_visit
         assert route is not None
         if isinstance(error, TimedOut):
-            if self.status:  # the timeout of a half-closed client, or of sending the request body
-                return error  # in both cases, the server then aborts the response
+            if self.status:  # a half-closed client, or an upstream that stopped reading
+                return error  # the server then aborts the response
             timeout = self._response_timeout(upstream)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
