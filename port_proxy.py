@@ -5722,7 +5722,7 @@ class PortCheck:
     ) -> Response:
         """Send a request that looks to the app like a browser's request through the proxy.
 
-        Raises ProxyError if there is no valid response.
+        Raises ProxyError: 400 for a response that is not valid HTTP, 504, or that of `connect`.
         """
         headers = {
             "Host": self.route.authority,
@@ -5739,7 +5739,7 @@ class PortCheck:
             text = "No response came from %s within %g seconds." % (self.route.place, timeout)
             raise ProxyError(504, text)
         except (ProxyError, Truncated, OSError):
-            raise ProxyError(502, "No valid HTTP came from %s." % self.route.place)
+            raise ProxyError(400, "No valid HTTP came from %s." % self.route.place)
 
     async def _status(self, target: str, fields: Mapping[str, str]) -> int:
         """The status of a response; 0 if none came."""
@@ -5751,10 +5751,9 @@ class PortCheck:
     async def _note_failure(self, error: ProxyError) -> None:
         """Report why the first page did not come."""
         text = error.detail
-        is_not_http = error.status == 502 and not isinstance(error, NotListening)
         if error.status == 508:
             text = _OWN_PORT % self.route.port
-        elif is_not_http and self.route.scheme == "http":
+        elif error.status == 400 and self.route.scheme == "http":
             is_tls = await accepts_tls(self.upstreams, self.route)
             self.found.update(speaks="https" if is_tls else "other")
             text = "It does not answer HTTP. Is this the port of the app?"

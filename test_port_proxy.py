@@ -5902,6 +5902,10 @@ class TestCheck:
         text = port_proxy.report_text(report)
         assert (problem in text, line in text) == (True, True)
 
+    def test_host_that_does_not_exist_is_a_problem(self, check):
+        report = check("nowhere.invalid:80", host_allowlist=["nowhere.invalid"])
+        self.assert_found(report, "The host nowhere.invalid could not be found.", ok=False, speaks="", use=())
+
     def test_trouble_with_tls_is_a_problem(self, check, upstream, tls_app):
         plain = upstream(lambda wire, app: (wire.more(), wire.send(OK)))
         for port, problem in (
