@@ -387,7 +387,7 @@ class Truncated(Exception):
 
 
 class TimedOut(Exception):
-    """A deadline has passed."""
+    """A deadline has passed.  The argument "writing" means that the peer did not read."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1458,7 +1458,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if time > self.write_deadline:
             self.write_deadline = FOREVER
             if self.queued():
-                self.end(TimedOut())
+                self.end(TimedOut("writing"))
                 self.abort()
         if has_failed(self.transport):
             self.abort()
@@ -1522,6 +1522,12 @@ def end_writing(transport: Any) -> None:
             transport.close()
     except OSError:  # in 3.6, if the peer has reset the connection
         transport.abort()
+
+
+def close_once(transport: Any) -> None:
+    """Close after the queued bytes.  From 3.11 on, a second `close` of TLS disables `abort`."""
+    if not transport.is_closing():
+        transport.close()
 
 
 def plain_address(text: str) -> str:
@@ -3123,6 +3129,8 @@ async def fetch(
         source = Body(connection, response.framing, config, is_response=True)
         content = b""
         while not source.finished and len(content) < _FETCH_BYTES and response.status != 101:
+            if now() > deadline:  # `read` returns at once while there is data
+                raise TimedOut()
             content += await source.read(deadline - now())
         return response._replace(body=content)
     finally:
@@ -4280,6 +4288,9 @@ class Exchange:
                 return error  # the server then aborts the response
             timeout = self._response_timeout(upstream)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
+            if "writing" in error.args:
+                text = "The app on %s did not read the request for %g seconds."
+                text %= route.place, self.config.stall_timeout
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
         if route.scheme == "http":
             may_be_tls = is_page and not upstream.has_received
@@ -4441,7 +4452,7 @@ class TunnelEnd(asyncio.Protocol):
         self.deadlines.connections.discard(self)
         if exc is None:
             self.peer.deadline = now() + self.timeout
-            self.peer.transport.close()
+            close_once(self.peer.transport)
         else:
             self.peer.transport.abort()
         if self.peer.is_lost:
@@ -4461,7 +4472,7 @@ class TunnelEnd(asyncio.Protocol):
         """Close both sides after sending the queued data."""
         for end in (self, self.peer):
             end.deadline = now() + self.timeout
-            end.transport.close()
+            close_once(end.transport)
 
     def abort(self) -> None:
         for end in (self, self.peer):
@@ -4523,7 +4534,8 @@ class PortProxy:
         self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
         self._clients = {}  # type: Dict[Connection, None]  # the one idle for longest first
         self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
-        self._handshakes = {}  # type: Dict[asyncio.Future[None], None]  # the oldest first
+        # TLS handshakes by their socket, the oldest first.
+        self._handshakes = {}  # type: Dict[socket.socket, asyncio.Future[None]]
         self._sockets = []  # type: List[socket.socket]
         self._listening = contextlib.ExitStack()  # ends what `start` has begun
 
@@ -4618,7 +4630,8 @@ class PortProxy:
         if not self.is_running:
             return
         self.is_running = False
-        await cancel(self._acceptors + list(self._handshakes))
+        await cancel(self._acceptors + list(self._handshakes.values()))
+        self._handshakes.clear()
         self._listening.close()
         until = now() + self.config.shutdown_timeout
         for client in list(self._clients):
@@ -4688,9 +4701,7 @@ class PortProxy:
         if count < self.config.max_connections:
             return True
         if self._handshakes:
-            oldest = next(iter(self._handshakes))
-            del self._handshakes[oldest]  # it ends soon, but not at once
-            oldest.cancel()
+            self._handshakes.pop(next(iter(self._handshakes))).cancel()
             return True
         living = [client for client in self._clients if not client.ended]
         victims = [client for client in living if not client.is_admitted]
@@ -4714,9 +4725,7 @@ class PortProxy:
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
                 if self._make_room():
-                    task = loop.create_task(self._shake_hands(sock, tls))
-                    self._handshakes[task] = None
-                    task.add_done_callback(lambda task: self._handshakes.pop(task, None))
+                    self._handshakes[sock] = loop.create_task(self._shake_hands(sock, tls))
                 else:
                     sock.close()
                 await asyncio.sleep(0)  # yield: cancelled handshakes then close their sockets
@@ -4727,11 +4736,17 @@ class PortProxy:
     async def _shake_hands(self, sock: socket.socket, tls: ssl.SSLContext) -> None:
         """Do the TLS handshake, except with plain HTTP, which `_read_request` refuses."""
         loop, timeout = self.deadlines.loop, self.config.head_timeout
-        make = functools.partial(Connection, self.deadlines, self._await_request)
-        with contextlib.suppress(OSError, asyncio.TimeoutError), contextlib.ExitStack() as stack:
-            stack.enter_context(sock)
-            first = await _first_byte(loop, sock, timeout)
-            stack.pop_all()  # from here on, asyncio closes the socket
+
+        def begin(client: Connection) -> None:
+            self._handshakes.pop(sock, None)  # from here on, it counts as a client
+            self._await_request(client)
+
+        make = functools.partial(Connection, self.deadlines, begin)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(sock)
+                first = await _first_byte(loop, sock, timeout)
+                stack.pop_all()  # from here on, asyncio closes the socket
             is_plain = first.isalpha()  # plain HTTP begins with a letter, TLS does not
             start = loop.connect_accepted_socket(make, sock, ssl=None if is_plain else tls)
             try:
@@ -4739,6 +4754,10 @@ class PortProxy:
             except BaseException:
                 sock.shutdown(socket.SHUT_RDWR)  # in 3.6, asyncio waits for EOF
                 raise
+        except (OSError, asyncio.TimeoutError):
+            pass  # the client has left, or was too slow
+        finally:
+            self._handshakes.pop(sock, None)
 
     def _await_request(self, client: Connection) -> None:
         """Wait for the next request of a client, if possible without a task."""

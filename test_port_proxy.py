@@ -3574,6 +3574,37 @@ with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as file:
 
 
 class TestUpstream:
+    def test_app_that_reads_no_more_is_a_504(self, start, upstream):
+        app, proxy = upstream(script(read_head, hold)), start(stall_timeout=0.3, linger_timeout=0.1)
+        with proxy.sent(to(app, "Content-Length: 99999999", method="POST")) as wire:
+
+            def pour():
+                with contextlib.suppress(OSError):  # the proxy closes
+                    wire.sock.sendall(bytes(99999999))
+
+            with in_thread(pour):
+                assert_says(wire.message(), 504, b"did not read the request for 0.3 seconds.")
+
+    def test_own_request_is_limited_in_time(self, background, upstream):
+        """Also if the app never pauses."""
+
+        def never_pause(wire, app):
+            wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            while True:
+                wire.send(b"1\r\nx\r\n" * 10000)
+
+        async def fetch(port):
+            deadlines = port_proxy.Deadlines(asyncio.get_event_loop(), 0.05)
+            connection = port_proxy.Connection(deadlines)
+            await deadlines.loop.create_connection(lambda: connection, "127.0.0.1", port)
+            try:
+                await port_proxy.fetch(connection, ["GET / HTTP/1.1", "Host: a"], b"", 0.3, Config())
+            finally:
+                await deadlines.close(WAIT)
+
+        with pytest.raises(port_proxy.TimedOut):
+            background.do(fetch(upstream(never_pause).port))
+
     @pytest.mark.parametrize("answer", [
         ok(b"ok", "Connection: close"), OK.replace(b"HTTP/1.1", b"HTTP/1.0"), OK + b"!", OK + ok(b"evil"),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n\r\n",
@@ -4891,6 +4922,25 @@ class TestTls:
                     poll.register(wire.sock, getattr(select, "POLLRDHUP", 0))
             eventually(lambda: len(poll.poll(0)) == 35)
             assert proxy.open_connections() == 5
+
+    def test_tunnel_is_cut_though_its_client_does_not_close(self, background, secure, upstream, certificate):
+        """asyncio's own timeout for it is 30 seconds."""
+        app, proxy = upstream(script(read_head, SWITCHING, read_to_the_end, tell)), secure(shutdown_timeout=WAIT)
+        with tls_wire(proxy, certificate) as wire:
+            wire.send(to(app, *HANDSHAKE))
+            assert status_of(wire.message(no_body=True)) == 101
+            with in_thread(proxy.close):
+                assert app.told.wait(WAIT)
+                background.loop.call_soon_threadsafe(proxy.proxy.cut)
+                eventually(lambda: not proxy.open_connections(), WAIT / 2)
+
+    def test_finished_handshakes_count_once(self, secure, certificate):
+        """At the limit, each new client ends another one without a request."""
+        proxy = secure(max_connections=5, head_timeout=4 * WAIT)
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(tls_wire(proxy, certificate)).send(b"GET /")
+            eventually(lambda: proxy.open_connections() == 5)
 
     def test_versions_before_tls_1_2_are_refused(self, certificate):
         """Not on the wire: some builds of OpenSSL refuse them in any case."""
