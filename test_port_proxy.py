@@ -378,6 +378,8 @@ def own_sockets(local_port=None, remote_port=None):
             if not os.readlink("/proc/self/fd/" + name).startswith("socket:"):  # `fromfd` would leave a copy open
                 continue
             with socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM) as sock:  # a copy: the socket stays
+                if sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_STREAM:
+                    continue  # the proxy's look at the owner of a port connects a UDP socket
                 if (sock.getpeername()[1] if remote_port else sock.getsockname()[1]) == (remote_port or local_port):
                     yield sock
 
