@@ -7695,7 +7695,7 @@ class TestJupyter:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Benchmark: `python3 test_port_proxy.py bench`, side by side on this machine; it needs no pytest
+# Benchmark: `python3 test_port_proxy.py bench`, side by side on this machine; it needs Linux, and no pytest
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -7703,8 +7703,8 @@ class TestBenchmark:
     @pytest.mark.parametrize("path, bound", [("/200", 16), (None, 32)], ids=["kept-alive", "WebSocket"])
     def test_idle_connection_takes_little_memory(self, upstream, tmp_path, path, bound):
         """Less than the bound in KiB: a buffer of 64 KiB that is kept for each would be far above it."""
-        with contextlib.closing(BenchSystem("port_proxy", upstream(serve_sockets).port, str(tmp_path))) as system:
-            assert bench_idle(system, 150, path) < bound
+        with contextlib.closing(BenchProxy("port_proxy", upstream(serve_sockets).port, str(tmp_path))) as proxy:
+            assert proxy.idle_kib(path, 150) < bound
 
     def test_benchmark_runs_without_pytest(self):
         """The environment has no PATH, so nginx takes no part."""
@@ -7716,13 +7716,13 @@ class TestBenchmark:
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": dict(os.environ, PATH=""), "cwd": str(HERE)}
         done = subprocess.run(command, timeout=4 * WAIT, **how)
         assert (done.returncode, done.stderr) == (0, b"")
-        row = r"\| as a browser, no head twice, 64 connections: requests/s \|( [0-9.]+ \([0-9.-]+\) \|){2}"
+        row = r"\| as a browser, no head twice, 64 connections: requests/s \| [0-9.]+ \([0-9.-]+\) \|"
         assert re.search(row, done.stdout.decode())
 
 
 BROWSER_REQUEST = """\
-GET %(prefix)s/browse/%(number)d/item-%(mixed)08x.json?page=%(number)d&t=%(mixed)x HTTP/1.1
-Host: localhost:%(port)d
+GET {prefix}/browse/{number}/item-{mixed:08x}.json?page={number}&t={mixed:x} HTTP/1.1
+Host: localhost:{port}
 Connection: keep-alive
 sec-ch-ua-platform: "Linux"
 User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36
@@ -7732,53 +7732,46 @@ Accept: */*
 Sec-Fetch-Site: same-origin
 Sec-Fetch-Mode: cors
 Sec-Fetch-Dest: empty
-Referer: http://localhost:%(port)d%(prefix)s/view/%(number)d
+Referer: http://localhost:{port}{prefix}/view/{number}
 Accept-Encoding: gzip, deflate, br, zstd
 Accept-Language: en-GB,en;q=0.9,de;q=0.8
-Cookie: theme=dark; _xsrf=2|1a2b3c4d|0123456789abcdef0123456789abcdef|1700000000; session=eyJhbGciOiJIUz.%(mixed)08x
-If-None-Match: "%(mixed)08x-%(number)d"
+Cookie: theme=dark; _xsrf=2|1a2b3c4d|0123456789abcdef0123456789abcdef|1700000000; session=eyJhbGciOiJIUz.{mixed:08x}
+If-None-Match: "{mixed:08x}-{number}"
 
-""".replace("\n", "\r\n")
+"""
 BROWSER_RESPONSE = """\
 HTTP/1.1 200 OK
 Server: uvicorn
-Date: Mon, 01 Jan 2024 %(hour)02d:%(minute)02d:%(second)02d GMT
+Date: Mon, 01 Jan 2024 12:34:56 GMT
 Content-Type: application/json; charset=utf-8
-Content-Length: %(length)d
-ETag: "%(mixed)08x-%(number)d-new"
+Content-Length: {length}
+ETag: "{mixed:08x}-{number}-new"
 Last-Modified: Sun, 31 Dec 2023 23:59:59 GMT
 Cache-Control: private, no-cache
 Vary: Accept-Encoding, Cookie
 X-Content-Type-Options: nosniff
 X-Frame-Options: SAMEORIGIN
-X-Request-Id: %(mixed)08x%(number)d
-Set-Cookie: session=eyJhbGciOiJIUzI1NiJ9.%(mixed)08x; Path=/; HttpOnly; SameSite=Lax
+X-Request-Id: {mixed:08x}{number}
+Set-Cookie: session=eyJhbGciOiJIUzI1NiJ9.{mixed:08x}; Path=/; HttpOnly; SameSite=Lax
 
-""".replace("\n", "\r\n")
-BROWSED_END = b'""]}'
+{body:>{length}}"""
+BROWSED_END = b'"tags": []}'
 BLOCK = bytes(1 << 20)
+MESSAGE = bytes([0x82, 0x80 | 26]) + bytes(4 + 26)  # a WebSocket frame of 32 bytes
 
 
-def bench_numbers():
-    """The parts that differ in each request of a browser, and in each response."""
+def browsing(template, **values):
+    """The requests of a browser, or the responses of its app, one by one: no two are alike."""
     for number in itertools.count(1):
-        yield {"number": number, "mixed": number * 2654435761 & 0xFFFFFFFF}  # no two numbers are mixed to the same
-
-
-def browsed_responses():
-    """What an app answers a browser, with a head and a body that never repeat."""
-    for numbers in bench_numbers():
-        tags = '"a tag", ' * (numbers["number"] % 37)
-        body = '{"id": %(number)d, "name": "item %(mixed)08x", "tags": [' % numbers + tags + BROWSED_END.decode()
-        minutes, second = divmod(numbers["number"], 60)
-        numbers.update(length=len(body), second=second, minute=minutes % 60, hour=minutes // 60 % 24)
-        yield (BROWSER_RESPONSE % numbers + body).encode()
+        mixed = number * 2654435761 & 0xFFFFFFFF  # no two numbers are mixed to the same
+        values.update(body=BROWSED_END.decode(), length=80 + number % 37 * 9)
+        yield template.replace("\n", "\r\n").format(number=number, mixed=mixed, **values).encode()
 
 
 def bench_upstream(listener):
     """The app behind the proxies: it answers a GET as a browser is answered, or with as many bytes as its path says; it
     swallows PUTs and echoes WebSockets."""
-    browsed = browsed_responses()
+    browsed = browsing(BROWSER_RESPONSE)
 
     async def serve(reader, writer):
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -7826,61 +7819,115 @@ proxy_buffer_size 64k; proxy_buffers 8 64k; }} }} }}
 """
 
 
-class BenchSystem:
-    """One way to the upstream: directly, or through a proxy in a process of its own."""
+class BenchProxy:
+    """A proxy in a process of its own, and what is measured with it: counts of what it did in how many seconds."""
 
     def __init__(self, name, upstream, scratch):
-        self.name, self.process, self.prefix, self.port = name, None, "", upstream
-        if name != "direct":
-            self.prefix, self.port = "/proxy/%d" % upstream, free_port()
-            config = Path(scratch) / "nginx.conf"
-            config.write_text(NGINX.format(scratch=scratch, port=self.port, upstream=upstream))
-            self.command = {
-                "port_proxy": [sys.executable, PROGRAM, "--quiet", "--port", str(self.port)],
-                "nginx": ["nginx", "-c", str(config), "-p", scratch],
-            }[name]
-            self.start()
+        self.name, self.process, self.prefix, self.port = name, None, "/proxy/%d" % upstream, free_port()
+        config = Path(scratch) / "nginx.conf"
+        config.write_text(NGINX.format(scratch=scratch, port=self.port, upstream=upstream))
+        self.command = {
+            "port_proxy": [sys.executable, PROGRAM, "--quiet", "--port", str(self.port)],
+            "nginx": ["nginx", "-c", str(config), "-p", scratch],
+        }[name]
+        self.start()
 
     def start(self):
-        """Start the proxy, and end the one that runs."""
+        """Start it anew, and return how many milliseconds later it answered."""
         self.close()
         begun = time.perf_counter()
         self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         pin(self.process.pid, -1)
-        while not self.answers():
+        while True:
+            with contextlib.suppress(OSError):
+                self.wire("/2").close()
+                return (time.perf_counter() - begun) * 1000
             assert self.process.poll() is None, "%s does not run" % self.name
             assert time.perf_counter() - begun < WAIT, "%s does not answer" % self.name
             time.sleep(0.001)
-        self.started_in = (time.perf_counter() - begun) * 1000
-        return self
-
-    def answers(self):
-        with contextlib.suppress(OSError), Wire.to(self.port) as wire:
-            return len(wire.ask(self.request("GET", "/2"))[2]) == 2
-        return False
-
-    def open(self, path="/200"):
-        """A connection that has had one answer from this path, or a WebSocket if `path` is None."""
-        wire = Wire.to(self.port)
-        wire.send(self.request("GET", path) if path else self.request("GET", "/", *HANDSHAKE))
-        wire.message(no_body=not path)
-        return wire
-
-    def request(self, method, path, *lines):
-        return request(method, self.prefix + path, *lines).replace(b"here:8888", b"localhost:%d" % self.port)
-
-    def cpu(self):
-        """Seconds of processor time that the proxy has taken; None if there is no proxy, or no /proc."""
-        try:
-            fields = Path("/proc/%d/stat" % self.process.pid).read_text().rpartition(")")[2].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        except (AttributeError, OSError):
-            return None
 
     def close(self):
         if self.process:
             self.process.terminate()
             self.process.wait(WAIT)
+
+    def cpu(self):
+        """Seconds of processor time that it has taken."""
+        fields = Path("/proc/%d/stat" % self.process.pid).read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def request(self, method, path, *lines):
+        return request(method, self.prefix + path, *lines).replace(b"here:8888", b"localhost:%d" % self.port)
+
+    def wire(self, path):
+        """A connection that has had one response from this path, or a WebSocket if `path` is None."""
+        wire = Wire.to(self.port)
+        wire.send(self.request("GET", path) if path else self.request("GET", "/", *HANDSHAKE))
+        wire.message(no_body=not path)
+        return wire
+
+    def idle_kib(self, path, count):
+        """KiB that each of `count` idle connections takes of a proxy that has just started."""
+        self.start()
+        self.wire(path).close()
+        with contextlib.ExitStack() as stack:
+            before = rss_kib(self.process.pid)
+            for _ in range(count):
+                stack.enter_context(self.wire(path))
+            return (rss_kib(self.process.pid) - before) / count
+
+    def load(self, seconds, connections, messages, end, path="/2"):
+        """Send the next of `messages` on each connection as soon as its last answer is whole, which ends with `end`."""
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+            for _ in range(connections):
+                wire = stack.enter_context(self.wire(path))
+                selector.register(wire.sock, selectors.EVENT_READ, wire)
+                wire.sock.send(next(messages))
+            begun, answers = time.perf_counter(), 0
+            while time.perf_counter() - begun < seconds:
+                ready = selector.select(WAIT)
+                assert ready, "no answer, or another one than expected"
+                for wire in [key.data for key, _ in ready]:
+                    assert wire.more(), "a connection was closed"
+                    if wire.buffer.endswith(end):
+                        wire.buffer = b""
+                        answers += 1
+                        wire.sock.send(next(messages))
+            return answers, time.perf_counter() - begun
+
+    def browse(self, seconds):
+        messages = browsing(BROWSER_REQUEST, prefix=self.prefix, port=self.port)
+        return self.load(seconds, 64, messages, BROWSED_END)
+
+    def get(self, seconds, connections):
+        return self.load(seconds, connections, itertools.repeat(self.request("GET", "/200")), bytes(200))
+
+    def echo(self, seconds):
+        return self.load(seconds, 64, itertools.repeat(MESSAGE), MESSAGE, None)
+
+    def connect(self, seconds):
+        """Requests on a connection each, one after the other."""
+        raw, begun, answers = self.request("GET", "/200", "Connection: close"), time.perf_counter(), 0
+        while time.perf_counter() - begun < seconds:
+            with Wire.to(self.port) as wire:
+                assert len(wire.ask(raw)[2]) == 200
+            answers += 1
+        return answers, time.perf_counter() - begun
+
+    def download(self, megabytes):
+        begun = time.perf_counter()
+        with Wire.to(self.port) as wire:
+            wire.send(self.request("GET", "/%d000000" % megabytes))
+            wire.until(b"\r\n\r\n")
+            take_blocks(wire, megabytes * 1000000)
+        return megabytes, time.perf_counter() - begun
+
+    def upload(self, megabytes):
+        begun = time.perf_counter()
+        with Wire.to(self.port) as wire:
+            wire.send(self.request("PUT", "/", "Content-Length: %d000000" % megabytes))
+            assert wire.ask(*[BLOCK[:1000000]] * megabytes)[2] == b"ok"
+        return megabytes, time.perf_counter() - begun
 
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -7893,120 +7940,36 @@ def pin(pid, core):
             os.sched_setaffinity(pid, {CORES[:2][core]})
 
 
-def bench_load(wires, ask, end, seconds):
-    """Send `ask()` on all connections, and again on each when its answer is whole: (answers, seconds).
-
-    No answer contains `end` but at its end.
-    """
-    begun, answers = time.perf_counter(), 0
-    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
-        for wire in wires:
-            selector.register(stack.enter_context(wire).sock, selectors.EVENT_READ, wire)
-            wire.sock.send(ask())
-        while time.perf_counter() - begun < seconds:
-            ready = selector.select(WAIT)
-            assert ready, "no answer, or another one than expected"
-            for wire in [key.data for key, _ in ready]:
-                assert wire.more(), "a connection was closed"
-                if wire.buffer.endswith(end):
-                    wire.buffer = b""
-                    answers += 1
-                    wire.sock.send(ask())
-        return answers, time.perf_counter() - begun
-
-
-def bench_requests(system, connections, seconds):
-    """GETs for 200 bytes on kept-alive connections: (answers, seconds)."""
-    ask = system.request("GET", "/200")
-    return bench_load([Wire.to(system.port) for _ in range(connections)], lambda: ask, bytes(200), seconds)
-
-
-def bench_browser(system, seconds):
-    """GETs as a browser sends them, no two alike: (answers, seconds)."""
-    numbers = bench_numbers()
-
-    def ask():
-        return (BROWSER_REQUEST % dict(next(numbers), prefix=system.prefix, port=system.port)).encode()
-
-    return bench_load([Wire.to(system.port) for _ in range(64)], ask, BROWSED_END, seconds)
-
-
-def bench_new_connections(system, seconds):
-    """GETs for 200 bytes, each on a connection of its own, one after the other."""
-    ask = system.request("GET", "/200", "Connection: close")
-    begun, answers = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
-        with Wire.to(system.port) as wire:
-            assert len(wire.ask(ask)[2]) == 200
-        answers += 1
-    return answers, time.perf_counter() - begun
-
-
-def bench_websockets(system, seconds):
-    """Messages of 32 bytes there and back."""
-    message = bytes([0x82, 0x80 | 26]) + bytes(4 + 26)
-    return bench_load([system.open(None) for _ in range(64)], lambda: message, message, seconds)
-
-
-def bench_body(system, megabytes, is_upload):
-    """One body of so many MB: (MB, seconds)."""
-    size = megabytes * 1000000
-    with Wire.to(system.port) as wire:
-        begun = time.perf_counter()
-        if is_upload:
-            wire.send(system.request("PUT", "/", "Content-Length: %d" % size))
-            wire.send(*[BLOCK[:1000000]] * megabytes)
-            assert wire.message()[2] == b"ok"
-        else:
-            wire.send(system.request("GET", "/%d" % size))
-            wire.until(b"\r\n\r\n")
-            take_blocks(wire, size)
-        return megabytes, time.perf_counter() - begun
-
-
-def bench_idle(system, count, path):
-    """KiB that a fresh proxy takes for each of `count` idle connections; see `BenchSystem.open`."""
-    system.open(path).close()
-    with contextlib.ExitStack() as stack:
-        before = rss_kib(system.process.pid)
-        for _ in range(count):
-            stack.enter_context(system.open(path))
-        return (rss_kib(system.process.pid) - before) / count
+def bench_round(proxies, seconds):
+    """Measure all proxies one right after the other; yield (row, name of the proxy, value)."""
+    megabytes, clients, websockets = (500, 1000, 500) if seconds >= 1 else (20, 50, 50)
+    for row, measure in (  # on fresh proxies
+        ("start to the first answer: ms", BenchProxy.start),
+        ("idle: MiB", lambda proxy: rss_kib(proxy.process.pid) / 1024),
+        ("idle kept-alive client: KiB", lambda proxy: proxy.idle_kib("/200", clients)),
+        ("idle WebSocket: KiB", lambda proxy: proxy.idle_kib(None, websockets)),
+    ):
+        for proxy in proxies:
+            yield row, proxy.name, measure(proxy)
+    for work, rate, cost, measure in (
+        ("as a browser, no head twice, 64 connections", "requests/s", "CPU us each", lambda proxy: proxy.browse(seconds)),
+        ("200 B, the same again and again, 64 connections", "requests/s", "CPU us each", lambda proxy: proxy.get(seconds, 64)),
+        ("200 B, 1 connection", "requests/s", "CPU us each", lambda proxy: proxy.get(seconds, 1)),
+        ("200 B, a new connection each", "requests/s", "CPU us each", lambda proxy: proxy.connect(seconds)),
+        ("download", "MB/s", "CPU ms per GB", lambda proxy: proxy.download(megabytes)),
+        ("upload", "MB/s", "CPU ms per GB", lambda proxy: proxy.upload(megabytes)),
+        ("WebSocket, 32 B, 64 connections", "echoes/s", "CPU us each", lambda proxy: proxy.echo(seconds)),
+    ):
+        for proxy in proxies:
+            before = proxy.cpu()
+            count, taken = measure(proxy)
+            yield work + ": " + rate, proxy.name, count / taken
+            yield work + ": " + cost, proxy.name, (proxy.cpu() - before) / max(count, 1) * 1e6
 
 
 def bench(names, seconds, repeats):
-    """Measure all systems one right after the other, again and again, and print medians with their spread."""
-    megabytes, clients, websockets = (500, 1000, 500) if seconds >= 1 else (20, 50, 50)
-    work = [
-        ("as a browser, no head twice, 64 connections: requests/s", lambda one: bench_browser(one, seconds)),
-        ("200 B, 64 connections: requests/s", lambda one: bench_requests(one, 64, seconds)),
-        ("200 B, 1 connection: requests/s", lambda one: bench_requests(one, 1, seconds)),
-        ("200 B, a new connection each: requests/s", lambda one: bench_new_connections(one, seconds)),
-        ("download: MB/s", lambda one: bench_body(one, megabytes, False)),
-        ("upload: MB/s", lambda one: bench_body(one, megabytes, True)),
-        ("WebSocket, 32 B, 64 connections: echoes/s", lambda one: bench_websockets(one, seconds)),
-    ]
-    idle = [
-        ("start to the first answer: ms", lambda one: one.started_in),
-        ("idle: MiB", lambda one: rss_kib(one.process.pid) / 1024),
-        ("idle kept-alive client: KiB", lambda one: bench_idle(one.start(), clients, "/200")),
-        ("idle WebSocket: KiB", lambda one: bench_idle(one.start(), websockets, None)),
-    ]
-    results = collections.defaultdict(lambda: collections.defaultdict(list))
-
-    def measure_all(systems):
-        for row, measure in idle if Path("/proc/self/status").exists() else idle[:1]:  # on fresh proxies
-            for system in systems[1:]:
-                results[row][system.name].append(measure(system))
-        for row, measure in work:
-            for system in systems:
-                before = system.cpu()
-                count, taken = measure(system)
-                results[row][system.name].append(count / taken)
-                if before is not None and count:
-                    cost = re.sub(": [a-z]+/s", ": CPU us each", row.replace("MB/s", "CPU ms per GB"))
-                    results[cost][system.name].append((system.cpu() - before) / count * 1e6)
-
+    """Measure again and again, and print a table in Markdown: medians with the least and the most."""
+    results = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch, socket.socket() as listener:
         os.chmod(scratch, 0o755)
         listener.bind(("127.0.0.1", 0))
@@ -8017,30 +7980,25 @@ def bench(names, seconds, repeats):
         try:
             for _ in range(repeats):
                 with contextlib.ExitStack() as stack:
-                    each = (BenchSystem(name, listener.getsockname()[1], scratch) for name in names)
-                    measure_all([stack.enter_context(contextlib.closing(system)) for system in each])
+                    each = (BenchProxy(name, listener.getsockname()[1], scratch) for name in names)
+                    proxies = [stack.enter_context(contextlib.closing(proxy)) for proxy in each]
+                    for row, name, value in bench_round(proxies, seconds):
+                        results[row, name].append(value)
         finally:
             upstream.terminate()
             upstream.join()
-    bench_report(results, names)
-
-
-def bench_report(results, names):
-    """A table in Markdown: medians with the least and the most, and how port_proxy compares with the others."""
-    peers = [name for name in names if name not in ("direct", "port_proxy")] or ["direct"]
-    print("| work |", " | ".join(names), "|", " | ".join("port_proxy : " + peer for peer in peers), "|")
-    print("|---" * (1 + len(names) + len(peers)) + "|")
-    for row, measured in results.items():
-        cells = [bench_cell(measured.get(name)) for name in names]
-        for peer in peers:
-            pairs = zip(measured["port_proxy"], measured.get(peer, []))
-            cells.append(bench_cell([ours / theirs for ours, theirs in pairs if theirs]))
-        print("|", row, "|", " | ".join(cells), "|")
+    headings = names + ["port_proxy : " + peer for peer in names[1:]]
+    print("| work |", " | ".join(headings), "|")
+    print("|---" * (1 + len(headings)) + "|")
+    for row in dict.fromkeys(row for row, _ in results):
+        columns = [results[row, name] for name in names]
+        columns += [[ours / theirs for ours, theirs in zip(columns[0], column) if theirs] for column in columns[1:]]
+        print("|", row, "|", " | ".join(map(bench_cell, columns)), "|")
 
 
 def bench_cell(values):
     """The median, the least and the most, with about three digits each."""
-    values = ["%.*f" % ((value < 100) + (value < 10), value) for value in sorted(values or [])]
+    values = ["%.*f" % ((value < 100) + (value < 10), value) for value in sorted(values)]
     return "%s (%s-%s)" % (values[len(values) // 2], values[0], values[-1]) if values else ""
 
 
@@ -8051,9 +8009,11 @@ def bench_main():
     parser.add_argument("--seconds", type=float, default=2, help="length of one measurement (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="how often each is measured (default: %(default)s)")
     options = parser.parse_args()
+    if not os.path.exists("/proc/self/stat"):
+        parser.error("this system has no /proc to read memory and processor time from")
     parts = (sys.version.split()[0], platform.platform(), len(CORES) or os.cpu_count())
     print("CPython %s, %s, %d processors" % parts, flush=True)
-    bench(["direct", "port_proxy"] + ["nginx"] * bool(shutil.which("nginx")), options.seconds, options.repeats)
+    bench(["port_proxy"] + ["nginx"] * bool(shutil.which("nginx")), options.seconds, options.repeats)
 
 
 if __name__ == "__main__":
