@@ -2091,6 +2091,30 @@ def own_cookie(
     return "Set-Cookie", "; ".join(["%s=%s" % (name, value)] + pairs)
 
 
+def is_foreign(request: Request) -> bool:
+    """Whether a page of another origin sent the request.
+
+    Browsers send Sec-Fetch-Site only to HTTPS and localhost.  Without it and Origin, as for an
+    image over plain HTTP, the Referer decides.  "same-site" is foreign, too: it includes the hosts
+    of apps, and other ports of this host.
+    """
+    headers = request.headers
+    sites = headers.get_all("sec-fetch-site")
+    if not {"same-origin", "none"}.issuperset(sites):
+        return True
+    if "origin" in headers.index:
+        is_own_form = headers.get("origin") == "null" and sites == ["same-origin"]  # no-referrer
+        return not (request.is_own_origin or is_own_form)
+    authority, pages = request.client.authority, headers.get_all("referer")
+    return not sites and any(rest_of_own_url(page, authority) is None for page in pages)
+
+
+def is_top_level(request: Request) -> bool:
+    """Whether a page visit is in a tab or window, not in a frame."""
+    frames = request.headers.get_all("sec-fetch-dest")
+    return request.is_page_visit and {"document"}.issuperset(frames)
+
+
 def find_app(request: Request, gate: Any) -> Request:
     """The request with its route, also for an unprefixed request.
 
@@ -2099,17 +2123,34 @@ def find_app(request: Request, gate: Any) -> Request:
     error, config = request.route_error, gate.config
     if error is None:
         return request
-    # Paths below the base, or below /absolute if the base is empty, are mistyped.
-    is_served = gate.app_cookie and path_below(config.base or "/absolute", request.target) is None
-    is_served = is_served and error.status == 404 and _is_from_own_origin(request)
-    app = _app_of_page(request, gate) if is_served else ""
-    if not app:
+    prefix = _prefix_of_app(request, gate) if error.status == 404 else ""
+    if not prefix:
         raise _not_found(error, request, config)
-    target = "%s/%s%s" % (config.base, app, request.target)
-    route, path, query = find_route(config.base, target, config.upstream_tls)
+    route, path, query = find_route(config.base, prefix + request.target, config.upstream_tls)
     return request._replace(
         route=route, path=path, query=query, route_error=None, is_unprefixed=True
     )
+
+
+def _prefix_of_app(request: Request, gate: Any) -> str:
+    """The prefix of the app to which an unprefixed request belongs; "" if there is none."""
+    headers, base = request.headers, gate.config.base
+    # Paths below the base, or below /absolute if the base is empty, are mistyped.
+    is_served = gate.app_cookie and path_below(base or "/absolute", request.target) is None
+    may_be_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
+    is_from_page = headers.get_all("sec-fetch-site") == ["same-origin"] or not (
+        headers.index.keys().isdisjoint(("origin", "referer"))
+    )
+    if not (is_served and (may_be_typed or is_from_page)) or is_foreign(request):
+        return ""
+    page = rest_of_own_url(headers.get("referer"), request.client.authority) or ""
+    with contextlib.suppress(ProxyError):
+        route = find_route(base, page)[0]
+        if route is not None:
+            return route.prefix
+        if base:  # the proxy's own page; with an empty base, the page "/" may be an app's
+            return ""
+    return _last_app(request, gate)
 
 
 def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyError:
@@ -2141,10 +2182,8 @@ def cookies_for_unprefixed(
     route, sets_cookies = request.route, "set-cookie" in response.headers.index
     if route is None or not route.prefix or not (request.is_page_visit or sets_cookies):
         return []
-    dest = request.headers.get("sec-fetch-dest")
-    is_top_level = request.is_page_visit and dest in ("", "document")  # not in a frame
-    app, last_app = _app_name(route), _last_app(request, gate)
-    if not is_top_level and not last_app:
+    opens_page, last_app = is_top_level(request), _last_app(request, gate)
+    if not opens_page and not last_app:
         return []
     values = (line[11:].strip(" \t") for line in lines if line[:11].lower() == "set-cookie:")
     # Of two attributes Path, browsers use the last.  Cookies with __Host- have Path=/ already.
@@ -2153,8 +2192,8 @@ def cookies_for_unprefixed(
         for value in values
         if value[:7].lower() != "__host-"
     ]
-    if is_top_level and response.status < 400 and app != last_app:
-        value = "%s.%s" % (app, sign(gate.key, "app", app))
+    if opens_page and response.status < 400 and route.prefix != last_app:
+        value = "%s.%s" % (route.prefix, sign(gate.key, "app", route.prefix))
         cookies.append(own_cookie(gate.app_cookie, value, "/", request.client)[1])
     return ["Set-Cookie: " + cookie for cookie in cookies]
 
@@ -2168,53 +2207,14 @@ def with_app_cookies(request: Request, gate: Any) -> Request:
     return request._replace(headers=Headers(keys, lines))
 
 
-def _is_from_own_origin(request: Request) -> bool:
-    """Whether a request comes from a page of the public origin or from the address bar."""
-    headers = request.headers
-    sites = headers.get_all("sec-fetch-site")
-    if sites == ["same-origin"]:
-        return True
-    pages = headers.get_all("origin") + headers.get_all("referer")
-    may_be_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
-    is_ours = all(_own_path(page, request.client.authority) for page in pages)
-    if sites:
-        return is_ours and may_be_typed and sites == ["none"]
-    return is_ours and (may_be_typed or bool(pages))
-
-
-def _own_path(url: str, authority: str) -> str:
-    """The path of a URL of the public origin, without its query; "" for other URLs."""
-    path = rest_of_own_url(url, authority)
-    return "" if path is None else re.split("[?#]", path)[0] or "/"
-
-
-def _app_of_page(request: Request, gate: Any) -> str:
-    """The app of the page in Referer, or else the last app; "" for the proxy's own page."""
-    base = gate.config.base
-    path = _own_path(request.headers.get("referer"), request.client.authority)
-    with contextlib.suppress(ProxyError):
-        route = find_route(base, path)[0]
-        if route is not None:
-            return _app_name(route)
-        if base:  # with an empty base, the page "/" may be an app's
-            return ""
-    return _last_app(request, gate)
-
-
 def _last_app(request: Request, gate: Any) -> str:
-    """The app that this browser opened last, "" if unknown."""
+    """The prefix of the app that this browser opened last, "" if unknown."""
     return signed_value(request.headers, gate.app_cookie, gate.key, "app")
-
-
-def _app_name(route: Route) -> str:
-    """The name of an app in the signed cookie: its prefix without the base."""
-    parts = route.prefix.split("/")
-    return "/".join(parts[-2:] if route.absolute else parts[-1:])
 
 
 def _copy_start(route: Route, gate: Any) -> str:
     """The start of the names of all copies of an app's cookies."""
-    return "%s_%s_" % (gate.app_cookie, short_hash(_app_name(route)))
+    return "%s_%s_" % (gate.app_cookie, short_hash(route.prefix))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3312,28 +3312,15 @@ class Gate:
     def check_origin(self, request: Request) -> None:
         """Raise ProxyError 403 for a request that a page of another origin caused.
 
-        Top-level navigation, as by a link, is allowed.  Browsers send Sec-Fetch-Site only to HTTPS
-        and localhost.  Without it and Origin, as for an image over plain HTTP, the Referer decides.
+        Top-level navigation, as by a link, is allowed.
         """
         headers, allowed = request.headers, self.config.allow_origins
-        sites, has_origin = headers.get_all("sec-fetch-site"), "origin" in headers.index
-        if not has_origin and sites in (["same-origin"], ["none"]):
+        has_origin = "origin" in headers.index
+        is_link = is_top_level(request) and not has_origin
+        if is_link or "*" in allowed or not is_foreign(request):
             return
-        in_frame = any(dest != "document" for dest in headers.get_all("sec-fetch-dest"))
-        is_top_level = request.is_page_visit and not in_frame
-        if has_origin:
-            page = headers.get("origin")
-            is_own_form = page == "null" and sites == ["same-origin"]  # from a no-referrer page
-            is_foreign = not request.is_own_origin and not is_own_form
-        else:
-            page = "/".join(headers.get("referer").split("/")[:3])
-            referers = headers.get_all("referer")
-            is_ours = all(_own_path(url, request.client.authority) for url in referers)
-            is_foreign = not (sites or is_top_level or is_ours)
-        # "same-site" is foreign, too: it includes the hosts of apps, and other ports of this host.
-        is_other_site = not is_top_level and not {"same-origin", "none"}.issuperset(sites)
-        if not (is_foreign or is_other_site) or "*" in allowed:
-            return
+        page = "/".join(headers.get("referer").split("/")[:3])
+        page = headers.get("origin") if has_origin else page
         origin = ""
         with contextlib.suppress(ValueError):  # not valid, such as "null"
             origin = "" if "*" in page else normal_origin(page)

@@ -2201,7 +2201,7 @@ class TestUnprefixedRequests:
             answer = parse_response(b"HTTP/1.1 200 OK\r\n\r\n", "GET", gate.config)
             (line,) = cookies_for_unprefixed(visit, answer, [], maker)
             value = line[len("Set-Cookie: ") :].split(";")[0]
-            return value.replace("=" + app, "=90") if match.group(1) == "MOVED" else value
+            return value.replace("/%s." % app, "/90.") if match.group(1) == "MOVED" else value
 
         made = r"(LAST|OTHERS|MOVED)\((.*?)\)"
         fields = ["Referer: " + US + line if line[0] == "/" else re.sub(made, cookie, line) for line in lines]
@@ -2278,7 +2278,7 @@ class TestUnprefixedRequests:
     def test_opened_app_is_remembered_in_a_cookie(self, proxy, app, upstream):
         """Set only when it changes, and only when a page is opened."""
         answer = proxy.ask(to(app, *VISIT))
-        expected = r"port_proxy_%d_app=%d\.[\w-]{43}; Path=/; HttpOnly; SameSite=Lax" % (proxy.port, app.port)
+        expected = r"port_proxy_%d_app=/proxy/%d\.[\w-]{43}; Path=/; HttpOnly; SameSite=Lax" % (proxy.port, app.port)
         assert re.fullmatch(expected, *cookies_set(answer))
         for lines in (
             (cookie_of(answer),) + VISIT, ("Sec-Fetch-Mode: cors", "Accept: */*"), ("Sec-Fetch-Dest: iframe",) + VISIT,
