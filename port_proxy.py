@@ -1104,18 +1104,19 @@ def cookie_values(headers: Headers, name: str) -> List[str]:
 # rest: the unused bytes of the last `data`.  Feed them again unless the body is finished.
 
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-# At most 15 digits, because parsers differ on larger sizes.
-_CHUNK_LINE = re.compile(
-    (
-        r"([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?)*"
-        % (TOKEN, TOKEN, _QUOTED)
-    ).encode("latin-1")
+_EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (TOKEN, TOKEN, _QUOTED)
+# The end of one chunk and the size of the next: at most 15 digits, because parsers differ on more.
+_CHUNK_START = re.compile(
+    (r"\r\n([0-9A-Fa-f]{1,15})(?:%s)*([ \t]*)\r\n" % _EXTENSION).encode("latin-1")
 )
-_CHUNK_LINE_START = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?")
-_TRAILER_LINE = re.compile(_FIELD_LINE.pattern.encode("latin-1"))
+_TRAILERS = re.compile((r"(?:%s\r\n)*\r\n" % _FIELD_LINE.pattern).encode("latin-1"))
+# What may become such text.
+_PARTIAL_START = re.compile(rb"\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?)?")
+_PARTIAL_TRAILERS = re.compile(
+    (r"(?:%s\r\n)*[^\x00-\x08\n-\x1f\x7f]*\r?" % _FIELD_LINE.pattern).encode("latin-1")
+)
 
 _CHUNKS_IN_A_ROW = 250  # then other requests have their turn
-_LAST_CHUNK = b"0\r\n\r\n"
 
 
 class PlainDecoder:
@@ -1146,8 +1147,7 @@ class ChunkedDecoder:
     """
 
     __slots__ = (
-        "_config", "_is_response", "_partial", "_remaining", "_state", "_trailer_bytes", "finished",
-        "rest",
+        "_config", "_in_trailers", "_is_response", "_partial", "_remaining", "finished", "rest",
     )  # fmt: skip
 
     def __init__(self, config: Config, is_response: bool = False) -> None:
@@ -1156,67 +1156,48 @@ class ChunkedDecoder:
         self._config = config
         self._is_response = is_response
         self._remaining = 0  # bytes of the current chunk still to come
-        self._state = "size"  # the kind of the next line: size, data end or trailer
-        self._partial = b""  # an incomplete line
-        self._trailer_bytes = 0
+        self._in_trailers = False
+        # An incomplete _CHUNK_START, or incomplete _TRAILERS.  Nothing comes before the first CRLF.
+        self._partial = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
         data, self._partial = self._partial + data, b""
-        at, self.rest = 0, b""
-        found = []  # type: List[bytes]  # the data of each chunk
+        at, found = 0, []  # type: int, List[bytes]
         while at < len(data) and not self.finished and len(found) < _CHUNKS_IN_A_ROW:
             if self._remaining:
                 found.append(data[at : at + self._remaining])
                 at += len(found[-1])
                 self._remaining -= len(found[-1])
-                continue
-            in_trailer = self._state == "trailer"
-            config = self._config
-            limit = config.max_trailer_bytes if in_trailer else config.max_chunk_line_bytes
-            line_end = data.find(b"\n", at, at + limit + 2) + 1
-            if not line_end:
-                self._partial = data[at:]
-                self._check_partial_line(limit)
-                return b"".join(found)
-            self._take_line(data[at:line_end])
-            at = line_end
+            else:
+                at = self._take_line(data, at)
         self.rest = data[at:]
         return b"".join(found)
 
-    def _check_partial_line(self, limit: int) -> None:
-        """Raise ProxyError 400 if an incomplete line is already invalid."""
-        line = self._partial
-        if len(line) > limit + 1:
-            raise ProxyError(400, "A chunk size line or trailer is longer than %d bytes." % limit)
-        if self._state == "size" and not _CHUNK_LINE_START.fullmatch(line):
-            raise ProxyError(400, "A chunk does not begin with its size in hexadecimal digits.")
-        if self._state == "data end" and line != b"\r":
-            raise ProxyError(400, "A chunk is not followed by CRLF.")
-
-    def _take_line(self, line: bytes) -> None:
-        """Process a complete line: a chunk size, the CRLF after a chunk, or a trailer."""
-        if line[-2:] != b"\r\n":
-            raise ProxyError(400, "A line of a chunked body does not end in CRLF.")
-        if self._state == "size":
-            size = line[:-2].rstrip(b" \t") if self._is_response else line[:-2]
-            match = _CHUNK_LINE.fullmatch(size)
-            if not match:
-                raise ProxyError(400, "A chunk does not begin with its size in hexadecimal digits.")
-            self._remaining = int(match.group(1), 16)
-            self._state = "data end" if self._remaining else "trailer"
-        elif self._state == "data end":
-            if len(line) != 2:
-                raise ProxyError(400, "A chunk is not followed by CRLF.")
-            self._state = "size"
-        elif len(line) == 2:
-            self.finished = True
+    def _take_line(self, data: bytes, at: int) -> int:
+        """Process the text between chunks, or the trailers.  Returns the position behind it."""
+        if self._in_trailers:
+            whole, partial, limit = _TRAILERS, _PARTIAL_TRAILERS, self._config.max_trailer_bytes
+            end, text = at + limit + 2, "A trailer is not a valid field line."
         else:
-            self._trailer_bytes += len(line)
-            if self._trailer_bytes > self._config.max_trailer_bytes:
-                limit = self._config.max_trailer_bytes
-                raise ProxyError(400, "The trailers are longer than %d bytes." % limit)
-            if not _TRAILER_LINE.fullmatch(line, 0, len(line) - 2):
-                raise ProxyError(400, "A trailer is not a valid field line.")
+            whole, partial, limit = _CHUNK_START, _PARTIAL_START, self._config.max_chunk_line_bytes
+            end = at + limit + 4
+            text = "A chunk must begin with its size in hexadecimal digits, and end in CRLF."
+        match = whole.match(data, at, end)
+        if not match:
+            self._partial = data[at:end]
+            if not partial.fullmatch(self._partial):
+                raise ProxyError(400, text)
+            if end <= len(data):
+                text = "A chunk size line, or the trailers, are longer than %d bytes."
+                raise ProxyError(400, text % limit)
+            return len(data)
+        self.finished = self._in_trailers
+        if not self.finished:
+            if match.group(2) and not self._is_response:
+                raise ProxyError(400, text)
+            self._remaining = int(match.group(1), 16)
+            self._in_trailers = not self._remaining
+        return match.end()
 
 
 def body_decoder(framing: Framing, config: Config, is_response: bool = False) -> Any:
@@ -1704,7 +1685,7 @@ class Body:
         if self.sent_framing is not CHUNKED:
             return data
         chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-        return chunk + _LAST_CHUNK if self.finished else chunk
+        return chunk + b"0\r\n\r\n" if self.finished else chunk
 
     async def relay(self, target: Connection, write_timeout: float) -> None:
         """Send the queued bytes, and the rest of the body as it comes.
