@@ -1229,6 +1229,7 @@ _CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
 _UNIX = getattr(socket, "AF_UNIX", None)
 
 # The states of a connection.  A connection to an upstream is always ACTIVE.
+HANDSHAKE = "handshake"  # the TLS handshake of a client, in `task`; there is no transport yet
 IDLE = "idle"  # waits for a request, without a task
 READING_HEAD = "reading head"
 ACTIVE = "active"  # serves a request
@@ -4502,8 +4503,6 @@ class PortProxy:
         self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
         self._clients = {}  # type: Dict[Connection, None]  # the one idle for longest first
         self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
-        # TLS handshakes by their socket, the oldest first.
-        self._handshakes = {}  # type: Dict[socket.socket, asyncio.Future[None]]
         self._sockets = []  # type: List[socket.socket]
         self._listening = contextlib.ExitStack()  # ends what `start` has begun
 
@@ -4598,19 +4597,20 @@ class PortProxy:
         if not self.is_running:
             return
         self.is_running = False
-        await cancel(self._acceptors + list(self._handshakes.values()))
-        self._handshakes.clear()
+        await cancel(self._acceptors)
         self._listening.close()
         until = now() + self.config.shutdown_timeout
         for client in list(self._clients):
-            if client.state is not ACTIVE:
+            if client.state is HANDSHAKE and client.task:
+                client.task.cancel()
+            elif client.state is not ACTIVE:
                 client.close()
         for tunnel in list(self.tunnels):
             tunnel.close()
         tasks = self._tasks()
         if tasks:
             await asyncio.wait(tasks, timeout=self.config.shutdown_timeout)
-        await cancel(self._tasks())
+        await cancel(tasks)
         self.upstreams.close()
         await self.sessions.close()
         await self.gate.close()
@@ -4662,20 +4662,19 @@ class PortProxy:
     def _make_room(self) -> bool:
         """Make room for one more connection; False if there is none.
 
-        At the limit, closes a TLS handshake, or else a connection without an admitted request, or
-        else the connection that has been idle for longest.
+        At the limit, closes a connection without an admitted request, or else the connection that
+        has been idle for longest.
         """
-        count = len(self._clients) + len(self.tunnels) + len(self._handshakes)
-        if count < self.config.max_connections:
-            return True
-        if self._handshakes:
-            self._handshakes.pop(next(iter(self._handshakes))).cancel()
+        if len(self._clients) + len(self.tunnels) < self.config.max_connections:
             return True
         living = [client for client in self._clients if not client.ended]
         victims = [client for client in living if not client.is_admitted]
         victims += [client for client in living if client.state is IDLE]
-        if victims:
-            victims[0].abort()
+        for victim in victims[:1]:
+            if victim.state is HANDSHAKE and victim.task:
+                victim.task.cancel()
+            else:
+                victim.abort()
         return bool(victims)
 
     async def _accept_tls(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
@@ -4693,7 +4692,10 @@ class PortProxy:
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
                 if self._make_room():
-                    self._handshakes[sock] = loop.create_task(self._shake_hands(sock, tls))
+                    client = Connection(self.deadlines, self._await_request)
+                    client.state = HANDSHAKE
+                    self._clients[client] = None
+                    client.task = loop.create_task(self._shake_hands(client, sock, tls))
                 else:
                     sock.close()
                 await asyncio.sleep(0)  # yield: cancelled handshakes then close their sockets
@@ -4701,31 +4703,28 @@ class PortProxy:
             with contextlib.suppress(NotImplementedError):  # on Windows
                 loop.remove_reader(listener.fileno())  # Python 3.6 does not remove it
 
-    async def _shake_hands(self, sock: socket.socket, tls: ssl.SSLContext) -> None:
+    async def _shake_hands(
+        self, client: Connection, sock: socket.socket, tls: ssl.SSLContext
+    ) -> None:
         """Do the TLS handshake, except with plain HTTP, which `_read_request` refuses."""
-        loop, timeout = self.deadlines.loop, self.config.head_timeout
-
-        def begin(client: Connection) -> None:
-            self._handshakes.pop(sock, None)  # from here on, it counts as a client
-            self._await_request(client)
-
-        make = functools.partial(Connection, self.deadlines, begin)
+        loop = self.deadlines.loop
+        assert client.task is not None
+        timer = loop.call_later(self.config.head_timeout, client.task.cancel)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(sock)
-                first = await _first_byte(loop, sock, timeout)
+                first = await _first_byte(loop, sock)
                 stack.pop_all()  # from here on, asyncio closes the socket
             is_plain = first.isalpha()  # plain HTTP begins with a letter, TLS does not
-            start = loop.connect_accepted_socket(make, sock, ssl=None if is_plain else tls)
-            try:
-                await asyncio.wait_for(start, timeout)
-            except BaseException:
-                sock.shutdown(socket.SHUT_RDWR)  # in 3.6, asyncio waits for EOF
-                raise
-        except (OSError, asyncio.TimeoutError):
-            pass  # the client has left, or was too slow
+            await loop.connect_accepted_socket(lambda: client, sock, ssl=None if is_plain else tls)
+        except OSError:
+            pass  # the client has left
         finally:
-            self._handshakes.pop(sock, None)
+            timer.cancel()
+            if client.state is HANDSHAKE:  # it has failed
+                self._clients.pop(client, None)
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)  # in 3.6, asyncio waits for EOF
 
     def _await_request(self, client: Connection) -> None:
         """Wait for the next request of a client, if possible without a task."""
@@ -4965,27 +4964,17 @@ def _is_private(sock: socket.socket) -> bool:
         return False
 
 
-async def _first_byte(
-    loop: asyncio.AbstractEventLoop, sock: socket.socket, timeout: float
-) -> bytes:
-    """Peek at the first byte; b"" at EOF or on Windows.  Raises OSError, asyncio.TimeoutError."""
-    ready = loop.create_future()
-
-    def note() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
+async def _first_byte(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
+    """Peek at the first byte; b"" at EOF or on Windows.  Raises OSError."""
+    is_ready = asyncio.Event()
     try:
-        loop.add_reader(sock.fileno(), note)
+        loop.add_reader(sock.fileno(), is_ready.set)
     except NotImplementedError:
         return b""
     try:
-        # Not `wait_for`: before Python 3.12, it may ignore a cancellation.
-        await asyncio.wait([ready], timeout=timeout)
+        await is_ready.wait()
     finally:
         loop.remove_reader(sock.fileno())
-    if not ready.done():
-        raise asyncio.TimeoutError()
     return sock.recv(1, socket.MSG_PEEK)
 
 
