@@ -2478,35 +2478,25 @@ def _started(pid: int) -> float:
 # nothing from elsewhere: a Content-Security-Policy allows only their own style and script, by hash.
 # They work without the script.  The ports page shows the same rows that programs get as JSON.
 
+# System colours suit light and dark; lines and shades are half transparent for the same reason.
 _STYLE = """\
-:root{color-scheme:light dark;--ink:#1c2733;--soft:#5c6b7a;--line:#d9e0e7;--ground:#f6f8fa;
---card:#fff;--link:#0b5cad}
-@media(prefers-color-scheme:dark){
-:root{--ink:#e3e8ee;--soft:#98a5b3;--line:#303a45;--ground:#13181e;
---card:#1b222a;--link:#7db7f5}}
-*{box-sizing:border-box}[hidden]{display:none!important}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--ground);
-overflow-wrap:anywhere}
-main{max-width:46rem;margin:0 auto;padding:2rem .6rem}
-h1{font-size:1.4rem;line-height:1.3;margin:0 0 .5rem}p{margin:.5rem 0}a{color:var(--link)}
+:root{color-scheme:light dark}*{box-sizing:border-box}
+body{max-width:46rem;margin:0 auto;padding:2rem .6rem;font:16px/1.5 system-ui,sans-serif;
+color:CanvasText;background:Canvas;overflow-wrap:anywhere}
+h1{font-size:1.4rem;line-height:1.3;margin:0 0 .5rem}p{margin:.5rem 0}
 code{font-family:ui-monospace,monospace}.option{white-space:nowrap}
-.soft,summary{color:var(--soft)}summary{cursor:pointer}
-:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:end;margin:1rem 0}
-label{flex:1 1 12rem;color:var(--soft)}
-input,button{font:inherit;color:var(--ink);background:var(--card);border:1px solid var(--soft);
-border-radius:.4rem;padding:.4rem .7rem}input{display:block;width:100%}
-button{cursor:pointer;background:var(--link);border-color:var(--link);color:var(--card)}
+.soft,summary,label{opacity:.8}summary{cursor:pointer}
+form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:end;margin:1rem 0}label{flex:1 1 12rem}
+input,button{font:inherit;border:1px solid #888;border-radius:.4rem;padding:.4rem .7rem}
+input{display:block;width:100%}
 .ports{list-style:none;padding:0;margin:1rem 0}
-.ports li{background:var(--card);border:1px solid var(--line);border-radius:.5rem;
-padding:.7rem 1rem;margin:.5rem 0;transition:opacity .6s}.ports .gone{opacity:.35}
+.ports li{border:1px solid #8886;border-radius:.5rem;background:#88888812;padding:.7rem 1rem;
+margin:.5rem 0;transition:opacity .6s}.ports .gone{opacity:.35}
 .port{font-weight:600;font-size:1.15rem;margin-right:.6rem}
 .ways a{display:inline-block;margin-right:1rem;font-size:.9rem}
 td{padding:.2rem 1.2rem .2rem 0;vertical-align:top}
-@media(prefers-reduced-motion:no-preference){.pulse::after{content:"";display:inline-block;
-width:.6em;height:.6em;margin-left:.5em;border-radius:50%;background:var(--link);
-animation:pulse 2s infinite}}
-@keyframes pulse{50%{opacity:.2}}
+@media(prefers-reduced-motion:no-preference){.pulse{animation:pulse 2s infinite}}
+@keyframes pulse{50%{opacity:.5}}
 """
 _PAGE = """\
 <!DOCTYPE html>
@@ -2528,8 +2518,8 @@ title="a port such as 8080, or localhost:8080" placeholder="8080" autocomplete="
 <button>Open</button></form>
 <details><summary>Forms of an address</summary><table>{forms}</table></details>"""
 _PORT_ITEM = """\
-<li id="p{port}"><a class="port" href="{best}">{port}</a>{title}<div class="soft">{about}</div>\
-<div class="ways">{links}</div></li>
+<li id="p{port}"><div><a class="port" href="{best}">{port}</a>{title}\
+<div class="soft">{about}</div></div><div class="ways">{links}</div></li>
 """
 _LINK_NAMES = {
     "host": "Open",
@@ -2541,48 +2531,41 @@ _LINK_NAMES = {
 _PORTS_SCRIPT = """
 const list = document.querySelector('.ports'), notice = document.querySelector('[role=status]')
 const filter = document.querySelector('#filter'), none = document.querySelector('#none')
-const nothing = none.textContent, lost = 'The proxy does not answer.'
-const outdated = 'This list is out of date. Reload the page.'
-const portOf = item => 'port ' + item.querySelector('.port').textContent
-const textOf = item => [...item.childNodes].filter(part => part.className !== 'ways')
-  .map(part => part.textContent).join(' ').toLowerCase()
+const nothing = none.textContent
+const failure = 'This list is out of date. Is the proxy running? Reload the page.'
+const portOf = item => Number(item.id.slice(1))
 function sift() {
   const wanted = filter.value.trim().toLowerCase(), items = [...list.children]
-  for (const item of items) item.hidden = !textOf(item).includes(wanted)
-  filter.closest('label').hidden = items.length < 8 && !wanted
+  for (const item of items)
+    item.hidden = !item.firstChild.textContent.toLowerCase().includes(wanted)
+  filter.parentNode.hidden = items.length < 8 && !wanted
   none.hidden = items.some(item => !item.hidden)
   none.textContent = items.length ? 'No port matches.' : nothing
 }
-function merge(items) {
-  const before = new Map([...list.children].map(item => [item.id, item]))
-  let next = null
-  for (const item of items.reverse()) {
-    const old = before.get(item.id)
-    before.delete(item.id)
-    const stays = old && (old.contains(document.activeElement) || old.innerHTML === item.innerHTML)
-    if (!old) notice.textContent = 'New: ' + portOf(item)
-    next = stays ? old : list.insertBefore(item, next)
-    next.className = ''
-    if (old && !stays) old.remove()
+function merge(fresh) {
+  for (const old of [...list.children]) {
+    const item = fresh.querySelector('#' + old.id), isGone = old.className === 'gone'
+    old.className = item ? '' : 'gone'
+    if (!item && isGone) old.remove()
+    else if (!item) notice.textContent = 'Gone: port ' + portOf(old)
+    else if (old.innerHTML === item.innerHTML || old.contains(document.activeElement)) item.remove()
+    else old.replaceWith(item)
   }
-  for (const old of before.values()) {
-    if (old.className === 'gone') old.remove()
-    else notice.textContent = 'Gone: ' + portOf(old)
-    old.className = 'gone'
+  for (const item of [...fresh.children]) {
+    notice.textContent = 'New: port ' + portOf(item)
+    list.insertBefore(item, [...list.children].find(other => portOf(other) > portOf(item)))
   }
   sift()
 }
 async function refresh() {
   try {
-    const options = {cache: 'no-store', redirect: 'error'}
-    const response = document.hidden ? null : await fetch('?list', options)
-    if (response && !response.ok) notice.textContent = outdated
-    else if (response) {
+    if (!document.hidden) {
+      const response = await fetch('?list', {cache: 'no-store', redirect: 'error'})
       const page = new DOMParser().parseFromString(await response.text(), 'text/html')
-      if ([lost, outdated].includes(notice.textContent)) notice.textContent = ''
-      merge([...page.querySelectorAll('li')])
+      merge(page.querySelector('.ports'))
+      if (notice.textContent === failure) notice.textContent = ''
     }
-  } catch (error) { notice.textContent = lost }
+  } catch (error) { notice.textContent = failure }
   setTimeout(refresh, 3000)
 }
 filter.addEventListener('input', sift)
@@ -2599,22 +2582,20 @@ _WAITING_PAGE = """\
 <li>On the machine, run <code>{command}</code> to examine the port.</li>
 </ul></div>"""
 _FOOTER = '<p class="soft"><a href="%s">All ports</a> &middot; %d &middot; port_proxy</p>'
-# Sends HEAD requests for this page, less and less often, until the app responds.
+# Sends HEAD requests for this page until the app responds.
 _WAITING_SCRIPT = """
 const help = document.querySelector('#help')
-let pause = 1000
 async function look() {
   try {
     const options = {method: 'HEAD', cache: 'no-store', redirect: 'manual'}
     const response = document.hidden ? null : await fetch(location.href, options)
     if (response && response.headers.get('Port-Proxy') !== 'waiting') return location.reload()
-  } catch (error) {}
-  pause = Math.min(pause * 1.3, 8000)
-  setTimeout(look, pause)
+  } catch (error) {}  // the proxy does not answer
+  setTimeout(look, 3000)
 }
 help.hidden = true
 setTimeout(() => { help.hidden = false }, 5000)
-setTimeout(look, pause)
+setTimeout(look, 1000)
 """
 _SIGN_IN_FORM = """\
 <h1>Sign in</h1><p>{detail}</p>
@@ -2786,7 +2767,10 @@ def error_response(
     Only validated parts of the request are shown.  request: None if it could not be parsed.
     """
     if isinstance(error, SignInNeeded):
-        return _sign_in_page(error)
+        names = ("detail", "target", "action")
+        values = {name: html.escape(getattr(error, name)) for name in names}
+        body = (_SIGN_IN_FORM if error.action else _SIGN_IN_LINK).format(**values)
+        return _page(error.status, "Sign in", body, error.fields, frames="'none'")
     phrase = title = REASON_PHRASES.get(error.status, "Error")
     path = _probable_path(error, request, base) if request else ""
     is_page = request and request.is_navigation and request.method in ("GET", "HEAD", "POST")
@@ -2835,17 +2819,6 @@ def typed_route(text: str, base: str = "") -> Optional[Route]:
     """The route for a typed port, host:port or URL.  Raises ProxyError if it is not valid."""
     upstream = re.sub(r"\A(?:https?://)?(?:localhost:)?", "", text.strip())
     return find_route(base, "%s/%s/" % (base, upstream))[0]
-
-
-def _sign_in_page(error: SignInNeeded) -> LocalResponse:
-    """The page with the sign-in form, or with a link to the form.  It cannot be framed."""
-    template = _SIGN_IN_FORM if error.action else _SIGN_IN_LINK
-    body = template.format(
-        detail=html.escape(error.detail),
-        target=html.escape(error.target),
-        action=html.escape(error.action),
-    )
-    return _page(error.status, "Sign in", body, error.fields, frames="'none'")
 
 
 def _page(
