@@ -1429,10 +1429,6 @@ class Connection(asyncio.StreamReaderProtocol):
         is_open = not self.ended and not self.transport.is_closing()
         return is_open and not (self.buffer or self.unread or self.queued())
 
-    def is_fresh(self) -> bool:
-        """Whether the connection is quiet, and the kernel holds no data or EOF for it."""
-        return self.is_quiet() and not poll(self.transport, _READABLE)
-
     def check_deadlines(self, time: float) -> None:
         if time > self.read_deadline and not self.queued():  # unsent data: not idle
             self.read_deadline = FOREVER
@@ -2860,7 +2856,6 @@ def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalR
 # idle connection, and the socket is polled once more before reuse.
 
 _PERSISTENT_SECONDS = 1.0  # shorter than the keep-alive timeout of any known server
-_MAX_PERSISTENT = 1000
 _FETCH_SECONDS = 3.0
 _RETRY_SOON = (("Retry-After", "5"),)
 _FETCH_BYTES = 1 << 22
@@ -2895,72 +2890,55 @@ class Upstreams:
         self.listening = listening
         self.lookups = LookupCache()
         self._contexts = {}  # type: Dict[bool, ssl.SSLContext]
-        # For each authority, its idle connections, and since when they are idle; the oldest first.
-        self._idle = {}  # type: Dict[str, Dict[Connection, float]]
-        # The authorities of upstreams that keep connections open.
-        self._persistent = BoundedDict(_MAX_PERSISTENT)  # type: BoundedDict[str, None]
+        # The pool, in the order of use: each connection's authority, and since when it is idle.
+        self._idle = {}  # type: Dict[Connection, Tuple[str, float]]
 
     def take(self, route: Route, is_replayable: bool) -> Optional[Connection]:
         """A usable idle connection to the route's upstream, or None.
 
         Some upstreams close a connection shortly after each response, without announcing it.  A
         replayable request can then be sent again.  Other requests get only connections that were
-        used within the last second, to upstreams that are known to keep connections open.
+        used within the last second, to upstreams that keep connections open: one was reused, or
+        has been idle for a second.
         """
-        idle = self._idle.get(route.authority, {})
-        if idle and not is_replayable and route.authority not in self._persistent:
-            connection, since = next(iter(idle.items()))  # idle for a second: a persistent upstream
-            if now() - since < _PERSISTENT_SECONDS or not connection.is_fresh():
-                return None
-            self._persistent[route.authority] = None
-        while idle:
-            connection, since = idle.popitem()  # the latest
-            idle[connection] = since
-            if not is_replayable and now() - since >= _PERSISTENT_SECONDS:
-                break
-            self._remove(route.authority, connection)
-            if connection.is_fresh():
-                connection.has_received = False
-                connection.is_reused = True
-                connection.read_timeout = FOREVER
-                return connection
-            connection.abort()
+        recent = now() - _PERSISTENT_SECONDS
+        is_allowed = is_replayable or any(
+            authority == route.authority and (connection.is_reused or since < recent)
+            for connection, (authority, since) in self._idle.items()
+        )
+        for connection in reversed(list(self._idle)) if is_allowed else ():
+            authority, since = self._idle[connection]
+            if authority == route.authority and (is_replayable or since >= recent):
+                self._remove(connection)
+                if connection.is_quiet() and not poll(connection.transport, _READABLE):
+                    connection.has_received = False
+                    connection.is_reused = True
+                    connection.read_timeout = FOREVER
+                    return connection
+                connection.abort()
         return None
 
     def give(self, route: Route, connection: Connection) -> None:
         """Pool a connection after a complete exchange; any data or EOF then closes it."""
-        count = sum(map(len, self._idle.values()))
-        if not connection.is_quiet() or count >= self.config.max_idle_upstreams:
+        if not connection.is_quiet() or len(self._idle) >= self.config.max_idle_upstreams:
             connection.close()
             return
-        if connection.is_reused and route.authority not in self._persistent:
-            self._persistent[route.authority] = None
-        since = now()
-        self._idle.setdefault(route.authority, {})[connection] = since
-        connection.read_deadline = since + self.config.idle_upstream_timeout
-        connection.watcher = functools.partial(self._drop, route.authority)
+        self._idle[connection] = route.authority, now()
+        connection.read_deadline = now() + self.config.idle_upstream_timeout
+        connection.watcher = self._drop
 
-    def _drop(self, authority: str, connection: Connection) -> None:
-        """Close an idle connection after data or EOF."""
-        since = self._remove(authority, connection)
-        if now() - since < _PERSISTENT_SECONDS:
-            self._persistent.pop(authority, None)
-        connection.abort()
-
-    def _remove(self, authority: str, connection: Connection) -> float:
-        """Take an idle connection out of the pool.  Returns since when it was idle."""
-        idle = self._idle[authority]
-        since = idle.pop(connection)
-        if not idle:
-            del self._idle[authority]
+    def _remove(self, connection: Connection) -> None:
+        del self._idle[connection]
         connection.watcher = None
         connection.read_deadline = FOREVER
-        return since
+
+    def _drop(self, connection: Connection) -> None:
+        self._remove(connection)
+        connection.abort()
 
     def close(self) -> None:
-        for authority, idle in list(self._idle.items()):
-            for connection in list(idle):
-                self._drop(authority, connection)
+        for connection in list(self._idle):
+            self._drop(connection)
 
     async def connect(self, route: Route) -> Connection:
         """A new connection to the route's upstream; ProxyError 403, 502, 503, 504 or 508."""
@@ -3011,7 +2989,9 @@ class Upstreams:
         if route.scheme == "https":
             verified = not (self.config.insecure_upstream and route.is_local)
             if verified not in self._contexts:  # a new context loads all certificates: slow
-                self._contexts[verified] = upstream_context(verified)
+                context = self._contexts[verified] = ssl.create_default_context()
+                context.check_hostname = verified
+                context.verify_mode = ssl.CERT_REQUIRED if verified else ssl.CERT_NONE
             tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
         guard = self._guard_for(address)
         connection = Connection(self.deadlines)
@@ -3039,15 +3019,6 @@ class Upstreams:
             raise ProxyError(508, text % local[1])
         is_guarded = sys.platform.startswith("linux") and not self.config.any_owner
         return OwnerGuard(local) if is_guarded else None
-
-
-def upstream_context(verified: bool) -> ssl.SSLContext:
-    """The TLS context for upstreams, with their certificates verified or not."""
-    context = ssl.create_default_context()
-    if not verified:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _tls_failure(route: Route, error: Exception) -> ProxyError:
