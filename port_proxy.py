@@ -1605,10 +1605,8 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
         head += data
         end = head.find(b"\r\n\r\n", max(0, checked - 3)) + 4
         if 4 <= end <= config.max_head_bytes:
-            if end < len(head):
-                connection.buffer = head[end:]
-                head = head[:end]
-            return head
+            connection.buffer = head[end:]
+            return head[:end]
         try:
             check_partial_head(head, checked, is_request, config)
         except ProxyError:
@@ -1649,8 +1647,11 @@ class Body:
         """The body data in the source's buffer; ProxyError 400 if it is malformed."""
         if self.finished or not self.source.buffer:
             return b""
-        data, self.source.buffer = self.source.buffer, b""
-        return self._decode(data)
+        data = self._decoder.feed(self.source.buffer)  # type: bytes
+        self.source.buffer = self._decoder.rest
+        self.finished = self._decoder.finished
+        self.count += len(data)
+        return data
 
     async def read(self, timeout: float) -> bytes:
         """The next body data, which may be empty.
@@ -1658,24 +1659,16 @@ class Body:
         Raises ProxyError 400 if the body is malformed, Truncated if it is incomplete, TimedOut if
         no data comes for `timeout` seconds, and OSError if the connection fails.
         """
+        self.source.read_deadline = now() + timeout
         if self.source.buffer:  # more than _CHUNKS_IN_A_ROW
             await asyncio.sleep(0)
-        self.source.read_deadline = now() + timeout
-        data = await self.source.read()
+        self.source.buffer = await self.source.read()
         self.source.read_deadline = FOREVER
-        if data:
-            return self._decode(data)
-        if self._framing is not UNTIL_CLOSE:
-            raise Truncated()
-        self.finished = True
-        return b""
-
-    def _decode(self, data: bytes) -> bytes:
-        decoded = self._decoder.feed(data)  # type: bytes
-        self.count += len(decoded)
-        self.finished = self._decoder.finished
-        self.source.buffer = self._decoder.rest
-        return decoded
+        if not self.source.buffer:
+            if self._framing is not UNTIL_CLOSE:
+                raise Truncated()
+            self.finished = True
+        return self.buffered()
 
     def encode(self, data: bytes) -> bytes:
         """The bytes to send for the latest body data; at the end, with the last chunk."""
@@ -3054,9 +3047,7 @@ async def fetch(
                 break  # else it is interim (RFC 9110 section 15.2)
         source = Body(connection, response.framing, config, is_response=True)
         content = b""
-        while not source.finished and len(content) < _FETCH_BYTES and response.status != 101:
-            if now() > deadline:  # `read` returns at once while there is data
-                raise TimedOut()
+        while not source.finished and len(content) < _FETCH_BYTES:
             content += await source.read(deadline - now())
         return response._replace(body=content)
     finally:
@@ -3065,22 +3056,17 @@ async def fetch(
 
 async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
     """Whether the upstream answers a TLS handshake with TLS."""
-    context = upstream_context(verified=False)
     hello, received = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     with contextlib.suppress(ssl.SSLWantReadError):
         context.wrap_bio(received, hello, server_hostname="localhost").do_handshake()
-    try:
-        connection = await upstreams.connect(route._replace(scheme="http"))
-    except ProxyError:
-        return False
-    try:
-        connection.write(hello.read())
-        connection.read_deadline = now() + _FETCH_SECONDS
-        return is_tls_record(await connection.read())
-    except (TimedOut, OSError):
-        return False
-    finally:
-        connection.abort()
+    with contextlib.suppress(ProxyError, TimedOut, OSError):
+        opened = await upstreams.connect(route._replace(scheme="http"))
+        with contextlib.closing(opened) as connection:
+            connection.write(hello.read())
+            connection.read_deadline = now() + _FETCH_SECONDS
+            return is_tls_record(await connection.read())
+    return False
 
 
 def is_tls_record(data: bytes) -> bool:
