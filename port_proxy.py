@@ -47,6 +47,7 @@ import hashlib
 import hmac
 import html
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -80,7 +81,7 @@ from typing import (
     TypeVar,
     Union,
 )
-from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
 __all__ = ["Config", "PortProxy", "ProxyError", "main"]
@@ -399,9 +400,9 @@ class TimedOut(Exception):
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _UNSPECIFIED = ("0.0.0.0", "::")  # some apps put these into their own URLs
 _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end the Path of a cookie
-_BELOW_BASE = re.compile(r"(/absolute)?/([^/?]*)(/[^?\r\n]*)?(\?.*)?")
-_UPSTREAM = re.compile(
-    r"(?:(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252})|\[([0-9A-Fa-f:.]{2,45})\]):)?([1-9][0-9]{0,4})"
+_BELOW_BASE = re.compile(
+    r"(/absolute)?/(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):)?"
+    r"([1-9][0-9]{0,4})(/[^\r\n]*)?"
 )
 _HOST_PATTERN = re.compile(r"[a-z0-9_.*?-]+|[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
@@ -452,49 +453,51 @@ def find_route(
     a bad IPv6 address or dot segments that lead above the app's root.
     """
     rest = path_below(base, target)
-    match = _BELOW_BASE.fullmatch(rest or "")
-    if match is None:
-        if rest is not None and rest[:1] in ("", "?"):
-            return None, "", rest
-        raise _no_port(base)
-    absolute, upstream, path, query = match.groups("")
-    if not (absolute or upstream or path):
-        return None, "/", query
+    path, mark, query = (rest or "").partition("?")
+    query = mark + query
+    if rest is not None and path in ("", "/"):
+        return None, path, query
+    match = _BELOW_BASE.fullmatch(path)
+    if not match:
+        text = (
+            "No port is named here. The forms are {0}/<port>/, {0}/<host>:<port>/,"
+            " {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/."
+        )
+        raise ProxyError(404, text.format(base))
+    absolute, host, port, path = match.groups("")
     prefix = target[: len(target) - len(path + query)]
-    route = _make_route(base, prefix, upstream, bool(absolute), upstream_tls)
-    if ("/." in path or "/%" in path) and _leads_out(path):
-        raise ProxyError(400, "The dot segments of this path lead out of the app.")
+    route = _make_route(prefix, host, int(port), bool(absolute), upstream_tls)
+    if "/." in path or "/%" in path:  # RFC 3986 section 5.2.4
+        steps = ({".": 0, "..": -1}.get(unquote(part), 1) for part in path.split("/")[1:])
+        if any(depth < 0 for depth in itertools.accumulate(steps)):
+            raise ProxyError(400, "The dot segments of this path lead out of the app.")
     return route, path, query
 
 
 @functools.lru_cache(maxsize=1024)
 def _make_route(
-    base: str, prefix: str, upstream: str, absolute: bool, upstream_tls: Sequence[str]
+    prefix: str, host: str, port: int, absolute: bool, upstream_tls: Sequence[str]
 ) -> Route:
-    """The route to `upstream`, such as "8080" or "[::1]:8080"; ProxyError 400 or 404."""
-    match = _UPSTREAM.fullmatch(upstream)
-    if not match:
-        raise _no_port(base)
-    name, literal, port = match.groups()
-    if int(port) > 65535:
-        raise ProxyError(404, "There is no port %s; the highest is 65535." % port)
-    if literal:
+    """The route to a host, which may be "" or an IPv6 address in brackets; ProxyError 400, 404."""
+    if port > 65535:
+        raise ProxyError(404, "There is no port %d; the highest is 65535." % port)
+    if host.startswith("["):
+        host = host[1:-1]
         try:
-            ipaddress.IPv6Address(literal)
+            ipaddress.IPv6Address(host)
         except ValueError:
             raise ProxyError(400, "The text in brackets is not an IPv6 address.")
-    host = (name or literal or "localhost").lower()
-    authority = authority_of(host, int(port))
+    host = host.lower() or "localhost"
+    authority, hosts = authority_of(host, port), [host]
     is_local = host in LOOPBACK_NAMES
-    is_tls = authority in upstream_tls or (is_local and port in upstream_tls)
-    scheme = "https" if is_tls else "http"
-    hosts = (host,)  # type: Tuple[str, ...]
+    is_tls = authority in upstream_tls or (is_local and str(port) in upstream_tls)
     if is_local:
-        hosts = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),)
-    app_authorities = frozenset(authority_of(name, int(port)) for name in hosts)
+        hosts = [*LOOPBACK_NAMES, *_UNSPECIFIED, socket.gethostname().lower()]
+    app_authorities = frozenset(authority_of(name, port) for name in hosts)
     fields = _PREFIX_FIELDS if prefix and not absolute else ()
     lines = tuple("%s: %s" % (field, prefix) for field in fields)
-    return Route(host, int(port), prefix, absolute, scheme, authority, app_authorities, lines)
+    scheme = "https" if is_tls else "http"
+    return Route(host, port, prefix, absolute, scheme, authority, app_authorities, lines)
 
 
 def authority_of(host: str, port: int) -> str:
@@ -514,14 +517,6 @@ def host_of(authority: str) -> str:
     return _PORT_PART.sub("", authority).lower()
 
 
-def _no_port(base: str) -> ProxyError:
-    text = (
-        "No port is named here. The forms are {0}/<port>/, {0}/<host>:<port>/,"
-        " {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/."
-    )
-    return ProxyError(404, text.format(base))
-
-
 def path_below(base: str, reference: str) -> Optional[str]:
     """`reference` without `base`, including query and fragment; None if it is not below `base`.
 
@@ -533,13 +528,10 @@ def path_below(base: str, reference: str) -> Optional[str]:
         return None
     path = re.split("[?#]", reference, maxsplit=1)[0]
     start = "/".join(path.split("/")[: base.count("/") + 1])
-    if _decoded_segments(start) != _decoded_segments(base):
-        return None
-    return reference[len(start) :]
-
-
-def _decoded_segments(path: str) -> List[bytes]:
-    return [unquote_to_bytes(segment.encode("latin-1")) for segment in path.split("/")]
+    found, wanted = (
+        [unquote(segment, "latin-1") for segment in text.split("/")] for text in (start, base)
+    )
+    return reference[len(start) :] if found == wanted else None
 
 
 def respell_base(base: str, target: str) -> str:
@@ -556,44 +548,31 @@ def is_base(base: str, target: str) -> bool:
     return path_below(base, target.partition("?")[0]) in ("", "/")
 
 
-def _leads_out(path: str) -> bool:
-    """Whether dot segments lead above the start of `path` (RFC 3986 section 5.2.4)."""
-    depth = 0
-    for segment in map(unquote, path.split("/")[1:]):
-        if segment != ".":
-            depth += -1 if segment == ".." else 1
-        if depth < 0:
-            return True
-    return False
-
-
 def matches(host: str, patterns: Iterable[str]) -> bool:
     """Whether a host (lower case, no brackets) matches one of the normalized patterns."""
     return bool(re.fullmatch(host_regex(patterns), host))
 
 
 def host_regex(patterns: Iterable[str]) -> str:
-    """A regex for the hosts that match one of the normalized patterns."""
-    return "|".join(map(_pattern_regex, patterns)) or "(?!)"
-
-
-def _pattern_regex(pattern: str) -> str:
-    """The regex of a host pattern.
+    """A regex for the hosts that match one of the normalized patterns.
 
     "*" alone matches every host.  A pattern of digits, dots and wildcards matches only IPv4
     addresses: 10.* does not match 10.evil.example.  In other patterns, a wildcard matches within
     one label of a name or one group of an IPv6 address, and a leading "*." matches one or more
     labels.
     """
-    if pattern == "*":
-        return ".*"
-    start, wild = "", "[^.:]"
-    if re.fullmatch("[0-9.*?]+", pattern):
-        start, wild = _ONLY_IPV4, "."
-    elif pattern.startswith("*."):
-        start, pattern = r"(?:[^.:]+\.)+", pattern[2:]
-    wildcards = {"*": wild + "*", "?": wild}
-    return start + "".join(wildcards.get(c) or re.escape(c) for c in pattern)
+    found = []
+    for pattern in patterns:
+        start, wild = "", "[^.:]"
+        if pattern == "*":
+            wild = "."
+        elif re.fullmatch("[0-9.*?]+", pattern):
+            start, wild = _ONLY_IPV4, "."
+        elif pattern.startswith("*."):
+            start, pattern = r"(?:[^.:]+\.)+", pattern[2:]
+        regex = re.escape(pattern).replace(r"\*", wild + "*").replace(r"\?", wild)
+        found.append(start + regex)
+    return "|".join(found) or "(?!)"
 
 
 def normal_base(base: str) -> str:
@@ -985,7 +964,7 @@ def _route_target(
         return None, "", "", None
     if client.app_port:
         path, mark, query = target.partition("?")
-        route = _make_route("", "", str(client.app_port), False, config.upstream_tls)
+        route = _make_route("", "", client.app_port, False, config.upstream_tls)
         return route, path, mark + query, None
     try:
         return find_route(config.base, target, config.upstream_tls) + (None,)
@@ -4992,9 +4971,10 @@ def _checked_proxy(proxy: str) -> str:
 
 
 def _normal_upstream(upstream: str) -> str:
-    try:
-        _make_route("", "", upstream, False, ())
-    except ProxyError:
+    route = None
+    with contextlib.suppress(ProxyError):
+        route = find_route("", "/" + upstream)[0]
+    if route is None or upstream.lower() not in (str(route.port), route.authority):
         raise ValueError("an upstream is PORT or HOST:PORT, not %r" % upstream)
     return upstream.lower()
 
