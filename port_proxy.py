@@ -5830,7 +5830,7 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
     _add_options(access, ACCESS_OPTIONS)
     output = parser.add_argument_group("output")
     add = output.add_argument
-    add("--check", type=_upstream, metavar="[HOST:]PORT", help="check an app, show how to open it")
+    add("--check", metavar="[HOST:]PORT", help="check an app, show how to open it")
     add("--json", action="store_true", help="with --check: print JSON")
     volume = output.add_mutually_exclusive_group()
     volume.add_argument("--verbose", action="store_true", help="log every request")
@@ -5855,7 +5855,7 @@ def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> No
             settings["action"] = "append"
             text += " (repeatable)"
         elif option.kind in (INTEGER, SECONDS):
-            settings["type"] = functools.partial(_number, option.kind)
+            settings["type"] = option.kind.types[-1]
             text += " (default: %g)" % default
         elif default is not None:
             text += " (default: %s)" % default
@@ -5863,22 +5863,15 @@ def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> No
         group.add_argument(option.flag, dest=option.field, default=None, help=text, **settings)
 
 
-def _number(kind: Kind, text: str) -> Any:
-    try:
-        return kind.types[-1](text)
-    except ValueError:
-        raise argparse.ArgumentTypeError("expected %s, not %r" % (kind.words, text))
-
-
 def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argparse.Namespace:
     """The arguments.  Exits with status 2 for mistakes, and suggests the right form."""
-    if any(word.startswith("--token=") for word in argv):
-        parser.error(_TOKEN_HAS_NO_VALUE)
+    for word, following in zip(argv, argv[1:] + ["-"]):
+        is_followed = word == "--token" and not following.startswith("-")
+        if is_followed or word.startswith("--token="):
+            parser.error(_TOKEN_HAS_NO_VALUE)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0]
-        if argv[: argv.index(word)][-1:] == ["--token"]:
-            parser.error(_TOKEN_HAS_NO_VALUE)
         if _PORT_NUMBER.fullmatch(word):
             parser.error(_BARE_PORT % {"port": word})
         import difflib  # here, because it takes memory
@@ -5890,16 +5883,6 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argpar
     if arguments.json and not arguments.check:
         parser.error("--json prints what --check finds: type --check PORT --json")
     return arguments
-
-
-def _upstream(text: str) -> str:
-    """PORT or HOST:PORT."""
-    with contextlib.suppress(ProxyError):
-        route = typed_route(text)
-        if route:
-            return route.prefix[1:]
-    expected = "expected a number from 1 to 65535, or HOST:PORT, not %r"
-    raise argparse.ArgumentTypeError(expected % text)
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -5958,17 +5941,13 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     try:
         await proxy.start(sockets or None)
     except (OSError, ValueError) as error:
-        _say("port_proxy: " + _listen_failure(error, config, argv), sys.stderr)
+        _say("port_proxy: " + _start_failure(error, config, argv), sys.stderr)
         return 2
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(hangup)
-    for number in numbers:
-        try:
-            loop.add_signal_handler(number, interrupt)
-        except NotImplementedError:  # the event loop of Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
+    # nohup ignores SIGHUP, which Windows does not have.
+    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+    signals = {number for number in signals if signal.getsignal(number) != signal.SIG_IGN}
+    for number in signals:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     has_new_token = proxy.token != (config.token or "")  # it must be printed, even with --quiet
     if not quiet or has_new_token:
         _say(_banner(proxy, has_new_token))
@@ -5981,8 +5960,8 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
         text = "waiting up to %g seconds for running requests (%d), Ctrl-C ends them now"
         _say("port_proxy: " + text % (config.shutdown_timeout, count))
     await proxy.close()
-    if hasattr(signal, "pthread_sigmask"):  # no signal may interrupt the exit
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    for number in signals:  # none may interrupt the exit
+        signal.signal(number, signal.SIG_IGN)
     return 0
 
 
@@ -6006,21 +5985,16 @@ def _place_of(sock: socket.socket) -> Dict[str, Any]:
     return {"bind": name[0], "port": name[1]}
 
 
-def _listen_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
+def _start_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
     """The message for a failed start, with the option that helps."""
-    number = getattr(error, "errno", None)
-    # The IDNA codec raises UnicodeError for a name that is not valid.
-    is_wrong_name = isinstance(error, (UnicodeError, socket.gaierror))
-    if is_wrong_name or number == errno.EADDRNOTAVAIL:
-        return "%s is not an address of this machine; see --bind" % config.bind
-    if not isinstance(error, OSError):
+    # The IDNA codec raises UnicodeError, a ValueError, for a name that is not valid.
+    if not isinstance(error, (OSError, UnicodeError)):
         return str(error)
-    if error.filename and error.filename in (config.certfile, config.keyfile, config.client_ca):
+    if isinstance(error, OSError) and error.filename:
         return "cannot read %s: %s" % (error.filename, error.strerror)
-    if config.bind.startswith(_UNIX_PREFIX):
-        return "cannot listen on %s: %s" % (config.bind, error.strerror or error)
-    where = "port %d of %s" % (config.port, config.bind)
-    if number == errno.EADDRINUSE:
+    is_unix = config.bind.startswith(_UNIX_PREFIX)
+    where = config.bind if is_unix else "port %d of %s" % (config.port, config.bind)
+    if getattr(error, "errno", None) == errno.EADDRINUSE and not is_unix:
         import shlex
 
         # The same command line with another port.
@@ -6028,9 +6002,8 @@ def _listen_failure(error: Exception, config: Config, argv: Sequence[str]) -> st
         command = re.sub(r" --port[ =][0-9]+", "", command)
         text = "%s is in use by %s. To take a free port, type:\n  %s --port 0"
         return text % (where, _holder(config.port), command)
-    if number == errno.EACCES:
-        return "%s needs privileges; choose a --port above 1023" % where
-    return "cannot listen on %s: %s" % (where, error.strerror)
+    reason = getattr(error, "strerror", None) or error
+    return "cannot listen on %s: %s; choose another --bind or --port" % (where, reason)
 
 
 def _holder(port: int) -> str:
@@ -6089,22 +6062,20 @@ def _ssh_destination() -> str:
 def _say(text: str, *streams: Optional[TextIO]) -> None:
     """Print on the first stream that accepts the text; by default stdout, then stderr.
 
-    Writing fails if the stream is closed, a broken pipe, or a file on a full disk.  Characters that
-    the stream cannot encode are escaped.
+    A stream fails if it is closed, a broken pipe, or a file on a full disk.  Characters that the
+    stream cannot encode are escaped.
     """
     # None: the stream was closed when Python started.
     for stream in filter(None, streams or (sys.stdout, sys.stderr)):
         coding = stream.encoding or "ascii"
-        encoded = text.encode(coding, "backslashreplace").decode(coding)
-        try:
+        with contextlib.suppress(OSError):
+            encoded = text.encode(coding, "backslashreplace").decode(coding)
             print(encoded, file=stream, flush=True)
             return
-        except OSError:
-            # Python flushes the stream at exit: /dev/null accepts its unwritten text.
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
-                os.dup2(null.fileno(), stream.fileno())
-            if stream is sys.stdout:
-                sys.stdout = None
+        # Python flushes the stream at exit: /dev/null accepts its unwritten text.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout:
+            sys.stdout = None
 
 
 def _log_to_stderr(arguments: argparse.Namespace) -> None:
@@ -6146,14 +6117,11 @@ def _raise_descriptor_limit(config: Config) -> Config:
         import resource
     except ImportError:  # Windows has no such limit
         return config
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return config
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    most = max(8, (soft - 32) // 2)  # a client may need an upstream connection, too
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (65536 if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    count = max(soft, min(hard, 65536))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    most = max(8, (count - 32) // 2)  # a client may need an upstream connection, too
     return config._replace(
         max_connections=min(config.max_connections, most),
         max_tunnels=min(config.max_tunnels, most * 3 // 4),
@@ -6173,6 +6141,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = _parse_arguments(parser, argv)
     try:
         config = checked_config(_config(arguments))
+        if arguments.check:
+            _normal_upstream(arguments.check)
     except OSError as error:
         parser.error("cannot read %s: %s" % (error.filename, error.strerror))
     except ValueError as error:
