@@ -1993,6 +1993,9 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
 # gate.key: the key for signatures.
 
 
+OWN_SITES = frozenset(("same-origin", "none"))  # Sec-Fetch-Site of our pages and typed addresses
+
+
 def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
@@ -2050,13 +2053,15 @@ def is_foreign(request: Request) -> bool:
     """
     headers = request.headers
     sites = headers.get_all("sec-fetch-site")
-    if not {"same-origin", "none"}.issuperset(sites):
+    if not OWN_SITES.issuperset(sites):
         return True
     if "origin" in headers.index:
         is_own_form = headers.get("origin") == "null" and sites == ["same-origin"]  # no-referrer
         return not (request.is_own_origin or is_own_form)
-    authority, pages = request.client.authority, headers.get_all("referer")
-    return not sites and any(rest_of_own_url(page, authority) is None for page in pages)
+    authority = request.client.authority
+    return not sites and any(
+        rest_of_own_url(page, authority) is None for page in headers.get_all("referer")
+    )
 
 
 def is_top_level(request: Request) -> bool:
@@ -3207,8 +3212,7 @@ class Gate:
         """
         headers, allowed = request.headers, self.config.allow_origins
         has_origin = "origin" in headers.index
-        is_link = is_top_level(request) and not has_origin
-        if is_link or "*" in allowed or not is_foreign(request):
+        if not is_foreign(request) or "*" in allowed or (is_top_level(request) and not has_origin):
             return
         page = "/".join(headers.get("referer").split("/")[:3])
         page = headers.get("origin") if has_origin else page
@@ -3742,7 +3746,7 @@ class HubGate(Gate):
     async def authorize(self, request: Request) -> None:
         user = session_user = await self._user_of_session(request)
         token, accepted = "", authorization_tokens(request.headers)
-        if {"same-origin", "none"}.issuperset(request.headers.get_all("sec-fetch-site")):
+        if OWN_SITES.issuperset(request.headers.get_all("sec-fetch-site")):
             # A link of a foreign page must not sign this browser in as another user.
             accepted += query_tokens(request.target)
         # All tokens are looked up, so that every token of the Hub can be removed from the request.
