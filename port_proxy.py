@@ -534,15 +534,6 @@ def path_below(base: str, reference: str) -> Optional[str]:
     return reference[len(start) :] if found == wanted else None
 
 
-def respell_base(base: str, target: str) -> str:
-    """The target, with the base spelled as in `base`, not in another percent-encoding.
-
-    Browsers compare cookie paths without decoding.
-    """
-    rest = path_below(base, target)
-    return target if rest is None else base + rest
-
-
 def is_base(base: str, target: str) -> bool:
     """Whether a target is the base itself, with or without a slash at its end."""
     return path_below(base, target.partition("?")[0]) in ("", "/")
@@ -3078,8 +3069,8 @@ def unexpected_tls(route: Route) -> ProxyError:
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
 _NO_REFERRER = ("Referrer-Policy", "no-referrer")
-# A path, but not "//host".  No backslashes: browsers read them as slashes.
-_LOCAL_TARGET = re.compile(r'/(?![/\\])[!"$-\[\]-~\x80-\xff]*')
+# A path, but not "//host".  No backslashes: browsers read them as slashes, except in a query.
+_LOCAL_TARGET = re.compile(r'/(?!/)[!"$->@-\[\]-~\x80-\xff]*(?:\?[!"$-~\x80-\xff]*)?')
 # All real hosts have this form, and it is safe to paste into a shell.
 _PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
 # The host may be a pattern.
@@ -3197,13 +3188,12 @@ class Gate:
         The redirect removes the token from the address bar and from later Referer fields.  cookies:
         returns Set-Cookie fields for the redirect.
         """
-        clean = self.strip_query(request.target)
-        if clean == request.target or not request.is_page_visit:
-            return
-        if not request.client.app_port:
-            clean = respell_base(self.config.base, clean)
-        location = "/." + clean if _OTHER_HOST.match(clean) else clean  # "//" starts a host
-        raise ProxyError(302, "Signed in.", (("Location", location),) + cookies())
+        target = public_target(request)
+        clean = self.strip_query(target)
+        if clean != target and request.is_page_visit:
+            base = "" if request.client.app_port else self.config.base
+            location = ("Location", local_target(base, clean))
+            raise ProxyError(302, "Signed in.", (location,) + cookies())
 
     def check_origin(self, request: Request) -> None:
         """Raise ProxyError 403 for a request that a page of another origin caused.
@@ -3374,8 +3364,7 @@ class TokenGate(Gate):
             text = "A WebSocket needs a signed-in browser, or the proxy's token."
             raise ProxyError(403, (wrong + " " + text).lstrip())
         if request.is_page_visit:
-            prefix = request.route.prefix if request.route and request.is_unprefixed else ""
-            raise self._sign_in_needed(wrong, prefix + request.target, request.client)
+            raise self._sign_in_needed(wrong, public_target(request), request.client)
         text = "Sign in with a browser, or send the proxy's token as 'Authorization: token TOKEN'."
         raise ProxyError(401, (wrong + " " + text).lstrip(), CHALLENGE)
 
@@ -3397,9 +3386,7 @@ class TokenGate(Gate):
     async def _sign_in(self, form: bytes, client: ClientInfo) -> None:
         """Raise the redirect to the page `next` of the sign-in form, or the sign-in page again."""
         sent = dict(parse_qsl(form.decode("latin-1")))
-        target = sent.get("next", "")
-        if not _LOCAL_TARGET.fullmatch(target) or path_below(self.config.base, target) is None:
-            target = self.config.base + "/"
+        target = local_target(self.config.base, sent.get("next", ""))
         if not self.owns_token(sent.get("token", "").strip()):
             raise self._sign_in_needed(await self._note_wrong_token(client), target, client)
         raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(client)))
@@ -3408,7 +3395,7 @@ class TokenGate(Gate):
         """The sign-in page; without a form at an app's host, whose pages could read the token."""
         base = self.config.base
         if not client.app_port:
-            return SignInNeeded(detail, respell_base(base, target), base + "/")
+            return SignInNeeded(detail, target, base + "/")
         return SignInNeeded(detail, "%s?open=%d" % (ports_url(client, base), client.app_port), "")
 
     # Apps at hosts of their own.
@@ -3435,6 +3422,22 @@ class TokenGate(Gate):
             return self._sign_in_needed(detail, "/", client)
         fields = (("Location", "/"), _NO_REFERRER, self._new_cookie(client))
         return ProxyError(303, "Signed in.", fields)
+
+
+def public_target(request: Request) -> str:
+    """The target of a request, with the prefix of its app also if the request is unprefixed."""
+    route = request.route
+    return route.prefix + request.path + request.query if route else request.target
+
+
+def local_target(base: str, target: str) -> str:
+    """The path of a redirect to `target`; the base itself if `target` is not below the base.
+
+    The base is spelled as in `base`, because browsers compare cookie paths without decoding.
+    """
+    rest = path_below(base, target) or "/"
+    location = base + (rest if rest[0] == "/" else "/" + rest)
+    return location if _LOCAL_TARGET.fullmatch(location) else base + "/"
 
 
 def normal_origin(origin: str) -> str:
@@ -3800,10 +3803,8 @@ class HubGate(Gate):
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
         """The redirect to the Hub, which redirects back to `_end_login`."""
         state = secrets.token_urlsafe(32)
-        path, mark, query = target.partition("?")
-        # Browsers do not decode paths to match a cookie's Path: spell the prefix as in the cookie.
-        target = self.hub.prefix + (path_below(self.hub.prefix, path) or "/") + mark + query
-        if not _LOCAL_TARGET.fullmatch(target) or len(quote(target)) > _MAX_LOGIN_TARGET:
+        target = local_target(self.hub.prefix, target)
+        if len(quote(target)) > _MAX_LOGIN_TARGET:
             target = self.hub.prefix + "/"
         login = "%d.%s" % (now() + _LOGIN_SECONDS, quote(target))
         value = "%s.%s" % (login, sign(self._key, "login " + state, login))

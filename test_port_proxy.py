@@ -2602,8 +2602,15 @@ class TestToken:
         """Browsers compare it undecoded.  An app at a host of its own has no base."""
         gate = gate_with(token=TOKEN, base="/ana%2Btest")
         visits = ("/ana+test/80/a?b", "/an%61+test/80/a?b", "/ana%2Btest/80/a?b")
+
+        def sign_in(target):
+            async def read_form():
+                return urlencode({"token": TOKEN, "next": target}).encode()
+
+            return outcomes(lambda one: gate.respond(one, read_form), asked_for("/ana+test/", method="POST", gate=gate))
+
         for error, _ in [decision(gate, request("GET", target, *VISIT)) for target in visits]:
-            assert error.target == "/ana%2Btest/80/a?b"
+            assert dict(sign_in(error.target)[0][0].fields)["Location"] == "/ana%2Btest/80/a?b"
         for target in visits:
             error, _ = decision(gate, request("GET", "%s&token=%s" % (target, TOKEN), *VISIT))
             assert dict(error.fields)["Location"] == "/ana%2Btest/80/a?b"
@@ -2824,7 +2831,7 @@ class TestSignInAtAHost:
             assert (status_of(answer), cookies_set(answer), b"has expired" in answer[2]) == (401, [], True)
 
     def test_token_in_the_address_signs_in(self, visit, app, host):
-        for target, location in (("/a?token=%s&b", "/a?b"), ("//evil.example/?token=%s", "/.//evil.example/")):
+        for target, location in (("/a?token=%s&b", "/a?b"), ("//evil.example/?token=%s", "/")):
             answer = visit(host, target % TOKEN)
             assert result_of(answer) == (302, location)
             assert "; Path=/;" in fields_of(answer)["set-cookie"]
