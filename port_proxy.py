@@ -1233,8 +1233,8 @@ class Connection(asyncio.StreamReaderProtocol):
     __slots__ = (
         "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
         "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "read_timeout",
-        "reader", "scheme", "state", "task", "transport", "unread", "watcher", "write_deadline",
-        "writer",
+        "reader", "scheme", "served", "state", "task", "transport", "unread", "watcher",
+        "write_deadline", "writer",
     )  # fmt: skip
 
     def __init__(
@@ -1249,6 +1249,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.is_admitted = on_accept is None
         self.failure = None  # type: Optional[BaseException]
         self.watcher = None  # type: Optional[Callable[[Connection], None]]
+        self.served = None  # type: Any  # see `close_ended_sessions`
         self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
         self.read_deadline = self.write_deadline = self.read_timeout = FOREVER
         self.state = ACTIVE
@@ -3064,7 +3065,7 @@ def unexpected_tls(route: Route) -> ProxyError:
 # A gate admits or refuses each request before an upstream is contacted, whatever its method.
 # `authorize` returns, or raises the ProxyError to respond with.  A gate also removes our own
 # credentials from requests to apps.  `TokenGate` protects a proxy that stands alone; JupyterHub and
-# Jupyter have gates of their own below.  `SessionWatch` ends the connections of ended sessions.
+# Jupyter have gates of their own below.  Connections of ended sessions are closed.
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
@@ -3123,7 +3124,7 @@ class Gate:
         raise NotImplementedError
 
     async def has_access(self, request: Request) -> bool:
-        """Whether the session of an admitted request still exists; see SessionWatch."""
+        """Whether the session of an admitted request still exists; see `close_ended_sessions`."""
         try:
             await self.authorize(request)
         except ProxyError as error:
@@ -3226,37 +3227,21 @@ class Gate:
         return advice
 
 
-class SessionWatch:
-    """Closes the connections of ended sessions: their tunnels, downloads and event streams."""
+async def close_ended_sessions(deadlines: Deadlines) -> None:
+    """Abort the tunnels, downloads and event streams of ended sessions, until it is cancelled.
 
-    def __init__(self, deadlines: Deadlines) -> None:
-        self.deadlines = deadlines
-        self._served = {}  # type: Dict[Any, Tuple[Gate, Request]]  # by connection
-        self._task = None  # type: Optional[asyncio.Task[None]]
-
-    def note(self, connection: Any, gate: Gate, request: Optional[Request]) -> None:
-        """Record the request that a connection or tunnel serves now, or None."""
-        self._served.pop(connection, None)
-        if request is not None and gate.sessions_can_end:
-            self._served[connection] = gate, request
-            self._task = self._task or self.deadlines.loop.create_task(self._run())
-
-    async def _run(self) -> None:
-        while self._served:
-            await asyncio.sleep(_RECHECK_SECONDS)
-            connections = self.deadlines.connections  # ended tunnels are not in it
-            self._served = {key: self._served[key] for key in self._served if key in connections}
-            for connection, served in list(self._served.items()):
-                gate, request = served
-                has_ended = not await gate.has_access(request)
-                if has_ended and self._served.get(connection) is served:
-                    logger.info("%s: closed, its session has ended", request.client.address)
-                    connection.abort()
-        self._task = None
-
-    async def close(self) -> None:
-        if self._task is not None:
-            await cancel([self._task])
+    The attribute `served` of a connection or tunnel is the request that it serves now, with its
+    gate, if that gate's sessions can end.
+    """
+    while True:
+        await asyncio.sleep(_RECHECK_SECONDS)
+        for connection in list(deadlines.connections):
+            served = connection.served
+            if served is None or await served[0].has_access(served[1]):
+                continue
+            if connection.served is served and connection in deadlines.connections:
+                logger.info("%s: closed, its session has ended", served[1].client.address)
+                connection.abort()
 
 
 class TokenGate(Gate):
@@ -4017,7 +4002,7 @@ class Exchange:
         try:
             watcher = self.client.watcher = functools.partial(self._on_client_end, upstream)
             watcher(self.client)  # it may have ended already
-            self.proxy.sessions.note(self.client, self.gate, self.request)
+            self.client.served = self._watched()
             upstream.write_deadline = now() + self.config.stall_timeout
             upstream.write(data)
             if not self.body.finished:
@@ -4035,7 +4020,7 @@ class Exchange:
             raise await self._explain(error, upstream)
         finally:
             self.client.watcher = None
-            self.proxy.sessions.note(self.client, self.gate, None)
+            self.client.served = None
             if self._sender is not None:
                 await self._stop_sending(self._sender)
             if is_reusable and self.body.finished and self.request.route is not None:
@@ -4158,7 +4143,10 @@ class Exchange:
         self.client.write(self._response_head(response, NO_BODY))
         await self.client.drain(timeout)
         self.tunnel = await open_tunnel(self.client, upstream, timeout, self.proxy.tunnels)
-        self.proxy.sessions.note(self.tunnel, self.gate, self.request)
+        self.tunnel.served = self._watched()
+
+    def _watched(self) -> Optional[Tuple[Gate, Request]]:
+        return (self.gate, self.request) if self.gate.sessions_can_end else None
 
     # Failures.
 
@@ -4287,8 +4275,8 @@ class TunnelEnd(asyncio.Protocol):
     """
 
     __slots__ = (
-        "deadline", "deadlines", "ended", "is_lost", "peer", "received", "timeout", "transport",
-        "tunnels", "write",
+        "deadline", "deadlines", "ended", "is_lost", "peer", "received", "served", "timeout",
+        "transport", "tunnels", "write",
     )  # fmt: skip
     peer: "TunnelEnd"  # set by `open_tunnel`
 
@@ -4302,6 +4290,7 @@ class TunnelEnd(asyncio.Protocol):
         self.tunnels = tunnels
         self.deadline = FOREVER
         self.received = 0
+        self.served = None  # type: Optional[Tuple[Gate, Request]]
         self.ended = self.is_lost = False
 
     def data_received(self, data: bytes) -> None:
@@ -4444,7 +4433,7 @@ class PortProxy:
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         self.is_running = True
         self.deadlines = Deadlines(loop, _tick_interval(self.config))
-        self.sessions = SessionWatch(self.deadlines)
+        self._session_watch = loop.create_task(close_ended_sessions(self.deadlines))
         self.gate = (
             HubGate(self.config, self.deadlines)
             if self.config.hub
@@ -4526,7 +4515,7 @@ class PortProxy:
             await asyncio.wait(tasks, timeout=self.config.shutdown_timeout)
         await cancel(tasks)
         self.upstreams.close()
-        await self.sessions.close()
+        await cancel([self._session_watch])
         await self.gate.close()
         # Tunnels have the rest of the time to send queued data, other connections one second.
         left = until - now() if self.tunnels else 0.0

@@ -7335,29 +7335,29 @@ class TestJupyterExtension:
     def test_connection_of_an_ended_hub_session_is_closed(self, sessions, is_closed):
         """Jupyter is asked with a new handler each time.  While the Hub does not answer, the connection stays."""
         gate, answers, connection = self.gate(self.hub_auth()), list(sessions), Mock()
+        connection.served = gate, parsed(request("GET", "/proxy/1/", *HANDSHAKE))
         gate.handler, gate.sessions_can_end = Mock(application=None, request=None), True
 
         async def get_user(handler):
             assert handler is not gate.handler
             answer = answers.pop(0)
             if answer == "left":
-                watch.note(connection, gate, None)
+                connection.served = None
             elif answer == "tunnel ended":
-                connection.deadlines.connections.clear()
+                connections.clear()
             elif isinstance(answer, Exception):
                 raise answer
             return answer or None
 
         async def serve():
-            watch.note(connection, gate, parsed(request("GET", "/proxy/1/", *HANDSHAKE)))
+            watch = loop.create_task(port_proxy.close_ended_sessions(argparse.Namespace(connections=connections)))
             for _ in range(100):
                 await asyncio.sleep(1)
-            await watch.close()
+            await port_proxy.cancel([watch])
 
-        gate.provider.get_user = get_user
+        gate.provider.get_user, connections = get_user, {connection}
+        connection.abort.side_effect = connections.clear
         with contextlib.closing(Hasty()) as loop:
-            connection.deadlines = argparse.Namespace(loop=loop, connections={connection})
-            watch = port_proxy.SessionWatch(connection.deadlines)
             loop.run_until_complete(serve())
         assert (answers, connection.abort.call_count) == ([], is_closed)
 
