@@ -5018,13 +5018,12 @@ def _tick_interval(config: Config) -> float:
 # --------------------------------------------------------------------------------------------------
 # Inside a running Jupyter server, a Tornado handler serves `<base>/proxy/`.  Jupyter authenticates
 # each request; then the handler detaches Tornado's stream for one exchange, and returns it.
-# `TornadoTransport` is an asyncio transport on a Tornado stream.  It reads only on demand, because
-# the bytes of the next request cannot be given back.
+# `TornadoTransport` is an asyncio transport on a Tornado stream.  A LentConnection reads only on
+# demand, because the bytes of the next request cannot be given back.
 
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _XSRF = "_xsrf"
 _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
-_PULL_BYTES = _MAX_UNREAD  # so that the connection does not pause
 _HANG_UP = getattr(select, "POLLRDHUP", 0)  # EOF of the peer, even after unread data; Linux only
 
 
@@ -5033,8 +5032,12 @@ class LentConnection(Connection):
 
     async def read(self) -> bytes:
         if not self.buffer and not self.unread:
-            self.transport.pull()
+            self.transport.resume_reading()
         return await super().read()
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.pause_reading()
+        super().data_received(data)
 
     def can_carry_more(self) -> bool:
         """Unused bytes could not be given back to Tornado."""
@@ -5047,58 +5050,46 @@ class LentConnection(Connection):
 
 
 class TornadoTransport(asyncio.Transport):
-    """A transport on a Tornado stream, over TCP or TLS.
-
-    It reads when `pull` is called.  After `set_protocol`, for a tunnel, it reads continuously.
-    """
+    """A transport on a Tornado stream, over TCP or TLS.  It reads after `resume_reading`."""
 
     def __init__(self, stream: Any, address: Any, connection: Connection) -> None:
         context = getattr(stream.socket, "context", None)
         super().__init__({"socket": stream.socket, "peername": address, "sslcontext": context})
         self._stream = stream
         self._loop = connection.deadlines.loop
-        self._protocol = connection  # type: Any
         self._queued = 0  # bytes that Tornado has not sent yet
-        self._reading = None  # type: Optional[asyncio.Task[None]]
-        self._is_continuous = self._is_closing = self._is_lost = False
+        self._reader = None  # type: Optional[asyncio.Task[None]]
+        self._is_paused = self._is_closing = False
         stream.set_nodelay(True)  # as asyncio does: small writes are not held back
         stream.set_close_callback(self.resume_reading)  # reads the rest, then `connection_lost`
+        self._protocol = connection  # type: Any
         connection.connection_made(self)
-
-    # Reading.
-
-    def pull(self) -> None:
-        """Read the next bytes for the protocol's `data_received`."""
-        if not self.is_reading() and not self._is_lost:
-            self._reading = self._loop.create_task(self._read())
-
-    async def _read(self) -> None:
-        with contextlib.suppress(OSError):  # StreamClosedError
-            while True:
-                data = await self._stream.read_bytes(_PULL_BYTES, partial=True)
-                if not self._is_closing:
-                    self._protocol.data_received(data)
-                    if not self._is_continuous:
-                        return
-                await asyncio.sleep(0)  # yield to other connections
-        self._is_lost = self._is_closing = True
-        self._protocol.connection_lost(self._stream.error)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = protocol
         self.resume_reading()
 
     def is_reading(self) -> bool:
-        return self._reading is not None and not self._reading.done()
+        return self._reader is not None and not self._reader.done()
 
     def pause_reading(self) -> None:
-        self._is_continuous = False
+        self._is_paused = True
 
     def resume_reading(self) -> None:
-        self._is_continuous = True
-        self.pull()
+        self._is_paused = False
+        if not self.is_reading():
+            self._reader = self._loop.create_task(self._read())
 
-    # Writing.
+    async def _read(self) -> None:
+        try:
+            while not self._is_paused or self._stream.closed():
+                await asyncio.sleep(0)  # yield to other connections
+                data = await self._stream.read_bytes(_MAX_UNREAD, partial=True)
+                if not self._is_closing:
+                    self._protocol.data_received(data)
+        except OSError:  # StreamClosedError
+            self._is_closing = True
+            self._protocol.connection_lost(self._stream.error)
 
     def write(self, data: Union[bytes, bytearray, memoryview]) -> None:
         if not data or self._is_closing or self._stream.closed():  # the close callback follows
@@ -5123,8 +5114,6 @@ class TornadoTransport(asyncio.Transport):
     def can_write_eof(self) -> bool:
         return False  # Tornado has no half-close
 
-    # Ending.
-
     def is_closing(self) -> bool:
         return self._is_closing
 
@@ -5138,16 +5127,11 @@ class TornadoTransport(asyncio.Transport):
         self._stream.close()
 
 
-# Like `COMMAND_LINE_TERMS`.  Allowed origins are an option of Jupyter itself.
-_JUPYTER_TERMS = {field: "c.PortProxy." + field for field in OPTIONS}
-_JUPYTER_TERMS.update(
-    Start="Set",
-    start="set",
-    value="= ['%s']",
-    allow_origins="c.ServerApp.allow_origin",
-    any_owner="c.PortProxy.any_owner = True",
-    insecure_upstream="c.PortProxy.insecure_upstream = True",
-)
+_JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
+    field: "c.PortProxy.%s%s" % (field, " = True" if option.kind is SWITCH else "")
+    for field, option in OPTIONS.items()
+}
+_JUPYTER_TERMS.update(Start="Set", start="set", value="= ['%s']")
 
 
 class JupyterGate(Gate):
@@ -5158,7 +5142,7 @@ class JupyterGate(Gate):
     """
 
     terms = _JUPYTER_TERMS
-    other_cookies = (_HUB_COOKIES,)
+    other_cookies = (_HUB_COOKIES, _JUPYTER_COOKIES)
 
     def __init__(self, config: Config, handler: Any) -> None:
         super().__init__(config)
@@ -5167,10 +5151,9 @@ class JupyterGate(Gate):
         provider = self.provider = handler.settings.get("identity_provider") or handler
         self.hub_auth = getattr(provider, "hub_auth", None)  # type: Any
         self.sessions_can_end = self.hub_auth is not None and hasattr(provider, "get_user")
-        self.tokens = [handler.token] if handler.token else []
-        if handler.token_authenticated and self.hub_auth is None:  # by the request's token
-            token = provider.get_token(handler) if hasattr(provider, "get_token") else None
-            self.tokens += [str(token)] if token else []
+        self.tokens = {handler.token} - {""}
+        if handler.token_authenticated and not self.hub_auth and hasattr(provider, "get_token"):
+            self.tokens.add(provider.get_token(handler))
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
         self.cookie_name = get_name(handler)
 
@@ -5178,14 +5161,18 @@ class JupyterGate(Gate):
         if self.hub_auth is not None:
             await self._find_hub_tokens(request)
         self.redirect_without_token(request, self.response_fields)
-        if self.handler.token_authenticated:  # a foreign page has no token to send
+        handler = self.handler
+        if handler.token_authenticated:  # a foreign page has no token to send
             return
         # Jupyter's settings decide, except for OPTIONS: Jupyter allows all OPTIONS requests.
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
-        allowed = has_origin and self.handler.check_origin()
-        if allowed and request.method not in _SAFE and self._allows_any_origin():
+        allowed = has_origin and handler.check_origin()
+        is_named = handler.allow_origin not in ("", "*")
+        if request.method not in _SAFE and not (
+            is_named or handler.settings.get("disable_check_xsrf")
+        ):
             # Jupyter's own handlers require the XSRF token here, which pages of apps do not have.
-            allowed = "same-origin" in request.headers.get_all("sec-fetch-site")
+            allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
             self.check_origin(request)
 
@@ -5194,59 +5181,48 @@ class JupyterGate(Gate):
 
         The Hub's client caches responses, too (HubOAuth.cache_max_age).
         """
+        handler = type(self.handler)(self.handler.application, self.handler.request)
         try:
-            handler = type(self.handler)(self.handler.application, self.handler.request)
-            return await self.provider.get_user(handler) is not None
-        except asyncio.CancelledError:  # an Exception before Python 3.8
-            raise
-        except Exception as error:  # no response: the next check tries again
-            logger.warning("no valid response from the Hub: %s", type(error).__name__)
+            return await self._from_hub(self.provider.get_user(handler)) is not None
+        except ProxyError:  # no response: the next check tries again
             return True
 
     async def _find_hub_tokens(self, request: Request) -> None:
         """Add the request's tokens of the Hub to `tokens`; the Hub's client caches lookups."""
+        session = self.hub_auth.get_session_id(self.handler)
         for token in filter(_HUB_TOKEN.fullmatch, all_tokens(request)):
             try:
-                session = self.hub_auth.get_session_id(self.handler)
-                user = await self.hub_auth.user_for_token(token, session_id=session, sync=False)
+                user = self.hub_auth.user_for_token(token, session_id=session, sync=False)
             except TypeError:  # before JupyterHub 2.4, whose call would block
                 return
-            except Exception as error:  # of Tornado or of the connection to the Hub
-                logger.warning("no valid response from the Hub: %s", type(error).__name__)
-                text = "The Hub, which checks tokens, does not respond."
-                raise ProxyError(503, text, _RETRY_SOON)
-            if user:
-                self.tokens.append(token)
+            if await self._from_hub(user):
+                self.tokens.add(token)
 
-    def _allows_any_origin(self) -> bool:
-        """Whether Jupyter allows requests of any origin, but requires its XSRF token with them."""
-        handler = self.handler
-        if handler.settings.get("disable_check_xsrf"):
-            return False
-        pattern = handler.allow_origin_pat
-        others = ("http://any.invalid", "https://any.invalid")
-        matches_any = pattern and any(re.match(pattern, origin) for origin in others)
-        return handler.allow_origin == "*" or bool(matches_any)
+    async def _from_hub(self, response: Awaitable[Any]) -> Any:
+        """The response to a call of the Hub's client; ProxyError 503 without one."""
+        try:
+            return await response
+        except asyncio.CancelledError:  # an Exception before Python 3.8
+            raise
+        except Exception as error:  # of Tornado or of the connection to the Hub
+            logger.warning("no valid response from the Hub: %s", type(error).__name__)
+            text = "The Hub, which checks tokens, does not respond."
+            raise ProxyError(503, text, _RETRY_SOON)
 
     def owns_token(self, token: str) -> bool:
         read = re.sub("[\x00-\x08\x0e-\x1f+]", " ", token).strip()  # as Jupyter reads it
-        return any(
-            hmac.compare_digest(candidate.encode(), own.encode())
-            for candidate in (token, read)
-            for own in self.tokens
-        )
+        # Not in constant time: Jupyter has authenticated the request.
+        return not self.tokens.isdisjoint((token, read))
 
     def owns_cookie(self, name: str, route: Optional[Route]) -> bool:
-        if name.startswith(_JUPYTER_COOKIES) and name != self.cookie_name:
-            # The app may be a Jupyter server, with a cookie of its own.
-            authority = route.authority if route else ""
-            return name != _JUPYTER_COOKIES + re.sub("[^A-Za-z0-9]", "-", authority)
-        return super().owns_cookie(name, route)
+        # The app may be a Jupyter server, with a cookie of its own.
+        authority = route.authority if route else ""
+        is_apps_own = name == _JUPYTER_COOKIES + re.sub("[^A-Za-z0-9]", "-", authority)
+        return name == self.cookie_name or (not is_apps_own and super().owns_cookie(name, route))
 
     def origin_advice(self, origin: str) -> str:
-        if not origin or self._allows_any_origin():  # an option would not help
-            return "A program can send this request with a Jupyter token."
-        return super().origin_advice(origin).replace("{value}", "= '%s'" % origin)  # not a list
+        program = "A program can send this request with a Jupyter token."
+        return super().origin_advice(origin) if origin else program
 
     def response_fields(self) -> Fields:
         """The cookies that Jupyter sets with this response."""
@@ -5266,46 +5242,27 @@ class JupyterGate(Gate):
         return super().strip_cookies(";".join(pairs), route)
 
 
-async def _serve_handler(handler: Any, server: Any, proxy: "PortProxy") -> None:
-    """Serve the request of a Tornado handler, which Jupyter has authenticated."""
-    gate = JupyterGate(proxy.config, handler)
-    if handler.parsed.is_page_visit:
-        handler.xsrf_token  # noqa: B018  reading it sets its cookie
-    if not proxy.is_running:  # not started yet: the event loop was not running
-        await proxy.start([], [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)])
-    proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
-    connection = LentConnection(proxy.deadlines)
-    address = handler.request.connection.context.address
-    stream = handler.detach()
-    if stream.closed():  # the client has left
-        return
-    transport = TornadoTransport(stream, address, connection)
-    if not await proxy.serve_one(connection, handler.request_head, gate):
-        return
-    if transport.is_reading() or transport.is_closing():
-        connection.close()
-        return
-    connection.deadlines.connections.discard(connection)
-    stream.set_close_callback(None)
-    server.http_server.handle_stream(stream, address)
-
-
-def _note_activity(settings: Dict[str, Any]) -> None:
-    from datetime import datetime, timezone
-
-    settings["api_last_activity"] = datetime.now(timezone.utc)
-
-
 def _handler_class(server: Any, proxy: "PortProxy") -> Any:
     """The class of the Tornado handlers for `<base>/proxy/`."""
+    from datetime import datetime, timezone
+
     from jupyter_server.base.handlers import JupyterHandler
     from jupyter_server.utils import ensure_async
     from tornado import web
 
+    def note_activity() -> None:
+        server.web_app.settings["api_last_activity"] = datetime.now(timezone.utc)
+
     @web.stream_request_body
     class PortProxyHandler(JupyterHandler):  # type: ignore[misc]
+        is_page_visit = False
+
         def initialize(self) -> None:
-            self.SUPPORTED_METHODS = (self.request.method,)  # any method
+            method = self.request.method
+            if _PLAIN_METHOD.fullmatch(method):  # Jupyter reads the attribute of this name
+                self.SUPPORTED_METHODS = (method,)
+                if not hasattr(self, method.lower()):  # Jupyter reads it, but does not call it
+                    setattr(self, method.lower(), None)
 
         def set_default_headers(self) -> None:
             super().set_default_headers()
@@ -5319,26 +5276,16 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
             """Drop the body of a request that was refused."""
 
         def get_login_url(self) -> str:
-            if not self.parsed.is_page_visit:
+            if not self.is_page_visit:
                 raise web.HTTPError(403, "Sign in first.")
             return str(super().get_login_url())
 
         async def prepare(self) -> None:
-            method, uri = self.request.method, self.request.uri
-            lines = ["%s %s %s" % (method, uri, self.request.version)]
+            lines = ["%s %s %s" % (self.request.method, self.request.uri, self.request.version)]
             lines += ["%s: %s" % field for field in self.request.headers.get_all()]
-            self.request_head = serialise(lines, NO_BODY)  # restored for our stricter parser
-            try:
-                if not _PLAIN_METHOD.fullmatch(method):  # Jupyter reads the attribute of this name
-                    raise ProxyError(405, "The method must consist of capital letters.")
-                self.parsed = parse_request(self.request_head, "", "http", proxy.config)
-            except ProxyError as error:
-                self.set_status(error.status)
-                self.set_header("Content-Type", "text/plain; charset=utf-8")
-                self.finish(error.detail + "\n")
-                return
-            if not hasattr(self, method.lower()):  # Jupyter reads it, but does not call it
-                setattr(self, method.lower(), None)
+            head = serialise(lines, NO_BODY)  # restored for our stricter parser
+            with contextlib.suppress(ProxyError):  # `serve_one` responds with it
+                self.is_page_visit = parse_request(head, "", "http", proxy.config).is_page_visit
             await ensure_async(super().prepare())
             if not self._finished:
                 web.authenticated(lambda handler: None)(self)  # `prepare` may not require a user
@@ -5350,7 +5297,31 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 allowed = authorizer.is_authorized(self, user, "execute", "proxy")
                 if not await ensure_async(allowed):
                     raise web.HTTPError(403)
-            await _serve_handler(self, server, proxy)
+            await self.serve(head)
+
+        async def serve(self, head: bytes) -> None:
+            """Serve the request, which Jupyter has authenticated."""
+            gate = JupyterGate(proxy.config, self)
+            if self.is_page_visit:
+                self.xsrf_token  # noqa: B018  reading it sets its cookie
+            if not proxy.is_running:  # not started yet: the event loop was not running
+                own = [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)]
+                await proxy.start([], own)
+            proxy.deadlines.on_activity = note_activity
+            connection = LentConnection(proxy.deadlines)
+            address = self.request.connection.context.address
+            stream = self.detach()
+            if stream.closed():  # the client has left
+                return
+            transport = TornadoTransport(stream, address, connection)
+            if not await proxy.serve_one(connection, head, gate):
+                return
+            if transport.is_reading() or transport.is_closing():
+                connection.close()
+                return
+            connection.deadlines.connections.discard(connection)
+            stream.set_close_callback(None)
+            server.http_server.handle_stream(stream, address)
 
     return PortProxyHandler
 

@@ -7365,7 +7365,7 @@ class TestJupyterExtension:
         ({"allow_origin": "*"}, False), ({"allow_origin": "*", "disable_check_xsrf": True}, True),
         ({"allow_origin_pat": ".*"}, False), ({"allow_origin_pat": "https?://.*"}, False),
         ({"allow_origin_pat": "http://.*"}, False),
-        ({"allow_origin_pat": r"https://.*\.example"}, True), ({"allow_origin": "https://a.example"}, True),
+        ({"allow_origin_pat": r"https://.*\.example"}, False), ({"allow_origin": "https://a.example"}, True),
     ])  # fmt: skip
     def test_origin_that_jupyter_allows_is_allowed(self, background, attributes, may_post):
         """If Jupyter allows any origin, its own handlers still require the XSRF token.  A request that changes
@@ -7521,7 +7521,7 @@ class TestJupyter:
     def test_other_sites_are_refused(self, target, visitor):
         """The refusal names options of Jupyter."""
         own = "%s://127.0.0.1:%d" % ("https" if visitor.context else "http", visitor.port)
-        advice = "Set c.ServerApp.allow_origin = 'https://xn--e1afmkfd.example' to allow it.\n"
+        advice = "Set c.PortProxy.allow_origins = ['https://xn--e1afmkfd.example'] to allow it.\n"
         for method, lines, status, says in (
             ("POST", ("Origin: https://xn--e1afmkfd.example",), 403, advice),
             ("POST", (FOREIGN,), 200 if visitor.context else 403, ""),  # as Jupyter itself is configured
