@@ -5228,13 +5228,13 @@ class Short(Exception):
 
 
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = rb"(" + NAME + rb") ([!-\"$-~\x80-\xff]+) HTTP/1\.([01])"
+STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?"
+GAP = rb"[ \t]*"  # white space that is accepted before a colon and behind a chunk size, in responses alone
 
 
-def reference_head(raw, start_line, gap=rb""):
-    """(match of the start line, values by lower-case name, the bytes behind the head).
-
-    gap: white space that is accepted before a colon and behind a chunk size, in responses alone.
-    """
+def reference_head(raw, start_line, gap=b""):
+    """(groups of the start line, values by lower-case name, the bytes behind the head)."""
     head, end, rest = raw.partition(b"\r\n\r\n")
     if not end:
         raise Short
@@ -5243,16 +5243,16 @@ def reference_head(raw, start_line, gap=rb""):
     fields = [re.match(rb"(" + NAME + rb")" + gap + rb":[ \t]*([\t -~\x80-\xff]*?)[ \t]*\Z", line) for line in lines]
     if not start or not all(fields):
         raise Wrong
-    named = {}
+    named = collections.defaultdict(list)
     for field in fields:
-        named.setdefault(field.group(1).lower(), []).append(field.group(2))
-    return start, named, rest
+        named[field.group(1).lower()].append(field.group(2))
+    return start.groups(), named, rest
 
 
-def reference_body(raw, named, version, gap=rb""):
-    """(the body, what is behind it) as the fields frame it; (None, raw) where they do not."""
-    lengths = {one.strip() for value in named.get(b"content-length", []) for one in value.split(b",")}
-    codings = [coding.lower() for coding in named.get(b"transfer-encoding", [])]
+def reference_body(raw, named, version, gap=b""):
+    """(the body, what is behind it) as the fields frame it; (None, raw) if they do not."""
+    lengths = {one.strip() for value in named[b"content-length"] for one in value.split(b",")}
+    codings = [coding.lower() for coding in named[b"transfer-encoding"]]
     if codings and (lengths or version == b"0" or codings != [b"chunked"]):
         raise Wrong
     if len(lengths) > 1 or not all(re.match(rb"[0-9]{1,18}\Z", length) for length in lengths):
@@ -5268,20 +5268,18 @@ def reference_body(raw, named, version, gap=rb""):
 
 
 def reference_chunks(raw, gap):
-    body = b""
-    while True:
+    body, size = b"", 1
+    while size:
         line, end, rest = raw.partition(b"\r\n")
         match = re.match(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\r\n]*)?" + gap + rb"\Z", line)
         if not end or not match:
             raise Wrong if end else Short
         raw, size = rest, int(match.group(1), 16)
-        if not size:
-            break
-        if len(raw) < size + 2:
+        if size and len(raw) < size + 2:
             raise Short
-        if raw[size : size + 2] != b"\r\n":
+        if size and raw[size : size + 2] != b"\r\n":
             raise Wrong
-        body, raw = body + raw[:size], raw[size + 2 :]
+        body, raw = body + raw[:size], raw[size + 2 * bool(size) :]
     trailers = re.match(rb"(?:" + NAME + rb":[\t -~\x80-\xff]*\r\n)*\r\n", raw)
     if not trailers:
         raise Wrong if b"\r\n\r\n" in b"\r\n" + raw else Short
@@ -5290,9 +5288,8 @@ def reference_chunks(raw, gap):
 
 def reference_request(raw):
     """(method, target, the body or None if it is not whole, Short or Wrong or what is behind it) of a valid head."""
-    start, named, raw = reference_head(raw, rb"(" + NAME + rb") ([!-\"$-~\x80-\xff]+) HTTP/1\.([01])")
-    method, target, version = start.groups()
-    if len(named.get(b"host", [])) not in ((1,) if version == b"1" else (0, 1)):
+    (method, target, version), named, raw = reference_head(raw, REQUEST_LINE)
+    if len(named[b"host"]) not in ((1,) if version == b"1" else (0, 1)):
         raise Wrong
     try:
         body, rest = reference_body(raw, named, version)
@@ -5302,167 +5299,69 @@ def reference_request(raw):
 
 
 def reference_requests(raw):
-    """The requests in a byte stream: ([(method, target, body)], begun, end).
+    """The requests in a byte stream: ([(method, target, body)], end).
 
-    begun: method and target of a request whose head is valid and whose body is not whole, or None.  end: None if the
-    stream ends with a message, else Short or Wrong.
+    The last body is None if the head alone is whole and valid.  end: None if the stream ends with a message, else Short
+    or Wrong.
     """
     found = []
     while True:
-        for _ in range(2):
-            if raw.startswith(b"\r\n"):
-                raw = raw[2:]
+        raw = re.sub(rb"\A(\r\n){1,2}", b"", raw)
         if not raw:
-            return found, None, None
+            return found, None
         try:
-            method, target, body, raw = reference_request(raw)
+            *request, raw = reference_request(raw)
         except (Short, Wrong) as error:
-            return found, None, type(error)
-        if body is None:
-            return found, (method, target), raw
-        found.append((method, target, body))
+            return found, type(error)
+        found.append(tuple(request))
+        if not isinstance(raw, bytes):
+            return found, raw
 
 
 def reference_response(raw, method, is_upgrade, has_ended):
     """(status, body) of the final response in a byte stream, or Short or Wrong."""
-    gap = rb"[ \t]*"
     try:
-        while True:
-            line = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?"
-            start, named, raw = reference_head(raw, line, gap)
-            status = int(start.group(2))
-            if status >= 200 or status == 101:
-                break
-        if status == 101:
+        status = b"100"
+        while status < b"200" and status != b"101":
+            (version, status), named, raw = reference_head(raw, STATUS_LINE, GAP)
+        if status == b"101":
             return (101, b"") if is_upgrade else Wrong
-        if method == b"HEAD" or status in (204, 304):
-            return status, b""
-        body, _ = reference_body(raw, named, start.group(1), gap)
+        if method == b"HEAD" or status in (b"204", b"304"):
+            return int(status), b""
+        body, _ = reference_body(raw, named, version, GAP)
     except (Short, Wrong) as error:
         return type(error)
     if body is None:
-        return (status, raw) if has_ended else Short
-    return status, body
+        return (int(status), raw) if has_ended else Short
+    return int(status), body
 
 
-class FuzzedClient(asyncio.Protocol):
-    """A client of the proxy that sends `raw`.
+def received_responses(raw, methods, has_ended):
+    """The final responses that a client got: ([(status, fields, body)], whether it can get no more).
 
-    is_plain: nothing in it is invalid.  is_patient: it ends its side only when nothing more is to come.
-    leaves: it does not wait for responses.
+    The last response is None if it breaks off.
     """
-
-    def __init__(self, fuzzing, name):
-        chance = fuzzing.chance
-        self.fuzzing, self.name = fuzzing, name
-        self.is_plain = True
-        self.is_patient = chance.random() < 0.6
-        self.leaves = not self.is_patient and chance.random() < 0.1
-        self.raw = b"".join(fuzzing.request(self, number) for number in range(chance.randrange(1, 4)))
-        self.pieces = [(piece, chance.choice([0, 0, 0, 1, 2, 10])) for piece in fuzzing.pieces(chance, self.raw)]
-        self.pieces.append((b"", chance.choice([0, 10])))
-        self.received = b""
-        self.has_sent = self.is_reset = False
-        self.ended = fuzzing.loop.create_future()
-
-    def connection_made(self, transport):
-        self.transport = transport
-
-    def data_received(self, data):
-        self.fuzzing.progress += 1
-        self.received += data
-
-    def connection_lost(self, error):
-        self.fuzzing.progress += 1
-        self.is_reset = error is not None
-        self.ended.set_result(None)
-
-    async def talk(self):
-        await self.fuzzing.loop.create_connection(lambda: self, "127.0.0.1", self.fuzzing.proxy_port)
-        for piece, pauses in self.pieces:
-            if not self.transport.is_closing():
-                self.transport.write(piece)
-                self.fuzzing.progress += 1
-            for _ in range(pauses):
-                await asyncio.sleep(0)
-        self.has_sent = True
-        if not self.is_patient:
-            self.end()
-        await self.ended
-
-    def end(self):
-        if self.leaves:
-            self.transport.abort()
-        elif not self.transport.is_closing():
-            with contextlib.suppress(OSError):  # the proxy has reset it
-                self.transport.write_eof()
-
-
-class FuzzedApp(asyncio.Protocol):
-    """One connection of the proxy to the app, which sends a response to each request, a valid one or not."""
-
-    def __init__(self, fuzzing):
-        self.fuzzing = fuzzing
-        self.received = self.sent = b""
-        self.at = 0  # where in `received` the first request begins that is not complete
-        self.is_answered = False  # whether that request has its response already
-        self.has_ended = self.was_reset = self.is_lost = False
-
-    def connection_made(self, transport):
-        self.transport = transport
-        self.fuzzing.apps.append(self)
-
-    def connection_lost(self, error):
-        self.is_lost = True
-        self.fuzzing.progress += 1
-
-    def data_received(self, data):
-        self.fuzzing.progress += 1
-        self.received += data
-        while True:
-            raw = self.received[self.at :]
-            head = self.fuzzing.head.match(raw)
-            if not head:
-                return
-            _, _, body, rest = reference_request(raw)
-            chance = random.Random("%d %s" % (self.fuzzing.seed, head.group(2).decode("latin-1")))
-            if not self.is_answered and (chance.random() < 0.3 or body is not None):
-                self.is_answered = True
-                self._answer(head, chance)
-            if body is None:
-                return
-            self.at, self.is_answered = len(self.received) - len(rest), False
-
-    def _answer(self, head, chance):
-        is_upgrade = b"\r\nUpgrade: websocket\r\n" in head.group(0)
-        raw, is_plain = self.fuzzing.response(chance, head.group(2))
-        script = self, is_upgrade, len(self.sent), is_plain
-        self.fuzzing.scripts.setdefault((head.group(1), b"/" + head.group(2)), []).append(script)
-        end = chance.choice([None, None, None, "eof", "close", "close", "reset"]) if chance.random() < 0.6 else None
-        self._send(self.fuzzing.pieces(chance, raw), end)
-
-    def _send(self, pieces, end):
-        if self.transport.is_closing() or self.has_ended:
-            return
-        if pieces:
-            self.sent += pieces[0]
-            self.transport.write(pieces[0])
-            self.fuzzing.progress += 1
-            self.fuzzing.loop.call_soon(self._send, pieces[1:], end)
-        elif end:
-            self.end(end)
-
-    def end(self, how):
-        if self.transport.is_closing() or self.has_ended:
-            return
-        self.has_ended, self.was_reset = True, how == "reset"
-        with contextlib.suppress(OSError):  # the proxy has reset it
-            if how == "eof":
-                self.transport.write_eof()
-            else:
-                linger = struct.pack("ii", how == "reset", 0)
-                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.transport.close()
+    found, is_over = [], False
+    while raw and not is_over:
+        method = methods[len(found)] if len(found) < len(methods) else b""
+        try:
+            (_, status), named, raw = reference_head(raw, STATUS_LINE)
+            body, is_over = b"", status == b"101" or b"close" in named[b"connection"]
+            if status < b"200" and status != b"101":
+                continue
+            if status not in (b"101", b"204", b"304") and method != b"HEAD":
+                body, raw = reference_body(raw, named, b"1")
+            if body is None and not has_ended:
+                raise Short
+        except Short:
+            return found + [None], has_ended
+        if body is None:
+            body, raw, is_over = raw, b"", True
+        if method == b"HEAD" and status >= b"400" and is_over and b"%d" % len(raw) in named[b"content-length"]:
+            raw = b""  # the method of a head that is refused is unknown
+        found.append((int(status), named, body))
+        assert not is_over or not raw or status == b"101", "something behind the last response"
+    return found, is_over
 
 
 class Fuzzing:
@@ -5486,10 +5385,9 @@ class Fuzzing:
     ]  # fmt: skip
     BATCH = 100  # clients at once, which share the connections to the app
 
-    def __init__(self, seed):
-        self.first_seed = seed
+    def __init__(self):
         self.errors = []
-        self.progress = 0
+        self.allowed = collections.Counter()  # requests; those of clients that leave may come after their batch
         self.counts = dict.fromkeys(("clients", "requests", "answers", "refusals"), 0)
 
     # What is sent
@@ -5504,63 +5402,44 @@ class Fuzzing:
         # Requests to other programs of this machine are not sent.
         return bytes(mutant) if all(int(port) in (0, self.app_port) for port in ports) else raw
 
-    @staticmethod
-    def pieces(chance, raw):
-        how = chance.random()
-        if how < 0.4 or not raw:
-            return [raw] if raw else []
-        if how < 0.48:  # byte by byte
-            begin = chance.randrange(len(raw))
-            cuts = list(range(begin, min(begin + 40, len(raw))))
-        else:
-            cuts = sorted(chance.randrange(len(raw)) for _ in range(chance.randrange(1, 6)))
-        return [raw[a:b] for a, b in zip([0] + cuts, cuts + [len(raw)]) if a != b]
-
-    def request(self, client, number):
-        """A request with bytes in it that would be another one if its body were misread."""
-        chance = self.chance
+    def request(self, chance, name, number):
+        """A request with bytes in it that would be another one if its body were misread, and whether it is valid."""
         prefix = b"/proxy/%d/" % self.app_port
-        smuggled = b"GET %s%s-smuggled HTTP/1.1\r\nHost: a\r\n\r\n" % (prefix, client.name)
+        smuggled = b"GET %s%s-smuggled HTTP/1.1\r\nHost: a\r\n\r\n" % (prefix, name)
         body = chance.choice([b"", b"abc", smuggled, b"0\r\n\r\n" + smuggled])
         method = chance.choice([b"GET", b"POST", b"POST", b"PUT", b"HEAD", b"DELETE"])
-        target = b"%s%s-%d" % (prefix, client.name, number) if chance.random() < 0.95 else b"/nothing"
+        target = b"%s%s-%d" % (prefix, name, number) if chance.random() < 0.95 else b"/nothing"
         lines = [b"%s %s HTTP/1.%d" % (method, target, chance.random() < 0.93), b"Host: a"]
-        framing = chance.random()
-        if framing < 0.4:
+        framing = chance.choice(["length", "chunked", "none"])
+        if framing == "length":
             lines.append(b"Content-Length: %d" % len(body))
-        elif framing < 0.7:
+        elif framing == "chunked":
             lines.append(b"Transfer-Encoding: chunked")
             cut = chance.randrange(len(body) + 1)
-            parts = [(one, chance.choice([b"", b";x=y"])) for one in (body[:cut], body[cut:]) if one]
-            body = b"".join(b"%x%s\r\n%s\r\n" % (len(one), more, one) for one, more in parts)
-            body += b"0\r\n" + chance.choice([b"", b"X: y\r\n"]) + b"\r\n"
+            body = b"".join(chunk(part) for part in (body[:cut], body[cut:]) if part)
+            body += b"0" + chance.choice([b"", b";x=y"]) + b"\r\n" + chance.choice([b"", b"X: y\r\n"]) + b"\r\n"
         else:
             body = b""
-        if chance.random() < 0.1:
-            lines += [b"Connection: Upgrade", b"Upgrade: websocket"]
-        elif chance.random() < 0.1:
-            more = [b"Connection: close", b"Expect: 100-continue", b"Connection: content-length, transfer-encoding"]
-            lines.append(chance.choice(more))
-        if chance.random() < 0.15:
-            client.is_plain = False
+        more = [b"Connection: close", b"Expect: 100-continue", b"Connection: content-length, transfer-encoding"]
+        if chance.random() < 0.2:
+            lines += chance.choice([[b"Connection: Upgrade", b"Upgrade: websocket"], [chance.choice(more)]])
+        is_plain = chance.random() < 0.85
+        if not is_plain:
             lines.insert(chance.randrange(1, len(lines) + 1), chance.choice(self.NASTY_FIELDS))
         plain = b"\r\n".join(lines) + b"\r\n\r\n" + body
         raw = self.mutated(chance, plain, chance.choice([0, 0, 0.4]))
-        client.is_plain = client.is_plain and raw == plain
-        return raw
+        return raw, is_plain and raw == plain
 
     def response(self, chance, tag):
-        """(what the app answers to the target with this tag, whether nothing is wrong in it)."""
+        """What the app answers to the target with this tag, and whether it is valid."""
         body = b"<%s>" % tag
         more = b"HTTP/1.1 200 OK\r\nX-App: 1\r\nContent-Length: %d\r\n\r\n<evil-%s>" % (len(tag) + 7, tag)
         status = chance.choice([b"200 OK", b"200 OK", b"404 No", b"204 None", b"304 Same", b"101 Switching"])
         version = chance.random() < 0.9
-        head = b"HTTP/1.%d %s\r\nX-App: 1\r\n" % (version, status)
-        if chance.random() < 0.1:
-            head = b"HTTP/1.1 100 Continue\r\n\r\n" + head
-        if chance.random() < 0.1:
-            head += b"Connection: close\r\n"
-        is_plain = chance.random() >= 0.1
+        head = chance.choice([b""] * 9 + [b"HTTP/1.1 100 Continue\r\n\r\n"])
+        head += b"HTTP/1.%d %s\r\nX-App: 1\r\n" % (version, status)
+        head += chance.choice([b""] * 9 + [b"Connection: close\r\n"])
+        is_plain = chance.random() < 0.9
         if not is_plain:
             head += chance.choice(self.NASTY_FIELDS) + b"\r\n"
         if status.startswith(b"101"):
@@ -5569,12 +5448,137 @@ class Fuzzing:
         if framing < 0.45:
             raw = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         elif framing < 0.9:
-            raw = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-            is_plain = is_plain and version == 1
+            raw = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body) + chunk(b"")
+            is_plain = is_plain and version
         else:
             raw = head + b"\r\n" + body
         mutant = self.mutated(chance, raw, chance.choice([0, 0, 0.4]))
         return mutant + chance.choice([b"", b"", b"", more]), is_plain and mutant == raw
+
+    async def send(self, writer, chance, raw, may_cut=lambda part: True):
+        """Write these bytes in any pieces, with cuts only behind parts for which `may_cut` is true."""
+        cuts = []
+        if raw and chance.random() < 0.6:
+            begin = chance.randrange(len(raw))
+            single, some = range(begin, min(begin + 40, len(raw))), range(chance.randrange(1, 6))
+            cuts = list(single) if chance.random() < 0.1 else sorted(chance.randrange(len(raw)) for _ in some)
+            cuts = [cut for cut in cuts if may_cut(raw[:cut])]
+        for start, end in zip([0] + cuts, cuts + [len(raw)]):
+            if start != end and not writer.transport.is_closing():
+                writer.write(raw[start:end])
+                for _ in range(chance.choice([0, 0, 0, 1, 2, 10])):
+                    await asyncio.sleep(0)
+
+    # The peers of the proxy
+
+    async def talk(self, name):
+        """Be a client: send requests, end or leave, and receive responses.
+
+        is_plain: nothing in the requests is invalid.  is_patient: the client ends its side when it has its responses.
+        leaves: it waits for none.
+        """
+        chance = random.Random("%d %s" % (self.seed, name.decode()))
+        requests = [self.request(chance, name, number) for number in range(chance.randrange(1, 4))]
+        client = argparse.Namespace(name=name, received=b"", is_reset=False, answered=asyncio.Event())
+        client.raw, client.is_plain = b"".join(raw for raw, _ in requests), all(plain for _, plain in requests)
+        client.is_patient = chance.random() < 0.6
+        client.leaves = not client.is_patient and chance.random() < 0.1
+        client.requests, client.end = reference_requests(client.raw)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.proxy_port)
+        receiving = asyncio.ensure_future(self.receive(client, reader))
+        await self.send(writer, chance, client.raw)
+        if client.is_patient:
+            await client.answered.wait()
+        if client.leaves:
+            writer.transport.abort()
+        else:
+            self.end(writer)
+        await receiving
+        writer.close()
+        return client
+
+    async def receive(self, client, reader):
+        methods, count = [method for method, _, _ in client.requests], len(client.requests) + (client.end is Wrong)
+        if client.requests and client.requests[-1][2] is None:
+            count = len(client.requests) - (client.end is Short)
+        data = b"-"
+        while data:
+            with contextlib.suppress(AssertionError, Wrong):  # which is found again in the end
+                responses, is_over = received_responses(client.received, methods, False)
+                if is_over or len(responses) - (None in responses) >= count:
+                    client.answered.set()
+            try:
+                data = await reader.read(65536)
+            except ConnectionError:
+                data, client.is_reset = b"", True
+            client.received += data
+        client.answered.set()
+
+    def end(self, writer):
+        with contextlib.suppress(OSError):  # the proxy has reset it
+            if not writer.transport.is_closing():
+                writer.write_eof()
+
+    async def serve(self, reader, writer):
+        """Be one connection to the app, which sends a response to each request, a valid one or not."""
+        self.connections.add(writer)
+        raw, end = b"", None
+        try:
+            with contextlib.suppress(ConnectionError):
+                while not end:
+                    while not self.head.match(raw):
+                        data = await reader.read(65536)
+                        assert data or not raw, "the app got %r" % raw
+                        if not data:
+                            return
+                        raw += data
+                    method, target, body, rest = reference_request(raw)
+                    chance = random.Random("%d %s" % (self.seed, target.decode("latin-1")))
+                    is_early = chance.random() < 0.3 and body is None
+                    if is_early:
+                        end = await self.answer(writer, chance, method, target, raw)
+                    while body is None:
+                        data = await reader.read(65536)
+                        assert rest is Short, "the app got %r" % raw
+                        if not data:
+                            self.begun.append((method, target))
+                            return
+                        raw += data
+                        _, _, body, rest = reference_request(raw)
+                    if not is_early:
+                        end = await self.answer(writer, chance, method, target, raw)
+                    self.seen.append((method, target, body, end))
+                    raw = rest
+                while await reader.read(65536):  # of a tunnel, or after the end
+                    pass
+        except Exception as error:
+            self.errors.append(error)
+        finally:
+            self.connections.remove(writer)
+            writer.close()
+
+    async def answer(self, writer, chance, method, target, request):
+        """Send a response; return how it ends the connection, or None."""
+        raw, is_plain = self.response(chance, target[1:])
+        is_upgrade = b"\r\nUpgrade: websocket\r\n" in self.head.match(request).group()
+        end = chance.choice([None] * 7 + ["eof", "close", "close", "reset"])
+
+        def outcome(raw, has_ended):
+            return reference_response(raw, method, is_upgrade, has_ended)
+
+        if not end and outcome(raw, False) is Short:
+            end = chance.choice(["eof", "close", "reset"])
+        response = outcome(raw, end in ("eof", "close"))
+        self.responses[method, target].append((response, is_plain and not end and isinstance(response, tuple)))
+        # Bytes behind a response come with it: the proxy could not tell later ones from the next response.
+        await self.send(writer, chance, raw, lambda part: outcome(part, False) is Short)
+        if end == "eof":
+            self.end(writer)
+        elif end and not writer.transport.is_closing():
+            linger = struct.pack("ii", end == "reset", 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.close()
+        return end or ("tunnel" if response == (101, b"") else None)
 
     # The outcome
 
@@ -5582,191 +5586,110 @@ class Fuzzing:
         """Raise AssertionError if an outcome is wrong."""
         assert not self.errors, self.errors
         names = {client.name for client in clients}
-        allowed, heads = {}, set()
         for client in clients:
-            found, begun, _ = read = reference_requests(client.raw)
-            for method, target, body in found:
-                key = method, self.path(target), body
-                allowed[key] = allowed.get(key, 0) + 1
-            heads.update((one[0], self.path(one[1])) for one in found + [begun or (b"", b"")])
+            client.requests = [(method, self.path(target), body) for method, target, body in client.requests]
+            self.allowed.update(client.requests)
             self.counts["clients"] += 1
             try:
                 seen = names & set(re.findall(rb"[g-z]{12}", client.received))
                 assert seen <= {client.name}, "an answer to %r" % seen
                 if not client.leaves:
-                    self.check_answers(client, *read)
-            except AssertionError as error:
-                apps = [(app.received, app.sent) for app in self.apps if client.name in app.received]
-                text = "%s\nseed: %d\nclient: %r\ngot: %r\napps: %r"
-                raise AssertionError(text % (error, self.seed, client.raw, client.received, apps)) from error
-        self.check_app(allowed, heads)
-
-    def check_app(self, allowed, heads):
-        """The app got the requests that were sent, each of them once, and beginnings of such."""
-        seen = {}
-        for app in self.apps:
-            upgrade = re.search(rb"\r\nUpgrade: websocket\r\n(?:[^\r]+\r\n)*\r\n", app.received)
-            raw = app.received[: upgrade.end()] if upgrade else app.received  # raw bytes may follow
-            found, begun, end = reference_requests(raw)
-            assert end is not Wrong and (not begun or begun in heads), "the app got %r" % raw
-            for number, key in enumerate(found):
-                assert key in allowed, "the app got %r" % (key,)
-                self.counts["requests"] += 1
-                # A request without a response on a connection that the app ends may be sent again if that is safe.
-                if not app.has_ended or number < len(found) - 1 or key[0] == b"POST" or key[2]:
-                    seen[key] = seen.get(key, 0) + 1
-        for key, count in seen.items():
-            assert count <= allowed[key], "the app got %d times %r" % (count, key)
+                    self.check_responses(client)
+            except (AssertionError, Wrong) as error:
+                text = "%r\nseed: %d\nclient: %r\ngot: %r\nresponses: %r"
+                responses = [self.responses[request[:2]] for request in client.requests]
+                raise AssertionError(text % (error, self.seed, client.raw, client.received, responses)) from error
+        # The app got the requests that were sent, each of them once, and beginnings of such.
+        heads = {request[:2] for request in self.allowed}
+        assert heads.issuperset(self.begun), "the app got %r" % (set(self.begun) - heads)
+        self.counts["requests"] += len(self.seen)
+        for method, target, body, end in self.seen:
+            request = method, target, body
+            # A request without a response on a connection that the app ends may be sent again if that is safe.
+            is_repeatable = end and method != b"POST" and not body
+            self.allowed[request] -= not is_repeatable
+            assert request[:2] in heads and self.allowed[request] >= 0, "the app got %r" % (request,)
 
     def path(self, target):
         """The request target that the app must get."""
         return re.sub(rb"\A/proxy/0*%d(?=/)" % self.app_port, b"", target)
 
-    def check_answers(self, client, requests, begun, end):
+    def check_responses(self, client):
         """Each request got its own response, in order; invalid bytes got a refusal, and then the end."""
-        asked = requests + [begun] if begun else requests
-        rest, number, is_last = client.received, 0, False
-        while rest:
-            assert not is_last, "something behind the last response"
-            method = asked[number][0] if number < len(asked) else b""
-            answer = self.read_answer(rest, method, client.is_reset)
-            if answer is None:
-                is_last = True
-                outcomes = self.outcomes(asked[number]) if number < len(requests) else None
-                is_good = client.is_plain and client.is_patient and outcomes and outcomes[1]
-                assert not is_good, "a good response was cut off"
-                break
-            status, fields, body, rest = answer
-            if 100 <= status < 200 and status != 101:
-                continue
-            self.counts["refusals" if status >= 400 else "answers"] += 1
-            is_last = b"close" in fields.get(b"connection", b"")
-            if number < len(asked):
-                self.check_answer(client, asked[number], number < len(requests), status, fields, body)
-            else:
-                assert status >= 400 and number == len(requests), "a response without a request"
-                assert is_last, "a refusal of bytes behind which others may follow"
-            if status == 101:
+        methods, whole = [one[0] for one in client.requests], [one for one in client.requests if one[2] is not None]
+        responses, is_over = received_responses(client.received, methods, not client.is_reset)
+        for number, response in enumerate(responses):
+            possible = self.responses[client.requests[number][:2]] if number < len(client.requests) else []
+            must_arrive = client.is_plain and number < len(whole) and len(possible) == 1 and possible[0][1]
+            if response is None:
+                assert not must_arrive or not client.is_patient, "a good response was cut off"
                 return
-            length = int(fields.get(b"content-length", b"0"))
-            if method == b"HEAD" and status >= 400 and is_last and len(rest) == length:
-                rest = b""  # the method of a head that is refused is unknown
-            is_last = is_last or number >= len(requests)
-            number += 1
-        if client.is_patient and not is_last and not client.is_reset and end is not Short:
-            assert number == len(requests) + (end is Wrong), "%d responses to %d requests" % (number, len(requests))
-
-    def check_answer(self, client, asked, is_whole, status, fields, body):
-        """It is the response of the app, or an error; it is no error if that response was valid."""
-        possible, is_certain = self.outcomes(asked)
-        if (status, body) not in possible:
-            assert b"x-app" not in fields, "the app sent %r, not %d %r" % (possible, status, body)
-            assert status >= 300, "nobody sent this: %d %r" % (status, body)
-            is_late = b"The client has closed its side." in body  # of a machine that was busy for two seconds
-            is_good = is_certain and is_whole and client.is_plain and not is_late
-            assert not is_good, "a good response became %d" % status
-
-    def scripts_for(self, asked):
-        return self.scripts.get((asked[0], self.path(asked[1])), [])
-
-    def outcomes(self, asked):
-        """(what answers a request may have got, whether the only one was plain and whole)."""
-        possible, are_plain = [], []
-        for app, is_upgrade, at, is_plain in self.scripts_for(asked):
-            has_ended = app.has_ended and not app.was_reset
-            possible.append(reference_response(app.sent[at:], asked[0], is_upgrade, has_ended))
-            are_plain.append(is_plain and not app.has_ended)
-        is_certain = len(possible) == 1 and are_plain[0] and isinstance(possible[0], tuple)
-        return possible, is_certain
-
-    @staticmethod
-    def read_answer(raw, method, is_reset):
-        """(status, fields, body, what is behind it); None if it breaks off."""
-        try:
-            start, named, rest = reference_head(raw, rb"HTTP/1\.1 ([1-9][0-9][0-9]) [\t -~\x80-\xff]*")
-            status, body = int(start.group(1)), b""
-            fields = {name: b", ".join(values) for name, values in named.items()}
-            if status >= 200 and status not in (204, 304) and method != b"HEAD":
-                body, rest = reference_body(rest, named, b"1")
-        except Short:
-            return None
-        except Wrong:
-            raise AssertionError("the client got %r" % raw) from None
-        if body is None:
-            return None if is_reset else (status, fields, rest, b"")
-        return status, fields, body, rest
+            status, fields, body = response
+            self.counts["refusals" if status >= 400 else "answers"] += 1
+            if number >= len(client.requests):
+                assert status >= 400 and number == len(whole), "a response without a request"
+                assert is_over, "a refusal of bytes behind which others may follow"
+            elif (status, body) not in [one for one, _ in possible]:
+                assert b"x-app" not in fields, "the app sent %r, not %d %r" % (possible, status, body)
+                assert status >= 300, "nobody sent this: %d %r" % (status, body)
+                is_late = b"The client has closed its side." in body  # of a machine that was busy for two seconds
+                assert not must_arrive or is_late, "a good response became %d" % status
+        if client.is_patient and not is_over and not client.is_reset and client.end is not Short:
+            assert len(responses) == len(whole) + (client.end is Wrong), "%d responses" % len(responses)
 
     # How it runs
 
     async def batch(self, seed):
-        self.seed, self.chance = seed, random.Random(seed)
-        self.apps = []
-        self.scripts = {}  # by method and path: the app's connection, whether it is an upgrade, where it is answered
-        names = [bytes(self.chance.choice(b"ghijklmnopqrstuvwxyz") for _ in range(12)) for _ in range(self.BATCH)]
-        clients = [FuzzedClient(self, name) for name in names]
-        talks = [asyncio.ensure_future(client.talk()) for client in clients]
-        try:
-            await self.settle(clients, talks)
-        finally:
-            for talk in talks:
-                talk.cancel()
-            await asyncio.gather(*talks, return_exceptions=True)
-        self.check(clients)
-
-    async def settle(self, clients, talks):
-        """Wait for all clients, and for the proxy to leave the app; end the sides that all others wait for."""
+        self.seed, chance = seed, random.Random(seed)
+        self.connections, self.seen, self.begun = set(), [], []
+        self.responses = collections.defaultdict(list)  # by method and target: what was sent, whether it must arrive
+        names = [bytes(chance.choice(b"ghijklmnopqrstuvwxyz") for _ in range(12)) for _ in range(self.BATCH)]
+        done, hanging = await asyncio.wait([asyncio.ensure_future(self.talk(name)) for name in names], timeout=WAIT)
+        for task in hanging:
+            task.cancel()
+        assert not hanging and not self.errors, "it hangs, with the seed %d: %r" % (seed, self.errors)
         limit = time.monotonic() + WAIT
-        pending = talks
-        while pending or not all(app.is_lost for app in self.apps):
-            assert time.monotonic() < limit, "a hang; it began with the seed %d" % self.seed
-            before = self.progress
-            if pending:
-                done, pending = await asyncio.wait(pending, timeout=0.01)
-                for talk in done:
-                    talk.result()
-            else:
-                await asyncio.sleep(0.001)
-            if self.progress != before:
-                continue
-            waiting = [app for app in self.apps if not app.has_ended and not app.is_lost]
-            for app in waiting:
-                app.end("eof")
-            for client in clients:
-                if client.has_sent and not waiting:
-                    client.end()
+        while self.connections:  # which the proxy keeps for further requests
+            assert time.monotonic() < limit, "a connection to the app stays open"
+            for writer in self.connections:
+                with contextlib.suppress(OSError):
+                    writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+            await asyncio.sleep(0.001)
+        self.check([task.result() for task in done])
 
-    async def run(self, count):
-        self.loop = asyncio.get_event_loop()
-        self.loop.set_exception_handler(lambda loop, context: self.errors.append(context))
+    async def run(self, seed, count):
+        loop = asyncio.get_event_loop()
+        loop.set_exception_handler(lambda loop, context: self.errors.append(context))
         watcher = logging.Handler(logging.ERROR)
         watcher.emit = lambda record: self.errors.append(record.getMessage())
         logging.getLogger("port_proxy").addHandler(watcher)
-        server = await self.loop.create_server(lambda: FuzzedApp(self), "127.0.0.1", 0)
+        server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
         self.app_port = server.sockets[0].getsockname()[1]
-        self.head = re.compile(
-            rb"([!-~]+) /([!-~\x80-\xff]*) HTTP/1\.1\r\nHost: localhost:%d\r\n(?:[^\r]+\r\n)*\r\n" % self.app_port
-        )
+        line = rb"[!-~]+ /[!-~\x80-\xff]* HTTP/1\.1\r\nHost: localhost:%d\r\n" % self.app_port
+        self.head = re.compile(line + rb"(?:[^\r]+\r\n)*\r\n")
         proxy = await PortProxy(Config(port=0, allow_hostnames=("*",), any_owner=True)).start()
         self.proxy_port = proxy.port
         try:
             for number in range((count + self.BATCH - 1) // self.BATCH):
-                await self.batch(self.first_seed + number)
+                await self.batch(seed + number)
         finally:
             logging.getLogger("port_proxy").removeHandler(watcher)
             await proxy.close()
             server.close()
             await server.wait_closed()
-        return self.counts
 
 
 def test_fuzz():
     """PORT_PROXY_FUZZ and PORT_PROXY_FUZZ_SEED ask for more clients, and for others."""
-    count = int(os.environ.get("PORT_PROXY_FUZZ", "2000"))
-    fuzzing = Fuzzing(int(os.environ.get("PORT_PROXY_FUZZ_SEED", "20261123")))
+    seed, count = (int(os.environ.get("PORT_PROXY_" + name, usual)) for name, usual in (
+        ("FUZZ_SEED", "20261123"), ("FUZZ", "2000"),
+    ))  # fmt: skip
+    fuzzing = Fuzzing()
     with contextlib.closing(asyncio.new_event_loop()) as loop:
         asyncio.set_event_loop(loop)
-        counts = loop.run_until_complete(fuzzing.run(count))
+        loop.run_until_complete(fuzzing.run(seed, count))
         asyncio.set_event_loop(None)
+    counts = fuzzing.counts
     sys.stdout.write("%s\n" % counts)
     assert counts["requests"] > counts["clients"] / 2
     assert counts["answers"] > counts["clients"] / 2
@@ -7960,8 +7883,10 @@ def bench_round(proxies, seconds):
         for proxy in proxies:
             yield row, proxy.name, measure(proxy)
     for work, rate, cost, measure in (
-        ("as a browser, no head twice, 64 connections", "requests/s", "CPU us each", lambda proxy: proxy.browse(seconds)),
-        ("200 B, the same again and again, 64 connections", "requests/s", "CPU us each", lambda proxy: proxy.get(seconds, 64)),
+        ("as a browser, no head twice, 64 connections", "requests/s", "CPU us each",
+         lambda proxy: proxy.browse(seconds)),
+        ("200 B, the same again and again, 64 connections", "requests/s", "CPU us each",
+         lambda proxy: proxy.get(seconds, 64)),
         ("200 B, 1 connection", "requests/s", "CPU us each", lambda proxy: proxy.get(seconds, 1)),
         ("200 B, a new connection each", "requests/s", "CPU us each", lambda proxy: proxy.connect(seconds)),
         ("download", "MB/s", "CPU ms per GB", lambda proxy: proxy.download(megabytes)),
