@@ -1193,7 +1193,7 @@ _MAX_UNREAD = 1 << 16  # bytes
 _NO_LIMIT = 1 << 30
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
-_PENDING_BYTES = 1 << 26  # of all clients together; see PendingBytes
+_PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
 _UNIX = getattr(socket, "AF_UNIX", None)
@@ -1270,12 +1270,12 @@ class Connection(asyncio.StreamReaderProtocol):
             self._on_accept(self)
 
     def data_received(self, data: bytes) -> None:
-        if self.ended:  # a deadline has passed
+        if not self.is_admitted and self.state is not CLOSING:
+            size = self.deadlines.pending.get(self, 0) + len(data)
+            self.deadlines.set_pending(self, size)
+        if self.ended:  # a deadline has passed, or too many bytes are pending
             return
         self.has_received = True
-        is_pending = not self.is_admitted and self.state is not CLOSING
-        if is_pending and not self.deadlines.pending_bytes.add(self, len(data)):
-            return
         if not self._finish_read(data):
             self.unread += len(data)
             self.reader.feed_data(data)
@@ -1297,37 +1297,27 @@ class Connection(asyncio.StreamReaderProtocol):
         """Note that the gate has admitted a request of this client."""
         if not self.is_admitted:
             self.is_admitted = True
-            self.deadlines.pending_bytes.set_size(self, 0)
+            self.deadlines.set_pending(self, 0)
 
     def eof_received(self) -> bool:
         self.end()
         return bool(self.transport.can_write_eof())
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
-        if isinstance(exc, OSError) and not self.ended:
-            self._read_remainder()
-        self.deadlines.connections.discard(self)
-        self.deadlines.pending_bytes.set_size(self, 0)
-        self.end(exc)
-        # Without the exception, the reader still returns the data that it holds.
-        super().connection_lost(None)
-
-    def _read_remainder(self) -> None:
-        """Read the data that the kernel still holds.
-
-        asyncio stops reading when a write fails.  An upstream that rejects a request body may have
-        sent its response before that.
-        """
-        sock = self.transport.get_extra_info("socket")
-        if sock is None or self.scheme == "https":
-            return
-        try:
-            with socket.fromfd(sock.fileno(), sock.family, sock.type) as copy:
+        if isinstance(exc, OSError) and not self.ended and self.scheme == "http":
+            # asyncio stops reading when a write fails.  An upstream that rejects a request body may
+            # have sent its response before that: the kernel still holds it.
+            sock = self.transport.get_extra_info("socket")
+            fd = sock.fileno()
+            with contextlib.suppress(OSError), socket.fromfd(fd, sock.family, sock.type) as copy:
                 copy.setblocking(False)
                 for data in iter(lambda: copy.recv(65536), b""):
                     self.data_received(data)
-        except (OSError, RuntimeError):  # no more data, or in 3.6 a closed transport
-            pass
+        self.deadlines.connections.discard(self)
+        self.deadlines.set_pending(self, 0)
+        self.end(exc)
+        # Without the exception, the reader still returns the data that it holds.
+        super().connection_lost(None)
 
     # Reading and writing.
 
@@ -1497,7 +1487,8 @@ class Deadlines:
         self.loop = loop
         self.interval = interval
         self.connections = set()  # type: Set[Any]
-        self.pending_bytes = PendingBytes()
+        self.pending = {}  # type: Dict[Connection, int]
+        self._pending_bytes = 0
         self.has_activity = False
         self.on_activity = None  # type: Optional[Callable[[], None]]
         self._timer = loop.call_later(interval, self._tick)
@@ -1513,6 +1504,20 @@ class Deadlines:
         if self.has_activity and self.on_activity:
             self.on_activity()
         self.has_activity = False
+
+    def set_pending(self, connection: Connection, size: int) -> None:
+        """Count the bytes of an incomplete request head, or all of a client not yet admitted.
+
+        Above the limit, abort this connection and the one counted for longest.
+        """
+        size = 0 if connection.transport.is_closing() else size
+        self._pending_bytes += size - self.pending.get(connection, 0)
+        self.pending[connection] = size
+        if not size:
+            del self.pending[connection]
+        elif self._pending_bytes > _PENDING_BYTES:
+            next(iter(self.pending)).abort()  # frees its memory soon, but not at once
+            connection.abort()
 
     async def close(self, timeout: float) -> None:
         """Wait `timeout` seconds for connections to close, abort the others, stop the timer."""
@@ -1532,34 +1537,6 @@ async def cancel(tasks: "Sequence[asyncio.Future[None]]") -> None:
         task.cancel()
     if running:
         await asyncio.wait(running)
-
-
-class PendingBytes:
-    """Limits the memory for incomplete request heads, and for all data of clients not yet admitted.
-
-    Above the limit, the methods abort the given connection and the one counted for longest.
-    """
-
-    def __init__(self) -> None:
-        self._sizes = {}  # type: Dict[Connection, int]
-        self._total = 0
-
-    def add(self, connection: Connection, size: int) -> bool:
-        """Count `size` more bytes of a connection; False above the limit."""
-        return self.set_size(connection, self._sizes.get(connection, 0) + size)
-
-    def set_size(self, connection: Connection, size: int) -> bool:
-        """Count exactly `size` bytes, none if the connection is closing; False above the limit."""
-        size = 0 if connection.transport.is_closing() else size
-        self._total += size - self._sizes.get(connection, 0)
-        self._sizes[connection] = size
-        if not size:
-            del self._sizes[connection]
-        if self._total <= _PENDING_BYTES or not size:
-            return True
-        next(iter(self._sizes)).abort()  # frees its memory soon, but not at once
-        connection.abort()
-        return False
 
 
 async def read_head(connection: Connection, is_request: bool, config: Config) -> bytes:
@@ -1585,7 +1562,7 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
             raise
         checked = len(head)
         if is_request:
-            connection.deadlines.pending_bytes.set_size(connection, checked)
+            connection.deadlines.set_pending(connection, checked)
 
 
 class Body:
@@ -4793,7 +4770,7 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
     finally:
         # Of an admitted client, only an incomplete head counts.
         unused = 0 if client.is_admitted else len(client.buffer) + client.unread
-        client.deadlines.pending_bytes.set_size(client, unused)
+        client.deadlines.set_pending(client, unused)
 
 
 _UNIX_PREFIX = "unix:"
