@@ -1417,7 +1417,7 @@ class Connection(asyncio.StreamReaderProtocol):
         If `eof_ends_body`, reset the connection, so that the peer knows that the body is truncated.
         """
         sock = self.transport.get_extra_info("socket")
-        if self.eof_ends_body and sock is not None and sock.family != _UNIX and sock.fileno() >= 0:
+        if self.eof_ends_body and sock.fileno() >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.end(ConnectionAbortedError(errno.ECONNABORTED, "the proxy closed the connection"))
         self.transport.abort()
@@ -1438,16 +1438,16 @@ def poll(transport: Any, events: int) -> int:
     return found[0][1] if found else 0
 
 
-def has_failed(transport: Any, events: int = -1) -> bool:
+def has_failed(transport: Any) -> bool:
     """Whether the peer has reset a connection whose reading is paused.
 
-    events: the poll(2) bits that count as a failure; all by default.
+    POLLHUP is not a failure: if we have sent EOF, it can come while data is still unread.
     """
     try:
         is_paused = not transport.is_closing() and not transport.is_reading()
     except (AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
         return False
-    return bool(is_paused and poll(transport, 0) & events)
+    return bool(is_paused and poll(transport, 0) & _RESET)
 
 
 def end_writing(transport: Any) -> None:
@@ -4310,11 +4310,8 @@ class TunnelEnd(asyncio.Protocol):
                 on_end()
 
     def check_deadlines(self, time: float) -> None:
-        """Abort after the deadline or a reset; called by Deadlines.
-
-        POLLHUP is not a failure: if we have sent EOF, it can come while data is still unread.
-        """
-        if time > self.deadline or has_failed(self.transport, _RESET):
+        """Abort after the deadline or a reset; called by Deadlines."""
+        if time > self.deadline or has_failed(self.transport):
             self.abort()
 
     def close(self) -> None:
