@@ -2927,8 +2927,7 @@ class Upstreams:
                 raise
             except OSError as error:
                 failures.append(error)
-        failures.sort(key=lambda error: not isinstance(error, ConnectionRefusedError))
-        raise failures[0]
+        raise min(failures, key=lambda error: not isinstance(error, ConnectionRefusedError))
 
     async def _connect_to(self, address: Address, route: Route) -> Connection:
         tls = {}  # type: Dict[str, Any]
@@ -2939,7 +2938,13 @@ class Upstreams:
                 context.check_hostname = verified
                 context.verify_mode = ssl.CERT_REQUIRED if verified else ssl.CERT_NONE
             tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
-        guard = self._guard_for(address)
+        local, guard = local_address(address), None
+        if local is not None:
+            if any((name, local[1]) in self.listening for name in (local[0],) + _UNSPECIFIED):
+                text = "Port %d is the proxy's own: this is an endless loop."
+                raise ProxyError(508, text % local[1])
+            if sys.platform.startswith("linux") and not self.config.any_owner:
+                guard = OwnerGuard(local)
         connection = Connection(self.deadlines)
         await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
         try:
@@ -2954,17 +2959,6 @@ class Upstreams:
             connection.abort()
             raise
         return connection
-
-    def _guard_for(self, address: Address) -> Optional[OwnerGuard]:
-        """The guard for a local address, if any.  Raises ProxyError 403 or 508."""
-        local = local_address(address)
-        if local is None:
-            return None
-        if any((name, local[1]) in self.listening for name in (local[0],) + _UNSPECIFIED):
-            text = "Port %d is the proxy's own: this is an endless loop."
-            raise ProxyError(508, text % local[1])
-        is_guarded = sys.platform.startswith("linux") and not self.config.any_owner
-        return OwnerGuard(local) if is_guarded else None
 
 
 def _tls_failure(route: Route, error: Exception) -> ProxyError:
