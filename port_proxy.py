@@ -309,8 +309,8 @@ def check_values(config: Config) -> None:
 # connections.
 
 # The names of options in error messages.  The Jupyter extension has terms of its own.
-COMMAND_LINE_TERMS = {option.field: option.flag for option in OPTIONS.values()}
-COMMAND_LINE_TERMS.update(
+COMMAND_LINE_TERMS = dict(
+    {option.field: option.flag for option in OPTIONS.values()},
     Start="Start the proxy with",
     start="start the proxy with",
     value="%s",  # how to write the value of an option
@@ -328,8 +328,6 @@ def printable(text: str) -> str:
 
     Escapes all that `str.isprintable` rejects: control characters, bidirectional marks and others.
     """
-    if text.isprintable():
-        return text
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
@@ -363,17 +361,15 @@ class ProxyError(Exception):
             if not _FIELD_LINE.fullmatch("%s:%s" % (name, content)):
                 raise ValueError("the header %s is not valid" % ascii(name))
         self.status = status
-        self.detail = self._explanation = detail
         self.fields = fields
-        self._advice = advice
-        self._value = value
+        self._texts = detail, advice, value
         self.phrase_advice(COMMAND_LINE_TERMS)
 
     def phrase_advice(self, terms: Mapping[str, str]) -> None:
         """Set `detail` to the explanation and the advice, with these names of the options."""
-        if self._advice:
-            advice = self._advice.format(**dict(terms, value=terms["value"] % self._value))
-            self.detail = "%s %s" % (self._explanation, advice)
+        self.detail, advice, value = self._texts
+        if advice:
+            self.detail += " " + advice.format(**dict(terms, value=terms["value"] % value))
 
 
 _FIELD_LINE = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
@@ -2485,17 +2481,19 @@ function sift() {
   none.textContent = items.length ? 'No port matches.' : nothing
 }
 function merge(fresh) {
-  for (const old of [...list.children]) {
-    const item = fresh.querySelector('#' + old.id), isGone = old.className === 'gone'
-    old.className = item ? '' : 'gone'
-    if (!item && isGone) old.remove()
-    else if (!item) notice.textContent = 'Gone: port ' + portOf(old)
-    else if (old.innerHTML === item.innerHTML || old.contains(document.activeElement)) item.remove()
-    else old.replaceWith(item)
+  for (const gone of list.querySelectorAll('.gone')) gone.remove()
+  for (const old of list.children) {
+    if (fresh.querySelector('#' + old.id)) continue
+    old.className = 'gone'
+    notice.textContent = 'Gone: port ' + portOf(old)
   }
   for (const item of [...fresh.children]) {
-    notice.textContent = 'New: port ' + portOf(item)
-    list.insertBefore(item, [...list.children].find(other => portOf(other) > portOf(item)))
+    const old = list.querySelector('#' + item.id)
+    if (!old) {
+      notice.textContent = 'New: port ' + portOf(item)
+      list.insertBefore(item, [...list.children].find(other => portOf(other) > portOf(item)))
+    } else if (old.innerHTML !== item.innerHTML && !old.contains(document.activeElement))
+      old.replaceWith(item)
   }
   sift()
 }
@@ -2558,11 +2556,8 @@ _FORMS = (
     ("/db1.example.org:8080/", "port 8080 of a host that is on the allowlist"),
     ("/absolute/db1.example.org:8080/", _SAME_PATH),
 )
-# Mistyped paths of a port: /8080, /proxy/localhost/8080, /absproxy/8080, http://...:8080/.
-_MISTYPED_PATH = re.compile(
-    r"(?:/(?:proxy|ports?))?(/abs(?:olute|proxy))?(?:/https?:/)?(?:/(?:localhost|127\.0\.0\.1))?"
-    r"[/:]([1-9][0-9]{0,4})(?:[/?].*)?"
-)
+# What people write between the base and the port, besides what the box of the page accepts.
+_NEEDLESS_PREFIX = re.compile(r"\A(?:/(?:proxy|ports?|localhost|127\.0\.0\.1))+(?=/)")
 _OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
 _TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
 _TITLE_BYTES = 65536  # how much of a page is searched for its title
@@ -2737,10 +2732,11 @@ def _probable_path(error: ProxyError, request: Request, base: str) -> str:
     """The path that a mistyped path probably stands for, or ""."""
     if error.status != 404 or request.route is not None:
         return ""
-    match = _MISTYPED_PATH.fullmatch(path_below(base, request.target) or request.target)
-    if not match or int(match.group(2)) > 65535:
-        return ""
-    return "%s%s/%s/" % (base, "/absolute" if match.group(1) else "", match.group(2))
+    path = _NEEDLESS_PREFIX.sub("", path_below(base, request.target) or request.target)
+    with contextlib.suppress(ProxyError):
+        route = typed_route(path[1:].replace("absproxy/", "absolute/", 1), base)
+        return route.prefix + "/" if route else ""
+    return ""
 
 
 def ports_url(client: ClientInfo, base: str) -> str:
@@ -5749,7 +5745,6 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
         formatter_class=functools.partial(
             argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100
         ),
-        add_help=False,
         allow_abbrev=False,
     )
     _add_options(parser, GENERAL_OPTIONS)
@@ -5771,8 +5766,7 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
     add("--log-json", action="store_true", help="log as JSON, and every request unless --quiet")
     version = "port_proxy " + __version__
     add("--version", action="version", version=version, help="print the version")
-    add("--help", "-h", action="help", help="print this help")
-    add("--help-all", action="help", help="print this help with limits and timeouts")
+    add("--help-all", action="help", help="show --help with limits and timeouts")
     _add_options(parser.add_argument_group("limits and timeouts"), LIMIT_OPTIONS, show_limits)
     return parser
 
@@ -6076,10 +6070,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         config = checked_config(_config(arguments))
         if arguments.check:
             _normal_upstream(arguments.check)
-    except OSError as error:
-        parser.error("cannot read %s: %s" % (error.filename, error.strerror))
-    except ValueError as error:
-        parser.error(str(error))
+    except (OSError, ValueError) as error:
+        parser.error(_start_failure(error, Config(), argv))
     _log_to_stderr(arguments)
     config = _raise_descriptor_limit(config)
     # Freeing this block makes glibc keep freed blocks of up to its size.  Otherwise, glibc returns

@@ -3361,7 +3361,7 @@ class TestPages:
         for path, targets in (
             ("/proxy/5000/", "/5000/ /5000 /5000/a?b /proxy/localhost/5000 /proxy/http://localhost:5000/x"),
             ("/proxy/5000/", "/localhost:5000/ /port/5000/"),
-            ("/proxy/absolute/5000/", "/absproxy/5000/ /absolute/5000/"),
+            ("/proxy/absolute/5000/", "/absproxy/5000/ /absolute/5000/"), ("/proxy/db:80/", "/db:80/x"),
             ("", "/api/5000 /proxy/a /99999/ /050/ /5000x/"),
         ):
             for target in targets.split():
