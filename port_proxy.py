@@ -608,7 +608,7 @@ _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
 # Finds the names of the valid lines in a field section.
 _FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
-_SPACED_NAME = re.compile(r"\A(%s)[\t ]+:" % TOKEN)
+_SPACED_NAME = re.compile("^(%s)[\t ]+:" % TOKEN, re.MULTILINE)
 # A control byte, except TAB and CRLF.  A CR at the end may be half of a CRLF.
 _ILLEGAL = re.compile(rb"[\x00-\x08\n-\x1f\x7f](?<!\r\n)(?<!\r(?=\n|\Z))")
 # RFC 3986 section 3.2.2, without user information and IPvFuture.
@@ -616,10 +616,9 @@ _AUTHORITY = re.compile(
     r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
 )
 _HTTP_URL = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE)
-_LENGTH_LIST = re.compile(r"[0-9]{1,18}(?:[ \t]*,[ \t]*[0-9]{1,18})*")
+_LENGTH = re.compile("[0-9]{1,18}")
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())
 _MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
-_NO_TOKENS = frozenset()  # type: FrozenSet[str]
 _USUAL_TOKENS = {token: frozenset([token]) for token in ("close", "keep-alive", "upgrade")}
 
 
@@ -638,22 +637,17 @@ class Headers:
         self.index = dict(zip(keys, lines))
 
     @classmethod
-    def parse(cls, section: str, config: Config, is_response: bool = False) -> "Headers":
-        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431.
-
-        White space before a colon is removed in responses and refused in requests (section 5.1).
-        """
+    def parse(cls, section: str, config: Config) -> "Headers":
+        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
         lines = section.split("\r\n")[:-2]
         if len(lines) > config.max_fields:
             text = "The message head has more than %d fields." % config.max_fields
             raise ProxyError(431, text)
         keys = _FIELD_NAMES.findall(section.lower())
-        if len(keys) == len(lines) == section.count("\n") - 1:
-            return cls(keys, lines)
-        unspaced = [_SPACED_NAME.sub(r"\1:", line, 1) for line in lines] if is_response else lines
-        if unspaced == lines:
-            raise ProxyError(400, _explain_field_section(lines))
-        return cls.parse("\r\n".join(unspaced + ["", ""]), config)
+        if not len(keys) == len(lines) == section.count("\n") - 1:
+            text = "A field line must be 'name: value', without white space before the name or the"
+            raise ProxyError(400, text + " colon, and without control bytes (RFC 9112 section 5).")
+        return cls(keys, lines)
 
     def get(self, name: str) -> str:
         """The last value of the field `name` (lower case), "" if it is missing."""
@@ -675,21 +669,10 @@ class Headers:
     def tokens(self, name: str) -> FrozenSet[str]:
         """The members of the list-valued field `name` (lower case), in lower case."""
         if name not in self.index:
-            return _NO_TOKENS
+            return frozenset()
         value = ",".join(self.get_all(name)).lower()
         usual = _USUAL_TOKENS.get(value)
         return usual or frozenset([member.strip(" \t") for member in value.split(",")])
-
-
-def _explain_field_section(lines: List[str]) -> str:
-    for line in lines:
-        if line and not _FIELD_LINE.fullmatch(line):
-            if line[0] in " \t":
-                return "A field line is folded or begins with white space (RFC 9112 section 5.2)."
-            if _SPACED_NAME.match(line):
-                return "A field line has white space before its colon (RFC 9112 section 5.1)."
-            break
-    return "A field line must be 'name: value', without control bytes (RFC 9112 section 5)."
 
 
 class Framing(NamedTuple):
@@ -708,13 +691,6 @@ CHUNKED = Framing("chunked")
 UNTIL_CLOSE = Framing("close")
 
 
-def response_framing(headers: Headers, minor: str, status: int, method: str) -> Framing:
-    """The framing of the body of a response to `method`; ProxyError 400 or 501."""
-    framing = declared_framing(headers, minor, UNTIL_CLOSE)
-    has_body = method != "HEAD" and status >= 200 and status not in (204, 304)
-    return framing if has_body else NO_BODY
-
-
 def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Framing:
     """The framing in a head, or else `undeclared` (RFC 9112 section 6.3); ProxyError 400 or 501."""
     if "transfer-encoding" in headers.index:
@@ -730,13 +706,13 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
         return CHUNKED
     if "content-length" not in headers.index:
         return undeclared
-    lengths = ",".join(headers.get_all("content-length"))
-    if not _LENGTH_LIST.fullmatch(lengths):
-        raise ProxyError(400, "Content-Length is not a number of at most 18 digits.")
-    numbers = {number.strip(" \t") for number in lengths.split(",")}
-    if len(numbers) > 1:
+    values = ",".join(headers.get_all("content-length")).split(",")
+    if len({value.strip(" \t") for value in values}) > 1:
         raise ProxyError(400, "The message has different values of Content-Length.")
-    return Framing("length", int(numbers.pop()))
+    length = values[0].strip(" \t")
+    if not _LENGTH.fullmatch(length):
+        raise ProxyError(400, "Content-Length is not a number of at most 18 digits.")
+    return Framing("length", int(length))
 
 
 class ClientInfo(NamedTuple):
@@ -768,15 +744,14 @@ def client_info(
         if len(value) > _MAX_FORWARDED:
             text = "X-Forwarded-For is longer than %d characters." % _MAX_FORWARDED
             raise ProxyError(400, text)
-        forwarded = [hop.strip(" \t") for hop in value.split(",")] if value else []
+        forwarded = [hop for hop in (part.strip(" \t") for part in value.split(",")) if hop]
         hops = forwarded + hops
-        while len(forwarded) > 1 and _is_trusted(forwarded[-1], config.trusted_proxies):
-            forwarded.pop()
-        address = forwarded[-1] if forwarded else address
-        proto = _first_member(headers, "x-forwarded-proto").lower()
-        host = _first_member(headers, "x-forwarded-host")
-        port = _first_member(headers, "x-forwarded-port")
-        scheme = proto if proto in _DEFAULT_PORTS else scheme
+        clients = (h for h in reversed(forwarded) if not _is_trusted(h, config.trusted_proxies))
+        address = next(clients, hops[0] if hops else "")
+        # Of several members, the outermost proxy wrote the first.
+        names = ("x-forwarded-proto", "x-forwarded-host", "x-forwarded-port")
+        proto, host, port = (headers.get(name).partition(",")[0].strip(" \t") for name in names)
+        scheme = proto.lower() if proto.lower() in _DEFAULT_PORTS else scheme
         authority = host if is_authority(host) else authority
         port = port if re.fullmatch("[0-9]{1,5}", port) else ""
     return _make_client_info(address, scheme, authority, port, ", ".join(hops), config.domains)
@@ -789,20 +764,10 @@ def _make_client_info(
     lines = ["X-Forwarded-For: " + hops] if hops else []
     lines.append("X-Forwarded-Proto: " + scheme)
     if authority:
-        match = _PORT_PART.search(authority)
-        port = port or (match and match.group(1)) or _DEFAULT_PORTS[scheme][1:]
+        port = port or with_port(authority, scheme).rpartition(":")[2]
         lines += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
     app_port = port_in_host(authority, domains)
     return ClientInfo(address, scheme, authority, app_port, tuple(lines))
-
-
-def _first_member(headers: Headers, name: str) -> str:
-    """The first member of the last field called `name`.
-
-    If the nearest proxy replaces the field, it has one member.  If proxies append members, the
-    outermost proxy wrote the first one.
-    """
-    return headers.get(name).partition(",")[0].strip(" \t")
 
 
 def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
@@ -826,11 +791,11 @@ class Request(NamedTuple):
     target: the raw request target, in origin form or "*".  path, query: the target without the
     route's prefix.  authority: host:port from the absolute form or else from Host.  route: None for
     the proxy's own pages, and if there is a `route_error`.  minor: the HTTP minor version, "0" or
-    "1".  connection: the tokens of Connection.  keep_alive: the client may send another request.
-    is_replayable: the request may be sent again if a pooled connection turns out to be closed.
-    is_navigation: sent by a browser for a new page, not by a script or a program.  is_page_visit: a
-    navigation with GET or HEAD.  is_own_origin: Origin is present and is the public origin.
-    is_unprefixed: the app was found by Referer or cookie; see section Unprefixed requests.
+    "1".  keep_alive: the client may send another request.  is_replayable: the request may be sent
+    again if a pooled connection turns out to be closed.  is_navigation: sent by a browser for a new
+    page, not by a script or a program.  is_page_visit: a navigation with GET or HEAD.
+    is_own_origin: Origin is present and is the public origin.  is_unprefixed: the app was found by
+    Referer or cookie; see section Unprefixed requests.
     """
 
     method: str
@@ -838,7 +803,6 @@ class Request(NamedTuple):
     authority: str
     minor: str
     headers: Headers
-    connection: FrozenSet[str]
     framing: Framing
     client: ClientInfo
     route: Optional[Route]
@@ -878,7 +842,6 @@ class Response(NamedTuple):
     status: int
     reason: str
     headers: Headers
-    connection: FrozenSet[str]
     framing: Framing
     is_reusable: bool
     body: bytes = b""
@@ -927,7 +890,6 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         authority,
         minor,
         headers,
-        connection,
         framing,
         client,
         route,
@@ -995,11 +957,15 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
     if not match:
         raise ProxyError(400, "The status line is not valid for HTTP/1.0 or HTTP/1.1.")
     minor, status, reason = match.groups()
-    headers = Headers.parse(text[match.end() :], config, is_response=True)
-    connection = headers.tokens("connection")
-    framing = response_framing(headers, minor, int(status), method)
-    is_reusable = minor == "1" and "close" not in connection
-    return Response(int(status), reason or "", headers, connection, framing, is_reusable)
+    section = text[match.end() :]
+    if " :" in section or "\t:" in section:
+        section = _SPACED_NAME.sub(r"\1:", section)  # RFC 9112 section 5.1
+    headers = Headers.parse(section, config)
+    framing = declared_framing(headers, minor, UNTIL_CLOSE)
+    if method == "HEAD" or int(status) < 200 or status in ("204", "304"):
+        framing = NO_BODY
+    is_reusable = minor == "1" and "close" not in headers.tokens("connection")
+    return Response(int(status), reason or "", headers, framing, is_reusable)
 
 
 def check_partial_head(head: bytes, checked: int, is_request: bool, config: Config) -> None:
@@ -1037,15 +1003,14 @@ def rest_of_own_url(url: str, authority: str) -> Optional[str]:
     if not match:
         return None
     scheme, found, rest = match.groups()
-    default = _DEFAULT_PORTS[scheme.lower()]
-    is_own = found == authority or (
-        _without_suffix(found.lower(), default) == _without_suffix(authority.lower(), default)
-    )
+    is_own = found == authority or with_port(found, scheme) == with_port(authority, scheme)
     return rest if is_own else None
 
 
-def _without_suffix(text: str, suffix: str) -> str:
-    return text[: -len(suffix)] if text.endswith(suffix) else text
+def with_port(authority: str, scheme: str) -> str:
+    """The authority in lower case, with the default port of the scheme if it has none."""
+    host = host_of(authority)
+    return host + (authority[len(host) :].rstrip(":") or _DEFAULT_PORTS[scheme.lower()])
 
 
 def cookie_name(cookie: str) -> str:
@@ -1682,14 +1647,13 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     assert route is not None
     is_hidden = _hides_public_origin(request, gate)
     table = _HIDDEN_ORIGIN_TABLE if is_hidden else _REQUEST_TABLE
-    table = _table_dropping(table, request.connection)
     path = (route.prefix + request.path) if route.absolute else (request.path or "/")
     preserve_host = gate.config.preserve_host and client.authority
     lines = [
         "%s %s%s HTTP/1.1" % (request.method, path, gate.strip_query(request.query)),
         "Host: " + (client.authority if preserve_host else route.authority),
     ]
-    lines += _rewritten_lines(request.headers, table, (request, route, gate), _SET_BY_PROXY)
+    lines += _rewritten_lines(request.headers, table, request, route, gate)
     if is_hidden:
         lines += [line for line in client.lines if line.startswith("X-Forwarded-For:")]
         lines.append("X-Forwarded-Proto: " + route.scheme)
@@ -1709,9 +1673,8 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     """The status line and header lines of a response for the client, without its framing."""
     route, headers = request.route, response.headers
     assert route is not None
-    table = _table_dropping(_RESPONSE_TABLE, response.connection)
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
-    lines += _rewritten_lines(headers, table, (request, route, gate))
+    lines += _rewritten_lines(headers, _RESPONSE_TABLE, request, route, gate)
     is_bodiless = response.framing is NO_BODY and response.status >= 200 and response.status != 204
     if is_bodiless and "content-length" in headers.index:  # HEAD and 304: as for GET
         length = headers.get("content-length").partition(",")[0]
@@ -1726,14 +1689,14 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     return lines
 
 
-def _rewritten_lines(
-    headers: Headers, table: Dict[str, Any], context: Any, reserved: Sequence[str] = ()
-) -> List[str]:
+def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> List[str]:
     """The header lines after the actions of `table`.  `context`: the further arguments of actions.
 
-    reserved: names that are also dropped with "_" instead of "-", which CGI and WSGI do not
-    distinguish.
+    Drops the fields that Connection names (RFC 9110 section 7.6.1).
     """
+    named = headers.tokens("connection")
+    if not named <= _USUAL_CONNECTION:
+        table = {**table, **dict.fromkeys(named)}
     lines = []
     for key, line in zip(headers.keys, headers.lines):
         if key in table:
@@ -1746,8 +1709,8 @@ def _rewritten_lines(
                 continue
             if translated != value:
                 line = "%s: %s" % (line[: len(key)], translated)
-        elif "_" in key and key.replace("_", "-") in reserved:
-            continue
+        elif "_" in key and key.replace("_", "-") in _SET_BY_PROXY:
+            continue  # CGI and WSGI do not distinguish these names
         lines.append(line)
     return lines
 
@@ -1761,11 +1724,6 @@ def serialise(lines: List[str], framing: Framing) -> bytes:
     else:
         lines.append("\r\n")
     return "\r\n".join(lines).encode("latin-1")
-
-
-def _table_dropping(table: Dict[str, Any], named: FrozenSet[str]) -> Dict[str, Any]:
-    """`table`, extended to drop the fields named in Connection (RFC 9110 section 7.6.1)."""
-    return table if named <= _USUAL_CONNECTION else {**table, **dict.fromkeys(named)}
 
 
 def _hides_public_origin(request: Request, gate: Any) -> bool:
@@ -1832,8 +1790,7 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
     if not match:
         return value if value.startswith("//") else _with_prefix(value, route)
     scheme, authority, path = match.groups()
-    default = "" if _PORT_PART.search(authority) else _DEFAULT_PORTS[scheme.lower()]
-    is_app = authority.lower() + default in route.app_authorities
+    is_app = with_port(authority, scheme) in route.app_authorities
     if not is_app and rest_of_own_url(value, request.client.authority) is None:
         return value
     path = _with_prefix(path if path.startswith("/") else "/" + path, route)
@@ -4097,7 +4054,7 @@ class Exchange:
 
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
         """Send the upstream's 101 to the client, then move both connections to a tunnel."""
-        is_upgrade = "upgrade" in response.connection
+        is_upgrade = "upgrade" in response.headers.tokens("connection")
         is_websocket = "websocket" in response.headers.tokens("upgrade")
         if not self.request.is_websocket or not is_upgrade or not is_websocket:
             text = "The app switched to a protocol (101) that the request did not name."
