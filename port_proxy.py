@@ -2110,10 +2110,10 @@ _ROW = (
 )
 _FIRST_COMMON_PORT = 1024  # system services listen below
 _FIRST_ORDINARY_USER = 1000  # root and system services have lower ids
-_REACHED = {  # for each host, the listening addresses that it reaches
-    "localhost": ("127.0.0.1", "0.0.0.0", "::", "::1"),
-    "127.0.0.1": ("127.0.0.1", "0.0.0.0", "::"),
-    "::1": ("::1", "::"),
+REACHED = {  # for each loopback name, the listening addresses that it reaches
+    "localhost": {"127.0.0.1", "0.0.0.0", "::", "::1"},
+    "127.0.0.1": {"127.0.0.1", "0.0.0.0", "::"},
+    "::1": {"::1", "::"},
 }
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
 _INTERPRETER = re.compile(
@@ -2182,11 +2182,6 @@ def find_listeners() -> List[Listener]:
     return found
 
 
-def reaches_any(host: str, addresses: Iterable[str]) -> bool:
-    """Whether `host`, a loopback name, reaches one of these listening addresses."""
-    return any(address in _REACHED[host] for address in addresses)
-
-
 def tcp_sockets(peer: Optional[Address] = None) -> List[TcpSocket]:
     """Listening sockets, or those connected to `peer`; IPv4 before IPv6."""
     rows = re.compile(_ROW % (peer[1] if peer else 0), re.MULTILINE)
@@ -2216,28 +2211,27 @@ class OwnerGuard:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._had_known_owner = self._check_owner(address)
+        self._had_known_owner = self._has_known_owner(None)
 
     def check(self, peer: Address) -> None:
         """Check a new connection.  `peer`: the proxy's end.  Also raises ConnectionRefusedError."""
-        address = self._address
         # A program that serves a single connection may have closed its listening socket.
-        if not self._check_owner(address) and not self._check_owner(address, peer):
+        if not self._has_known_owner(None) and not self._has_known_owner(peer):
             text = "The user who owns port %d of this machine could not be determined."
-            raise ProxyError(403, text % address[1], (), _TRUST_ADVICE)
+            raise ProxyError(403, text % self._address[1], (), _TRUST_ADVICE)
         if not self._had_known_owner:  # another user's program may have accepted the connection
             raise ConnectionRefusedError(errno.ECONNREFUSED, "no known owner before connecting")
 
-    def _check_owner(self, address: Address, peer: Optional[Address] = None) -> bool:
-        """Raise ProxyError 403 for another ordinary user.  Returns whether the owner is known."""
-        users = _socket_users(address, peer)
+    def _has_known_owner(self, peer: Optional[Address]) -> bool:
+        users = _socket_users(self._address, peer)
         for user in users:
             if user >= _FIRST_ORDINARY_USER and user != os.geteuid():
                 text = (
                     "Port %d of this machine belongs to another user, %s. Its pages could use your"
                     " other apps as you."
                 )
-                raise ProxyError(403, text % (address[1], user_name(user)), (), _TRUST_ADVICE)
+                owner = user_name(user)
+                raise ProxyError(403, text % (self._address[1], owner), (), _TRUST_ADVICE)
         return bool(users)
 
 
@@ -2539,7 +2533,7 @@ class NotListening(ProxyError):
     def __init__(self, route: Route, addresses: Sequence[str]) -> None:
         text = "Nothing listens on %s. Is the app running, and is this its port?" % route.place
         advice = address = ""
-        if addresses and route.is_local and not reaches_any(route.host, addresses):
+        if addresses and route.is_local and REACHED[route.host].isdisjoint(addresses):
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(addresses), route.host
             if not any(name in LOOPBACK_NAMES for name in addresses):
@@ -2640,7 +2634,7 @@ def _port_item(row: Dict[str, Any]) -> str:
 def _summary(row: Dict[str, Any]) -> str:
     """One line: the program, its age, and its addresses if localhost does not reach it."""
     parts = [printable(row["program"]), "" if row["seconds"] is None else _age(row["seconds"])]
-    if not reaches_any("localhost", row["addresses"]):
+    if REACHED["localhost"].isdisjoint(row["addresses"]):
         parts.append("listens on %s only, not on localhost" % ", ".join(row["addresses"]))
     return " \u00b7 ".join(filter(None, parts))
 
@@ -3506,17 +3500,6 @@ class HubUser(NamedTuple):
     has_access: bool
 
 
-class HubBrowser(NamedTuple):
-    """A signed-in browser.
-
-    hub_session: `_hub_session` at the sign-in.  Another value in a later request means that the
-    browser has signed out at the Hub.  None: not compared.
-    """
-
-    token: str
-    hub_session: Optional[str]
-
-
 # By token: the running or finished lookup, and the time at which it expires.
 TokenCache = BoundedDict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
 
@@ -3637,7 +3620,9 @@ class HubGate(Gate):
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + short_hash(self.hub.prefix)
         self._key = secrets.token_bytes(32)
-        self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, HubBrowser]
+        # By session: its token, and `_hub_session` at the sign-in.  If a later request has another
+        # value, the browser has signed out at the Hub.
+        self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, Tuple[str, str]]
         self._last_activity = ""
         self._version = None  # type: Optional[str]  # of the Hub
         deadlines.on_activity = self._note_activity
@@ -3672,10 +3657,9 @@ class HubGate(Gate):
             text = "Sign in at the Hub, or send a Hub token as 'Authorization: token TOKEN'."
             raise ProxyError(403, text, CHALLENGE)
         self._check_access(user)
-        browser = HubBrowser(token, _hub_session(request))
         is_new = token and session_user is None
         self.redirect_without_token(
-            request, lambda: (self._new_session(browser, request.client),) if is_new else ()
+            request, lambda: (self._new_session(token, request),) if is_new else ()
         )
         if not token:  # foreign pages do not know tokens
             self.check_origin(request)
@@ -3683,9 +3667,9 @@ class HubGate(Gate):
     async def _user_of_session(self, request: Request) -> Optional[HubUser]:
         """The user that this browser has signed in as; None after a sign-out at the Hub."""
         for session in cookie_values(request.headers, self.cookie_name):
-            browser = self._sessions.get(session)
-            if browser and browser.hub_session in (None, _hub_session(request)):
-                user = await self.api.user_of(browser.token)
+            token, hub_session = self._sessions.get(session, ("", ""))
+            if hub_session == _hub_session(request):
+                user = await self.api.user_of(token)
                 if user is not None:
                     return user
             self._sessions.pop(session, None)
@@ -3745,15 +3729,14 @@ class HubGate(Gate):
         if user is None:
             raise ProxyError(403, "The Hub did not sign you in." + again)
         self._check_access(user)
-        browser = HubBrowser(token, _hub_session(request) or None)
-        session = self._new_session(browser, request.client)
+        session = self._new_session(token, request)
         expired = self._cookie(name, "", request.client, 0)
         raise ProxyError(302, "Signed in.", (("Location", unquote(target)), session, expired))
 
-    def _new_session(self, browser: HubBrowser, client: ClientInfo) -> Tuple[str, str]:
+    def _new_session(self, token: str, request: Request) -> Tuple[str, str]:
         session = secrets.token_urlsafe(32)
-        self._sessions[session] = browser
-        return self._cookie(self.cookie_name, session, client)
+        self._sessions[session] = token, _hub_session(request)
+        return self._cookie(self.cookie_name, session, request.client)
 
     def _login_name(self, state: str) -> str:
         """The name of the cookie of one sign-in; several tabs can sign in at once."""

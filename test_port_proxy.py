@@ -3975,7 +3975,7 @@ class TestHub:
         assert (len(asked["state"]) >= 22, asked["state"] in cookie) == (True, False)
         answer = proxy.ask(request("HEAD", target, *VISIT), no_body=True)
         assert "; HttpOnly; SameSite=Lax; Max-Age=600" in fields_of(answer)["set-cookie"]
-        answer = self.come_back(proxy, hub, asked, cookie)
+        answer = self.come_back(proxy, hub, asked, cookie + "; jupyterhub-session-id=x")
         assert (place_of(answer), "owner-token" in repr(answer), app.connections) == (target, False, 0)
         (session,) = new_cookies(answer)
         assert set(session.split("; ")[1:]) == {"Path=%s/" % PREFIX, "HttpOnly", "SameSite=Lax"}
