@@ -108,6 +108,7 @@ class Hub(NamedTuple):
 
     prefix: str  # the path of this server, such as /user/ana; the proxy's base lies below it
     user: str  # the owner of this server
+    service_url: str  # where the Hub reaches this server
     api_url: str
     api_token: str  # of this server; also its OAuth client secret
     client_id: str
@@ -1910,9 +1911,6 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
 # opened last.  It redirects the request to the prefix, or serves it without a redirect if the
 # client does not follow redirects.  Browsers send an app's cookies only below the prefix, so the
 # proxy also sets copies with Path=/, under names of its own.
-#
-# gate.app_cookie: the name of the signed cookie; "" if unprefixed requests are not served.
-# gate.key: the key for signatures.
 
 
 OWN_SITES = frozenset(("same-origin", "none"))  # Sec-Fetch-Site of our pages and typed addresses
@@ -1927,17 +1925,13 @@ def short_hash(text: str) -> str:
 
 
 def sign(key: bytes, purpose: str, text: str) -> str:
-    """A signature (HMAC) of `text` for a cookie, 43 characters long.
-
-    purpose: a word.  A signature is valid for one purpose only.
-    """
+    """A signature (HMAC) of 43 characters.  purpose: a word; it is valid for nothing else."""
     return base64url(hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest())
 
 
 def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
-    """Whether `signature`, from a request, is valid for `text`."""
-    right = sign(key, purpose, text).encode()
-    return hmac.compare_digest(signature.encode("latin-1"), right)
+    right = sign(key, purpose, text)
+    return hmac.compare_digest(signature.encode("latin-1"), right.encode())
 
 
 def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
@@ -2075,11 +2069,10 @@ def cookies_for_unprefixed(
     return ["Set-Cookie: " + cookie for cookie in cookies]
 
 
-def with_app_cookies(request: Request, gate: Any) -> Request:
+def with_app_cookies(request: Request, route: Route, gate: Any) -> Request:
     """An unprefixed request, in which the copies of the app's cookies have the app's names."""
-    assert request.route is not None
     keys, lines = request.headers.keys, request.headers.lines
-    start = _copy_start(request.route, gate)
+    start = _copy_start(route, gate)
     lines = [line.replace(start, "") if key == "cookie" else line for key, line in zip(keys, lines)]
     return request._replace(headers=Headers(keys, lines))
 
@@ -3022,7 +3015,9 @@ class Gate:
     """Base class of the gates: removes our credentials and refuses foreign origins."""
 
     token = ""  # required of every client; "" for none
-    app_cookie = ""  # name of the cookie that holds the last app; "" for none
+    app_cookie = (
+        ""  # name of the cookie with the last app; "" if unprefixed requests are not served
+    )
     cookie_name = ""  # of the session
     sessions_can_end = False  # whether `has_access` can change while a request is served
     other_cookies = ()  # type: Tuple[str, ...]  # prefixes of names besides COOKIE_PREFIX
@@ -3423,6 +3418,7 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
     return Hub(
         prefix=prefix,
         user=read("USER", ""),
+        service_url=read("SERVICE_URL", parse=_http_url),
         api_url=read("API_URL", parse=_http_url).rstrip("/"),
         api_token=read("API_TOKEN"),
         client_id=read("CLIENT_ID"),
@@ -3439,11 +3435,11 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
     )
 
 
-def _http_url(url: str) -> str:
-    match = _HTTP_URL.fullmatch(url)
-    if not match or not is_authority(match.group(2)):
-        raise ValueError("an HTTP URL is expected, not %r" % url)
-    return url
+def _http_url(text: str) -> str:
+    url = urlsplit(text)
+    if url.scheme not in _DEFAULT_PORTS or not url.netloc:
+        raise ValueError("an HTTP URL is expected, not %r" % text)
+    return text
 
 
 def _hub_home(prefix: str, path: str) -> str:
@@ -3458,10 +3454,7 @@ def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
         arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
     names = ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned")
     values = [(name, arguments.get(name.lower().replace("-", "_"))) for name in names]
-    attributes = [(name, "" if value is True else str(value)) for name, value in values if value]
-    if not all(re.fullmatch("[A-Za-z0-9.-]*", value) for _, value in attributes):
-        raise ValueError("a cookie attribute is not valid")
-    return tuple(attributes)
+    return tuple((name, "" if value is True else str(value)) for name, value in values if value)
 
 
 def _config_under_hub(
@@ -3473,10 +3466,7 @@ def _config_under_hub(
             text = "JupyterHub started this server (JUPYTERHUB_SERVICE_URL is set): remove --%s"
             raise ValueError(text % field.replace("_", "-"))
     hub = hub_in(environment)
-    url = urlsplit(environment["JUPYTERHUB_SERVICE_URL"])
-    if url.scheme not in _DEFAULT_PORTS or not url.netloc:
-        text = "JUPYTERHUB_SERVICE_URL is not valid: %s"
-        raise ValueError(text % environment["JUPYTERHUB_SERVICE_URL"])
+    url = urlsplit(hub.service_url)
     return config._replace(
         hub=hub,
         base=hub.prefix + normal_base(config.base),
@@ -3631,8 +3621,10 @@ class HubGate(Gate):
     async def respond(self, request: Request, read_form: ReadForm) -> None:
         if request.method not in ("GET", "HEAD"):
             return
-        if is_base(self.hub.prefix + "/api", request.target):
-            await self._respond_ready()
+        if is_base(self.hub.prefix + "/api", request.target):  # a poll of the Hub
+            version = await self._hub_version()
+            fields = (("X-JupyterHub-Version", version),) if version else ()  # the Hub compares it
+            raise ProxyError(200, "Ready.", fields)
         if is_base(self.callback_path, request.target):
             await self._end_login(request)
         if is_base(self.hub.prefix, request.target):
@@ -3757,15 +3749,14 @@ class HubGate(Gate):
 
     # Polls of the Hub, and reports to it.
 
-    async def _respond_ready(self) -> None:
-        """Raise the response to the Hub's poll: the server is up.  The Hub checks the version."""
+    async def _hub_version(self) -> str:
+        """The version of the Hub, requested only once; "" if unknown."""
         if self._version is None:
-            self._version = ""  # optional: requested only once
+            self._version = ""
             with contextlib.suppress(ProxyError):
                 response, _ = await self.api.call("GET", self.hub.api_url + "/", [])
                 self._version = response.headers.get("x-jupyterhub-version")
-        version = ("X-JupyterHub-Version", self._version)
-        raise ProxyError(200, "Ready.", (version,) if self._version else ())
+        return self._version
 
     def _note_activity(self) -> None:
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -3891,7 +3882,7 @@ class Exchange:
             text = "Redirecting to the address with a slash after the port."
             raise await self._redirect(route, 302, text)
         if request.is_unprefixed:
-            request = self.request = with_app_cookies(request, gate)
+            request = self.request = with_app_cookies(request, route, gate)
         # Body data that has already come is validated before a connection is taken.
         data = request_for_upstream(request, gate, self.proxy.mark)
         data += self.body.encode(self.body.buffered())
