@@ -5278,23 +5278,14 @@ def _load_jupyter_server_extension(server: Any) -> None:
 # --------------------------------------------------------------------------------------------------
 # Port check
 # --------------------------------------------------------------------------------------------------
-# `--check PORT` examines one app and reports what keeps it from working behind the proxy.  It
-# requests the first page, follows redirects, and looks for addresses that bypass the proxy and for
-# links that lose the prefix.  Then it sends requests with a foreign Host and Origin, and opens a
-# WebSocket.  All connections go through `Upstreams`, with the checks of real requests.  Known apps
-# are not searched for addresses: libraries contain defaults such as localhost:5006.
+# `--check PORT` examines one app and reports what keeps it from working behind the proxy.  All
+# connections go through `Upstreams`, with the checks of real requests.
 
 _PAGE_SECONDS = 30.0  # some apps compile their page for the first request
-_MAX_REDIRECTS = 5  # in a row
+_MAX_REDIRECTS = 5
 _MAX_SCRIPTS = 4  # scripts of a page that are searched
 _FOREIGN_HOST = "port-proxy-check.invalid"  # no such host can exist (RFC 6761)
-
-_ROOTED = re.compile(
-    rb"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?(/(?!/)[^\s"'<>?#]{0,2000})""", re.IGNORECASE
-)
-_SCRIPT = re.compile(
-    rb"""<script\s[^<>]{0,500}?\bsrc\s{0,9}=\s{0,9}["']?([^\s"'<>]{1,2000})""", re.IGNORECASE
-)
+_LINK = re.compile(rb"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?([^\s"'<>?#]{1,2000})""", re.I)
 _APP_ADDRESS = (
     rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
 )
@@ -5311,21 +5302,12 @@ _HANDSHAKE = {
     "Sec-WebSocket-Version": "13",
     "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
 }
-
-_OWN_PORT = (
-    "Port %d is the proxy's own, so no app can be reached there. If an app uses this port, set the"
-    " port of the proxy with --port."
-)
 _BYPASSES = (
     "%s contains an address with port %d. This address bypasses the proxy and works only on this"
     " machine. If the app does not work from other machines, "
 )
 _WEBPACK_ADVICE = "start webpack-dev-server with --client-web-socket-url auto://0.0.0.0:0/ws."
 _BYPASS_ADVICE = "set the address in the app's configuration to a path, such as /api."
-_TOO_MANY_REDIRECTS = (
-    "It redirected %d times in a row and showed no page. A browser, which keeps cookies, may get"
-    " a page." % _MAX_REDIRECTS
-)
 _TO_TLS = (
     "It redirects to https at its own address. Behind the proxy, this is an endless loop. Switch"
     " the redirect off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
@@ -5342,8 +5324,6 @@ _LOSES_PREFIX = (
     "Its links that begin with a slash lose the prefix, and nothing restores it. Use the app's own"
     " host, its option for a base path, or --whole-origin yes."
 )
-
-
 # Apps that work behind the proxy: the name, a pattern of the page, and the option that makes the
 # app serve below a path, for which %s stands ("" for none).
 _KNOWN_APPS = (
@@ -5363,37 +5343,29 @@ _KNOWN_APPS = (
 
 
 class Report(NamedTuple):
-    """The findings about a port; "" or None for unknown values.
-
-    ok: whether the proxy can reach the app.  owner, program: of the listening socket.  speaks:
-    "http", "https" or "other".  status: of the page.  redirect: target of the last redirect.
-    rooted: the page's first links that begin with a slash.  refuses_host, refuses_origin: whether
-    the app refuses foreign values.  socket: the first path that opened a WebSocket.  app: the name
-    of a known app.  use: addresses, the best first.  kept: the path of the absolute form, which
-    keeps the prefix.  flag: the app's option for it.  problems: full sentences, each with advice.
-    """
+    """The findings about a port; "" or None for unknown values."""
 
     place: str
     host: str
     port: int
     base: str
-    kept: str
-    ok: bool = False
+    kept: str  # the path of the absolute form, which keeps the prefix
+    ok: bool = False  # whether the proxy can reach the app
     addresses: Sequence[str] = ()
-    owner: str = ""
+    owner: str = ""  # of the listening socket
     program: str = ""
-    speaks: str = ""
-    status: int = 0
+    speaks: str = ""  # "http", "https" or "other"
+    status: int = 0  # of the page
     title: str = ""
-    redirect: str = ""
-    rooted: Sequence[str] = ()
+    redirect: str = ""  # the target of the last redirect
+    rooted: Sequence[str] = ()  # the page's first links that begin with a slash
     refuses_host: Optional[bool] = None
     refuses_origin: Optional[bool] = None
-    socket: str = ""
-    app: str = ""
-    use: Sequence[str] = ()
-    flag: str = ""
-    problems: Tuple[str, ...] = ()
+    socket: str = ""  # the first path that opened a WebSocket
+    app: str = ""  # the name of a known app
+    use: Sequence[str] = ()  # addresses, the best first
+    flag: str = ""  # the app's option for the absolute form
+    problems: Sequence[str] = ()  # full sentences, each with advice
 
 
 async def check_port(upstream: str, config: Config) -> Report:
@@ -5409,51 +5381,46 @@ async def check_port(upstream: str, config: Config) -> Report:
         await check.run()
     finally:
         await deadlines.close(1.0)
-    found = dict(check.found, kept=check.absolute_path + "/", problems=tuple(check.problems))
-    return Report(route.place, route.host, route.port, config.base, **found)
+    return Report(route.place, route.host, route.port, config.base, **check.found)
 
 
 class PortCheck:
-    """Examines an upstream; `run` completes `found`, the fields of a report, and `problems`."""
+    """Examines an upstream; `run` completes `found`, the fields of a report."""
 
     def __init__(self, route: Route, upstreams: Upstreams) -> None:
+        self.route = route
         self.upstreams = upstreams
         self.config = upstreams.config
-        self.route = route
         self.path = "/"  # of the page, without its query
         self.absolute_path = "%s/absolute/%s" % (self.config.base, upstream_name(route))
         self.problems = []  # type: List[str]
-        self.found = {}  # type: Dict[str, Any]
-        for listener in find_listeners():
-            is_app = listener.port == route.port
-            if is_app and (route.is_local or route.host in listener.addresses):
-                owner, program = user_name(listener.user), listener.program
-                self.found.update(addresses=listener.addresses, owner=owner, program=program)
+        self.found = {"kept": self.absolute_path + "/", "problems": self.problems}  # type: Any
 
     async def run(self) -> None:
+        route = self.route
+        for listener in find_listeners():
+            is_here = route.is_local or route.host in listener.addresses
+            if listener.port == route.port and is_here:
+                owner, program = user_name(listener.user), listener.program
+                self.found.update(addresses=listener.addresses, owner=owner, program=program)
         try:
-            check_route(self.route, self.config)
+            check_route(route, self.config)
+            page = await self._get("/")
         except ProxyError as error:
-            self.problems.append(error.detail)
-        is_allowed = not self.problems
-        try:
-            first = await self._get("/", timeout=_PAGE_SECONDS)
-        except ProxyError as error:
-            await self._note_failure(error)
+            self.problems.append(await self._explain(error))
             return
-        self.found.update(ok=is_allowed, speaks=self.route.scheme)
-        page = await self._find_page(first)
+        page = await self._follow_redirects(page)
+        may_be_absolute = page.status == 404 or self.absolute_path.encode() in page.body
+        if may_be_absolute and not self._base_path():
+            with contextlib.suppress(ProxyError):
+                other = await self._get(self.absolute_path + "/")
+                if other.status != 404:
+                    self.path = self.absolute_path + "/"
+                    page = await self._follow_redirects(other)
         title = title_in(page.headers, page.body)
-        self.found.update(use=self._addresses(), status=page.status, title=title)
-        self._note_links(page)
-        text = page.body.decode("latin-1")
-        for name, pattern, flag in _KNOWN_APPS:
-            if re.search(pattern, text):
-                has_flag = flag and not self._is_absolute()
-                self.found.update(app=name, flag=flag % self.absolute_path if has_flag else "")
-                break
-        else:
-            await self._find_bypass(page)
+        self.found.update(ok=True, speaks=route.scheme, status=page.status, title=title)
+        self.found.update(use=self._addresses())
+        await self._examine_page(page)
         status = await self._status(self.path, {"Host": _FOREIGN_HOST})
         self.found.update(refuses_host=status >= 400 > page.status)
         status = await self._status(self.path, {"X-Forwarded-For": "127.0.0.1"})
@@ -5463,9 +5430,7 @@ class PortCheck:
             self.problems.append(_SIGNS_PATH)
         await self._try_websockets()
 
-    async def _get(
-        self, target: str, fields: Mapping[str, str] = {}, timeout: float = _FETCH_SECONDS
-    ) -> Response:
+    async def _get(self, target: str, fields: Mapping[str, str] = {}) -> Response:
         """Send a request that looks to the app like a browser's request through the proxy.
 
         Raises ProxyError: 400 for a response that is not valid HTTP, 504, or that of `connect`.
@@ -5475,9 +5440,10 @@ class PortCheck:
             "X-Forwarded-Host": "localhost:%d" % self.config.port,
             "Accept": "text/html, */*;q=0.1",
             "User-Agent": "port_proxy",
+            **fields,
         }
-        headers.update(fields)
         lines = ["GET %s HTTP/1.1" % target] + ["%s: %s" % field for field in headers.items()]
+        timeout = _FETCH_SECONDS if fields else _PAGE_SECONDS
         connection = await self.upstreams.connect(self.route)
         try:
             return await fetch(connection, lines, b"", timeout, self.config)
@@ -5494,46 +5460,33 @@ class PortCheck:
         except ProxyError:
             return 0
 
-    async def _note_failure(self, error: ProxyError) -> None:
-        """Report why the first page did not come."""
-        text = error.detail
+    async def _explain(self, error: ProxyError) -> str:
+        """Why the first page did not come."""
         if error.status == 508:
-            text = _OWN_PORT % self.route.port
-        elif error.status == 400 and self.route.scheme == "http":
-            is_tls = await accepts_tls(self.upstreams, self.route)
-            self.found.update(speaks="https" if is_tls else "other")
-            text = "It does not answer HTTP. Is this the port of the app?"
-            if is_tls:
-                text = unexpected_tls(self.route).detail
-        self.problems.append(text)
+            advice = " If an app uses this port, set the port of the proxy with --port."
+            return error.detail + advice
+        if error.status != 400 or self.route.scheme == "https":
+            return error.detail
+        if await accepts_tls(self.upstreams, self.route):
+            self.found.update(speaks="https")
+            return unexpected_tls(self.route).detail
+        self.found.update(speaks="other")
+        return "It does not answer HTTP. Is this the port of the app?"
 
-    # The page.
-
-    def _is_absolute(self) -> bool:
-        """Whether the app is configured for the absolute form."""
-        return path_below(self.absolute_path, self.path) is not None
-
-    async def _find_page(self, first: Response) -> Response:
-        """The first page of the app, which may be configured for the absolute form."""
-        page = await self._follow_redirects(first)
-        may_be_absolute = page.status == 404 or self.absolute_path.encode() in page.body
-        if may_be_absolute and not self._is_absolute():
-            with contextlib.suppress(ProxyError):
-                other = await self._get(self.absolute_path + "/", timeout=_PAGE_SECONDS)
-                if other.status != 404:
-                    self.path = self.absolute_path + "/"
-                    page = await self._follow_redirects(other)
-        return page
+    def _base_path(self) -> str:
+        """The absolute path if the app is configured for it, else ""."""
+        is_absolute = path_below(self.absolute_path, self.path) is not None
+        return self.absolute_path if is_absolute else ""
 
     def _addresses(self) -> List[str]:
         """The URLs for a browser on this machine."""
         config, route = self.config, self.route
-        authority = "localhost:%d" % config.port
-        client = ClientInfo("127.0.0.1", "https" if config.certfile else "http", authority)
-        path = (self.absolute_path if self._is_absolute() else route.prefix) + "/"
-        addresses = ["%s://%s%s" % (client.scheme, authority, path)]
+        authority, scheme = "localhost:%d" % config.port, "https" if config.certfile else "http"
+        prefix = self._base_path() or route.prefix
+        addresses = ["%s://%s%s/" % (scheme, authority, prefix)]
+        client = ClientInfo("127.0.0.1", scheme, authority)
         host = host_form(route.port, client, config.domains)
-        if host and route.host == "localhost" and not self._is_absolute():
+        if host and route.host == "localhost" and not self._base_path():
             addresses.insert(0, host)
         return addresses
 
@@ -5542,13 +5495,12 @@ class PortCheck:
         route = self.route
         # The second is ours: the app may obey X-Forwarded-Host.
         own = route.app_authorities | {"localhost:%d" % self.config.port}
-        for count in range(_MAX_REDIRECTS + 1):
+        for _ in range(_MAX_REDIRECTS):
             location = page.headers.get("location")
             if not 300 <= page.status < 400 or not location:
                 break
-            base = "%s://%s%s" % (route.scheme, route.authority, self.path)
             try:
-                url = urlsplit(urljoin(base, location))
+                url = urlsplit(urljoin(_upstream_url(route, self.path), location))
             except ValueError:  # not a URL
                 break
             authority = url.netloc.rpartition("@")[2]
@@ -5561,49 +5513,53 @@ class PortCheck:
             self.path = url.path or "/"
             self.found.update(redirect=self.path)
             target = self.path + ("?" + url.query if url.query else "")
-            if count == _MAX_REDIRECTS:
-                self.problems.append(_TOO_MANY_REDIRECTS)
-            if count == _MAX_REDIRECTS or not _LOCAL_TARGET.fullmatch(target):
+            if not _LOCAL_TARGET.fullmatch(target):
                 break
             try:
-                page = await self._get(target, timeout=_PAGE_SECONDS)
+                page = await self._get(target)
             except ProxyError as error:
                 self.problems.append(error.detail)
                 break
         return page
 
-    def _note_links(self, page: Response) -> None:
-        """Report links that begin with a slash, other than those with the prefix."""
-        links = [match.decode("latin-1") for match in dict.fromkeys(_ROOTED.findall(page.body))]
-        if self._is_absolute():
-            links = [link for link in links if path_below(self.absolute_path, link) is None]
-        self.found.update(rooted=links[:5])
-        if links and not self.config.whole_origin:
-            self.problems.append(_LOSES_PREFIX)
+    async def _examine_page(self, page: Response) -> None:
+        """Report links that lose the prefix, and a known app or an address that bypasses the proxy.
 
-    async def _find_bypass(self, page: Response) -> None:
-        """Report an address of the app in the page or in one of its scripts."""
-        port = self.route.port
-        address = re.compile(_APP_ADDRESS % (re.escape(self.route.host).encode(), port))
+        Known apps are not searched for addresses: libraries contain such as localhost:5006.
+        """
+        links = [link.decode("latin-1") for link in dict.fromkeys(_LINK.findall(page.body))]
+        paths = [link for link in links if link.startswith("/") and not link.startswith("//")]
+        if self._base_path():
+            paths = [path for path in paths if path_below(self.absolute_path, path) is None]
+        self.found.update(rooted=paths[:5])
+        if paths and not self.config.whole_origin:
+            self.problems.append(_LOSES_PREFIX)
+        text = page.body.decode("latin-1")
+        for name, pattern, flag in _KNOWN_APPS:
+            if re.search(pattern, text):
+                has_flag = flag and not self._base_path()
+                self.found.update(app=name, flag=flag % self.absolute_path if has_flag else "")
+                return
         pages = [(self.path, page.body)]
-        for source in list(dict.fromkeys(_SCRIPT.findall(page.body)))[:_MAX_SCRIPTS]:
+        for link in [link for link in links if link.endswith((".js", ".mjs"))][:_MAX_SCRIPTS]:
             # ValueError: not a URL.  ProxyError: the script cannot be fetched.
             with contextlib.suppress(ValueError, ProxyError):
-                target = str(urljoin(self.path, source.decode("latin-1")))
-                if _LOCAL_TARGET.fullmatch(target):
-                    pages.append((target.partition("?")[0], (await self._get(target)).body))
+                path = urljoin(self.path, link)
+                if _LOCAL_TARGET.fullmatch(path):
+                    pages.append((path, (await self._get(path)).body))
+        host, port = re.escape(self.route.host).encode(), self.route.port
         for path, body in pages:
-            if address.search(body):
+            if re.search(_APP_ADDRESS % (host, port), body):
                 is_webpack = b"webpack-dev-server" in body
                 advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
                 self.problems.append(_BYPASSES % (path, port) + advice)
-                break
+                return
 
     async def _try_websockets(self) -> None:
         """Report the first path that opens a WebSocket, and if it refuses a foreign Origin."""
         own, foreign = _upstream_url(self.route), "http://" + _FOREIGN_HOST
         for path in _SOCKET_PATHS:
-            path = self.absolute_path * self._is_absolute() + path
+            path = self._base_path() + path
             if await self._status(path, {**_HANDSHAKE, "Origin": own}) == 101:
                 status = await self._status(path, {**_HANDSHAKE, "Origin": foreign})
                 self.found.update(socket=path.partition("?")[0], refuses_origin=status != 101)
@@ -5613,10 +5569,8 @@ class PortCheck:
 def report_text(report: Report) -> str:
     """A report for a terminal."""
     listens = ", ".join(report.addresses)
-    if report.program:
-        listens += " by " + report.program
-    if report.owner:
-        listens += " of " + report.owner
+    listens += " by " + report.program if report.program else ""
+    listens += " of " + report.owner if report.owner else ""
     speaks = " ".join(filter(None, (report.speaks, str(report.status or ""), report.title)))
     # Known apps work without a WebSocket, or open it at another path.
     socket = "none found at the usual paths" if report.ok and not report.app else ""
@@ -5633,11 +5587,10 @@ def report_text(report: Report) -> str:
         ("links", links if report.rooted else ""),
         ("Host", host if report.refuses_host else ""),
         ("WebSocket", socket),
+        *[("problem", problem) for problem in report.problems],
+        ("use", "  or  ".join(report.use)),
+        ("", "or start it with %s and use %s" % (report.flag, report.kept) if report.flag else ""),
     ]
-    rows += [("problem", problem) for problem in report.problems]
-    rows.append(("use", "  or  ".join(report.use)))
-    if report.flag:
-        rows.append(("", "or start it with %s and use %s" % (report.flag, report.kept)))
     lines = ["  %-10s %s" % (name, printable(text)) for name, text in rows if text]
     return "\n".join([report.place] + lines)
 
