@@ -5370,7 +5370,8 @@ class Report(NamedTuple):
 
 async def check_port(upstream: str, config: Config) -> Report:
     """The report about an upstream; ProxyError if it is not PORT or HOST:PORT."""
-    route = find_route(config.base, "%s/%s/" % (config.base, upstream), config.upstream_tls)[0]
+    target = "%s/%s/" % (config.base, re.sub("^localhost:", "", upstream.lower()))
+    route = find_route(config.base, target, config.upstream_tls)[0]
     assert route is not None
     deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
     own = []  # type: List[Address]
