@@ -4467,7 +4467,7 @@ class PortProxy:
             return True
         living = [client for client in self._clients if not client.ended]
         victims = [client for client in living if not client.is_admitted]
-        victims += [client for client in living if client.state is IDLE]
+        victims += [client for client in living if client.state is IDLE and client.is_quiet()]
         for victim in victims[:1]:
             if victim.state is HANDSHAKE and victim.task:
                 victim.task.cancel()
@@ -4525,28 +4525,28 @@ class PortProxy:
                     sock.shutdown(socket.SHUT_RDWR)  # in 3.6, asyncio waits for EOF
 
     def _await_request(self, client: Connection) -> None:
-        """Wait for the next request of a client, if possible without a task."""
+        """Wait for the next request of a client, without a task."""
+        client.task = None
         if not self.is_running:
             client.close()
             return
         self._clients[client] = None
         client.state = IDLE
-        client.task = None
         client.read_deadline = now() + self.config.keep_alive_timeout
         client.watcher = self._wake
-        if not client.is_quiet():
+        if client.ended or client.buffer or client.unread:
             self._wake(client)
 
     def _wake(self, client: Connection) -> None:
-        """Leave IDLE: data or EOF has come, or the last response is not sent yet."""
+        """Leave IDLE: data or EOF has come."""
         client.watcher = None
         client.read_deadline = FOREVER
         client.state = READING_HEAD
-        if client.ended and not (client.buffer or client.unread):
+        if client.buffer or client.unread:
+            client.task = client.deadlines.loop.create_task(self._serve(client))
+        else:
             self._clients.pop(client, None)
             client.close()
-        else:
-            client.task = client.deadlines.loop.create_task(self._serve(client))
 
     async def _serve(self, client: Connection) -> None:
         if await self.serve_one(client, b"", self.gate):
@@ -4655,40 +4655,37 @@ class PortProxy:
         logger.info(line, record, extra={"request": record})
 
 
-async def _read_request_head(client: Connection, config: Config) -> bytes:
-    """The next request head; b"" at EOF or timeout before its first byte.
+# Some clients send a CRLF after a body: up to two are skipped (RFC 9112 section 2.2).
+_EMPTY_LINES = re.compile(rb"(?:\r\n){0,2}")
 
-    Some clients send a CRLF after a body: up to two are skipped (RFC 9112 section 2.2).
+
+async def _read_request_head(client: Connection, config: Config) -> bytes:
+    """The next request head; b"" at EOF or timeout before it.
+
     Raises ProxyError for an invalid, incomplete or late head, and OSError.
     """
     data = b""
+    client.read_deadline = now() + config.head_timeout
     try:
-        client.read_deadline = now() + config.keep_alive_timeout
-        data = await client.read()
-        for _ in range(2):
-            while data == b"\r":
-                data += await client.read() or b"?"  # "\r?" is refused as a head
-            if data[:2] == b"\r\n":
-                data = data[2:]
-                data = data or await client.read()
-        if not data:
-            return b""
-        client.read_deadline = now() + config.head_timeout
-        client.buffer = data
+        while b"\r\n\r\n".startswith(data):
+            more = await client.read()
+            if not more:
+                return b""
+            data += more
+        client.buffer = _EMPTY_LINES.sub(b"", data, 1)
         head = await read_head(client, True, config)
-        client.read_deadline = FOREVER
-        return head
     except TimedOut:
-        if not data:
+        if b"\r\n\r\n".startswith(data):
             return b""
         text = "The request head did not arrive within %g seconds." % config.head_timeout
         raise ProxyError(408, text)
     except Truncated:
         raise ProxyError(400, "The request ended in the middle of its head.")
-    finally:
-        # Of an admitted client, only an incomplete head counts.
-        unused = 0 if client.is_admitted else len(client.buffer) + client.unread
-        client.deadlines.set_pending(client, unused)
+    client.read_deadline = FOREVER
+    # Of an admitted client, only an incomplete head counts.
+    unused = 0 if client.is_admitted else len(client.buffer) + client.unread
+    client.deadlines.set_pending(client, unused)
+    return head
 
 
 _UNIX_PREFIX = "unix:"

@@ -1573,7 +1573,7 @@ class TestDeadlines:
             assert status_of(wire.message()) == 408
 
     def test_silence_between_requests_is_no_error(self, start, app):
-        """Empty lines are no part of a request, behind a body or alone; half of one holds no connection."""
+        """Empty lines, and half of one, are no part of a request, behind a body or alone."""
         proxy = start(head_timeout=0.1, keep_alive_timeout=0.3)
         raw = to(app, "Content-Length: 1", method="POST", body=b"a")
         raws = [raw, raw + b"\r\n", b"", b"\r", b"\r\n", b"\r\n\r\n", b"\r\n\r"]
@@ -1581,8 +1581,8 @@ class TestDeadlines:
             with proxy.held():  # the bytes are there when the proxy accepts, however busy the machine is
                 wires = [stack.enter_context(proxy.sent(one)) for one in raws]
             assert wires[0].message()[2] == wires[1].message()[2] == b"ok"
-            for wire, one in zip(wires, raws):
-                assert wire.rest()[:13] == (b"HTTP/1.1 408 " if one.endswith(b"\r") else b"")
+            for wire in wires:
+                assert wire.rest() == b""
 
     def test_body_that_stops_coming_gets_a_408_and_is_not_sent_on(self, start, upstream):
         """The rest that comes later does not break the connection on which the 408 is sent, or become a request."""
