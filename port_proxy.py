@@ -4776,7 +4776,8 @@ async def _first_byte(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> b
 def server_context(config: Config) -> ssl.SSLContext:
     """The TLS context for clients, from TLS 1.2 on.
 
-    Raises OSError for a file that cannot be read, ValueError for one that cannot be used.
+    OpenSSL's errors do not name the file, so each file is looked at first.  Raises OSError for a
+    file that cannot be read, ValueError for one that cannot be used.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     if hasattr(context, "minimum_version"):
@@ -4784,38 +4785,40 @@ def server_context(config: Config) -> ssl.SSLContext:
     else:  # 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     context.set_alpn_protocols(["http/1.1"])
-    _load_certificate(context, config.certfile or "", config.keyfile)
+    certfile = config.certfile or ""
+    keyfile = config.keyfile or certfile
+    no_certificate = "%s does not hold a certificate (PEM)"
+    _check_pem(certfile, "CERTIFICATE", no_certificate % certfile)
+    text = "%s does not hold the key (PEM) of the certificate in %s" % (keyfile, certfile)
+    hint = "" if config.keyfile else "; name the file of the key with --keyfile"
+    _check_pem(keyfile, "PRIVATE KEY", text + hint)
     if config.client_ca:
-        _load_authorities(context, config.client_ca)
-        context.verify_mode = ssl.CERT_REQUIRED
+        _check_pem(config.client_ca, "CERTIFICATE", no_certificate % config.client_ca)
+    text = "the certificate in %s cannot be used with the key in %s" % (certfile, keyfile)
+    phrases = []  # type: List[str]
+
+    def ask_phrase() -> str:
+        phrases.append(_pass_phrase())
+        return phrases[-1]
+
+    try:
+        context.load_cert_chain(certfile, keyfile, ask_phrase)
+        if config.client_ca:
+            text = "the certificate in %s cannot be used" % config.client_ca
+            context.load_verify_locations(config.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:
+        if "" in phrases:
+            raise ValueError("the pass phrase of the key in %s was not given" % keyfile)
+        raise ValueError("%s: %s" % (text, getattr(error, "reason", None) or error))
     return context
 
 
-def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: Optional[str]) -> None:
-    """Load a certificate and its key; asks on the terminal for the pass phrase of the key.
-
-    OpenSSL's errors do not name the file.  After a failure, both files are read again to find the
-    wrong one.
-    """
-    key_path = keyfile or certfile
-    try:
-        context.load_cert_chain(certfile, keyfile, _pass_phrase)
-        return
-    except OSError as error:
-        reason = getattr(error, "reason", None)
-        text = "the certificate in %s cannot be used with the key in %s: %s"
-        failure = text % (certfile, key_path, reason or error)
-        if _is_pipe(certfile) or _is_pipe(key_path):  # it cannot be read again
-            raise ValueError(failure)
-    _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certfile)
-    with open(key_path, encoding="latin-1") as file:
-        is_encrypted = "ENCRYPTED" in file.read()
-    if is_encrypted and reason in (None, "BAD_PASSWORD_READ", "BAD_DECRYPT"):
-        raise ValueError("the pass phrase of the key in %s was not given" % key_path)
-    if reason not in (None, "KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
-        raise ValueError(failure)
-    text = "%s does not hold the key (PEM) of the certificate in %s" % (key_path, certfile)
-    raise ValueError(text + ("" if keyfile else "; name the file of the key with --keyfile"))
+def _check_pem(path: str, label: str, failure: str) -> None:
+    if not stat.S_ISFIFO(os.stat(path).st_mode):  # a pipe can be read only once
+        with open(path, encoding="latin-1") as file:
+            if label + "-----" not in file.read():
+                raise ValueError(failure)
 
 
 def _pass_phrase() -> str:
@@ -4827,21 +4830,6 @@ def _pass_phrase() -> str:
     except (EOFError, AttributeError):  # AttributeError: there is no standard input
         print(file=sys.stderr)  # ends the line of the prompt
         return ""
-
-
-def _load_authorities(context: ssl.SSLContext, path: str) -> None:
-    """Trust the certificates in a file.  Raises OSError or ValueError, with the path."""
-    try:
-        context.load_verify_locations(path)
-    except OSError as error:
-        if not _is_pipe(path):
-            open(path, "rb").close()  # raises an OSError with the path, which OpenSSL leaves out
-        reason = getattr(error, "reason", None) or error
-        raise ValueError("%s does not hold a usable certificate (PEM): %s" % (path, reason))
-
-
-def _is_pipe(path: str) -> bool:
-    return stat.S_ISFIFO(os.stat(path).st_mode)
 
 
 # Validation of Config.
