@@ -19,7 +19,7 @@ Request flow.  Each busy client connection has one coroutine.  All requests take
     after a 101: a tunnel splices both transports, and the coroutine ends
 
 Invariants.  The framing of a message is decided once; messages that do not match the grammar are
-refused, never repaired.  Bodies are streamed, with back-pressure in both directions.  `PortProxy`
+refused, never repaired.  Bodies are streamed, with back-pressure in both directions.  `Exchange`
 turns errors into responses; after the response head was sent, an error truncates the response so
 that the client can tell.  Access is decided before the proxy connects to an upstream.  Apps never
 receive the proxy's own credentials.
@@ -306,7 +306,7 @@ def check_values(config: Config) -> None:
 # --------------------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------------------
-# `PortProxy` turns a ProxyError into the response.  The other exceptions are failures of
+# `Exchange` turns a ProxyError into the response.  The other exceptions are failures of
 # connections.
 
 # The names of options in error messages.  The Jupyter extension has terms of its own.
@@ -3803,7 +3803,7 @@ def _hub_session(request: Request) -> str:
 # Exchange
 # --------------------------------------------------------------------------------------------------
 # One request and its response, from the parsed head to the last byte.  `Exchange.run` serves it.
-# Failures are raised.  The server turns a ProxyError into a response.
+# `Exchange.run` turns errors into responses.
 #
 # An EOF of the client is ambiguous: it may have left, or only have closed its sending side, as `nc`
 # does.  After the EOF, `_HALF_CLOSED_SECONDS` is the timeout for data from the upstream.  A reset,
@@ -3837,15 +3837,29 @@ class Exchange:
         self.status = self.sent = 0
         self.failure = ""
         self.tunnel = None  # type: Optional[TunnelEnd]
-        self._sender = None  # type: Optional[asyncio.Task[None]]  # of the request body
         self._client_failure = None  # type: Optional[Exception]
 
     async def run(self) -> None:
-        """Serve the request.
+        """Serve the request, and turn errors into responses.
 
-        Raises ProxyError for an error response or a redirect; PeerGone, Truncated, TimedOut or
-        OSError if the client's connection must be aborted.
+        Raises PeerGone, Truncated, TimedOut or OSError if the client's connection must be aborted.
         """
+        try:
+            await self._serve()
+        except ProxyError as error:
+            await self._respond_error(error)
+        except (PeerGone, Truncated, TimedOut, OSError):
+            raise
+        except asyncio.CancelledError:
+            self.failure = "The proxy was told to stop."
+            raise
+        except Exception as error:  # a bug: only this request fails
+            logger.error("internal error: %r", error)
+            logger.debug("", exc_info=True)
+            text = "Internal error of the proxy. Its log says more."
+            await self._respond_error(ProxyError(500, text))
+
+    async def _serve(self) -> None:
         # Requests for the gate itself have no route, or are sent to an app's host to sign in there.
         if self.request.route is None or self.request.client.app_port:
             await self.gate.respond(self.request, self._read_form)
@@ -3854,15 +3868,15 @@ class Exchange:
         self.client.admit()
         self.client.deadlines.has_activity = True
         if request.route is not None:
-            await self._serve(request.route)
+            await self._serve_app(request.route)
         elif request.target == "*":
-            await self.respond(LocalResponse(204, _ALLOW))
+            await self._respond(LocalResponse(204, _ALLOW))
         elif request.method in ("GET", "HEAD"):
             await self._show_ports()
         else:
             raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
 
-    async def _serve(self, route: Route) -> None:
+    async def _serve_app(self, route: Route) -> None:
         """Forward the request on a pooled or new connection, or redirect it; detects loops."""
         request, gate, upstreams = self.request, self.gate, self.proxy.upstreams
         if self.proxy.mark in request.headers.tokens(MARK_FIELD.lower()):
@@ -3896,7 +3910,7 @@ class Exchange:
         data: the request head, and the start of the body.  Returns False if the connection was
         stale and the request may be sent on another.
         """
-        is_reusable = False
+        is_reusable, senders = False, []
         try:
             watcher = self.client.watcher = functools.partial(self._on_client_end, upstream)
             watcher(self.client)  # it may have ended already
@@ -3904,7 +3918,7 @@ class Exchange:
             upstream.write_deadline = now() + self.config.stall_timeout
             upstream.write(data)
             if not self.body.finished:
-                self._sender = upstream.deadlines.loop.create_task(self._send_body(upstream))
+                senders.append(upstream.deadlines.loop.create_task(self._send_body(upstream)))
             response = await self._read_response(upstream)
             if response.status == 101:
                 await self._open_tunnel(upstream, response)
@@ -3919,8 +3933,7 @@ class Exchange:
         finally:
             self.client.watcher = None
             self.client.served = None
-            if self._sender is not None:
-                await self._stop_sending(self._sender)
+            await cancel(senders)
             if is_reusable and self.body.finished and self.request.route is not None:
                 self.proxy.upstreams.give(self.request.route, upstream)
             elif self.tunnel is None:
@@ -3930,39 +3943,33 @@ class Exchange:
     # The client may leave at any time.
 
     def _on_client_end(self, upstream: Connection, client: Connection) -> None:
-        """Act on EOF or a failure of the client; `_send_body` handles data and its timeout."""
-        if not client.ended or (isinstance(client.failure, TimedOut) and self._is_sending()):
+        """Act on EOF or a failure of the client."""
+        if not client.ended:
             return
-        if client.failure is not None or not client.transport.can_write_eof():
-            self._client_failure = self._client_failure or PeerGone()
-            upstream.abort()
-        else:
+        if client.failure is None and client.transport.can_write_eof():
             upstream.read_timeout = _HALF_CLOSED_SECONDS
             upstream.shorten_wait(_HALF_CLOSED_SECONDS)
+            return
+        is_late = isinstance(client.failure, TimedOut) and not client.failure.args
+        stopped = ProxyError(408, _BODY_STOPPED % self.config.stall_timeout)
+        self._client_failure = stopped if is_late else PeerGone()
+        upstream.abort()
 
     # The request body is sent while the response is awaited.
 
     async def _send_body(self, upstream: Connection) -> None:
-        timeout = self.config.stall_timeout
-        self.client.read_timeout = timeout
+        self.client.read_timeout = self.config.stall_timeout
         try:
-            # An upstream that stops reading may have responded already: that is not an error.
-            with contextlib.suppress(PeerGone):
-                await self.body.relay(upstream, timeout)
-                if not self.status:
-                    upstream.read_deadline = now() + self._response_timeout(upstream)
-        except (ProxyError, Truncated, TimedOut, OSError) as error:
-            is_late = isinstance(error, TimedOut)
-            self._client_failure = ProxyError(408, _BODY_STOPPED % timeout) if is_late else error
+            await self.body.relay(upstream, self.config.stall_timeout)
+            if not self.status:
+                upstream.read_deadline = now() + self._response_timeout(upstream)
+        except PeerGone:
+            pass  # an upstream that stops reading may have responded already: that is no error
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._client_failure = self._client_failure or error
             upstream.abort()
-
-    async def _stop_sending(self, sender: "asyncio.Task[None]") -> None:
-        await cancel([sender])
-        if not sender.cancelled() and sender.exception() is not None:
-            logger.error("internal error: %r", sender.exception())
-
-    def _is_sending(self) -> bool:
-        return self._sender is not None and not self._sender.done()
 
     def _response_timeout(self, upstream: Connection) -> float:
         return min(self.config.response_timeout, upstream.read_timeout)
@@ -3972,7 +3979,7 @@ class Exchange:
     async def _read_response(self, upstream: Connection) -> Response:
         """The final response or a 101; other interim responses are relayed at once."""
         while True:
-            timeout = FOREVER if self._is_sending() else self._response_timeout(upstream)
+            timeout = self._response_timeout(upstream) if self.body.finished else FOREVER
             upstream.read_deadline = now() + timeout
             head = await read_head(upstream, False, self.config)
             upstream.read_deadline = FOREVER
@@ -4023,7 +4030,7 @@ class Exchange:
 
         If the response starts before the end of the request body, the rest may never be read.
         """
-        is_read = self.body.finished and not self._is_sending() and self.client.can_carry_more()
+        is_read = self.body.finished and self.client.can_carry_more()
         return self.keep_alive and is_read and self.proxy.is_running
 
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
@@ -4082,7 +4089,7 @@ class Exchange:
 
     # Responses of our own.
 
-    async def respond(self, response: LocalResponse) -> None:
+    async def _respond(self, response: LocalResponse) -> None:
         self.keep_alive = self._may_keep_alive()
         is_head = self.request.method == "HEAD"
         self.status = response.status
@@ -4091,12 +4098,12 @@ class Exchange:
         await self.client.drain(self.config.head_timeout)
         self.sent = 0 if is_head else len(response.body)
 
-    async def respond_error(self, error: ProxyError) -> None:
+    async def _respond_error(self, error: ProxyError) -> None:
         """Respond with the error, or end a response so that the client sees it is incomplete."""
         if not self.status:
             error.phrase_advice(self.gate.terms)
             self.failure = error.detail if error.status >= 400 else ""
-            await self.respond(error_response(error, self.request, self.config.base))
+            await self._respond(error_response(error, self.request, self.config.base))
             return
         self.failure = error.detail
         self.keep_alive = False
@@ -4138,7 +4145,7 @@ class Exchange:
             title, seen = self.proxy.titles.get(listener.port, ("", 0.0))
             title = title if seen >= listener.started else ""  # of an earlier program
             rows.append(port_row(config.base, listener, title, host_url))
-        await self.respond(ports_response(config.base, rows, self.request))
+        await self._respond(ports_response(config.base, rows, self.request))
 
     async def _read_form(self) -> bytes:
         """The body of a request to the gate."""
@@ -4281,8 +4288,7 @@ async def open_tunnel(
 # Server
 # --------------------------------------------------------------------------------------------------
 # Accepts connections and serves their requests in order.  An idle connection has no task.  The
-# first byte of a request starts a task, which serves that request.  Errors become responses in
-# `_serve_request`, those of request heads in `_read_request`.
+# first byte of a request starts a task, which serves that request.
 
 
 class PortProxy:
@@ -4437,7 +4443,18 @@ class PortProxy:
         self._clients[client] = None
         try:
             request = await self._read_request(client, head)
-            return request is not None and await self._serve_request(client, request, gate)
+            if request is None:
+                return False
+            client.state = ACTIVE
+            exchange = Exchange(self, gate, client, request)
+            try:
+                await exchange.run()
+            finally:
+                self._log(exchange)
+            may_follow = exchange.keep_alive and exchange.body.finished
+            if exchange.tunnel is None and not may_follow:
+                await self._linger(client, exchange.body.finished)
+            return may_follow
         except (PeerGone, Truncated, TimedOut, OSError):
             client.abort()
             return False
@@ -4570,37 +4587,6 @@ class PortProxy:
             client.write(local_response(error_response(error), keep_alive=False))
             await self._linger(client, is_read=False)
         return None
-
-    async def _serve_request(self, client: Connection, request: Request, gate: Gate) -> bool:
-        """Serve a request, and turn its errors into responses.
-
-        Returns whether the connection may carry another request.
-        """
-        client.state = ACTIVE
-        exchange = Exchange(self, gate, client, request)
-        try:
-            await exchange.run()
-        except ProxyError as error:
-            await exchange.respond_error(error)
-        except (PeerGone, Truncated, TimedOut, OSError):
-            raise
-        except asyncio.CancelledError:
-            exchange.failure = "" if self.is_running else "The proxy was told to stop."
-            raise
-        except Exception as error:  # a bug: only this request fails
-            logger.error("internal error: %r", error)
-            logger.debug("", exc_info=True)
-            text = "Internal error of the proxy. Its log says more."
-            await exchange.respond_error(ProxyError(500, text))
-        finally:
-            self._log(exchange)
-        if exchange.tunnel is not None:
-            client.state = CLOSING
-            return False
-        if not exchange.keep_alive or not exchange.body.finished:
-            await self._linger(client, exchange.body.finished)
-            return False
-        return True
 
     async def _linger(self, client: Connection, is_read: bool) -> None:
         """Close the connection, but first read until EOF or `linger_timeout`.
