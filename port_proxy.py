@@ -184,19 +184,28 @@ class Config(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """The type of an option's values."""
+    """The values that an option may have, besides None if that is its default."""
 
     words: str  # for error messages
-    types: Tuple[type, ...]  # the last one is the type of defaults, and parses numbers from text
+    accepts: Callable[[Any], bool]
 
 
-_STRING = Kind("a string", (str,))
-_FILE = Kind("a path", (str, os.PathLike))
-SWITCH = Kind("True or False", (bool,))
-INTEGER = Kind("a whole number", (int,))
-SECONDS = Kind("a number", (int, float))
-STRINGS = Kind("a sequence of strings", (list, set, frozenset, tuple))
-_KINDS = {kind.types[-1]: kind for kind in (_STRING, SWITCH, INTEGER, SECONDS, STRINGS)}
+def _is_strings(value: Any) -> bool:
+    is_sequence = isinstance(value, (list, tuple, set, frozenset))
+    return is_sequence and all(isinstance(item, str) for item in value)
+
+
+STRING = Kind("a string", lambda value: isinstance(value, str))
+_FILE = Kind("a path", lambda value: isinstance(value, (str, os.PathLike)))
+SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
+_PORT = Kind(
+    "a number from 0 to 65535", lambda value: isinstance(value, int) and 0 <= value < 65536
+)
+_COUNT = Kind("a whole number above 0", lambda value: isinstance(value, int) and value > 0)
+_SECONDS = Kind("a number above 0", lambda value: isinstance(value, (int, float)) and value > 0)
+_STRINGS = Kind("a sequence of strings", _is_strings)
+_HOSTS = Kind(_STRINGS.words, lambda value: callable(value) or _is_strings(value))
+_KINDS = {str: STRING, bool: SWITCH, int: _COUNT, float: _SECONDS, tuple: _STRINGS}
 
 
 class Option(NamedTuple):
@@ -204,6 +213,7 @@ class Option(NamedTuple):
 
     flag: str  # also its name in error messages
     field: str
+    default: Any
     kind: Kind
     metavar: str
     help: str
@@ -218,16 +228,17 @@ _PLURALS = {  # fields that are not named like their flag
 
 
 def _option(flag: str, metavar: str, text: str, kind: Optional[Kind] = None) -> Option:
-    """kind: only for a field whose default is None; otherwise, it follows from the default."""
+    """kind: only if it does not follow from the default."""
     field = _PLURALS.get(flag) or flag.lstrip("-").replace("-", "_")
-    return Option(flag, field, kind or _KINDS[type(getattr(Config(), field))], metavar, text)
+    default = getattr(Config(), field)
+    return Option(flag, field, default, kind or _KINDS[type(default)], metavar, text)
 
 
 GENERAL_OPTIONS = (
-    _option("--port", "N", "port to listen on, 0 for any free one"),
+    _option("--port", "N", "port to listen on, 0 for any free one", _PORT),
     _option("--bind", "ADDRESS", "address to listen on, or unix:PATH"),
     _option("--base", "PATH", "path prefix of all addresses"),
-    _option("--host-allowlist", "HOST", "also reach this host: name, address or pattern"),
+    _option("--host-allowlist", "HOST", "also reach this host: name, address or pattern", _HOSTS),
     _option("--domain", "NAME", "also reach port 8080 as 8080.NAME"),
     _option("--whole-origin", "", "route requests without the prefix to their app", SWITCH),
     _option("--preserve-host", "", "send the browser's Host to the app, not localhost:PORT"),
@@ -263,9 +274,9 @@ LIMIT_OPTIONS = (
     _option("--shutdown-timeout", "SECONDS", "for running requests at shutdown"),
 )
 _FIELDS_WITHOUT_FLAG = (  # error messages name the field
-    _option("token", "", "", _STRING),
-    _option("authorize", "", "", Kind("an asynchronous callable", ())),
-    _option("hub", "", "", Kind("a Hub", (Hub,))),
+    _option("token", "", "", STRING),
+    _option("authorize", "", "", Kind("an asynchronous callable", callable)),
+    _option("hub", "", "", Kind("a Hub", lambda value: isinstance(value, Hub))),
 )
 OPTIONS = {
     option.field: option
@@ -276,25 +287,12 @@ OPTIONS = {
 def check_values(config: Config) -> None:
     """Raise ValueError for a wrong type, a number out of range, a bad token or a missing option.
 
-    The message does not contain a value of the wrong type, which may be a secret.
+    The message does not contain the value, which may be a secret.
     """
-    defaults = Config()
-    for field, option in OPTIONS.items():
-        value, kind = getattr(config, field), option.kind
-        if value is None and getattr(defaults, field) is None:
-            continue
-        if field in ("authorize", "host_allowlist") and callable(value):
-            continue
-        is_right = isinstance(value, kind.types) and (kind is SWITCH or not isinstance(value, bool))
-        if not is_right or (kind is STRINGS and not all(isinstance(item, str) for item in value)):
-            text = "%s must be %s, not %s"
-            raise ValueError(text % (option.flag, kind.words, type(value).__name__))
-    if not 0 <= config.port <= 65535:
-        raise ValueError("--port must be a number from 0 to 65535, not %d" % config.port)
-    for option in LIMIT_OPTIONS:
-        value = getattr(config, option.field)
-        if not value > 0:  # also true for NaN
-            raise ValueError("%s must be greater than 0, not %r" % (option.flag, value))
+    for option in OPTIONS.values():
+        value, default = getattr(config, option.field), option.default
+        if not option.kind.accepts(value) and (value is not None or default is not None):
+            raise ValueError("%s must be %s" % (option.flag, option.kind.words))
     for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
         if getattr(config, option.field) and not config.certfile:
             raise ValueError("%s needs --certfile" % option.flag)
@@ -5200,14 +5198,14 @@ def _config_value(name: str, value: Any) -> Any:
     """
     if name not in OPTIONS:
         return value
-    kind, default = OPTIONS[name].kind, getattr(Config(), name)
-    if isinstance(value, str) and kind is STRINGS:
+    option, default = OPTIONS[name], OPTIONS[name].default
+    if isinstance(value, str) and isinstance(default, tuple):
         return tuple(item.strip() for item in value.split(","))
-    if isinstance(value, str) and kind in (SWITCH, INTEGER, SECONDS):
+    if isinstance(value, str) and (isinstance(default, (int, float)) or option.kind is SWITCH):
         with contextlib.suppress(ValueError):
             return json.loads(value.lower())
     if hasattr(value, "get_value") and not isinstance(value, (str, list)):
-        return value.get_value(list(default)) if kind is STRINGS else default
+        return value.get_value(list(default)) if isinstance(default, tuple) else default
     return value
 
 
@@ -5630,17 +5628,15 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
 def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> None:
     """Add options to a parser or an argument group.  The value of an omitted option is None."""
     for option in options:
-        default, text = getattr(Config(), option.field), option.help
+        default, text = option.default, option.help
         settings = {"metavar": option.metavar}  # type: Dict[str, Any]
         if option.kind is SWITCH:
             settings = {"choices": ("yes", "no")} if default is None else {"action": "store_true"}
-        elif option.kind is STRINGS:
+        elif isinstance(default, tuple):
             settings["action"] = "append"
             text += " (repeatable)"
-        elif option.kind in (INTEGER, SECONDS):
-            settings["type"] = option.kind.types[-1]
-            text += " (default: %g)" % default
         elif default is not None:
+            settings["type"] = type(default)
             text += " (default: %s)" % default
         text = text if show else argparse.SUPPRESS
         group.add_argument(option.flag, dest=option.field, default=None, help=text, **settings)
@@ -5675,7 +5671,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         value = getattr(arguments, option.field)
         if value is None:
             continue
-        if option.kind is STRINGS:
+        if isinstance(value, list):
             value = tuple(item.strip() for entry in value for item in entry.split(","))
         options[option.field] = value
     if "domains" in options:
