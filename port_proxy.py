@@ -3460,7 +3460,7 @@ def _config_under_hub(
 ) -> Config:
     """The configuration of a server that a JupyterHub starts.  Raises ValueError."""
     for field in ("token", "token_file", "no_token", "certfile", "keyfile", "client_ca"):
-        if getattr(arguments, field):
+        if getattr(arguments, field, None):
             text = "JupyterHub started this server (JUPYTERHUB_SERVICE_URL is set): remove --%s"
             raise ValueError(text % field.replace("_", "-"))
     hub = hub_in(environment)
@@ -5579,13 +5579,10 @@ Makes every port of this machine reachable through one HTTP port.
   ssh -N -L 8888:localhost:8888 THIS_MACHINE  forwards the port to your own machine
   {1:44}shows how to open port 8080
 """
-_TOKEN_HAS_NO_VALUE = (
-    "--token takes no value, because other users could see it: type --token-file FILE, or set the"
-    " environment variable PORT_PROXY_TOKEN"
-)
-_BARE_PORT = (
-    "%(port)s needs an option: --port %(port)s to listen there, --check %(port)s to examine the app"
-    " on it. To open that app, start the proxy and go to http://localhost:8888/proxy/%(port)s/"
+_STRAY_VALUE = (
+    "a value needs its option: --port N to listen on port N, --check N to examine the app on it,"
+    " --token-file FILE for a token, which other users must not see. To open the app on port N,"
+    " start the proxy and go to http://localhost:8888/proxy/N/"
 )
 
 
@@ -5604,9 +5601,8 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
     _add_options(parser, GENERAL_OPTIONS)
     access = parser.add_argument_group("access")
     token = access.add_mutually_exclusive_group()
-    token.add_argument(
-        "--token", action="store_true", help="require a token (PORT_PROXY_TOKEN, or a random one)"
-    )
+    text = "require a token (PORT_PROXY_TOKEN, or a random one)"
+    token.add_argument("--token", action="store_true", help=text)
     token.add_argument("--token-file", metavar="FILE", help="require the token in this file")
     token.add_argument("--no-token", action="store_true", help="never require a token")
     _add_options(access, ACCESS_OPTIONS)
@@ -5626,7 +5622,7 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
 
 
 def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> None:
-    """Add options to a parser or an argument group.  The value of an omitted option is None."""
+    """Add options to a parser or an argument group.  Omitted ones will not be in the result."""
     for option in options:
         default, text = option.default, option.help
         settings = {"metavar": option.metavar}  # type: Dict[str, Any]
@@ -5638,21 +5634,18 @@ def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> No
         elif default is not None:
             settings["type"] = type(default)
             text += " (default: %s)" % default
-        text = text if show else argparse.SUPPRESS
-        group.add_argument(option.flag, dest=option.field, default=None, help=text, **settings)
+        settings["help"] = text if show else argparse.SUPPRESS
+        group.add_argument(option.flag, dest=option.field, default=argparse.SUPPRESS, **settings)
 
 
 def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argparse.Namespace:
     """The arguments.  Exits with status 2 for mistakes, and suggests the right form."""
-    for word, following in zip(argv, argv[1:] + ["-"]):
-        is_followed = word == "--token" and not following.startswith("-")
-        if is_followed or word.startswith("--token="):
-            parser.error(_TOKEN_HAS_NO_VALUE)
+    argv = [re.sub("^--token=", "", word) for word in argv]  # it takes no value
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0]
-        if _PORT_NUMBER.fullmatch(word):
-            parser.error(_BARE_PORT % {"port": word})
+        if not word.startswith("-"):  # it is not repeated, because it may be a token
+            parser.error(_STRAY_VALUE)
         import difflib  # here, because it takes memory
 
         flags = re.findall("--[a-z-]+", _parser(show_limits=True).format_help())
@@ -5666,18 +5659,15 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argpar
 
 def _config(arguments: argparse.Namespace) -> Config:
     """The configuration from arguments and environment.  Raises ValueError or OSError."""
-    options = {"token": _token(arguments)}  # type: Dict[str, Any]
-    for option in GENERAL_OPTIONS + ACCESS_OPTIONS + LIMIT_OPTIONS:
-        value = getattr(arguments, option.field)
-        if value is None:
-            continue
+    options = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
+    for name, value in options.items():
         if isinstance(value, list):
-            value = tuple(item.strip() for entry in value for item in entry.split(","))
-        options[option.field] = value
+            options[name] = tuple(item.strip() for entry in value for item in entry.split(","))
     if "domains" in options:
         options["domains"] = Config().domains + options["domains"]
     if "whole_origin" in options:
         options["whole_origin"] = options["whole_origin"] == "yes"
+    options["token"] = _token(arguments)
     # A terminal in a Hub's server has the same environment.  A user who starts a proxy there must
     # set --port or --bind.
     has_address = "port" in options or "bind" in options
@@ -5698,9 +5688,6 @@ def _token(arguments: argparse.Namespace) -> Optional[str]:
         if not token:
             raise ValueError("there is no token in %s" % arguments.token_file)
     return token or (ANY_TOKEN if arguments.token else None)
-
-
-# Running.
 
 
 async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
@@ -5788,14 +5775,10 @@ def _start_failure(error: Exception, config: Config, argv: Sequence[str]) -> str
 def _holder(port: int) -> str:
     """A description of the program that listens on a local port."""
     for listener in find_listeners():
-        if listener.port == port and listener.program:
-            return "%s (process %d)" % (printable(listener.program), listener.pid)
         if listener.port == port:
-            return "a program of " + user_name(listener.user)
+            program = "%s (process %d)" % (printable(listener.program), listener.pid)
+            return program if listener.program else "a program of " + user_name(listener.user)
     return "another program"
-
-
-# Output.
 
 
 def _banner(proxy: PortProxy, has_new_token: bool) -> str:
@@ -5885,9 +5868,6 @@ class _LoopErrors:
         if loop.time() >= self.silent_until:
             self.silent_until = loop.time() + 10
             logger.warning("%s: %s", context.get("message"), context.get("exception", ""))
-
-
-# The program.
 
 
 def _raise_descriptor_limit(config: Config) -> Config:

@@ -6061,10 +6061,9 @@ class TestCommandLine:
         ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin: invalid choice"),
         ("--check 0", "an upstream is PORT or HOST:PORT, not '0'"), ("--json", "type --check PORT --json"),
         ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
-        ("8080", "--port 8080 to listen there, --check 8080 to examine the app on it."),
-        ("8080 --token", "8080 needs an option: --port 8080 to listen there"),
-        ("--token abc", "--token takes no value, because other users could see it: type --token-file FILE"),
-        ("--token=abc", "--token takes no value"),
+        ("8080", "a value needs its option: --port N to listen on port N, --check N to examine"),
+        ("--token abc", "a value needs its option"), ("--token=abc", "--token-file FILE for a token"),
+        ("--domain a abc", "a value needs its option"),
     ])  # fmt: skip
     def test_mistake_is_reported_in_the_last_line(self, capsys, options, message):
         status, output, errors = run_main(capsys, *options.split())
