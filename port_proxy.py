@@ -3183,7 +3183,8 @@ class TokenGate(Gate):
         names = ["localhost", "*.localhost", "127.*", "::1", *config.allow_hostnames]
         for domain in config.domains:
             names += [domain, "*." + domain]
-        names += [] if is_private else [socket.gethostname().lower()]
+        if not is_private:  # addresses cannot be rebound; here for IPv4, below for IPv6
+            names += [socket.gethostname().lower(), "*.*.*.*"]
         self._names = re.compile(host_regex(names))
 
     async def respond(self, request: Request, read_form: ReadForm) -> None:
@@ -3237,12 +3238,8 @@ class TokenGate(Gate):
         """Raise ProxyError 403 for a host name that is not ours."""
         host = host_of(authority)
         bare = host.strip("[]")
-        if not bare or self._names.fullmatch(bare):
+        if not bare or self._names.fullmatch(bare) or (bare != host and not self.is_private):
             return
-        if not self.is_private:
-            with contextlib.suppress(ValueError):
-                ipaddress.ip_address(bare)  # an address cannot be rebound
-                return
         advice = "{Start} {allow_hostnames} {value} if this name belongs to the proxy."
         advice = advice if _PLAIN_HOST.fullmatch(host) else ""
         raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
@@ -3258,11 +3255,11 @@ class TokenGate(Gate):
         wrong = await self._note_wrong_token(request.client) if shown else ""
         if request.is_websocket:
             text = "A WebSocket needs a signed-in browser, or the proxy's token."
-            raise ProxyError(403, (wrong + " " + text).lstrip())
+            raise ProxyError(403, wrong + text)
         if request.is_page_visit:
             raise self._sign_in_needed(wrong, public_target(request), request.client)
         text = "Sign in with a browser, or send the proxy's token as 'Authorization: token TOKEN'."
-        raise ProxyError(401, (wrong + " " + text).lstrip(), CHALLENGE)
+        raise ProxyError(401, wrong + text, CHALLENGE)
 
     async def _note_wrong_token(self, client: ClientInfo) -> str:
         """Log a wrong token, delay the response, and return the error text.
@@ -3271,7 +3268,7 @@ class TokenGate(Gate):
         """
         logger.warning("invalid token from %s", client.address or "-")
         await asyncio.sleep(_WRONG_TOKEN_SECONDS)
-        return "Invalid token."
+        return "Invalid token. "
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
         """The session cookie for the host that the client uses."""
@@ -3503,7 +3500,15 @@ class HubApi:
         self.hub = hub
         self.config = config
         self.deadlines = deadlines
-        self._context = None  # type: Optional[ssl.SSLContext]
+        url = urlsplit(hub.api_url)
+        self._host = url.netloc
+        self._address = url.hostname, url.port or int(_DEFAULT_PORTS[url.scheme][1:])  # type: Any
+        self._tls = {}  # type: Dict[str, Any]
+        if url.scheme == "https":
+            # With internal TLS, the Hub supplies our CA and our client certificate.
+            context = self._tls["ssl"] = ssl.create_default_context(cafile=config.client_ca)
+            if config.certfile:
+                context.load_cert_chain(config.certfile, config.keyfile)
         self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
         self._others = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
 
@@ -3559,11 +3564,12 @@ class HubApi:
         self, method: str, url: str, lines: List[str], body: str = ""
     ) -> Tuple[Response, Dict[str, Any]]:
         """One request: the response, and the members of the JSON object in its body."""
-        parts = urlsplit(url)
-        own = ["%s %s HTTP/1.1" % (method, parts.path), "Host: " + parts.netloc]
-        lines = own + ["Accept: application/json"] + lines
+        start = ["%s %s HTTP/1.1" % (method, urlsplit(url).path), "Host: " + self._host]
+        lines = start + ["Accept: application/json"] + lines
+        loop, connection = self.deadlines.loop, Connection(self.deadlines)
+        opening = loop.create_connection(lambda: connection, *self._address, **self._tls)
         try:
-            connection = await asyncio.wait_for(self._connect(parts), _HUB_TIMEOUT)
+            await asyncio.wait_for(opening, _HUB_TIMEOUT)
             fetched = await fetch(connection, lines, body.encode(), _HUB_TIMEOUT, self.config)
             is_json = fetched.status < 400 and fetched.body
             data = json.loads(fetched.body.decode()) if is_json else {}
@@ -3575,19 +3581,6 @@ class HubApi:
             text = "The Hub, which decides about access, does not respond. Try again shortly."
             raise ProxyError(503, text, _RETRY_SOON)
         return fetched, data if isinstance(data, dict) else {}
-
-    async def _connect(self, parts: Any) -> Connection:
-        """A new connection to the server of a split URL."""
-        if parts.scheme == "https" and self._context is None:
-            # With internal TLS, the Hub supplies our CA and our client certificate.
-            self._context = ssl.create_default_context(cafile=self.config.client_ca)
-            if self.config.certfile:
-                self._context.load_cert_chain(self.config.certfile, self.config.keyfile)
-        address = parts.hostname, parts.port or int(_DEFAULT_PORTS[parts.scheme][1:])
-        tls = {"ssl": self._context} if parts.scheme == "https" else {}  # type: Dict[str, Any]
-        connection = Connection(self.deadlines)
-        await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
-        return connection
 
 
 class HubGate(Gate):
