@@ -2068,7 +2068,6 @@ def cookies_for_unprefixed(
 
 
 def with_app_cookies(request: Request, route: Route, gate: Any) -> Request:
-    """An unprefixed request, in which the copies of the app's cookies have the app's names."""
     keys, lines = request.headers.keys, request.headers.lines
     start = _copy_start(route, gate)
     lines = [line.replace(start, "") if key == "cookie" else line for key, line in zip(keys, lines)]
@@ -2140,7 +2139,6 @@ class Listener(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a program of this user, and not a system service."""
         return bool(self.pid) and self.user == os.geteuid() and self.port >= _FIRST_COMMON_PORT
 
 
@@ -2205,13 +2203,13 @@ class OwnerGuard:
         self._had_known_owner = self._has_known_owner(None)
 
     def check(self, peer: Address) -> None:
-        """Check a new connection.  `peer`: the proxy's end.  Also raises ConnectionRefusedError."""
+        """Check a new connection.  `peer`: the proxy's end."""
         # A program that serves a single connection may have closed its listening socket.
-        if not self._has_known_owner(None) and not self._has_known_owner(peer):
+        is_known = self._has_known_owner(None) or self._has_known_owner(peer)
+        # Without an owner before, another user's program may have accepted the connection.
+        if not is_known or not self._had_known_owner:
             text = "The user who owns port %d of this machine could not be determined."
             raise ProxyError(403, text % self._address[1], (), _TRUST_ADVICE)
-        if not self._had_known_owner:  # another user's program may have accepted the connection
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "no known owner before connecting")
 
     def _has_known_owner(self, peer: Optional[Address]) -> bool:
         users = _socket_users(self._address, peer)
@@ -2247,18 +2245,15 @@ def local_address(address: Address) -> Optional[Address]:
 
 def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
     """The known users of the sockets at `address` that listen, or are connected to `peer`."""
-    is_ipv6 = ":" in address[0]
-    user = _user_by_netlink(address, peer or ("::" if is_ipv6 else "0.0.0.0", 0))
-    if user is not None:
-        return {user}
-    if _has_netlink():
-        return set()
+    unspecified = ("::",) if ":" in address[0] else _UNSPECIFIED
+    user = _user_by_netlink(address, peer or (unspecified[0], 0))
+    if user is not None or _has_netlink():
+        return set() if user is None else {user}
     # An IPv6 socket may also accept IPv4, but not the reverse.  A socket that is bound to the exact
     # address precedes a socket that is bound to all addresses.
     sockets = [sock for sock in tcp_sockets(peer) if sock.port == address[1]]
     exact = {sock.user for sock in sockets if sock.address == address[0]}
-    every = ("::",) if is_ipv6 else _UNSPECIFIED
-    return exact or {sock.user for sock in sockets if sock.address in every}
+    return exact or {sock.user for sock in sockets if sock.address in unspecified}
 
 
 def _has_netlink() -> bool:
@@ -2304,14 +2299,13 @@ def user_name(user: int) -> str:
 
 
 def _pids_by_inode() -> Dict[str, int]:
-    """For each socket, the lowest id of its processes, without processes of other users."""
+    """For each socket, the first of its processes, without processes of other users."""
     found = {}  # type: Dict[str, int]
     for path in glob.iglob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # closed meanwhile, or another user's
             kind, _, inode = os.readlink(path).rstrip("]").partition(":[")
             if kind == "socket":
-                pid = int(path.split("/")[2])
-                found[inode] = min(pid, found.get(inode, pid))
+                found.setdefault(inode, int(path.split("/")[2]))
     return found
 
 
@@ -3232,10 +3226,7 @@ class TokenGate(Gate):
         if not preflight:
             self.check_origin(request)
 
-    # Without a token.
-
     def _check_host(self, authority: str) -> None:
-        """Raise ProxyError 403 for a host name that is not ours."""
         host = host_of(authority)
         bare = host.strip("[]")
         if not bare or self._names.fullmatch(bare) or (bare != host and not self.is_private):
@@ -3243,8 +3234,6 @@ class TokenGate(Gate):
         advice = "{Start} {allow_hostnames} {value} if this name belongs to the proxy."
         advice = advice if _PLAIN_HOST.fullmatch(host) else ""
         raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
-
-    # With a token.
 
     async def _check_tokens(self, request: Request) -> None:
         """Raise ProxyError unless the first token of the query or of Authorization is valid."""
@@ -3271,7 +3260,6 @@ class TokenGate(Gate):
         return "Invalid token. "
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
-        """The session cookie for the host that the client uses."""
         session = sign(self.key, "session", host_of(client.authority))
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
         return own_cookie(self.cookie_name, session, path, client)
@@ -3291,10 +3279,7 @@ class TokenGate(Gate):
             return SignInNeeded(detail, target, base + "/")
         return SignInNeeded(detail, "%s?open=%d" % (ports_url(client, base), client.app_port), "")
 
-    # Apps at hosts of their own.
-
     def _redirect_to_host(self, port: int, client: ClientInfo) -> ProxyError:
-        """The redirect to the host of a port, with a ticket if the proxy has a token."""
         url = host_form(port, client, self.config.domains)
         if not url or port > 65535:
             text = "Apps have no host of their own under this name of the proxy."
@@ -3674,8 +3659,6 @@ class HubGate(Gate):
     async def close(self) -> None:
         await cancel([self._reporter])
 
-    # Signing in.
-
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
         """The redirect to the Hub, which redirects back to `_end_login`."""
         state = secrets.token_urlsafe(32)
@@ -3737,8 +3720,6 @@ class HubGate(Gate):
         if self.hub.host_cookies or self.hub.is_secure:
             options["Secure"] = ""
         return own_cookie(name, value, path, client, options)
-
-    # Polls of the Hub, and reports to it.
 
     async def _hub_version(self) -> str:
         """The version of the Hub, requested only once; "" if unknown."""

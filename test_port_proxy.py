@@ -3156,7 +3156,7 @@ class TestPortOwner:
         (0, True, 0, "closes", None),  # as `nc -l`, which stops listening
         (OTHER_USER, True, 0, "", ProxyError),
         # Another user listens for a moment only; the accepted socket is closed before its owner is looked up.
-        (OTHER_USER, False, None, "closes", ProxyError), (OTHER_USER, False, None, "is followed", OSError),
+        (OTHER_USER, False, None, "closes", ProxyError), (OTHER_USER, False, None, "is followed", ProxyError),
     ])  # fmt: skip
     def test_user_of_the_listening_socket_is_the_owner(self, user, is_early, accepted_by, then, error):
         with contextlib.ExitStack() as stack:
