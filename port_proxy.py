@@ -3774,8 +3774,7 @@ def _hub_session(request: Request) -> str:
 # --------------------------------------------------------------------------------------------------
 # Exchange
 # --------------------------------------------------------------------------------------------------
-# One request and its response, from the parsed head to the last byte.  `Exchange.run` serves it.
-# `Exchange.run` turns errors into responses.
+# One request and its response, from the parsed head to the last byte.
 #
 # An EOF of the client is ambiguous: it may have left, or only have closed its sending side, as `nc`
 # does.  After the EOF, `_HALF_CLOSED_SECONDS` is the timeout for data from the upstream.  A reset,
@@ -3849,7 +3848,6 @@ class Exchange:
             raise ProxyError(405, "This page can only be read.", (("Allow", "GET, HEAD"),))
 
     async def _serve_app(self, route: Route) -> None:
-        """Forward the request on a pooled or new connection, or redirect it; detects loops."""
         request, gate, upstreams = self.request, self.gate, self.proxy.upstreams
         if self.proxy.mark in request.headers.tokens(MARK_FIELD.lower()):
             text = "The server on %s leads back to this proxy: this is an endless loop."
@@ -3879,8 +3877,7 @@ class Exchange:
     async def _forward(self, upstream: Connection, data: bytes, may_retry: bool) -> bool:
         """Send the request and relay its response on one connection; then pool or close it.
 
-        data: the request head, and the start of the body.  Returns False if the connection was
-        stale and the request may be sent on another.
+        Returns False if the connection was stale and the request may be sent on another.
         """
         is_reusable, senders = False, []
         try:
@@ -3912,10 +3909,7 @@ class Exchange:
                 upstream.abort()
         return True
 
-    # The client may leave at any time.
-
     def _on_client_end(self, upstream: Connection, client: Connection) -> None:
-        """Act on EOF or a failure of the client."""
         if not client.ended:
             return
         if client.failure is None and client.transport.can_write_eof():
@@ -3926,8 +3920,6 @@ class Exchange:
         stopped = ProxyError(408, _BODY_STOPPED % self.config.stall_timeout)
         self._client_failure = stopped if is_late else PeerGone()
         upstream.abort()
-
-    # The request body is sent while the response is awaited.
 
     async def _send_body(self, upstream: Connection) -> None:
         self.client.read_timeout = self.config.stall_timeout
@@ -4029,7 +4021,7 @@ class Exchange:
 
     async def _explain(self, error: Exception, upstream: Connection) -> Exception:
         """The ProxyError for a failure of the upstream, or TimedOut after the response head."""
-        route, is_page = self.request.route, self.request.is_page_visit
+        route, is_page, advice = self.request.route, self.request.is_page_visit, ""
         assert route is not None
         if isinstance(error, TimedOut):
             if self.status:  # a half-closed client, or an upstream that stopped reading
@@ -4040,26 +4032,24 @@ class Exchange:
                 text = "The app on %s did not read the request for %g seconds."
                 text %= route.place, self.config.stall_timeout
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
-        if route.scheme == "http":
-            may_be_tls = is_page and not upstream.has_received
-            if is_tls_record(upstream.buffer) or (
-                may_be_tls and await accepts_tls(self.proxy.upstreams, route)
-            ):
-                return unexpected_tls(route)
-        if isinstance(error, ProxyError):
-            text = "The response of %s is not valid HTTP. %s"
-            return ProxyError(502, text % (route.place, error.detail))
+        may_be_tls = is_page and not upstream.has_received
+        if route.scheme == "http" and (
+            is_tls_record(upstream.buffer)
+            or (may_be_tls and await accepts_tls(self.proxy.upstreams, route))
+        ):
+            return unexpected_tls(route)
         ended = "closed" if isinstance(error, Truncated) else "reset"
-        if upstream.has_received:
+        if isinstance(error, ProxyError):
+            text = "The response of %s is not valid HTTP. %s" % (route.place, error.detail)
+        elif upstream.has_received:
             text = "The app on %s %s the connection in the middle of its response."
-            return ProxyError(502, text % (route.place, ended))
-        text = "The app on %s %s the connection without a response." % (route.place, ended)
-        if is_page or route.scheme == "https":
-            return ProxyError(502, text + " Its log may say why.")
-        advice = "If it speaks TLS, {start} {upstream_tls} {value}."
+            text %= route.place, ended
+        else:
+            text = "The app on %s %s the connection without a response." % (route.place, ended)
+            advice = "If it speaks TLS, {start} {upstream_tls} {value}."
+            if is_page or route.scheme == "https":
+                advice = "Its log may say why."
         return ProxyError(502, text, (), advice, upstream_name(route))
-
-    # Responses of our own.
 
     async def _respond(self, response: LocalResponse) -> None:
         self.keep_alive = self._may_keep_alive()
@@ -4165,9 +4155,9 @@ class TunnelEnd(asyncio.Protocol):
         self.write = other.transport.write
         self.timeout = timeout
         self.tunnels = tunnels
+        self.served = None  # type: Optional[Tuple[Gate, Request]]
         self.deadline = FOREVER
         self.received = 0
-        self.served = None  # type: Optional[Tuple[Gate, Request]]
         self.ended = self.is_lost = False
 
     def data_received(self, data: bytes) -> None:
@@ -4187,12 +4177,10 @@ class TunnelEnd(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.ended = True
-        if self.peer.ended:
-            self.close()
-        else:
-            end_writing(self.peer.transport)
-            self.peer.deadline = now() + self.timeout
-        return bool(self.transport.can_write_eof())
+        self.peer.deadline = now() + self.timeout
+        end_writing(self.peer.transport)
+        # If this returns False, asyncio closes the connection after the queued data.
+        return not self.peer.ended and bool(self.transport.can_write_eof())
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
         if self.is_lost:
@@ -4232,10 +4220,7 @@ Tunnels = Dict[TunnelEnd, Optional[Callable[[], None]]]
 async def open_tunnel(
     client: Connection, upstream: Connection, timeout: float, tunnels: Tunnels
 ) -> TunnelEnd:
-    """Relay data between two connections in both directions, until both are closed.
-
-    Data that they have buffered is sent first.  Returns the client's side, added to `tunnels`.
-    """
+    """Let a tunnel take over two connections.  Returns the client's side, added to `tunnels`."""
     end = TunnelEnd(client, upstream, timeout, tunnels)
     end.peer = TunnelEnd(upstream, client, timeout, tunnels)
     end.peer.peer = end
@@ -4251,8 +4236,8 @@ async def open_tunnel(
     for side, connection in sides:
         if connection.transport.is_closing():
             side.connection_lost(connection.failure)
-        elif connection.ended:
-            side.eof_received()
+        elif connection.ended and not side.eof_received():
+            connection.transport.close()
     return end
 
 
@@ -4334,12 +4319,12 @@ class PortProxy:
 
     @property
     def port(self) -> int:
-        """The TCP port of the proxy; 0 before `start`, and for a Unix socket."""
+        """The TCP port; 0 before `start`, and for a Unix socket."""
         return next((sock.getsockname()[1] for sock in self._sockets if sock.family != _UNIX), 0)
 
     @property
     def is_private(self) -> bool:
-        """Whether only this machine's users can connect."""
+        """Whether only users of this machine can connect; for a Unix socket, only its owner."""
         return all(map(_is_private, self._sockets))
 
     @property
@@ -4356,9 +4341,8 @@ class PortProxy:
         elif host in ("", "0.0.0.0", "::"):
             host = socket.gethostname()
         scheme = "https" if self.config.certfile else "http"
-        port = ":%d" % self.port if self.port else ""
-        host = "[%s]" % host if ":" in host else host
-        return "%s://%s%s%s/" % (scheme, host, port, self.config.base)
+        authority = authority_of(host, self.port) if self.port else host
+        return "%s://%s%s/" % (scheme, authority, self.config.base)
 
     @property
     def active_requests(self) -> int:
@@ -4542,10 +4526,7 @@ class PortProxy:
             self._await_request(client)
 
     async def _read_request(self, client: Connection, head: bytes = b"") -> Optional[Request]:
-        """The next request; None after EOF, `close`, or the response to an invalid head.
-
-        head: the request head, if it was read before.
-        """
+        """The next request; None after EOF, `close`, or the response to an invalid head."""
         try:
             if self.config.certfile and client.scheme == "http" and not head:
                 text = "This port speaks HTTPS. Begin the address with https://."
@@ -4564,13 +4545,12 @@ class PortProxy:
         """Close the connection, but first read until EOF or `linger_timeout`.
 
         Closing with unread data would reset the connection, and the client could lose the response
-        (RFC 9112 section 9.6).  is_read: the request was read completely.  A TLS connection, which
-        has no half-close, is then closed at once.
+        (RFC 9112 section 9.6).  is_read: the request was read completely.
         """
         client.state = CLOSING
         if client.transport.can_write_eof():
             end_writing(client.transport)
-        elif is_read:
+        elif is_read:  # TLS has no half-close
             client.close()
             return
         client.read_deadline = now() + self.config.linger_timeout
@@ -4590,23 +4570,21 @@ class PortProxy:
         if tunnel is not None and tunnel in self.tunnels:
             self.tunnels[tunnel] = functools.partial(self._log, exchange)
             return
-        path, has_query, _ = request.target.partition("?")
+        path, mark, _ = request.target.partition("?")
         record = {
             "client": request.client.address or "-",
             "method": request.method,
-            "target": path + ("?..." if has_query else ""),
+            "target": path + mark + "..." * bool(mark),
             "app": request.route.authority if request.route else "-",
             "status": exchange.status or "gone",
             "bytes": tunnel.peer.received if tunnel else exchange.sent,
             "seconds": round(now() - exchange.started, 3),
         }  # type: Dict[str, Any]
-        line = (
-            "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes,"
-            " %(seconds).3f s"
-        )
+        line = "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes"
         if tunnel:
             record["bytes_received"] = tunnel.received
-            line = line.replace(" bytes,", " bytes sent, %(bytes_received)d received,")
+            line += " sent, %(bytes_received)d received"
+        line += ", %(seconds).3f s"
         if exchange.failure:
             record["error"] = exchange.failure
             line += ": %(error)s"
@@ -4687,27 +4665,25 @@ def _bind_unix(path: str) -> socket.socket:
     """
     if _UNIX is None:
         raise OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets")
-    with socket.socket(_UNIX, socket.SOCK_STREAM) as client, contextlib.suppress(FileNotFoundError):
-        found = os.lstat(path)
-        if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
-            raise OSError(errno.EEXIST, "%s exists and is not a socket of yours" % path)
+    with contextlib.ExitStack() as stack:  # closes the socket after a failure
+        client, sock = (stack.enter_context(socket.socket(_UNIX)) for _ in range(2))
         client.settimeout(1.0)
         try:
             client.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise OSError(errno.EADDRINUSE, "%s is in use by another program" % path)
-    with contextlib.ExitStack() as stack:  # closes the socket after a failure
-        sock = stack.enter_context(socket.socket(_UNIX, socket.SOCK_STREAM))
-        sock.bind(path)
+            found = os.lstat(path)
+            if stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid():
+                os.unlink(path)
+        except FileNotFoundError:
+            pass
+        sock.bind(path)  # OSError if there still is a file
         os.chmod(path, 0o600)  # nobody can connect yet: the socket does not listen
         stack.pop_all()
+    client.close()
     return sock
 
 
 def _is_private(sock: socket.socket) -> bool:
-    """Whether only users of this machine can connect; for a Unix socket, only its owner."""
     name = sock.getsockname()
     if sock.family != _UNIX:
         return ipaddress.ip_address(name[0].partition("%")[0]).is_loopback
@@ -4745,14 +4721,15 @@ def server_context(config: Config) -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     certfile = config.certfile or ""
     keyfile = config.keyfile or certfile
-    no_certificate = "%s does not hold a certificate (PEM)"
-    _check_pem(certfile, "CERTIFICATE", no_certificate % certfile)
-    text = "%s does not hold the key (PEM) of the certificate in %s" % (keyfile, certfile)
     hint = "" if config.keyfile else "; name the file of the key with --keyfile"
-    _check_pem(keyfile, "PRIVATE KEY", text + hint)
+    files = [(certfile, "CERTIFICATE", ""), (keyfile, "PRIVATE KEY", hint)]
     if config.client_ca:
-        _check_pem(config.client_ca, "CERTIFICATE", no_certificate % config.client_ca)
-    text = "the certificate in %s cannot be used with the key in %s" % (certfile, keyfile)
+        files.append((config.client_ca, "CERTIFICATE", ""))
+    for path, label, advice in files:
+        if not stat.S_ISFIFO(os.stat(path).st_mode):  # a pipe can be read only once
+            with open(path, encoding="latin-1") as file:
+                if label + "-----" not in file.read():
+                    raise ValueError("%s holds no %s (PEM)%s" % (path, label.lower(), advice))
     phrases = []  # type: List[str]
 
     def ask_phrase() -> str:
@@ -4762,21 +4739,14 @@ def server_context(config: Config) -> ssl.SSLContext:
     try:
         context.load_cert_chain(certfile, keyfile, ask_phrase)
         if config.client_ca:
-            text = "the certificate in %s cannot be used" % config.client_ca
             context.load_verify_locations(config.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
     except OSError as error:
         if "" in phrases:
             raise ValueError("the pass phrase of the key in %s was not given" % keyfile)
-        raise ValueError("%s: %s" % (text, getattr(error, "reason", None) or error))
+        names = " and ".join(dict.fromkeys(path for path, _, _ in files))
+        raise ValueError("%s cannot be used: %s" % (names, getattr(error, "reason", None) or error))
     return context
-
-
-def _check_pem(path: str, label: str, failure: str) -> None:
-    if not stat.S_ISFIFO(os.stat(path).st_mode):  # a pipe can be read only once
-        with open(path, encoding="latin-1") as file:
-            if label + "-----" not in file.read():
-                raise ValueError(failure)
 
 
 def _pass_phrase() -> str:
@@ -4845,10 +4815,8 @@ def checked_config(config: Config) -> Config:
 
 def _tick_interval(config: Config) -> float:
     """Seconds between checks of the deadlines: a quarter of the shortest, between 0.05 and 1."""
-    shortest = min(
-        float(getattr(config, name)) for name in Config._fields if name.endswith("_timeout")
-    )
-    return min(1.0, max(0.05, shortest / 4))
+    timeouts = [getattr(config, name) for name in Config._fields if name.endswith("_timeout")]
+    return min(1.0, max(0.05, float(min(timeouts)) / 4))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4845,10 +4845,6 @@ def tls_app(upstream, certificate):
     return upstream(serve)
 
 
-NOT_THE_KEY = " does not hold the key (PEM) of the certificate in cert.pem"
-NOT_ITS_KEY = "the certificate in cert.pem cannot be used with the key in "
-
-
 class TestTls:
     @pytest.fixture
     def secure(self, start, certificate):
@@ -4907,14 +4903,14 @@ class TestTls:
         assert context.options & old == old or context.minimum_version == ssl.TLSVersion.TLSv1_2
 
     @pytest.mark.parametrize("options, message", [
-        ("--certfile junk", "junk does not hold a certificate (PEM)"),
-        ("--certfile junk --keyfile key.pem", "junk does not hold a certificate (PEM)"),
-        ("--certfile cert.pem", "cert.pem" + NOT_THE_KEY + "; name the file of the key with --keyfile"),
-        ("--certfile cert.pem --keyfile junk", "junk" + NOT_THE_KEY),
-        ("--certfile cert.pem --keyfile rsa.pem", NOT_ITS_KEY + "rsa.pem: *"),
-        ("--certfile cert.pem --keyfile ec.pem", NOT_ITS_KEY + "ec.pem: *"),
-        ("--certfile both.pem --client-ca junk", "junk does not hold a certificate (PEM)"),
-        ("--certfile both.pem --client-ca key.pem", "key.pem does not hold a certificate (PEM)"),
+        ("--certfile junk", "junk holds no certificate (PEM)"),
+        ("--certfile junk --keyfile key.pem", "junk holds no certificate (PEM)"),
+        ("--certfile cert.pem", "cert.pem holds no private key (PEM); name the file of the key with --keyfile"),
+        ("--certfile cert.pem --keyfile junk", "junk holds no private key (PEM)"),
+        ("--certfile cert.pem --keyfile rsa.pem", "cert.pem and rsa.pem cannot be used: *"),
+        ("--certfile cert.pem --keyfile ec.pem", "cert.pem and ec.pem cannot be used: *"),
+        ("--certfile both.pem --client-ca junk", "junk holds no certificate (PEM)"),
+        ("--certfile both.pem --client-ca key.pem", "key.pem holds no certificate (PEM)"),
         ("--certfile gone", "cannot read gone: No such file or directory"),
         ("--certfile .", "cannot read .: Is a directory"),
         ("--certfile cert.pem --keyfile gone", "cannot read gone: *"),
@@ -4953,7 +4949,7 @@ class TestTls:
                 with os.fdopen(writer, "wb") as file:
                     file.write((certificate / name).read_bytes())
                 places.append("/dev/fd/%d" % reader)
-            refusal = "the certificate in %s cannot be used with the key in %s: " % tuple(places)
+            refusal = "%s and %s cannot be used: " % tuple(places)
             with contextlib.ExitStack() if fits else pytest.raises(ValueError, match=refusal):
                 port_proxy.server_context(Config(certfile=places[0], keyfile=places[1]))
 
