@@ -1528,25 +1528,18 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
 class Body:
     """A message body that is read from one connection, `source`, and sent to another.
 
-    sent_framing: for the recipient.  Bodies of unknown length: chunked, or for HTTP/1.0 to EOF.
+    sent_framing: for the recipient; one that speaks HTTP/1.0 needs UNTIL_CLOSE, not CHUNKED.
     count: bytes of data so far.  finished: complete; the source's buffer holds the bytes after it.
     """
 
     __slots__ = ("_decoder", "_framing", "count", "finished", "sent_framing", "source")
 
     def __init__(
-        self,
-        source: Connection,
-        framing: Framing,
-        config: Config,
-        *,
-        is_response: bool,
-        minor: str = "1",  # the HTTP minor version of the recipient
+        self, source: Connection, framing: Framing, config: Config, *, is_response: bool
     ) -> None:
         self.source = source
-        self._framing = self.sent_framing = framing
-        if framing is CHUNKED or framing is UNTIL_CLOSE:
-            self.sent_framing = CHUNKED if minor == "1" else UNTIL_CLOSE
+        self._framing = framing
+        self.sent_framing = CHUNKED if framing is UNTIL_CLOSE else framing
         self._decoder = body_decoder(framing, config, is_response)
         self.count = 0
         self.finished = self._decoder.finished  # type: bool
@@ -3959,7 +3952,9 @@ class Exchange:
     async def _relay(self, upstream: Connection, response: Response) -> bool:
         """Relay the response.  Returns whether the upstream's connection can be reused."""
         client, request, framing = self.client, self.request, response.framing
-        body = Body(upstream, framing, self.config, is_response=True, minor=request.minor)
+        body = Body(upstream, framing, self.config, is_response=True)
+        if request.minor == "0" and body.sent_framing is CHUNKED:
+            body.sent_framing = UNTIL_CLOSE
         client.eof_ends_body = body.sent_framing is UNTIL_CLOSE
         self.keep_alive = self._may_keep_alive() and not client.eof_ends_body
         # Malformed data at the start of the body raises here, before the head is sent.
