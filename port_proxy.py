@@ -78,7 +78,6 @@ from typing import (
     Set,
     TextIO,
     Tuple,
-    TypeVar,
     Union,
 )
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
@@ -2731,18 +2730,15 @@ _FETCH_SECONDS = 3.0
 _RETRY_SOON = (("Retry-After", "5"),)
 _FETCH_BYTES = 1 << 22
 
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
 
-
-class BoundedDict(Dict[_Key, _Value]):
+class BoundedDict(Dict[Any, Any]):
     """A dictionary of the latest `size` entries; setting a key makes its entry the latest."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
 
-    def __setitem__(self, key: _Key, value: _Value) -> None:
+    def __setitem__(self, key: Any, value: Any) -> None:
         self.pop(key, None)
         super().__setitem__(key, value)
         if len(self) > self.size:
@@ -2768,9 +2764,8 @@ class Upstreams:
         """A usable idle connection to the route's upstream, or None.
 
         Some upstreams close a connection shortly after each response, without announcing it.  A
-        replayable request can then be sent again.  Other requests get only connections that were
-        used within the last second, to upstreams that keep connections open: one was reused, or
-        has been idle for a second.
+        replayable request can then be sent again.  Other requests get a connection only if it was
+        used within the last second, and another was idle for longer or any of them was reused.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -2780,11 +2775,12 @@ class Upstreams:
         for connection in reversed(list(self._idle)) if is_allowed else ():
             authority, since = self._idle[connection]
             if authority == route.authority and (is_replayable or since >= recent):
-                self._remove(connection)
+                del self._idle[connection]
+                connection.watcher = None
                 if connection.is_quiet() and not poll(connection.transport, _READABLE):
                     connection.has_received = False
                     connection.is_reused = True
-                    connection.read_timeout = FOREVER
+                    connection.read_deadline = connection.read_timeout = FOREVER
                     return connection
                 connection.abort()
         return None
@@ -2798,13 +2794,9 @@ class Upstreams:
         connection.read_deadline = now() + self.config.idle_upstream_timeout
         connection.watcher = self._drop
 
-    def _remove(self, connection: Connection) -> None:
+    def _drop(self, connection: Connection) -> None:
         del self._idle[connection]
         connection.watcher = None
-        connection.read_deadline = FOREVER
-
-    def _drop(self, connection: Connection) -> None:
-        self._remove(connection)
         connection.abort()
 
     def close(self) -> None:
@@ -3166,7 +3158,7 @@ class TokenGate(Gate):
         self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
         self.key = secrets.token_bytes(32)
         # By ticket: the app's port, and the deadline.
-        self._tickets = BoundedDict(_MAX_TICKETS)  # type: BoundedDict[str, Tuple[int, float]]
+        self._tickets = BoundedDict(_MAX_TICKETS)  # type: Dict[str, Tuple[int, float]]
         names = ["localhost", "*.localhost", "127.*", "::1", *config.allow_hostnames]
         for domain in config.domains:
             names += [domain, "*." + domain]
@@ -3464,7 +3456,7 @@ class HubUser(NamedTuple):
 
 
 # By token: the running or finished lookup, and the time at which it expires.
-TokenCache = BoundedDict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
+TokenCache = Dict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
 
 
 class HubApi:
@@ -3581,7 +3573,7 @@ class HubGate(Gate):
         self._key = secrets.token_bytes(32)
         # By session: its token, and `_hub_session` at the sign-in.  If a later request has another
         # value, the browser has signed out at the Hub.
-        self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: BoundedDict[str, Tuple[str, str]]
+        self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: Dict[str, Tuple[str, str]]
         self._last_activity = ""
         self._version = None  # type: Optional[str]  # of the Hub
         deadlines.on_activity = self._note_activity
