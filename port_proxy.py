@@ -1166,14 +1166,10 @@ CLOSING = "closing"  # no further request is served, and no data is kept
 
 
 class StreamWriter(asyncio.StreamWriter):
-    """A StreamWriter that can be dropped while its transport stays open.
-
-    Since 3.11.5, asyncio's own class closes the transport in __del__.  A tunnel keeps the transport
-    and drops the writer.
-    """
+    """A StreamWriter that a tunnel can drop.  Since 3.11.5, asyncio's closes its transport then."""
 
     def __del__(self, *_: Any) -> None:
-        """Leave the transport alone."""
+        pass
 
 
 class Connection(asyncio.StreamReaderProtocol):
@@ -1182,11 +1178,9 @@ class Connection(asyncio.StreamReaderProtocol):
     on_accept: called for a new client; None for a connection to an upstream.  task: serves a client
     that is not IDLE.  buffer: bytes read but not used.  unread: the number of bytes in the
     StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.  has_received:
-    data has come since this was last set to False.  is_reused: taken from the pool.  is_admitted:
-    the gate has admitted a request of this client, or the peer is an upstream.  watcher: called on
-    data and EOF.  address: the peer's IP address, or "".  scheme: "http" or "https".
-    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for each part of a
-    body, in `Body.relay`.  state: see above.
+    data has come since this was last set to False.  is_admitted: the gate has admitted a request of
+    this client.  watcher: called on data and EOF.  address: the peer's IP address, or "".
+    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: see `Body.relay`.
     """
 
     __slots__ = (
@@ -1253,7 +1247,6 @@ class Connection(asyncio.StreamReaderProtocol):
         return True
 
     def admit(self) -> None:
-        """Note that the gate has admitted a request of this client."""
         if not self.is_admitted:
             self.is_admitted = True
             self.deadlines.set_pending(self, 0)
@@ -1281,7 +1274,6 @@ class Connection(asyncio.StreamReaderProtocol):
     # Reading and writing.
 
     def end(self, failure: Optional[BaseException] = None) -> None:
-        """Record EOF, or the failure that ends the connection."""
         if self.ended:
             return
         self.ended = True
@@ -1315,15 +1307,12 @@ class Connection(asyncio.StreamReaderProtocol):
             self.read_deadline = min(self.read_deadline, now() + seconds)
 
     def write(self, data: bytes) -> None:
-        """Send or queue bytes.  Callers then await `drain`."""
-        if not self.transport.is_closing():
-            self.writer.write(data)
+        self.writer.write(data)
 
     async def drain(self, timeout: float) -> None:
-        """Wait until most of the queued bytes are sent.
+        """Wait until most of the queued bytes are sent; abort if some are left after `timeout`.
 
-        The connection is aborted if some of them are still queued after `timeout` seconds.  Raises
-        PeerGone if the connection is closed.
+        Raises PeerGone if the connection is closed.
         """
         self.write_deadline = now() + timeout
         try:
@@ -1409,23 +1398,21 @@ def has_failed(transport: Any) -> bool:
     return bool(is_paused and poll(transport, 0) & _RESET)
 
 
-def end_writing(transport: Any) -> None:
-    """Send EOF after the queued bytes.  A TLS transport is closed: TLS has no half-close."""
-    if transport.is_closing():
-        return
-    try:
-        if transport.can_write_eof():
-            transport.write_eof()
-        else:
-            transport.close()
-    except OSError:  # in 3.6, if the peer has reset the connection
-        transport.abort()
-
-
 def close_once(transport: Any) -> None:
     """Close after the queued bytes.  From 3.11 on, a second `close` of TLS disables `abort`."""
     if not transport.is_closing():
         transport.close()
+
+
+def end_writing(transport: Any) -> None:
+    """Send EOF after the queued bytes.  A TLS transport is closed: TLS has no half-close."""
+    if not transport.can_write_eof():
+        close_once(transport)
+    elif not transport.is_closing():
+        try:
+            transport.write_eof()
+        except OSError:  # in 3.6, if the peer has reset the connection
+            transport.abort()
 
 
 def plain_address(text: str) -> str:
@@ -1514,11 +1501,9 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
         if 4 <= end <= config.max_head_bytes:
             connection.buffer = head[end:]
             return head[:end]
-        try:
-            check_partial_head(head, checked, is_request, config)
-        except ProxyError:
-            connection.buffer = head
-            raise
+        connection.buffer = head
+        check_partial_head(head, checked, is_request, config)
+        connection.buffer = b""
         checked = len(head)
         if is_request:
             connection.deadlines.set_pending(connection, checked)
@@ -1580,8 +1565,8 @@ class Body:
     async def relay(self, target: Connection, write_timeout: float) -> None:
         """Send the queued bytes, and the rest of the body as it comes.
 
-        write_timeout: for sending queued bytes.  Raises the exceptions of `read`, and PeerGone if
-        `target` is closed.
+        Each part may take `source.read_timeout` to come, and `write_timeout` to be sent.  Raises
+        the exceptions of `read` and `drain`.
         """
         await target.drain(write_timeout)
         while not self.finished:
