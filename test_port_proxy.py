@@ -86,9 +86,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="thi
 LIMITS = [name for name in Config._fields if name.startswith("max_") or name.endswith("_timeout")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tools: raw connections, upstreams that record what reached them, proxies in a loop of their own
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Tools: raw connections, upstreams that record what reached them, proxies in a loop of their own --------------
 
 
 class Wire:
@@ -679,9 +677,7 @@ def unshared(kind):
     return command
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The file as a whole
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ The file as a whole ------------------------------------------------------------------------------------------
 
 
 class TestFile:
@@ -754,9 +750,7 @@ class TestFile:
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Configuration ------------------------------------------------------------------------------------------------
 
 
 class TestConfig:
@@ -805,9 +799,7 @@ class TestConfig:
         assert str(caught.value) == "%s must be %s" % (port_proxy.OPTIONS[field].flag, kind)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Routes
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Routes -------------------------------------------------------------------------------------------------------
 
 ROUTES = [  # base, target, host, port, the path behind the prefix
     ("/proxy", "/proxy/8080/a/b?q", "localhost", 8080, "/a/b"), ("/proxy", "/proxy/8080", "localhost", 8080, ""),
@@ -966,9 +958,7 @@ class TestRoutesOnTheWire:
         assert status_of(start(host_allowlist=bool).ask(to(app))) == 200
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Messages
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Messages -----------------------------------------------------------------------------------------------------
 
 GOOD_REQUESTS = [  # the head, then method, target, authority, minor version and fields
     (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", ("GET", "/", "a", "1", (("Host", "a"),))),
@@ -1252,9 +1242,7 @@ class TestHeadsOnTheWire:
             assert wire.rest() == b""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bodies
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Bodies -------------------------------------------------------------------------------------------------------
 
 CHUNKED_BODIES = [
     (b"0\r\n\r\n", b""), (b"3\r\nabc\r\n0\r\n\r\n", b"abc"), (b"1\r\na\r\n0002\r\nbc\r\n000\r\n\r\n", b"abc"),
@@ -1402,9 +1390,7 @@ class TestBodies:
             assert read_body(UNTIL_CLOSE, pieces) == b"abc\r\n0\r\n\r\n" + behind
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Connections
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Connections --------------------------------------------------------------------------------------------------
 
 
 def slow_wire(proxy, size=4096, raw=b""):
@@ -1760,9 +1746,7 @@ class TestBackPressure:
         eventually(lambda: count_after_ten() <= before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Header rewriting
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Header rewriting ---------------------------------------------------------------------------------------------
 
 TOKEN = "s3cret-token-of-ours"
 US = "http://here:8888"
@@ -2117,9 +2101,7 @@ class TestRewriting:
         assert port_proxy.host_form(80, port_proxy.ClientInfo("192.0.2.1", *client), tuple(domains.split())) == url
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Unprefixed requests
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Unprefixed requests ------------------------------------------------------------------------------------------
 
 # The path of our own page that makes the request, or the fields; whether it is a page visit; the prefix of the
 # redirect, None for a 404.  LAST(80) stands for the cookie after a visit of app 80, LAST for the name of that cookie;
@@ -2347,9 +2329,7 @@ class TestUnprefixedRequests:
         assert sent["Cookie"] == (cookies + "; d=e" if stays else "d=e")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Access
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Access -------------------------------------------------------------------------------------------------------
 
 
 def at(host, method, target, *lines, body=b""):
@@ -3017,9 +2997,7 @@ class TestTrustedProxies:
         assert dict(error.fields)["Set-Cookie"].endswith("; Secure")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ports
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Ports --------------------------------------------------------------------------------------------------------
 
 JSON = "Accept: application/json"
 
@@ -3194,9 +3172,7 @@ class TestPortOwner:
         assert b"could not be determined. If you trust it, start the proxy with --any-owner." in response[2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pages
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Pages --------------------------------------------------------------------------------------------------------
 
 
 def digest_of(pattern, page):
@@ -3534,9 +3510,7 @@ class TestTitles:
             eventually(lambda: title() == "C & B")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Upstreams
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Upstreams ----------------------------------------------------------------------------------------------------
 
 ONLY_PORT_40000 = """\
 import fcntl, socket, struct
@@ -3778,9 +3752,7 @@ class TestUpstream:
             assert_says(ask_port(port, "/proxy/40000/"), 502, b"Nothing listens on port 40000")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# JupyterHub
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ JupyterHub ---------------------------------------------------------------------------------------------------
 
 PREFIX = "/jh/user/al@ice.x%2By"
 BASE = PREFIX + "/proxy/"
@@ -4283,9 +4255,7 @@ class TestHub:
         assert hub.reports("/hub/api/idle") == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Exchange
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Exchange -----------------------------------------------------------------------------------------------------
 
 CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 UNTIL_CLOSE_HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
@@ -4715,9 +4685,7 @@ class TestTunnel:
         eventually(lambda: not proxy.open_connections())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Server
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Server -------------------------------------------------------------------------------------------------------
 
 
 class TestLimits:
@@ -5159,9 +5127,7 @@ class TestClose:
         assert proxy.port == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fuzzing: any bytes from either side, cut anywhere
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Fuzzing: any bytes from either side, cut anywhere ------------------------------------------------------------
 
 
 class Wrong(Exception):
@@ -5325,7 +5291,7 @@ class Fuzzing:
 
     def __init__(self):
         self.errors = []
-        self.allowed = collections.Counter()  # requests; those of clients that leave may come after their batch
+        self.allowed = collections.Counter()  # requests; that of a client that got an error may come after its batch
         self.counts = dict.fromkeys(("clients", "requests", "answers", "refusals"), 0)
 
     # What is sent
@@ -5416,17 +5382,13 @@ class Fuzzing:
         client = argparse.Namespace(name=name, received=b"", is_reset=False, answered=asyncio.Event())
         client.raw, client.is_plain = b"".join(raw for raw, _ in requests), all(plain for _, plain in requests)
         client.is_patient = chance.random() < 0.6
-        client.leaves = not client.is_patient and chance.random() < 0.1
         client.requests, client.end = reference_requests(client.raw)
         reader, writer = await asyncio.open_connection("127.0.0.1", self.proxy_port)
         receiving = asyncio.ensure_future(self.receive(client, reader))
         await self.send(writer, chance, client.raw)
         if client.is_patient:
             await client.answered.wait()
-        if client.leaves:
-            writer.transport.abort()
-        else:
-            self.end(writer)
+        self.end(writer)
         await receiving
         writer.close()
         return client
@@ -5456,7 +5418,7 @@ class Fuzzing:
     async def serve(self, reader, writer):
         """Be one connection to the app, which sends a response to each request, a valid one or not."""
         self.connections.add(writer)
-        raw, end = b"", None
+        raw, end = b"", False
         try:
             with contextlib.suppress(ConnectionError):
                 while not end:
@@ -5492,27 +5454,23 @@ class Fuzzing:
             writer.close()
 
     async def answer(self, writer, chance, method, target, request):
-        """Send a response; return how it ends the connection, or None."""
+        """Send a response, and maybe end the connection with it; return whether it can carry no more requests."""
         raw, is_plain = self.response(chance, target[1:])
         is_upgrade = b"\r\nUpgrade: websocket\r\n" in self.head.match(request).group()
-        end = chance.choice([None] * 7 + ["eof", "close", "close", "reset"])
 
-        def outcome(raw, has_ended):
-            return reference_response(raw, method, is_upgrade, has_ended)
+        def is_short(part):
+            return reference_response(part, method, is_upgrade, False) is Short
 
-        if not end and outcome(raw, False) is Short:
-            end = chance.choice(["eof", "close", "reset"])
-        response = outcome(raw, end in ("eof", "close"))
-        self.responses[method, target].append((response, is_plain and not end and isinstance(response, tuple)))
+        ends = chance.random() < 0.4 or is_short(raw)
+        response = reference_response(raw, method, is_upgrade, ends)
+        self.responses[method, target].append((response, is_plain and not ends and isinstance(response, tuple)))
         # Bytes behind a response come with it: the proxy could not tell later ones from the next response.
-        await self.send(writer, chance, raw, lambda part: outcome(part, False) is Short)
-        if end == "eof":
+        await self.send(writer, chance, raw, is_short)
+        if ends and chance.random() < 0.5:
             self.end(writer)
-        elif end and not writer.transport.is_closing():
-            linger = struct.pack("ii", end == "reset", 0)
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        elif ends:
             writer.close()
-        return end or ("tunnel" if response == (101, b"") else None)
+        return ends or response == (101, b"")
 
     # The outcome
 
@@ -5527,8 +5485,7 @@ class Fuzzing:
             try:
                 seen = names & set(re.findall(rb"[g-z]{12}", client.received))
                 assert seen <= {client.name}, "an answer to %r" % seen
-                if not client.leaves:
-                    self.check_responses(client)
+                self.check_responses(client)
             except (AssertionError, Wrong) as error:
                 text = "%r\nseed: %d\nclient: %r\ngot: %r\nresponses: %r"
                 responses = [self.responses[request[:2]] for request in client.requests]
@@ -5630,9 +5587,7 @@ def test_fuzz():
     assert counts["refusals"] > counts["clients"] / 10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Check
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Check --------------------------------------------------------------------------------------------------------
 
 
 def html_response(body, status="200 OK", *lines):
@@ -5653,7 +5608,7 @@ def responding(respond):
 def site(pages, is_fussy=False):
     """An app with these pages by path ("*": any other): HTML, where it redirects to, or the bytes of a response.
 
-    PORT stands for the app's port, PUBLIC for the host that a browser sees. A fussy app refuses other hosts and origins.
+    PORT stands for its port, PUBLIC for the host that a browser sees. A fussy app refuses other hosts and origins.
     """
 
     def respond(target, fields, app):
@@ -5872,9 +5827,7 @@ class TestCheck:
         assert (status, json.loads(output)["ok"]) == (1, False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Command line -------------------------------------------------------------------------------------------------
 
 
 ENVIRONMENT = dict(os.environ, SSH_CONNECTION="", PYTHONPATH=str(HERE))
@@ -6293,9 +6246,7 @@ class TestUnderAHub:
         wire.close()  # only now: the request is under way while the program stops
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Chromium: what a person sees and clicks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Chromium: what a person sees and clicks ----------------------------------------------------------------------
 
 
 class Navigated(AssertionError):
@@ -6673,9 +6624,7 @@ class TestInChromium:
                     assert ink - ground > 300 if scheme == "dark" else ground - ink > 300
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Real JupyterHub and Jupyter servers; PORT_PROXY_TEST_JUPYTER names the folder that their commands are in
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Real JupyterHub and Jupyter servers; PORT_PROXY_TEST_JUPYTER names the folder that their commands are in -----
 
 
 def jupyter_command(name):
@@ -7533,9 +7482,7 @@ class TestJupyter:
         assert TOKEN not in repr(app.messages)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Benchmark: `python3 test_port_proxy.py bench`, side by side on this machine; it needs Linux, and no pytest
-# ---------------------------------------------------------------------------------------------------------------------
+# ------ Benchmark: `python3 test_port_proxy.py bench`, side by side on this machine; it needs Linux, and no pytest ---
 
 
 class TestBenchmark:
@@ -7734,14 +7681,10 @@ class BenchProxy:
             return answers, time.perf_counter() - begun
 
     def browse(self, seconds):
-        messages = browsing(BROWSER_REQUEST, prefix=self.prefix, port=self.port)
-        return self.load(seconds, 64, messages, BROWSED_END)
+        return self.load(seconds, 64, browsing(BROWSER_REQUEST, prefix=self.prefix, port=self.port), BROWSED_END)
 
     def get(self, seconds, connections):
         return self.load(seconds, connections, itertools.repeat(self.request("GET", "/200")), bytes(200))
-
-    def echo(self, seconds):
-        return self.load(seconds, 64, itertools.repeat(MESSAGE), MESSAGE, None)
 
     def connect(self, seconds):
         """Requests on a connection each, one after the other."""
@@ -7798,7 +7741,8 @@ def bench_round(proxies, seconds):
         ("200 B, a new connection each", "requests/s", "CPU us each", lambda proxy: proxy.connect(seconds)),
         ("download", "MB/s", "CPU ms per GB", lambda proxy: proxy.download(megabytes)),
         ("upload", "MB/s", "CPU ms per GB", lambda proxy: proxy.upload(megabytes)),
-        ("WebSocket, 32 B, 64 connections", "echoes/s", "CPU us each", lambda proxy: proxy.echo(seconds)),
+        ("WebSocket, 32 B, 64 connections", "echoes/s", "CPU us each",
+         lambda proxy: proxy.load(seconds, 64, itertools.repeat(MESSAGE), MESSAGE, None)),
     ):
         for proxy in proxies:
             before = proxy.cpu()
