@@ -218,17 +218,11 @@ class Option(NamedTuple):
     help: str
 
 
-_PLURALS = {  # fields that are not named like their flag
-    "--allow-hostname": "allow_hostnames",
-    "--allow-origin": "allow_origins",
-    "--domain": "domains",
-    "--trusted-proxy": "trusted_proxies",
-}
-
-
 def _option(flag: str, metavar: str, text: str, kind: Optional[Kind] = None) -> Option:
     """kind: only if it does not follow from the default."""
-    field = _PLURALS.get(flag) or flag.lstrip("-").replace("-", "_")
+    name = flag.lstrip("-").replace("-", "_")
+    names = (name, name + "s", name[:-1] + "ies")  # a repeatable option sets a field in the plural
+    field = next(name for name in names if name in Config._fields)
     default = getattr(Config(), field)
     return Option(flag, field, default, kind or _KINDS[type(default)], metavar, text)
 
@@ -2362,7 +2356,8 @@ _POLICY = (
 _PORTS_PAGE = """\
 <h1>Ports of this machine</h1><p class="soft" role="status"></p>
 <label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>
-<ul class="ports">{items}</ul><p id="none"{hidden}>{nothing}</p>
+<ul class="ports">{items}</ul>\
+<p id="none"{hidden}>No port is in the list. On Linux, the ports of your programs appear here.</p>
 <form action="{base}/"><label>Another port <input name="port" required \
 pattern=" *(https?://)?([^ ]+:)?[1-9][0-9]{{0,4}}(/.*)? *" \
 title="a port such as 8080, or localhost:8080" placeholder="8080" autocomplete="off"></label>
@@ -2556,14 +2551,10 @@ def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) 
     """The response at the base: the list of ports, and the forms of an address."""
     fields = (("Vary", "Accept"),)
     if request.is_navigation or request.target.endswith("?list"):  # by the script of the page
-        nothing = "None of your programs listens on a port. New ones appear here."
-        if not os.path.exists(_TABLES[0]):
-            nothing = "This system does not report which ports are in use."
         form = "<tr><td><code>%s</code><td>%s"
         body = _PORTS_PAGE.format(
             items="".join(map(_port_item, rows)),
             hidden=" hidden" if rows else "",
-            nothing=nothing,
             base=html.escape(base),
             forms="".join(form % (html.escape(base + path), text) for path, text in _FORMS),
         )
@@ -5610,7 +5601,7 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     stop = asyncio.Event()
     sockets = _inherited_sockets()
     if sockets:
-        config = config._replace(**_place_of(sockets[0]))
+        config = config._replace(bind=_bind_of(sockets[0]))
     proxy = PortProxy(config)
 
     def interrupt() -> None:
@@ -5657,12 +5648,12 @@ def _inherited_sockets() -> List[socket.socket]:
     return sockets
 
 
-def _place_of(sock: socket.socket) -> Dict[str, Any]:
-    """The options for the address that a socket is bound to."""
+def _bind_of(sock: socket.socket) -> str:
+    """The value of --bind for the address that a socket is bound to."""
     name = sock.getsockname()
-    if sock.family == _UNIX:
-        return {"bind": _UNIX_PREFIX + os.fsdecode(name).replace("\0", "@")}  # "@": abstract
-    return {"bind": name[0], "port": name[1]}
+    if isinstance(name, tuple):
+        return str(name[0])
+    return _UNIX_PREFIX + os.fsdecode(name).replace("\0", "@")  # "@": abstract
 
 
 def _start_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
