@@ -1592,10 +1592,7 @@ _USUAL_CONNECTION = frozenset(_USUAL_TOKENS)
 MARK_FIELD = "Port-Proxy-Mark"
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 # GTK Broadway accepts only the spelling of RFC 6455; a server in front may send lower case.
-_HANDSHAKE_NAMES = (
-    "Origin Sec-WebSocket-Key Sec-WebSocket-Version Sec-WebSocket-Protocol Sec-WebSocket-Extensions"
-).split()
-_HANDSHAKE_SPELLING = {name.lower(): name for name in _HANDSHAKE_NAMES}
+_HANDSHAKE_NAME = re.compile(r"\A(?:origin|sec-websocket-[a-z]+):", re.IGNORECASE)
 # Gradio's API uses X-Forwarded-Host for the URLs of result files, and does not compare it with
 # Origin.  The second part is for Gradio 4 and older.
 _USES_PUBLIC_ORIGIN = re.compile(r"/gradio_api/|\A/(?:queue/join|run/|call/)")
@@ -1605,6 +1602,9 @@ _REFRESH = re.compile(
 )
 # <URL> outside quoted strings: Link (RFC 8288 section 3) and If (RFC 4918 section 10.4).
 _BRACKETED = re.compile(r'"(?:[^"\\]|\\(?:.|\Z))*"?|(<)([^<>]*)(>)')
+_COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*=([^;]*)", re.IGNORECASE)
+# Others have no effect (RFC 6265 section 5.2.4).
+_COOKIE_PATH = re.compile(r"(;[ \t]*path[ \t]*=[ \t]*)(/[^;]*)", re.IGNORECASE)
 _OTHER_HOST = re.compile(r"/\t*[/\\]")  # browsers parse the rest as a host
 
 
@@ -1633,10 +1633,13 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     if mark:
         lines.append("%s: %s" % (MARK_FIELD, mark))
     if request.is_websocket:
-        split = (line.partition(":") for line in lines)
-        lines = [_HANDSHAKE_SPELLING.get(n.lower(), n) + colon + value for n, colon, value in split]
-        lines += _UPGRADE_LINES
+        lines = [_HANDSHAKE_NAME.sub(_rfc_6455_spelling, line) for line in lines] + _UPGRADE_LINES
     return serialise(lines, request.framing)
+
+
+def _rfc_6455_spelling(name: Any) -> str:
+    spelling = name.group().title()  # type: str
+    return spelling.replace("Websocket", "WebSocket")
 
 
 def response_lines(response: Response, request: Request, gate: Any) -> List[str]:
@@ -1787,34 +1790,26 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
         return None
     if value[:7].lower() == "__host-":
         return value
-    pair, *attributes = value.split(";")
-    kept, has_path = [pair], False
-    for part in attributes:
-        name, _, content = part.partition("=")
-        name = name.strip(" \t").lower()
-        if name == "domain":
-            if _is_app_domain(content.strip(" \t").lower().lstrip("."), request, route):
-                continue
-        elif name == "path":
-            content = content.strip(" \t")
-            has_path = content.startswith("/")  # RFC 6265 section 5.2.4
-            if has_path:
-                part = part[: part.find("=") + 1] + _cookie_path(content, route)
-        kept.append(part)
-    if route.prefix and not has_path and request.is_above_prefix:
-        kept.append(" Path=%s/" % route.prefix)
-    return ";".join(kept)
-
-
-def _is_app_domain(domain: str, request: Request, route: Route) -> bool:
-    """Whether a cookie's Domain is the upstream, the proxy, or the parent of 8080.localhost."""
     host = host_of(request.client.authority)
-    above = host.partition(".")[2] if request.client.app_port else host
-    return domain in (host, above) or domain in map(host_of, route.app_authorities)
+    # The parent of 8080.localhost: all apps would get its cookies.
+    parent = host.partition(".")[2] if request.client.app_port else host
+
+    def without_own_domain(attribute: Any) -> Any:
+        domain = attribute.group(1).strip(" \t").lower().lstrip(".")
+        is_ours = domain in (host, parent) or domain in map(host_of, route.app_authorities)
+        return "" if is_ours else attribute.group()
+
+    value = _COOKIE_DOMAIN.sub(without_own_domain, value)
+    if route.prefix and request.is_above_prefix and not _COOKIE_PATH.search(value):
+        return "%s; Path=%s/" % (value, route.prefix)
+    return _COOKIE_PATH.sub(
+        lambda match: match.group(1) + _cookie_path(match.group(2), route), value
+    )
 
 
 def _cookie_path(path: str, route: Route) -> str:
-    """A cookie's Path below the prefix.  For an absolute route, only a Path above it is changed."""
+    # For an absolute route, only a path above the prefix is changed.
+    path = path.rstrip(" \t")
     is_wider = route.absolute and path_below(path.rstrip("/"), route.prefix)
     return route.prefix if is_wider else _with_prefix(path, route)
 
