@@ -395,7 +395,9 @@ _BELOW_BASE = re.compile(
 _HOST_PATTERN = re.compile(r"[a-z0-9_.*?-]+|[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _ONLY_IPV4 = r"(?=%s(?:\.%s){3}\Z)" % (_OCTET, _OCTET)
-_DOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9\-]*[a-z0-9])?)*")
+_LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
+# Browsers parse 1.2.3 as an IPv4 address.
+_DOMAIN = re.compile(r"(?!(?:.*\.)?[0-9]+\Z)%s(?:\.%s)*" % (_LABEL, _LABEL))
 _PORT_NUMBER = re.compile(r"[1-9][0-9]{0,4}")
 _PORT_PART = re.compile(r":([0-9]*)\Z")  # of an authority
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
@@ -403,27 +405,24 @@ _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPa
 
 
 class Route(NamedTuple):
-    """The upstream for requests with a certain prefix.
+    """The upstream for requests with a certain prefix."""
 
-    host: in lower case and without brackets; "localhost" by default.  prefix: the part of the
-    target before the app's own path, as the client spelled it; "" if the Host header names the
-    port.  absolute: the prefix is not stripped.  scheme: "http" or "https" for the upstream.
-    authority: host:port, for the Host header.  app_authorities: values of host:port, in lower case,
-    that the app may use in its own URLs.  prefix_lines: header lines with the stripped prefix.
-    """
-
-    host: str
+    host: str  # in lower case and without brackets; "localhost" by default
     port: int
-    prefix: str
-    absolute: bool
-    scheme: str
-    authority: str
-    app_authorities: FrozenSet[str]
-    prefix_lines: Tuple[str, ...]
+    prefix: str  # of the app's own path, as the client spelled it; "" if the host names the port
+    absolute: bool  # the prefix is not stripped
+    scheme: str  # "http" or "https", for the upstream
+    authority: str  # host:port, for the Host header
+    app_authorities: FrozenSet[str]  # what the app may use in its own URLs, in lower case
+    prefix_lines: Tuple[str, ...]  # header lines with the stripped prefix
 
     @property
     def is_local(self) -> bool:
         return self.host in LOOPBACK_NAMES
+
+    @property
+    def origin(self) -> str:
+        return "%s://%s" % (self.scheme, self.authority)
 
     @property
     def place(self) -> str:
@@ -527,13 +526,8 @@ def is_base(base: str, target: str) -> bool:
     return path_below(base, target.partition("?")[0]) in ("", "/")
 
 
-def matches(host: str, patterns: Iterable[str]) -> bool:
-    """Whether a host (lower case, no brackets) matches one of the normalized patterns."""
-    return bool(re.fullmatch(host_regex(patterns), host))
-
-
 def host_regex(patterns: Iterable[str]) -> str:
-    """A regex for the hosts that match one of the normalized patterns.
+    """A regex for the hosts (lower case, no brackets) that match one of the normalized patterns.
 
     "*" alone matches every host.  A pattern of digits, dots and wildcards matches only IPv4
     addresses: 10.* does not match 10.evil.example.  In other patterns, a wildcard matches within
@@ -572,14 +566,9 @@ def normal_pattern(given: str) -> str:
     return pattern
 
 
-def is_domain(name: str) -> bool:
-    """Whether a lower-case name can be a domain.  Browsers parse 1.2.3 as an IPv4 address."""
-    return bool(_DOMAIN.fullmatch(name)) and not name.rpartition(".")[2].isdigit()
-
-
 def normal_domain(domain: str) -> str:
     """A domain in lower case; ValueError if it is invalid."""
-    if not is_domain(domain.lower()):
+    if not _DOMAIN.fullmatch(domain.lower()):
         raise ValueError("a domain is a name such as apps.example.org, not %r" % domain)
     return domain.lower()
 
@@ -603,7 +592,7 @@ _FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
 _SPACED_NAME = re.compile("^(%s)[\t ]+:" % TOKEN, re.MULTILINE)
 # A control byte, except TAB and CRLF.  A CR at the end may be half of a CRLF.
 _ILLEGAL = re.compile(rb"[\x00-\x08\n-\x1f\x7f](?<!\r\n)(?<!\r(?=\n|\Z))")
-# RFC 3986 section 3.2.2, without user information and IPvFuture.
+# host or host:port (RFC 3986 section 3.2.2), without user information and IPvFuture.
 _AUTHORITY = re.compile(
     r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
 )
@@ -615,18 +604,14 @@ _USUAL_TOKENS = {token: frozenset([token]) for token in ("close", "keep-alive", 
 
 
 class Headers:
-    """The field lines of a head, in order, with an index.
-
-    keys: the field names in lower case.  lines: the unchanged lines, "Name: value".  index: the
-    line of each key; for a repeated field, the last line.
-    """
+    """The field lines of a head, in order, with an index."""
 
     __slots__ = ("index", "keys", "lines")
 
     def __init__(self, keys: List[str], lines: List[str]) -> None:
-        self.keys = keys
-        self.lines = lines
-        self.index = dict(zip(keys, lines))
+        self.keys = keys  # the field names in lower case
+        self.lines = lines  # unchanged, "Name: value"
+        self.index = dict(zip(keys, lines))  # for a repeated field, its last line
 
     @classmethod
     def parse(cls, section: str, config: Config) -> "Headers":
@@ -668,14 +653,10 @@ class Headers:
 
 
 class Framing(NamedTuple):
-    """How a body ends.
+    """How a body ends."""
 
-    kind: "none", "length", "chunked", or "close" for a body that ends at EOF.  length: in bytes,
-    for the kind "length".
-    """
-
-    kind: str
-    length: int = 0
+    kind: str  # "none", "length", "chunked", or "close" for a body that ends at EOF
+    length: int = 0  # in bytes, for the kind "length"
 
 
 NO_BODY = Framing("none")
@@ -708,18 +689,13 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
 
 
 class ClientInfo(NamedTuple):
-    """The address of a client, and the public origin: the proxy's origin as the client sees it.
+    """The address of a client, and the public origin: the proxy's origin as the client sees it."""
 
-    address: "" if unknown.  scheme, authority (host:port): of the public origin; the authority is
-    "" if the request has none.  app_port: the port in a host such as 8080.localhost, or 0.  lines:
-    the X-Forwarded header lines.
-    """
-
-    address: str
+    address: str  # "" if unknown
     scheme: str
-    authority: str
-    app_port: int = 0
-    lines: Tuple[str, ...] = ()
+    authority: str  # host:port; "" if the request has none
+    app_port: int = 0  # the port in a host such as 8080.localhost, or 0
+    lines: Tuple[str, ...] = ()  # the X-Forwarded header lines
 
 
 def client_info(
@@ -744,7 +720,7 @@ def client_info(
         names = ("x-forwarded-proto", "x-forwarded-host", "x-forwarded-port")
         proto, host, port = (headers.get(name).partition(",")[0].strip(" \t") for name in names)
         scheme = proto.lower() if proto.lower() in _DEFAULT_PORTS else scheme
-        authority = host if is_authority(host) else authority
+        authority = host if _AUTHORITY.fullmatch(host) else authority
         port = port if re.fullmatch("[0-9]{1,5}", port) else ""
     return _make_client_info(address, scheme, authority, port, ", ".join(hops), config.domains)
 
@@ -778,36 +754,26 @@ def _networks(proxies: Sequence[str]) -> List[Any]:
 
 
 class Request(NamedTuple):
-    """A parsed, routed request.
-
-    target: the raw request target, in origin form or "*".  path, query: the target without the
-    route's prefix.  authority: host:port from the absolute form or else from Host.  route: None for
-    the proxy's own pages, and if there is a `route_error`.  minor: the HTTP minor version, "0" or
-    "1".  keep_alive: the client may send another request.  is_replayable: the request may be sent
-    again if a pooled connection turns out to be closed.  is_navigation: sent by a browser for a new
-    page, not by a script or a program.  is_page_visit: a navigation with GET or HEAD.
-    is_own_origin: Origin is present and is the public origin.  is_unprefixed: the app was found by
-    Referer or cookie; see section Unprefixed requests.
-    """
+    """A parsed, routed request."""
 
     method: str
-    target: str
-    authority: str
-    minor: str
+    target: str  # raw, in origin form or "*"
+    authority: str  # host:port from the absolute form, or else from Host
+    minor: str  # the HTTP minor version, "0" or "1"
     headers: Headers
     framing: Framing
     client: ClientInfo
-    route: Optional[Route]
+    route: Optional[Route]  # None for the proxy's own pages, and if there is a `route_error`
     route_error: Optional[ProxyError]
-    path: str
+    path: str  # without the route's prefix
     query: str
-    keep_alive: bool
-    is_replayable: bool
+    keep_alive: bool  # the client may send another request
+    is_replayable: bool  # may be sent again if a pooled connection turns out to be closed
     is_websocket: bool
-    is_navigation: bool
-    is_page_visit: bool
-    is_own_origin: bool
-    is_unprefixed: bool = False
+    is_navigation: bool  # sent by a browser for a new page, not by a script or a program
+    is_page_visit: bool  # a navigation with GET or HEAD
+    is_own_origin: bool  # Origin is present and is the public origin
+    is_unprefixed: bool = False  # the app was found by Referer or cookie
 
     @property
     def fields(self) -> Fields:
@@ -825,18 +791,14 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A parsed response head.
-
-    is_reusable: its connection can carry another request.  body: that of a response to one of the
-    proxy's own requests, see `fetch`.
-    """
+    """A parsed response head."""
 
     status: int
     reason: str
     headers: Headers
     framing: Framing
-    is_reusable: bool
-    body: bytes = b""
+    is_reusable: bool  # its connection can carry another request
+    body: bytes = b""  # of a response to one of the proxy's own requests, see `fetch`
 
 
 def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Request:
@@ -852,7 +814,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         text = "A request must have exactly one Host field; this one has %d." % len(hosts)
         raise ProxyError(400, text)
     authority = hosts[0] if hosts else ""
-    if hosts and not is_authority(authority):
+    if hosts and not _AUTHORITY.fullmatch(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
     # RFC 6454 section 7.3.  Otherwise the gate and the app might use different ones.
     if len(headers.get_all("origin")) > 1:
@@ -931,7 +893,7 @@ def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
 def _parse_absolute_form(method: str, target: str) -> Tuple[str, str]:
     """Authority and origin form; the authority overrides Host (RFC 9112 section 3.2.2)."""
     match = _HTTP_URL.fullmatch(target)
-    if not match or not is_authority(match.group(2)):
+    if not match or not _AUTHORITY.fullmatch(match.group(2)):
         raise ProxyError(400, "The request target is neither a path nor an http URL.")
     _, authority, path = match.groups()
     if method == "OPTIONS" and not path:
@@ -979,11 +941,6 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
     if len(head) > config.max_head_bytes:
         text = "The message head is longer than %d bytes." % config.max_head_bytes
         raise ProxyError(431, text)
-
-
-def is_authority(text: str) -> bool:
-    """Whether `text` is a valid host or host:port, without user information."""
-    return bool(_AUTHORITY.fullmatch(text))
 
 
 def rest_of_own_url(url: str, authority: str) -> Optional[str]:
@@ -1045,8 +1002,6 @@ _CHUNKS_IN_A_ROW = 250  # then other requests have their turn
 class PlainDecoder:
     """A body without a coding: of known length, or, with the length FOREVER, up to EOF."""
 
-    __slots__ = ("_remaining", "finished", "rest")
-
     def __init__(self, length: float) -> None:
         self._remaining = length
         self.finished = length == 0
@@ -1068,10 +1023,6 @@ class ChunkedDecoder:
     match RFC 9112 section 7.1.  Responses may have white space after a chunk size, because some
     devices send it.
     """
-
-    __slots__ = (
-        "_config", "_in_trailers", "_is_response", "_partial", "_remaining", "finished", "rest",
-    )  # fmt: skip
 
     def __init__(self, config: Config, is_response: bool = False) -> None:
         self.finished = False
@@ -1588,7 +1539,6 @@ _SET_BY_PROXY = [
     "host", "content-length", "transfer-encoding", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
-_USUAL_CONNECTION = frozenset(_USUAL_TOKENS)
 MARK_FIELD = "Port-Proxy-Mark"
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 # GTK Broadway accepts only the spelling of RFC 6455; a server in front may send lower case.
@@ -1668,16 +1618,13 @@ def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> 
     Drops the fields that Connection names (RFC 9110 section 7.6.1).
     """
     named = headers.tokens("connection")
-    if not named <= _USUAL_CONNECTION:
+    if not named <= _USUAL_TOKENS.keys():
         table = {**table, **dict.fromkeys(named)}
     lines = []
     for key, line in zip(headers.keys, headers.lines):
         if key in table:
-            translate = table[key]
-            if translate is None:
-                continue
             value = line[len(key) + 1 :].strip(" \t")
-            translated = translate(value, *context)
+            translated = table[key] and table[key](value, *context)
             if translated is None:
                 continue
             if translated != value:
@@ -1705,55 +1652,30 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
     Apps compare them with Origin, which is translated.  If there is no Origin, Django compares them
     with Referer, and WebDAV servers with Destination.
     """
-    headers = request.headers
-    if "origin" in headers.index or request.method in ("GET", "HEAD", "OPTIONS"):
-        is_own = request.is_own_origin
-    else:
-        url = headers.get("destination") or headers.get("referer")
-        is_own = rest_of_own_url(url, request.client.authority) is not None
+    url = request.headers.get("origin")
+    if not url and request.method not in ("GET", "HEAD", "OPTIONS"):
+        url = request.headers.get("destination") or request.headers.get("referer")
+    is_own = rest_of_own_url(url, request.client.authority) is not None
     return is_own and not gate.config.preserve_host and not _USES_PUBLIC_ORIGIN.search(request.path)
 
 
-def _path_in_app(path: str, route: Route) -> str:
-    """The upstream's path for a path of the public origin; "" if it is outside the app."""
+def _translate_url(
+    value: str, request: Request, route: Route, gate: Any, is_referer: bool = False
+) -> str:
+    """A URL or a path of this app becomes that of the upstream.  In Referer, other URLs of the
+    public origin lose their path, which browsers do not send to another origin."""
+    value, preserve_host = gate.strip_query(value), gate.config.preserve_host
+    is_path = value.startswith("/") and not is_referer
+    path = value if is_path else rest_of_own_url(value, request.client.authority)
+    if path is None or (is_referer and preserve_host):
+        return value
     below = path_below(route.prefix, path)
     if below is None:
-        return ""
+        return route.origin + "/" if is_referer else value
+    start = value[: len(value) - len(path)] if is_path or preserve_host else route.origin
     if route.absolute:
-        return path
-    return below if below.startswith("/") else "/" + below
-
-
-def _upstream_url(route: Route, path: str = "") -> str:
-    return "%s://%s%s" % (route.scheme, route.authority, path)
-
-
-def _translate_origin(value: str, request: Request, route: Route, gate: Any) -> str:
-    is_translated = request.is_own_origin and not gate.config.preserve_host
-    return _upstream_url(route) if is_translated else value
-
-
-def _translate_referer(value: str, request: Request, route: Route, gate: Any) -> str:
-    """A URL of this app becomes a URL of the upstream.  Other URLs of the public origin lose their
-    path, which browsers do not send to another origin."""
-    value = gate.strip_query(value)
-    if gate.config.preserve_host:
-        return value
-    path = rest_of_own_url(value, request.client.authority)
-    return value if path is None else _upstream_url(route, _path_in_app(path, route) or "/")
-
-
-def _translate_destination(value: str, request: Request, route: Route, gate: Any) -> str:
-    """Translate a URL or a path (RFC 4918 section 10.3), unless it is outside the app."""
-    value = gate.strip_query(value)
-    is_path = value.startswith("/")
-    path = value if is_path else rest_of_own_url(value, request.client.authority)
-    translated = "" if path is None else _path_in_app(path, route)
-    if path is None or not translated:
-        return value
-    if is_path or gate.config.preserve_host:
-        return value[: len(value) - len(path)] + translated
-    return _upstream_url(route, translated)
+        return start + path
+    return start + (below if below.startswith("/") else "/" + below)
 
 
 def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:
@@ -1823,35 +1745,31 @@ def _with_prefix(path: str, route: Route) -> str:
     return route.prefix + (path if below is None else below)
 
 
-_REQUEST_TABLE = dict.fromkeys(_HOP_BY_HOP + _SET_BY_PROXY)  # type: Dict[str, Any]
-_REQUEST_TABLE.update(
-    {
-        "origin": _translate_origin,
-        "referer": _translate_referer,
-        "destination": _translate_destination,
-        "if": _translate_each(_BRACKETED, _translate_destination),
-        "cookie": lambda value, _, route, gate: gate.strip_cookies(value, route) or None,
-        "authorization": lambda value, _, __, gate: (
-            None if gate.owns_authorization(value) else value
-        ),
-        # RFC 9110 section 10.1.1
-        "expect": lambda value, request, *_: None if request.minor == "0" else value,
-    }
-)
+_REQUEST_TABLE = {
+    **dict.fromkeys(_HOP_BY_HOP + _SET_BY_PROXY),
+    "origin": lambda value, request, route, gate: (
+        route.origin if request.is_own_origin and not gate.config.preserve_host else value
+    ),
+    "referer": functools.partial(_translate_url, is_referer=True),
+    "destination": _translate_url,  # RFC 4918 section 10.3
+    "if": _translate_each(_BRACKETED, _translate_url),
+    "cookie": lambda value, _, route, gate: gate.strip_cookies(value, route) or None,
+    "authorization": lambda value, _, __, gate: None if gate.owns_authorization(value) else value,
+    # RFC 9110 section 10.1.1
+    "expect": lambda value, request, *_: None if request.minor == "0" else value,
+}  # type: Dict[str, Any]
 # Other headers with the public scheme.  Rack prefers X-Forwarded-SSL over X-Forwarded-Proto.
 _SCHEME_FIELDS = "x-forwarded-ssl x-forwarded-scheme x-forwarded-protocol front-end-https".split()
 _HIDDEN_ORIGIN_TABLE = {**_REQUEST_TABLE, **dict.fromkeys(_SCHEME_FIELDS)}
-_RESPONSE_TABLE = dict.fromkeys(_HOP_BY_HOP + ["content-length"])  # type: Dict[str, Any]
-_RESPONSE_TABLE.update(
-    {
-        "location": _translate_location,
-        "content-location": _translate_location,
-        "refresh": _translate_each(_REFRESH, _translate_location),
-        "link": _translate_each(_BRACKETED, _translate_location),
-        "set-cookie": _translate_set_cookie,
-        "service-worker-allowed": lambda value, _, route, __: None if route.prefix else value,
-    }
-)
+_RESPONSE_TABLE = {
+    **dict.fromkeys(_HOP_BY_HOP + ["content-length"]),
+    "location": _translate_location,
+    "content-location": _translate_location,
+    "refresh": _translate_each(_REFRESH, _translate_location),
+    "link": _translate_each(_BRACKETED, _translate_location),
+    "set-cookie": _translate_set_cookie,
+    "service-worker-allowed": lambda value, _, route, __: None if route.prefix else value,
+}  # type: Dict[str, Any]
 
 
 def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
@@ -1996,7 +1914,7 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
         return error
     authority = request.client.authority
     port, _, domain = host_of(authority).partition(".")
-    if config.domains and is_domain(domain) and port_in_host(authority, (domain,)):
+    if config.domains and _DOMAIN.fullmatch(domain) and port_in_host(authority, (domain,)):
         advice = "For %s.%s to be port %s, {start} {domains} {value}." % (port, domain, port)
         return ProxyError(404, error.detail, error.fields, advice, domain)
     url, detail = host_form(8080, request.client, config.domains), error.detail
@@ -2952,7 +2870,7 @@ def check_route(route: Route, config: Config) -> None:
     if callable(allowlist):
         is_allowed = allowlist(route.host)
     else:
-        is_allowed = route.is_local or matches(route.host, allowlist)
+        is_allowed = route.is_local or bool(re.fullmatch(host_regex(allowlist), route.host))
     if not is_allowed:
         text = "The host %s is not on the allowlist." % route.host
         advice = "{Start} {host_allowlist} {value} to allow it."
@@ -3297,7 +3215,8 @@ def allows_origin(allowed: Iterable[str], origin: str) -> bool:
     if not page:
         return False
     same = (m for m in map(_ORIGIN.fullmatch, allowed) if m and m.group(1, 3) == page.group(1, 3))
-    return matches(page.group(2).strip("[]"), [match.group(2).strip("[]") for match in same])
+    regex = host_regex(match.group(2).strip("[]") for match in same)
+    return bool(re.fullmatch(regex, page.group(2).strip("[]")))
 
 
 def query_tokens(target: str) -> List[str]:
@@ -5370,7 +5289,7 @@ class PortCheck:
             if not 300 <= page.status < 400 or not location:
                 break
             try:
-                url = urlsplit(urljoin(_upstream_url(route, self.path), location))
+                url = urlsplit(urljoin(route.origin + self.path, location))
             except ValueError:  # not a URL
                 break
             authority = url.netloc.rpartition("@")[2]
@@ -5427,7 +5346,7 @@ class PortCheck:
 
     async def _try_websockets(self) -> None:
         """Report the first path that opens a WebSocket, and if it refuses a foreign Origin."""
-        own, foreign = _upstream_url(self.route), "http://" + _FOREIGN_HOST
+        own, foreign = self.route.origin, "http://" + _FOREIGN_HOST
         for path in _SOCKET_PATHS:
             path = self._base_path() + path
             if await self._status(path, {**_HANDSHAKE, "Origin": own}) == 101:
