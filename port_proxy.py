@@ -2855,7 +2855,6 @@ _PLAIN_HOST = re.compile(r"[a-z0-9_][a-z0-9_.-]*|\[[0-9a-f:.]+\]")
 _ORIGIN = re.compile(r"(https?)://([a-z0-9_.*-]+|\[[0-9a-f.*]*:[0-9a-f:.*]*\])(:[0-9]{1,5})?")
 ANY_TOKEN = "any"  # value of Config.token for a random token
 COOKIE_PREFIX = "port_proxy_"  # the port follows: browsers share cookies between ports
-ENTRANCE = "/.well-known/port-proxy"  # our only path at an app's own host (RFC 8615)
 _MAX_TICKETS = 1000
 _TICKET_SECONDS = 30.0  # lifetime of a ticket, which signs a browser in at an app's host
 _WRONG_TOKEN_SECONDS = 1.0  # delay of the response to a wrong token
@@ -3059,9 +3058,11 @@ class TokenGate(Gate):
         client, (path, _, query) = request.client, request.target.partition("?")
         sent = dict(parse_qsl(query)) if request.method == "GET" else {}
         if client.app_port:
-            if path == ENTRANCE and self.token:
+            port, deadline = self._tickets.pop(sent.get("ticket", ""), (0, 0.0))
+            if port == client.app_port and now() <= deadline:
                 self.check_origin(request)
-                raise self._redeem_ticket(sent.get("ticket", ""), request)
+                fields = (("Location", "/"), _NO_REFERRER, self._new_cookie(client))
+                raise ProxyError(303, "Signed in.", fields)
         elif is_base(self.config.base, path):
             if self.token and request.method == "POST":
                 self.check_origin(request)
@@ -3162,18 +3163,8 @@ class TokenGate(Gate):
         if self.token:
             ticket = secrets.token_urlsafe(32)
             self._tickets[ticket] = port, now() + _TICKET_SECONDS
-            url += ENTRANCE[1:] + "?ticket=" + ticket
+            url += "?ticket=" + ticket
         return ProxyError(303, "Redirecting.", (("Location", url), _NO_REFERRER))
-
-    def _redeem_ticket(self, ticket: str, request: Request) -> ProxyError:
-        """The redirect to an app's front page at its host, if the ticket is valid."""
-        client = request.client
-        port, deadline = self._tickets.pop(ticket, (0, 0.0))
-        if port != client.app_port or now() > deadline:
-            detail = "This sign-in link was used or has expired." if ticket else ""
-            return self._sign_in_needed(detail, "/", client)
-        fields = (("Location", "/"), _NO_REFERRER, self._new_cookie(client))
-        return ProxyError(303, "Signed in.", fields)
 
 
 def public_target(request: Request) -> str:
