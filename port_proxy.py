@@ -1235,10 +1235,10 @@ class Connection(asyncio.StreamReaderProtocol):
             return data
         if self.unread or self.ended:
             data = await self.reader.read(_NO_LIMIT)
-            was_paused, self.unread = self.unread > _MAX_UNREAD, 0
-            if was_paused:
+            if self.unread > _MAX_UNREAD:
                 with contextlib.suppress(RuntimeError, AttributeError):
                     self.transport.resume_reading()
+            self.unread = 0
         else:  # the data is not copied into the StreamReader and out of it
             self._waiting_read = self.deadlines.loop.create_future()
             data = await self._waiting_read
@@ -1316,19 +1316,14 @@ class Connection(asyncio.StreamReaderProtocol):
         self.transport.abort()
 
 
-_READABLE = getattr(select, "POLLIN", 0)
-_RESET = getattr(select, "POLLERR", 0)
-
-
-def poll(transport: Any, events: int) -> int:
-    """The bits of `events`, POLLERR and POLLHUP that poll(2) reports for a connection."""
-    sock = transport.get_extra_info("socket")
-    if sock is None or sock.fileno() < 0 or not hasattr(select, "poll"):  # not on Windows
-        return 0
+def poll(transport: Any, event: str) -> bool:
+    """Whether poll(2) reports an event, such as "POLLIN", which includes EOF and failures."""
+    sock, bits = transport.get_extra_info("socket"), getattr(select, event, 0)
+    if not bits or sock is None or sock.fileno() < 0:  # Windows has no poll(2)
+        return False
     poller = select.poll()
-    poller.register(sock.fileno(), events)
-    found = poller.poll(0)
-    return found[0][1] if found else 0
+    poller.register(sock.fileno(), bits)
+    return any(found & bits for _, found in poller.poll(0))
 
 
 def has_failed(transport: Any) -> bool:
@@ -1336,11 +1331,10 @@ def has_failed(transport: Any) -> bool:
 
     POLLHUP is not a failure: if we have sent EOF, it can come while data is still unread.
     """
-    try:
-        is_paused = not transport.is_closing() and not transport.is_reading()
-    except (AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
-        return False
-    return bool(is_paused and poll(transport, 0) & _RESET)
+    with contextlib.suppress(AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
+        if not transport.is_closing() and not transport.is_reading():
+            return poll(transport, "POLLERR")
+    return False
 
 
 def close_once(transport: Any) -> None:
@@ -2666,7 +2660,7 @@ class Upstreams:
             if authority == route.authority and (is_replayable or since >= recent):
                 del self._idle[connection]
                 connection.watcher = None
-                if connection.is_quiet() and not poll(connection.transport, _READABLE):
+                if connection.is_quiet() and not poll(connection.transport, "POLLIN"):
                     connection.has_received = False
                     connection.is_reused = True
                     connection.read_deadline = connection.read_timeout = FOREVER
@@ -4698,7 +4692,6 @@ def _tick_interval(config: Config) -> float:
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _XSRF = "_xsrf"
 _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
-_HANG_UP = getattr(select, "POLLRDHUP", 0)  # EOF of the peer, even after unread data; Linux only
 
 
 class LentConnection(Connection):
@@ -4719,7 +4712,8 @@ class LentConnection(Connection):
 
     def check_deadlines(self, time: float) -> None:
         super().check_deadlines(time)
-        if poll(self.transport, _HANG_UP):  # Tornado does not detect an EOF after unread data
+        # Tornado does not detect an EOF after unread data.  Only Linux has POLLRDHUP.
+        if poll(self.transport, "POLLRDHUP"):
             self.abort()
 
 
