@@ -2456,7 +2456,6 @@ def port_row(base: str, listener: Listener, title: str, host_url: str) -> Dict[s
 
 def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) -> LocalResponse:
     """The response at the base: the list of ports, and the forms of an address."""
-    fields = (("Vary", "Accept"),)
     if request.is_navigation or request.target.endswith("?list"):  # by the script of the page
         form = "<tr><td><code>%s</code><td>%s"
         body = _PORTS_PAGE.format(
@@ -2465,15 +2464,15 @@ def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) 
             base=html.escape(base),
             forms="".join(form % (html.escape(base + path), text) for path, text in _FORMS),
         )
-        return _page(200, "Ports of this machine", body, fields, _PORTS_SCRIPT)
+        return _page(200, "Ports of this machine", body, (), _PORTS_SCRIPT)
     if any("application/json" in value.lower() for value in request.headers.get_all("accept")):
         text = json.dumps({"ports": rows}, indent=1) + "\n"
-        return _response(200, "application/json", text, fields)
+        return _response(200, "application/json", text)
     lines = ["port_proxy: every port of this machine through one HTTP port", ""]
     lines += ["%-40s %s" % (base + path, meaning) for path, meaning in _FORMS]
     lines.append("")
     lines += ["%-40s %s" % (row["links"]["stripped"], _summary(row)) for row in rows]
-    return _response(200, "text/plain", "\n".join(lines) + "\n", fields)
+    return _response(200, "text/plain", "\n".join(lines) + "\n")
 
 
 def _port_item(row: Dict[str, Any]) -> str:
@@ -2590,7 +2589,7 @@ def _hash_source(text: str) -> str:
     return "'sha256-%s'" % digest if text else "'none'"
 
 
-def _response(status: int, media_type: str, text: str, fields: Fields) -> LocalResponse:
+def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> LocalResponse:
     body = text.encode()
     own_fields = (
         ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
@@ -5499,8 +5498,10 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     loop = asyncio.get_event_loop()
     stop = asyncio.Event()
     sockets = _inherited_sockets()
-    if sockets:
-        config = config._replace(bind=_bind_of(sockets[0]))
+    if sockets:  # the banner names the address of the first one
+        name = sockets[0].getsockname()
+        bind = name[0] if isinstance(name, tuple) else _UNIX_PREFIX + os.fsdecode(name)
+        config = config._replace(bind=bind)
     proxy = PortProxy(config)
 
     def interrupt() -> None:
@@ -5545,14 +5546,6 @@ def _inherited_sockets() -> List[socket.socket]:
         family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)  # 3.6 assumes AF_INET
         sockets.append(socket.socket(family, socket.SOCK_STREAM, 0, fileno=sock.detach()))
     return sockets
-
-
-def _bind_of(sock: socket.socket) -> str:
-    """The value of --bind for the address that a socket is bound to."""
-    name = sock.getsockname()
-    if isinstance(name, tuple):
-        return str(name[0])
-    return _UNIX_PREFIX + os.fsdecode(name).replace("\0", "@")  # "@": abstract
 
 
 def _start_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
@@ -5644,15 +5637,6 @@ def _say(text: str, *streams: Optional[TextIO]) -> None:
             sys.stdout = None
 
 
-def _log_to_stderr(arguments: argparse.Namespace) -> None:
-    is_detailed = arguments.verbose or arguments.log_json
-    level = logging.INFO if is_detailed else logging.WARNING
-    handler = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(message)s")
-    handler.setFormatter(_JsonFormatter() if arguments.log_json else plain)
-    logging.basicConfig(level=logging.ERROR if arguments.quiet else level, handlers=[handler])
-
-
 class _JsonFormatter(logging.Formatter):
     """Formats a record as one line of JSON; a request's record has a member for each value."""
 
@@ -5708,7 +5692,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             _normal_upstream(arguments.check)
     except (OSError, ValueError) as error:
         parser.error(_start_failure(error, Config(), argv))
-    _log_to_stderr(arguments)
+    is_detailed = arguments.verbose or arguments.log_json
+    level = logging.INFO if is_detailed else logging.WARNING
+    handler = logging.StreamHandler()
+    plain = logging.Formatter("%(asctime)s %(message)s")
+    handler.setFormatter(_JsonFormatter() if arguments.log_json else plain)
+    logging.basicConfig(level=logging.ERROR if arguments.quiet else level, handlers=[handler])
     config = _raise_descriptor_limit(config)
     # Freeing this block makes glibc keep freed blocks of up to its size.  Otherwise, glibc returns
     # those of 128 KiB and more to the kernel after each read (mallopt(3), M_MMAP_THRESHOLD).
