@@ -3716,8 +3716,7 @@ class Exchange:
             if request.framing is not NO_BODY:
                 raise ProxyError(400, "A WebSocket handshake has no body.")
             if len(self.proxy.tunnels) >= self.config.max_tunnels:
-                fields = (("Retry-After", "10"),)
-                raise ProxyError(503, "There are too many open WebSockets.", fields)
+                raise ProxyError(503, "There are too many open WebSockets.", _RETRY_SOON)
         # WebSockets and service worker scripts do not follow redirects.
         elif request.is_unprefixed and request.headers.get("sec-fetch-dest") != "serviceworker":
             raise await self._redirect(route, 307, "Redirecting.")
@@ -3730,10 +3729,12 @@ class Exchange:
         data = request_for_upstream(request, gate, self.proxy.mark)
         data += self.body.encode(self.body.buffered())
         pooled = upstreams.take(route, request.is_replayable)
-        if pooled is None or not await self._forward(pooled, data, request.is_replayable):
-            await self._forward(await upstreams.connect(route), data, False)
+        if pooled is None or not await self._forward(route, pooled, data, request.is_replayable):
+            await self._forward(route, await upstreams.connect(route), data, False)
 
-    async def _forward(self, upstream: Connection, data: bytes, may_retry: bool) -> bool:
+    async def _forward(
+        self, route: Route, upstream: Connection, data: bytes, may_retry: bool
+    ) -> bool:
         """Send the request and relay its response on one connection; then pool or close it.
 
         Returns False if the connection was stale and the request may be sent on another.
@@ -3742,7 +3743,8 @@ class Exchange:
         try:
             watcher = self.client.watcher = functools.partial(self._on_client_end, upstream)
             watcher(self.client)  # it may have ended already
-            self.client.served = self._watched()
+            if self.gate.sessions_can_end:
+                self.client.served = self.gate, self.request
             upstream.write_deadline = now() + self.config.stall_timeout
             upstream.write(data)
             if not self.body.finished:
@@ -3751,19 +3753,19 @@ class Exchange:
             if response.status == 101:
                 await self._open_tunnel(upstream, response)
             else:
-                is_reusable = await self._relay(upstream, response)
+                is_reusable = await self._relay(route, upstream, response)
         except (ProxyError, Truncated, TimedOut, OSError) as error:
             if self._client_failure is not None:
                 raise self._client_failure
             if may_retry and not upstream.has_received and not isinstance(error, TimedOut):
                 return False
-            raise await self._explain(error, upstream)
+            raise await self._explain(error, route, upstream)
         finally:
             self.client.watcher = None
             self.client.served = None
             await cancel(senders)
-            if is_reusable and self.body.finished and self.request.route is not None:
-                self.proxy.upstreams.give(self.request.route, upstream)
+            if is_reusable and self.body.finished:
+                self.proxy.upstreams.give(route, upstream)
             elif self.tunnel is None:
                 upstream.abort()
         return True
@@ -3815,7 +3817,7 @@ class Exchange:
                 await self.client.drain(self.config.stall_timeout)
             await asyncio.sleep(0)  # yield: a flood of them must not starve other requests
 
-    async def _relay(self, upstream: Connection, response: Response) -> bool:
+    async def _relay(self, route: Route, upstream: Connection, response: Response) -> bool:
         """Relay the response.  Returns whether the upstream's connection can be reused."""
         client, request, framing = self.client, self.request, response.framing
         body = Body(upstream, framing, self.config, is_response=True)
@@ -3831,8 +3833,7 @@ class Exchange:
         while not body.finished and not data:  # the first data may hold the page's title
             data = await body.read(upstream.read_timeout)
             client.write(body.encode(data))
-        route = request.route
-        if request.is_page_visit and response.status == 200 and route and route.host == "localhost":
+        if request.is_page_visit and response.status == 200 and route.host == "localhost":
             title = title_in(response.headers, data)
             if title:
                 self.proxy.titles[route.port] = title, time.time()
@@ -3859,7 +3860,6 @@ class Exchange:
         return self.keep_alive and is_read and self.proxy.is_running
 
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
-        """Send the upstream's 101 to the client, then move both connections to a tunnel."""
         is_upgrade = "upgrade" in response.headers.tokens("connection")
         is_websocket = "websocket" in response.headers.tokens("upgrade")
         if not self.request.is_websocket or not is_upgrade or not is_websocket:
@@ -3873,17 +3873,11 @@ class Exchange:
         self.client.write(self._response_head(response, NO_BODY))
         await self.client.drain(timeout)
         self.tunnel = await open_tunnel(self.client, upstream, timeout, self.proxy.tunnels)
-        self.tunnel.served = self._watched()
+        self.tunnel.served = self.client.served
 
-    def _watched(self) -> Optional[Tuple[Gate, Request]]:
-        return (self.gate, self.request) if self.gate.sessions_can_end else None
-
-    # Failures.
-
-    async def _explain(self, error: Exception, upstream: Connection) -> Exception:
+    async def _explain(self, error: Exception, route: Route, upstream: Connection) -> Exception:
         """The ProxyError for a failure of the upstream, or TimedOut after the response head."""
-        route, is_page, advice = self.request.route, self.request.is_page_visit, ""
-        assert route is not None
+        is_page, advice = self.request.is_page_visit, ""
         if isinstance(error, TimedOut):
             if self.status:  # a half-closed client, or an upstream that stopped reading
                 return error  # the server then aborts the response
@@ -4272,11 +4266,10 @@ class PortProxy:
             if exchange.tunnel is None and not may_follow:
                 await self._linger(client, exchange.body.finished)
             return may_follow
-        except (PeerGone, Truncated, TimedOut, OSError):
+        except BaseException as error:  # CancelledError, for example
             client.abort()
-            return False
-        except BaseException:  # CancelledError, for example
-            client.abort()
+            if isinstance(error, (PeerGone, Truncated, TimedOut, OSError)):
+                return False
             raise
         finally:
             self._clients.pop(client, None)
@@ -4593,8 +4586,14 @@ def server_context(config: Config) -> ssl.SSLContext:
                     raise ValueError("%s holds no %s (PEM)%s" % (path, label.lower(), advice))
     phrases = []  # type: List[str]
 
-    def ask_phrase() -> str:
-        phrases.append(_pass_phrase())
+    def ask_phrase() -> str:  # OpenSSL itself does not ask since Python 3.15
+        import getpass
+
+        try:
+            phrases.append(getpass.getpass("Enter PEM pass phrase:"))
+        except (EOFError, AttributeError):  # AttributeError: there is no standard input
+            print(file=sys.stderr)  # ends the line of the prompt
+            phrases.append("")
         return phrases[-1]
 
     try:
@@ -4610,27 +4609,7 @@ def server_context(config: Config) -> ssl.SSLContext:
     return context
 
 
-def _pass_phrase() -> str:
-    """The pass phrase from the terminal, or "".  OpenSSL itself does not ask since Python 3.15."""
-    import getpass
-
-    try:
-        return getpass.getpass("Enter PEM pass phrase:")
-    except (EOFError, AttributeError):  # AttributeError: there is no standard input
-        print(file=sys.stderr)  # ends the line of the prompt
-        return ""
-
-
 # Validation of Config.
-
-
-def _checked_proxy(proxy: str) -> str:
-    try:
-        if proxy != "unix":
-            ipaddress.ip_network(proxy, False)
-    except ValueError:
-        raise ValueError("a trusted proxy is an address, a network or unix, not %r" % proxy)
-    return proxy
 
 
 def _normal_upstream(upstream: str) -> str:
@@ -4648,7 +4627,9 @@ _NORMALISERS = {  # of values, or of the members of sequences
     "domains": normal_domain,
     "allow_hostnames": normal_pattern,
     "allow_origins": lambda origin: origin if origin == "*" else normal_origin(origin),
-    "trusted_proxies": _checked_proxy,
+    "trusted_proxies": lambda proxy: (
+        proxy if proxy == "unix" else str(ipaddress.ip_network(proxy, False))
+    ),
     "upstream_tls": _normal_upstream,
 }  # type: Dict[str, Callable[[str], str]]
 
