@@ -3642,7 +3642,6 @@ def _hub_session(request: Request) -> str:
 _HALF_CLOSED_SECONDS = 2.0
 _MAX_FORM_BYTES = 8192
 _ALLOW = (("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),)
-_BODY_STOPPED = "The request body stopped for %g seconds."
 
 
 class Exchange:
@@ -3678,7 +3677,12 @@ class Exchange:
             await self._serve()
         except ProxyError as error:
             await self._respond_error(error)
-        except (PeerGone, Truncated, TimedOut, OSError):
+        except TimedOut:
+            if self.status:
+                raise
+            text = "The request body did not arrive in time."
+            await self._respond_error(ProxyError(408, text))
+        except (PeerGone, Truncated, OSError):
             raise
         except asyncio.CancelledError:
             self.failure = "The proxy was told to stop."
@@ -3777,9 +3781,8 @@ class Exchange:
             upstream.read_timeout = _HALF_CLOSED_SECONDS
             upstream.shorten_wait(_HALF_CLOSED_SECONDS)
             return
-        is_late = isinstance(client.failure, TimedOut) and not client.failure.args
-        stopped = ProxyError(408, _BODY_STOPPED % self.config.stall_timeout)
-        self._client_failure = stopped if is_late else PeerGone()
+        is_late = isinstance(client.failure, TimedOut)  # with the request body
+        self._client_failure = TimedOut() if is_late else PeerGone()
         upstream.abort()
 
     async def _send_body(self, upstream: Connection) -> None:
@@ -3798,8 +3801,6 @@ class Exchange:
 
     def _response_timeout(self, upstream: Connection) -> float:
         return min(self.config.response_timeout, upstream.read_timeout)
-
-    # The response.
 
     async def _read_response(self, upstream: Connection) -> Response:
         """The final response or a 101; other interim responses are relayed at once."""
@@ -3934,13 +3935,10 @@ class Exchange:
 
         The body of a form is read first, because browsers do not read an earlier response.
         """
-        timeout, is_form = self.config.stall_timeout, self.request.method not in ("GET", "HEAD")
         is_waiting = "expect" in self.request.headers.index  # to send the body
-        try:
-            while not self.body.finished and is_form and not is_waiting:
-                await self.body.read(timeout)
-        except TimedOut:
-            return ProxyError(408, _BODY_STOPPED % timeout)
+        is_form = self.request.method not in ("GET", "HEAD") and not is_waiting
+        while is_form and not self.body.finished:
+            await self.body.read(self.config.stall_timeout)
         path, query = self.request.path or "/", self.gate.strip_query(self.request.query)
         return ProxyError(status, detail, (("Location", route.prefix + path + query),))
 
@@ -3966,16 +3964,11 @@ class Exchange:
 
     async def _read_form(self) -> bytes:
         """The body of a request to the gate."""
-        timeout = self.config.head_timeout
-        until, data = now() + timeout, b""
-        try:
-            while not self.body.finished:
-                data += await self.body.read(until - now())
-                if len(data) > _MAX_FORM_BYTES:
-                    raise ProxyError(413, "The sign-in form is too long.")
-        except TimedOut:
-            text = "The sign-in did not arrive within %g seconds." % timeout
-            raise ProxyError(408, text)
+        until, data = now() + self.config.head_timeout, b""
+        while not self.body.finished:
+            data += await self.body.read(until - now())
+            if len(data) > _MAX_FORM_BYTES:
+                raise ProxyError(413, "The sign-in form is too long.")
         return data
 
 
@@ -4147,11 +4140,9 @@ class PortProxy:
         self.is_running = True
         self.deadlines = Deadlines(loop, _tick_interval(self.config))
         self._session_watch = loop.create_task(close_ended_sessions(self.deadlines))
-        self.gate = (
-            HubGate(self.config, self.deadlines)
-            if self.config.hub
-            else TokenGate(self.config, self.is_private, self.port)
-        )  # type: Gate
+        self.gate = TokenGate(self.config, self.is_private, self.port)  # type: Gate
+        if self.config.hub:
+            self.gate = HubGate(self.config, self.deadlines)
         self.upstreams = Upstreams(self.config, self.deadlines, addresses + list(front_servers))
         protocol = functools.partial(Connection, self.deadlines, self._accepted)
         try:
@@ -4274,8 +4265,6 @@ class PortProxy:
         finally:
             self._clients.pop(client, None)
 
-    # A client's connection.
-
     def _accepted(self, client: Connection) -> None:
         if not self._make_room():
             error = ProxyError(503, "There are too many connections.", _RETRY_SOON)
@@ -4352,7 +4341,6 @@ class PortProxy:
                     sock.shutdown(socket.SHUT_RDWR)  # in 3.6, asyncio waits for EOF
 
     def _await_request(self, client: Connection) -> None:
-        """Wait for the next request of a client, without a task."""
         client.task = None
         if not self.is_running:
             client.close()
@@ -4365,7 +4353,6 @@ class PortProxy:
             self._wake(client)
 
     def _wake(self, client: Connection) -> None:
-        """Leave IDLE: data or EOF has come."""
         client.watcher = None
         client.read_deadline = FOREVER
         client.state = READING_HEAD
@@ -4480,9 +4467,6 @@ async def _read_request_head(client: Connection, config: Config) -> bytes:
 
 _UNIX_PREFIX = "unix:"
 _ACCEPT_PAUSE = 0.2  # seconds
-
-
-# Sockets and TLS.
 
 
 def _bind_addresses(config: Config) -> List[Any]:
@@ -4607,9 +4591,6 @@ def server_context(config: Config) -> ssl.SSLContext:
         names = " and ".join(dict.fromkeys(path for path, _, _ in files))
         raise ValueError("%s cannot be used: %s" % (names, getattr(error, "reason", None) or error))
     return context
-
-
-# Validation of Config.
 
 
 def _normal_upstream(upstream: str) -> str:
