@@ -4685,7 +4685,6 @@ class TornadoTransport(asyncio.Transport):
         context = getattr(stream.socket, "context", None)
         super().__init__({"socket": stream.socket, "peername": address, "sslcontext": context})
         self._stream = stream
-        self._loop = connection.deadlines.loop
         self._queued = 0  # bytes that Tornado has not sent yet
         self._reader = None  # type: Optional[asyncio.Task[None]]
         self._is_paused = self._is_closing = False
@@ -4707,7 +4706,7 @@ class TornadoTransport(asyncio.Transport):
     def resume_reading(self) -> None:
         self._is_paused = False
         if not self.is_reading():
-            self._reader = self._loop.create_task(self._read())
+            self._reader = asyncio.ensure_future(self._read())
 
     async def _read(self) -> None:
         try:
@@ -4956,7 +4955,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
 
 
 def _config_value(name: str, value: Any) -> Any:
-    """Convert a value of Jupyter's configuration for a field of Config; `checked_config` checks it.
+    """A value of Jupyter's configuration for a field of Config; `checked_config` checks it.
 
     Text is parsed as on the command line.  traitlets passes a LazyConfigValue after calls such as
     `append`, and for a field that was only read.
@@ -4969,8 +4968,8 @@ def _config_value(name: str, value: Any) -> Any:
     if isinstance(value, str) and (isinstance(default, (int, float)) or option.kind is SWITCH):
         with contextlib.suppress(ValueError):
             return json.loads(value.lower())
-    if hasattr(value, "get_value") and not isinstance(value, (str, list)):
-        return value.get_value(list(default)) if isinstance(default, tuple) else default
+    if type(value).__name__ == "LazyConfigValue":
+        return value.get_value(list(default) if isinstance(default, tuple) else default)
     return value
 
 
@@ -5023,13 +5022,8 @@ _LINK = re.compile(rb"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?([^\s"'<>?#]{1,
 _APP_ADDRESS = (
     rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
 )
-_SOCKET_PATHS = (  # the second is Streamlit's, the third Shiny's
-    "/ws",
-    "/_stcore/stream",
-    "/websocket/",
-    "/socket.io/?EIO=4&transport=websocket",
-    "/",
-)
+# The second is Streamlit's, the third Shiny's.
+_SOCKET_PATHS = "/ws /_stcore/stream /websocket/ /socket.io/?EIO=4&transport=websocket /".split()
 _HANDSHAKE = {
     "Connection": "Upgrade",
     "Upgrade": "websocket",
@@ -5128,6 +5122,7 @@ class PortCheck:
         self.config = upstreams.config
         self.path = "/"  # of the page, without its query
         self.absolute_path = "%s/absolute/%s" % (self.config.base, upstream_name(route))
+        self.base_path = ""  # the absolute path if the app is configured for it
         self.problems = []  # type: List[str]
         self.found = {"kept": self.absolute_path + "/", "problems": self.problems}  # type: Any
 
@@ -5146,12 +5141,14 @@ class PortCheck:
             return
         page = await self._follow_redirects(page)
         may_be_absolute = page.status == 404 or self.absolute_path.encode() in page.body
-        if may_be_absolute and not self._base_path():
+        if may_be_absolute and self.path == "/":
             with contextlib.suppress(ProxyError):
                 other = await self._get(self.absolute_path + "/")
                 if other.status != 404:
                     self.path = self.absolute_path + "/"
                     page = await self._follow_redirects(other)
+        if path_below(self.absolute_path, self.path) is not None:
+            self.base_path = self.absolute_path
         title = title_in(page.headers, page.body)
         self.found.update(ok=True, speaks=route.scheme, status=page.status, title=title)
         self.found.update(use=self._addresses())
@@ -5168,8 +5165,11 @@ class PortCheck:
     async def _get(self, target: str, fields: Mapping[str, str] = {}) -> Response:
         """Send a request that looks to the app like a browser's request through the proxy.
 
-        Raises ProxyError: 400 for a response that is not valid HTTP, 504, or that of `connect`.
+        Raises ValueError if the target is not a path.  Raises ProxyError: 400 for a response that
+        is not valid HTTP, 504, or that of `connect`.
         """
+        if not _LOCAL_TARGET.fullmatch(target):
+            raise ValueError("not a path: %r" % target)
         headers = {
             "Host": self.route.authority,
             "X-Forwarded-Host": "localhost:%d" % self.config.port,
@@ -5198,8 +5198,7 @@ class PortCheck:
     async def _explain(self, error: ProxyError) -> str:
         """Why the first page did not come."""
         if error.status == 508:
-            advice = " If an app uses this port, set the port of the proxy with --port."
-            return error.detail + advice
+            return error.detail + " If an app uses this port, set the proxy's port with --port."
         if error.status != 400 or self.route.scheme == "https":
             return error.detail
         if await accepts_tls(self.upstreams, self.route):
@@ -5208,20 +5207,13 @@ class PortCheck:
         self.found.update(speaks="other")
         return "It does not answer HTTP. Is this the port of the app?"
 
-    def _base_path(self) -> str:
-        """The absolute path if the app is configured for it, else ""."""
-        is_absolute = path_below(self.absolute_path, self.path) is not None
-        return self.absolute_path if is_absolute else ""
-
     def _addresses(self) -> List[str]:
         """The URLs for a browser on this machine."""
         config, route = self.config, self.route
-        authority, scheme = "localhost:%d" % config.port, "https" if config.certfile else "http"
-        prefix = self._base_path() or route.prefix
-        addresses = ["%s://%s%s/" % (scheme, authority, prefix)]
-        client = ClientInfo("127.0.0.1", scheme, authority)
-        host = host_form(route.port, client, config.domains)
-        if host and route.host == "localhost" and not self._base_path():
+        scheme, authority = "https" if config.certfile else "http", "localhost:%d" % config.port
+        addresses = ["%s://%s%s/" % (scheme, authority, self.base_path or route.prefix)]
+        host = host_form(route.port, ClientInfo("", scheme, authority), config.domains)
+        if host and route.host == "localhost" and not self.base_path:
             addresses.insert(0, host)
         return addresses
 
@@ -5236,22 +5228,18 @@ class PortCheck:
                 break
             try:
                 url = urlsplit(urljoin(route.origin + self.path, location))
+                authority = url.netloc.rpartition("@")[2]
+                is_own = authority.lower() in own
+                if not is_own or url.scheme != route.scheme:
+                    self.found.update(redirect="%s://%s%s" % (url.scheme, authority, url.path))
+                    if is_own and url.scheme == "https":
+                        self.problems.append(_TO_TLS)
+                    break
+                self.path = url.path or "/"
+                self.found.update(redirect=self.path)
+                page = await self._get(self.path + ("?" + url.query if url.query else ""))
             except ValueError:  # not a URL
                 break
-            authority = url.netloc.rpartition("@")[2]
-            is_own = authority.lower() in own
-            if not is_own or url.scheme != route.scheme:
-                self.found.update(redirect="%s://%s%s" % (url.scheme, authority, url.path))
-                if is_own and url.scheme == "https":
-                    self.problems.append(_TO_TLS)
-                break
-            self.path = url.path or "/"
-            self.found.update(redirect=self.path)
-            target = self.path + ("?" + url.query if url.query else "")
-            if not _LOCAL_TARGET.fullmatch(target):
-                break
-            try:
-                page = await self._get(target)
             except ProxyError as error:
                 self.problems.append(error.detail)
                 break
@@ -5264,24 +5252,22 @@ class PortCheck:
         """
         links = [link.decode("latin-1") for link in dict.fromkeys(_LINK.findall(page.body))]
         paths = [link for link in links if link.startswith("/") and not link.startswith("//")]
-        if self._base_path():
-            paths = [path for path in paths if path_below(self.absolute_path, path) is None]
+        paths = [path for path in paths if path_below(self.absolute_path, path) is None]
         self.found.update(rooted=paths[:5])
         if paths and not self.config.whole_origin:
             self.problems.append(_LOSES_PREFIX)
         text = page.body.decode("latin-1")
         for name, pattern, flag in _KNOWN_APPS:
             if re.search(pattern, text):
-                has_flag = flag and not self._base_path()
+                has_flag = flag and not self.base_path
                 self.found.update(app=name, flag=flag % self.absolute_path if has_flag else "")
                 return
         pages = [(self.path, page.body)]
         for link in [link for link in links if link.endswith((".js", ".mjs"))][:_MAX_SCRIPTS]:
-            # ValueError: not a URL.  ProxyError: the script cannot be fetched.
+            # ValueError: not a path.  ProxyError: the script cannot be fetched.
             with contextlib.suppress(ValueError, ProxyError):
                 path = urljoin(self.path, link)
-                if _LOCAL_TARGET.fullmatch(path):
-                    pages.append((path, (await self._get(path)).body))
+                pages.append((path, (await self._get(path)).body))
         host, port = re.escape(self.route.host).encode(), self.route.port
         for path, body in pages:
             if re.search(_APP_ADDRESS % (host, port), body):
@@ -5294,7 +5280,7 @@ class PortCheck:
         """Report the first path that opens a WebSocket, and if it refuses a foreign Origin."""
         own, foreign = self.route.origin, "http://" + _FOREIGN_HOST
         for path in _SOCKET_PATHS:
-            path = self._base_path() + path
+            path = self.base_path + path
             if await self._status(path, {**_HANDSHAKE, "Origin": own}) == 101:
                 status = await self._status(path, {**_HANDSHAKE, "Origin": foreign})
                 self.found.update(socket=path.partition("?")[0], refuses_origin=status != 101)

@@ -5779,7 +5779,7 @@ class TestCheck:
         for bind in ("127.0.0.1", "0.0.0.0", "", "LOCALHOST", "127.1"):
             report = check(app.port, port=app.port, bind=bind)
             assert (report.ok, report.use, app.happened.is_set()) == (False, (), False)
-            problem = "Port %d is the proxy's own: .* set the port of the proxy with --port" % app.port
+            problem = "Port %d is the proxy's own: .* set the proxy's port with --port" % app.port
             assert re.match(problem, report.problems[0])
         for bind in ("unix:/a", "127.0.0.5", "nowhere.invalid", "a..b"):
             assert check(app.port, port=app.port, bind=bind).ok
