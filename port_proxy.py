@@ -4651,7 +4651,11 @@ def _tick_interval(config: Config) -> float:
 # demand, because the bytes of the next request cannot be given back.
 
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
-_XSRF = "_xsrf"
+_JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
+    field: "c.PortProxy.%s%s" % (field, " = True" if option.kind is SWITCH else "")
+    for field, option in OPTIONS.items()
+}
+_JUPYTER_TERMS.update(Start="Set", start="set", value="= ['%s']")
 _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
 
 
@@ -4755,13 +4759,6 @@ class TornadoTransport(asyncio.Transport):
         self._stream.close()
 
 
-_JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
-    field: "c.PortProxy.%s%s" % (field, " = True" if option.kind is SWITCH else "")
-    for field, option in OPTIONS.items()
-}
-_JUPYTER_TERMS.update(Start="Set", start="set", value="= ['%s']")
-
-
 class JupyterGate(Gate):
     """The gate for one request to a Jupyter server, which has authenticated it.
 
@@ -4786,19 +4783,24 @@ class JupyterGate(Gate):
         self.cookie_name = get_name(handler)
 
     async def authorize(self, request: Request) -> None:
-        if self.hub_auth is not None:
-            await self._find_hub_tokens(request)
-        self.redirect_without_token(request, self.response_fields)
         handler = self.handler
+        for token in filter(_HUB_TOKEN.fullmatch, all_tokens(request) if self.hub_auth else ()):
+            session = self.hub_auth.get_session_id(handler)
+            try:
+                user = self.hub_auth.user_for_token(token, session_id=session, sync=False)
+            except TypeError:  # before JupyterHub 2.4, whose call would block
+                break
+            if await self._from_hub(user):
+                self.tokens.add(token)
+        self.redirect_without_token(request, self.response_fields)
         if handler.token_authenticated:  # a foreign page has no token to send
             return
         # Jupyter's settings decide, except for OPTIONS: Jupyter allows all OPTIONS requests.
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and handler.check_origin()
         is_named = handler.allow_origin not in ("", "*")
-        if request.method not in _SAFE and not (
-            is_named or handler.settings.get("disable_check_xsrf")
-        ):
+        is_free = request.method in _SAFE or handler.settings.get("disable_check_xsrf")
+        if not (is_named or is_free):
             # Jupyter's own handlers require the XSRF token here, which pages of apps do not have.
             allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
@@ -4814,17 +4816,6 @@ class JupyterGate(Gate):
             return await self._from_hub(self.provider.get_user(handler)) is not None
         except ProxyError:  # no response: the next check tries again
             return True
-
-    async def _find_hub_tokens(self, request: Request) -> None:
-        """Add the request's tokens of the Hub to `tokens`; the Hub's client caches lookups."""
-        session = self.hub_auth.get_session_id(self.handler)
-        for token in filter(_HUB_TOKEN.fullmatch, all_tokens(request)):
-            try:
-                user = self.hub_auth.user_for_token(token, session_id=session, sync=False)
-            except TypeError:  # before JupyterHub 2.4, whose call would block
-                return
-            if await self._from_hub(user):
-                self.tokens.add(token)
 
     async def _from_hub(self, response: Awaitable[Any]) -> Any:
         """The response to a call of the Hub's client; ProxyError 503 without one."""
@@ -4865,8 +4856,8 @@ class JupyterGate(Gate):
         """
         pairs = value.split(";")
         names = [cookie_name(pair) for pair in pairs]
-        if _XSRF in names and any(self.owns_cookie(name, route) for name in names):
-            del pairs[len(names) - 1 - names[::-1].index(_XSRF)]
+        if "_xsrf" in names and any(self.owns_cookie(name, route) for name in names):
+            del pairs[len(names) - 1 - names[::-1].index("_xsrf")]
         return super().strip_cookies(";".join(pairs), route)
 
 
@@ -4921,8 +4912,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 return
             authorizer = self.settings.get("authorizer")
             if authorizer is not None:
-                user = self.current_user
-                allowed = authorizer.is_authorized(self, user, "execute", "proxy")
+                allowed = authorizer.is_authorized(self, self.current_user, "execute", "proxy")
                 if not await ensure_async(allowed):
                     raise web.HTTPError(403)
             await self.serve(head)
@@ -5018,7 +5008,7 @@ _PAGE_SECONDS = 30.0  # some apps compile their page for the first request
 _MAX_REDIRECTS = 5
 _MAX_SCRIPTS = 4  # scripts of a page that are searched
 _FOREIGN_HOST = "port-proxy-check.invalid"  # no such host can exist (RFC 6761)
-_LINK = re.compile(rb"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?([^\s"'<>?#]{1,2000})""", re.I)
+_LINK = re.compile(r"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?([^\s"'<>?#]{1,2000})""", re.I)
 _APP_ADDRESS = (
     rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
 )
@@ -5149,9 +5139,8 @@ class PortCheck:
                     page = await self._follow_redirects(other)
         if path_below(self.absolute_path, self.path) is not None:
             self.base_path = self.absolute_path
-        title = title_in(page.headers, page.body)
-        self.found.update(ok=True, speaks=route.scheme, status=page.status, title=title)
-        self.found.update(use=self._addresses())
+        title, use = title_in(page.headers, page.body), self._addresses()
+        self.found.update(ok=True, speaks=route.scheme, status=page.status, title=title, use=use)
         await self._examine_page(page)
         status = await self._status(self.path, {"Host": _FOREIGN_HOST})
         self.found.update(refuses_host=status >= 400 > page.status)
@@ -5235,9 +5224,10 @@ class PortCheck:
                     if is_own and url.scheme == "https":
                         self.problems.append(_TO_TLS)
                     break
-                self.path = url.path or "/"
-                self.found.update(redirect=self.path)
-                page = await self._get(self.path + ("?" + url.query if url.query else ""))
+                path = url.path or "/"
+                self.found.update(redirect=path)
+                page = await self._get(path + ("?" + url.query if url.query else ""))
+                self.path = path
             except ValueError:  # not a URL
                 break
             except ProxyError as error:
@@ -5250,13 +5240,13 @@ class PortCheck:
 
         Known apps are not searched for addresses: libraries contain such as localhost:5006.
         """
-        links = [link.decode("latin-1") for link in dict.fromkeys(_LINK.findall(page.body))]
-        paths = [link for link in links if link.startswith("/") and not link.startswith("//")]
+        text = page.body.decode("latin-1")
+        links = list(dict.fromkeys(_LINK.findall(text)))
+        paths = [link for link in links if _LOCAL_TARGET.fullmatch(link)]
         paths = [path for path in paths if path_below(self.absolute_path, path) is None]
         self.found.update(rooted=paths[:5])
         if paths and not self.config.whole_origin:
             self.problems.append(_LOSES_PREFIX)
-        text = page.body.decode("latin-1")
         for name, pattern, flag in _KNOWN_APPS:
             if re.search(pattern, text):
                 has_flag = flag and not self.base_path
