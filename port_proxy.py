@@ -4915,10 +4915,6 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 allowed = authorizer.is_authorized(self, self.current_user, "execute", "proxy")
                 if not await ensure_async(allowed):
                     raise web.HTTPError(403)
-            await self.serve(head)
-
-        async def serve(self, head: bytes) -> None:
-            """Serve the request, which Jupyter has authenticated."""
             gate = JupyterGate(proxy.config, self)
             if self.is_page_visit:
                 self.xsrf_token  # noqa: B018  reading it sets its cookie
@@ -5014,12 +5010,10 @@ _APP_ADDRESS = (
 )
 # The second is Streamlit's, the third Shiny's.
 _SOCKET_PATHS = "/ws /_stcore/stream /websocket/ /socket.io/?EIO=4&transport=websocket /".split()
-_HANDSHAKE = {
-    "Connection": "Upgrade",
-    "Upgrade": "websocket",
-    "Sec-WebSocket-Version": "13",
-    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-}
+_HANDSHAKE = _UPGRADE_LINES + [
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+]
 _BYPASSES = (
     "%s contains an address with port %d. This address bypasses the proxy and works only on this"
     " machine. If the app does not work from other machines, "
@@ -5142,16 +5136,16 @@ class PortCheck:
         title, use = title_in(page.headers, page.body), self._addresses()
         self.found.update(ok=True, speaks=route.scheme, status=page.status, title=title, use=use)
         await self._examine_page(page)
-        status = await self._status(self.path, {"Host": _FOREIGN_HOST})
+        status = await self._status(self.path, host=_FOREIGN_HOST)
         self.found.update(refuses_host=status >= 400 > page.status)
-        status = await self._status(self.path, {"X-Forwarded-For": "127.0.0.1"})
+        status = await self._status(self.path, "X-Forwarded-For: 127.0.0.1")
         if status >= 400 > page.status:
             self.problems.append(_REFUSES_PROXIES % status)
         if page.headers.get("www-authenticate").lower().startswith("digest"):
             self.problems.append(_SIGNS_PATH)
         await self._try_websockets()
 
-    async def _get(self, target: str, fields: Mapping[str, str] = {}) -> Response:
+    async def _get(self, target: str, *fields: str, host: str = "") -> Response:
         """Send a request that looks to the app like a browser's request through the proxy.
 
         Raises ValueError if the target is not a path.  Raises ProxyError: 400 for a response that
@@ -5159,15 +5153,15 @@ class PortCheck:
         """
         if not _LOCAL_TARGET.fullmatch(target):
             raise ValueError("not a path: %r" % target)
-        headers = {
-            "Host": self.route.authority,
-            "X-Forwarded-Host": "localhost:%d" % self.config.port,
-            "Accept": "text/html, */*;q=0.1",
-            "User-Agent": "port_proxy",
-            **fields,
-        }
-        lines = ["GET %s HTTP/1.1" % target] + ["%s: %s" % field for field in headers.items()]
-        timeout = _FETCH_SECONDS if fields else _PAGE_SECONDS
+        lines = [
+            "GET %s HTTP/1.1" % target,
+            "Host: " + (host or self.route.authority),
+            "X-Forwarded-Host: localhost:%d" % self.config.port,
+            "Accept: text/html, */*;q=0.1",
+            "User-Agent: port_proxy",
+            *fields,
+        ]
+        timeout = _FETCH_SECONDS if fields or host else _PAGE_SECONDS
         connection = await self.upstreams.connect(self.route)
         try:
             return await fetch(connection, lines, b"", timeout, self.config)
@@ -5177,10 +5171,10 @@ class PortCheck:
         except (ProxyError, Truncated, OSError):
             raise ProxyError(400, "No valid HTTP came from %s." % self.route.place)
 
-    async def _status(self, target: str, fields: Mapping[str, str]) -> int:
+    async def _status(self, target: str, *fields: str, host: str = "") -> int:
         """The status of a response; 0 if none came."""
         try:
-            return (await self._get(target, fields)).status
+            return (await self._get(target, *fields, host=host)).status
         except ProxyError:
             return 0
 
@@ -5268,17 +5262,17 @@ class PortCheck:
 
     async def _try_websockets(self) -> None:
         """Report the first path that opens a WebSocket, and if it refuses a foreign Origin."""
-        own, foreign = self.route.origin, "http://" + _FOREIGN_HOST
+        own = _HANDSHAKE + ["Origin: " + self.route.origin]
+        foreign = _HANDSHAKE + ["Origin: http://" + _FOREIGN_HOST]
         for path in _SOCKET_PATHS:
             path = self.base_path + path
-            if await self._status(path, {**_HANDSHAKE, "Origin": own}) == 101:
-                status = await self._status(path, {**_HANDSHAKE, "Origin": foreign})
+            if await self._status(path, *own) == 101:
+                status = await self._status(path, *foreign)
                 self.found.update(socket=path.partition("?")[0], refuses_origin=status != 101)
                 break
 
 
 def report_text(report: Report) -> str:
-    """A report for a terminal."""
     listens = ", ".join(report.addresses)
     listens += " by " + report.program if report.program else ""
     listens += " of " + report.owner if report.owner else ""
