@@ -2883,6 +2883,7 @@ class Gate:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.root = config.base  # sign-ins lead below this path
 
     async def respond(self, request: Request, read_form: ReadForm) -> None:
         """Raise the ProxyError that answers a request for the gate itself, such as a sign-in.
@@ -2963,8 +2964,8 @@ class Gate:
         target = public_target(request)
         clean = self.strip_query(target)
         if clean != target and request.is_page_visit:
-            base = "" if request.client.app_port else self.config.base
-            location = ("Location", local_target(base, clean))
+            root = "" if request.client.app_port else self.root
+            location = ("Location", local_target(root, clean))
             raise ProxyError(302, "Signed in.", (location,) + cookies())
 
     def check_origin(self, request: Request) -> None:
@@ -3440,6 +3441,7 @@ class HubGate(Gate):
         super().__init__(config)
         assert config.hub is not None
         self.hub = config.hub
+        self.root = self.hub.prefix
         self.api = HubApi(config.hub, config, deadlines)
         self.callback_path = urlsplit(self.hub.callback_url).path
         host = "__Host-" if self.hub.host_cookies else ""
@@ -3521,9 +3523,9 @@ class HubGate(Gate):
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
         """The redirect to the Hub, which redirects back to `_end_login`."""
         state = secrets.token_urlsafe(32)
-        target = local_target(self.hub.prefix, target)
+        target = local_target(self.root, target)
         if len(quote(target)) > _MAX_LOGIN_TARGET:
-            target = self.hub.prefix + "/"
+            target = self.root + "/"
         login = "%d.%s" % (now() + _LOGIN_SECONDS, quote(target))
         value = "%s.%s" % (login, sign(self._key, "login " + state, login))
         digest = hashlib.sha256(sign(self._key, "verifier", state).encode()).digest()

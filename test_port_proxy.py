@@ -3983,6 +3983,8 @@ class TestHub:
         answer = proxy.get(target + "a?b&token=owner-token&c", *VISIT)
         assert place_of(answer) == target + "a?b&c"
         self.check(proxy, target, (cookie_of(answer), 200))
+        for root in (PREFIX, PREFIX + "/", "/jh/user/al%40ice.x+y/"):
+            assert place_of(proxy.get(root + "?token=owner-token", *VISIT)) == PREFIX + "/"
         for site in ("cross-site", "same-site"):
             foreign = proxy.get(target + "?token=admin-token", "Sec-Fetch-Site: " + site, *VISIT)
             assert place_of(foreign).startswith("/jh/hub/api/oauth2/authorize?")
