@@ -303,7 +303,6 @@ def check_values(config: Config) -> None:
 # The names of options in error messages.  The Jupyter extension has terms of its own.
 COMMAND_LINE_TERMS = dict(
     {option.field: option.flag for option in OPTIONS.values()},
-    Start="Start the proxy with",
     start="start the proxy with",
     value="%s",  # how to write the value of an option
 )
@@ -361,7 +360,8 @@ class ProxyError(Exception):
         """Set `detail` to the explanation and the advice, with these names of the options."""
         self.detail, advice, value = self._texts
         if advice:
-            self.detail += " " + advice.format(**dict(terms, value=terms["value"] % value))
+            advice = advice.format(**dict(terms, value=terms["value"] % value))
+            self.detail += " " + advice[0].upper() + advice[1:]
 
 
 _FIELD_LINE = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
@@ -2266,9 +2266,7 @@ _PORTS_PAGE = """\
 <ul class="ports">{items}</ul>\
 <p id="none"{hidden}>No port is in the list. On Linux, the ports of your programs appear here.</p>
 <form action="{base}/"><label>Another port <input name="port" required \
-pattern=" *(https?://)?([^ ]+:)?[1-9][0-9]{{0,4}}(/.*)? *" \
-title="a port such as 8080, or localhost:8080" placeholder="8080" autocomplete="off"></label>
-<button>Open</button></form>
+placeholder="8080 or localhost:8080" autocomplete="off"></label><button>Open</button></form>
 <details><summary>Forms of an address</summary><table>{forms}</table></details>"""
 _PORT_ITEM = """\
 <li id="p{port}"><div><a class="port" href="{best}">{port}</a>{title}\
@@ -2364,12 +2362,10 @@ _SIGN_IN_LINK = """\
 <p>This proxy asks for its token only at its own address, where no app can \
 read it. You then come back to the front page of this app.</p>\
 <p><a href="{target}">Sign in there</a></p>"""
-_SAME_PATH = "the same for an app that is configured to use this whole path"
 _FORMS = (
     ("/8080/", "port 8080 of this machine; the app receives the path after the port"),
-    ("/absolute/8080/", _SAME_PATH),
     ("/db1.example.org:8080/", "port 8080 of a host that is on the allowlist"),
-    ("/absolute/db1.example.org:8080/", _SAME_PATH),
+    ("/absolute/8080/", "for an app that is configured to use this whole path; also with a host"),
 )
 # What people write between the base and the port, besides what the box of the page accepts.
 _NEEDLESS_PREFIX = re.compile(r"\A(?:/(?:proxy|ports?|localhost|127\.0\.0\.1))+(?=/)")
@@ -2400,12 +2396,11 @@ class NotListening(ProxyError):
         if addresses and route.is_local and REACHED[route.host].isdisjoint(addresses):
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(addresses), route.host
-            if not any(name in LOOPBACK_NAMES for name in addresses):
-                address = addresses[0]
-                advice = (
-                    "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist}"
-                    " {value} and open %s instead of %d."
-                ) % (authority_of(address, route.port), route.port)
+            address = addresses[0]
+            advice = (
+                "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value}"
+                " and open %s instead of %d."
+            ) % (authority_of(address, route.port), route.port)
         fields = (("Retry-After", "2"), ("Port-Proxy", "waiting"))
         super().__init__(502, text, fields, advice, address)
         self.route = route
@@ -2822,7 +2817,7 @@ def is_tls_record(data: bytes) -> bool:
 
 def unexpected_tls(route: Route) -> ProxyError:
     """The error if an upstream speaks TLS without --upstream-tls."""
-    advice = "{Start} {upstream_tls} {value}"
+    advice = "{start} {upstream_tls} {value}"
     if route.is_local:
         advice += ", and {insecure_upstream} if its certificate is self-signed"
     text = "The app on %s speaks TLS." % route.place
@@ -2865,7 +2860,7 @@ def check_route(route: Route, config: Config) -> None:
         is_allowed = route.is_local or bool(re.fullmatch(host_regex(allowlist), route.host))
     if not is_allowed:
         text = "The host %s is not on the allowlist." % route.host
-        advice = "{Start} {host_allowlist} {value} to allow it."
+        advice = "{start} {host_allowlist} {value} to allow it."
         raise ProxyError(403, text, (), advice, route.host)
 
 
@@ -2992,8 +2987,8 @@ class Gate:
     def origin_advice(self, origin: str) -> str:
         """The advice of an error that refuses pages of `origin`; "" if the origin is not valid."""
         if not origin:
-            return "{Start} {allow_origins} '*' to allow every page."
-        advice = "{Start} {allow_origins} {value} to allow it."
+            return "{start} {allow_origins} '*' to allow every page."
+        advice = "{start} {allow_origins} {value} to allow it."
         if self.config.trusted_proxies:
             advice += " If %s is this proxy, the server in front must pass Host unchanged." % origin
         return advice
@@ -3100,7 +3095,7 @@ class TokenGate(Gate):
         bare = host.strip("[]")
         if not bare or self._names.fullmatch(bare) or (bare != host and not self.is_private):
             return
-        advice = "{Start} {allow_hostnames} {value} if this name belongs to the proxy."
+        advice = "{start} {allow_hostnames} {value} if this name belongs to the proxy."
         advice = advice if _PLAIN_HOST.fullmatch(host) else ""
         raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
 
@@ -3152,7 +3147,7 @@ class TokenGate(Gate):
         url = host_form(port, client, self.config.domains)
         if not url or port > 65535:
             text = "Apps have no host of their own under this name of the proxy."
-            advice = "{Start} {domains} NAME. All subdomains of NAME must resolve to this machine."
+            advice = "{start} {domains} NAME. All subdomains of NAME must resolve to this machine."
             raise ProxyError(404, text, (), advice)
         if self.token:
             ticket = secrets.token_urlsafe(32)
@@ -4657,7 +4652,7 @@ _JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
     field: "c.PortProxy.%s%s" % (field, " = True" if option.kind is SWITCH else "")
     for field, option in OPTIONS.items()
 }
-_JUPYTER_TERMS.update(Start="Set", start="set", value="= ['%s']")
+_JUPYTER_TERMS.update(start="set", value="= ['%s']")
 _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
 
 
