@@ -1099,7 +1099,6 @@ _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
-_CLOSE_PAUSE = 0.01  # seconds between checks whether all connections are closed
 _UNIX = getattr(socket, "AF_UNIX", None)
 
 # The states of a connection.  A connection to an upstream is always ACTIVE.
@@ -1285,22 +1284,17 @@ class Connection(asyncio.StreamReaderProtocol):
 
     def check_deadlines(self, time: float) -> None:
         if time > self.read_deadline and not self.queued():  # unsent data: not idle
-            self.read_deadline = FOREVER
             self.end(TimedOut())
-        if time > self.write_deadline:
-            self.write_deadline = FOREVER
-            if self.queued():
-                self.end(TimedOut("writing"))
-                self.abort()
+        if time > self.write_deadline and self.queued():
+            self.end(TimedOut("writing"))
+            self.abort()
         if has_failed(self.transport):
             self.abort()
-
-    # Ending.
 
     def close(self) -> None:
         """Close once the queued bytes are sent, or at the write deadline, a minute by default."""
         if not self.transport.is_closing():
-            if self.write_deadline == FOREVER:
+            if not now() < self.write_deadline < FOREVER:
                 self.write_deadline = now() + _CLOSE_SECONDS
             self.transport.close()
 
@@ -1409,7 +1403,7 @@ class Deadlines:
         for seconds in (timeout, 1.0):  # a second for the aborted ones to end
             until = now() + seconds
             while self.connections and now() < until:
-                await asyncio.sleep(_CLOSE_PAUSE)
+                await asyncio.sleep(0.01)
             for connection in list(self.connections):
                 connection.abort()
         self._timer.cancel()
