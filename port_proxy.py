@@ -1153,8 +1153,6 @@ class Connection(asyncio.StreamReaderProtocol):
         self.task = None  # type: Optional[asyncio.Future[None]]
         self._on_accept = on_accept
 
-    # Protocol callbacks.
-
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.transport = transport
@@ -1214,8 +1212,6 @@ class Connection(asyncio.StreamReaderProtocol):
         self.end(exc)
         # Without the exception, the reader still returns the data that it holds.
         super().connection_lost(None)
-
-    # Reading and writing.
 
     def end(self, failure: Optional[BaseException] = None) -> None:
         if self.ended:
@@ -1350,8 +1346,6 @@ def end_writing(transport: Any) -> None:
 
 def plain_address(text: str) -> str:
     """An IP address without its zone.  IPv4-mapped IPv6 becomes IPv4."""
-    if ":" not in text:
-        return text
     address = ipaddress.ip_address(text.partition("%")[0])
     return str(getattr(address, "ipv4_mapped", None) or address)
 
@@ -2682,7 +2676,12 @@ class Upstreams:
             text = "The connection to %s was not accepted within %g seconds."
             raise ProxyError(504, text % (route.place, self.config.connect_timeout))
         except (ssl.SSLError, ssl.CertificateError) as error:
-            raise _tls_failure(route, error)
+            if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+                text = "The certificate of %s could not be verified." % route.place
+                advice = "{insecure_upstream} accepts any certificate on this machine."
+                raise ProxyError(502, text, (), advice if route.is_local else "")
+            text = "No TLS connection to %s could be made. Does it speak TLS?" % route.place
+            raise ProxyError(502, text, (), "See {upstream_tls}.")
         except (socket.gaierror, UnicodeError):  # UnicodeError: not a valid host name
             text = "The host %s could not be found. Check its spelling, or the machine's DNS."
             raise ProxyError(502, text % route.host)
@@ -2698,10 +2697,7 @@ class Upstreams:
             raise ProxyError(502, "No connection to %s: %s." % (route.place, reason))
 
     async def _connect(self, route: Route) -> Connection:
-        """Try the addresses of the route's host in order.
-
-        If all fail, raises ConnectionRefusedError if one was refused, else the first OSError.
-        """
+        """Try the host's addresses in order.  If all fail, raises a refusal if there is one."""
         addresses = [("127.0.0.1", route.port), ("::1", route.port)]  # type: List[Any]
         if route.host != "localhost":
             loop = self.deadlines.loop
@@ -2747,16 +2743,6 @@ class Upstreams:
             connection.abort()
             raise
         return connection
-
-
-def _tls_failure(route: Route, error: Exception) -> ProxyError:
-    if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
-        text, advice = "The certificate of %s could not be verified.", ""
-        if route.is_local:
-            advice = "{insecure_upstream} accepts any certificate on this machine."
-        return ProxyError(502, text % route.place, (), advice)
-    text = "No TLS connection to %s could be made. Does it speak TLS?" % route.place
-    return ProxyError(502, text, (), "See {upstream_tls}.")
 
 
 async def fetch(
