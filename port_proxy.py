@@ -3830,10 +3830,7 @@ class Exchange:
         return serialise(lines, framing)
 
     def _may_keep_alive(self) -> bool:
-        """Whether the client may send another request after the response that starts now.
-
-        If the response starts before the end of the request body, the rest may never be read.
-        """
+        # If the response starts before the end of the request body, the rest may never be read.
         is_read = self.body.finished and self.client.can_carry_more()
         return self.keep_alive and is_read and self.proxy.is_running
 
@@ -3968,16 +3965,13 @@ class TunnelEnd(asyncio.Protocol):
 
     __slots__ = (
         "deadline", "deadlines", "ended", "is_lost", "peer", "received", "served", "timeout",
-        "transport", "tunnels", "write",
+        "transport", "tunnels",
     )  # fmt: skip
     peer: "TunnelEnd"  # set by `open_tunnel`
 
-    def __init__(
-        self, connection: Connection, other: Connection, timeout: float, tunnels: "Tunnels"
-    ) -> None:
+    def __init__(self, connection: Connection, timeout: float, tunnels: "Tunnels") -> None:
         self.deadlines = connection.deadlines
         self.transport = connection.transport
-        self.write = other.transport.write
         self.timeout = timeout
         self.tunnels = tunnels
         self.served = None  # type: Optional[Tuple[Gate, Request]]
@@ -3988,7 +3982,7 @@ class TunnelEnd(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
         self.deadlines.has_activity = True
-        self.write(data)
+        self.peer.transport.write(data)
         if self.peer.ended:  # half-closed: data extends the deadline
             self.deadline = now() + self.timeout
 
@@ -4023,14 +4017,12 @@ class TunnelEnd(asyncio.Protocol):
                 on_end()
 
     def check_deadlines(self, time: float) -> None:
-        """Abort after the deadline or a reset; called by Deadlines."""
         if time > self.deadline or has_failed(self.transport):
             self.abort()
 
     def close(self) -> None:
         """Close both sides after sending the queued data."""
         for end in (self, self.peer):
-            end.deadline = now() + self.timeout
             close_once(end.transport)
 
     def abort(self) -> None:
@@ -4046,8 +4038,8 @@ async def open_tunnel(
     client: Connection, upstream: Connection, timeout: float, tunnels: Tunnels
 ) -> TunnelEnd:
     """Let a tunnel take over two connections.  Returns the client's side, added to `tunnels`."""
-    end = TunnelEnd(client, upstream, timeout, tunnels)
-    end.peer = TunnelEnd(upstream, client, timeout, tunnels)
+    end = TunnelEnd(client, timeout, tunnels)
+    end.peer = TunnelEnd(upstream, timeout, tunnels)
     end.peer.peer = end
     tunnels[end] = None
     sides = ((end, client), (end.peer, upstream))
@@ -4200,7 +4192,6 @@ class PortProxy:
         # Tunnels have the rest of the time to send queued data, other connections one second.
         left = until - now() if self.tunnels else 0.0
         await self.deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
-        self._acceptors.clear()
         self._sockets.clear()
 
     def _tasks(self) -> "List[asyncio.Future[None]]":
@@ -4251,11 +4242,7 @@ class PortProxy:
             self._await_request(client)
 
     def _make_room(self) -> bool:
-        """Make room for one more connection; False if there is none.
-
-        At the limit, closes a connection without an admitted request, or else the connection that
-        has been idle for longest.
-        """
+        """At the limit, make room for one more connection; False if none can be closed."""
         if len(self._clients) + len(self.tunnels) < self.config.max_connections:
             return True
         living = [client for client in self._clients if not client.ended]
@@ -4414,10 +4401,7 @@ _EMPTY_LINES = re.compile(rb"(?:\r\n){0,2}")
 
 
 async def _read_request_head(client: Connection, config: Config) -> bytes:
-    """The next request head; b"" at EOF or timeout before it.
-
-    Raises ProxyError for an invalid, incomplete or late head, and OSError.
-    """
+    """The next request head; b"" at EOF or timeout before it.  Raises ProxyError or OSError."""
     data = b""
     client.read_deadline = now() + config.head_timeout
     try:
@@ -4474,10 +4458,7 @@ def _bind(config: Config) -> List[socket.socket]:
 
 
 def _bind_unix(path: str) -> socket.socket:
-    """A Unix socket that only its owner can connect to.  It replaces an unused socket of this user.
-
-    Raises OSError if `path` is another file, or a program listens on it.
-    """
+    """A Unix socket for its owner alone.  It replaces an unused socket of this user."""
     if _UNIX is None:
         raise OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets")
     with contextlib.ExitStack() as stack:  # closes the socket after a failure
