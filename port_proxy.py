@@ -2252,7 +2252,7 @@ _PORTS_PAGE = """\
 <h1>Ports of this machine</h1><p class="soft" role="status"></p>
 <label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>
 <ul class="ports">{items}</ul>\
-<p id="none"{hidden}>No port is in the list. On Linux, the ports of your programs appear here.</p>
+<p id="none"{hidden}>No port to show. On Linux, the ports of your programs appear here.</p>
 <form action="{base}/"><label>Another port <input name="port" required \
 placeholder="8080 or localhost:8080" autocomplete="off"></label><button>Open</button></form>
 <details><summary>Forms of an address</summary><table>{forms}</table></details>"""
@@ -2270,7 +2270,6 @@ _LINK_NAMES = {
 _PORTS_SCRIPT = """
 const list = document.querySelector('.ports'), notice = document.querySelector('[role=status]')
 const filter = document.querySelector('#filter'), none = document.querySelector('#none')
-const nothing = none.textContent
 const failure = 'This list is out of date. Is the proxy running? Reload the page.'
 const portOf = item => Number(item.id.slice(1))
 function sift() {
@@ -2279,7 +2278,6 @@ function sift() {
     item.hidden = !item.firstChild.textContent.toLowerCase().includes(wanted)
   filter.parentNode.hidden = items.length < 8 && !wanted
   none.hidden = items.some(item => !item.hidden)
-  none.textContent = items.length ? 'No port matches.' : nothing
 }
 function merge(fresh) {
   for (const gone of list.querySelectorAll('.gone')) gone.remove()
@@ -2503,8 +2501,7 @@ def error_response(
         return _page(error.status, "Sign in", body, error.fields, frames="'none'")
     phrase = title = REASON_PHRASES.get(error.status, "Error")
     path = _probable_path(error, request, base) if request else ""
-    is_page = request and request.is_navigation and request.method in ("GET", "HEAD", "POST")
-    if request is None or not is_page:
+    if not (request and request.is_navigation and request.method in ("GET", "HEAD", "POST")):
         meant = " Did you mean %s?" % path if path else ""
         text = "%d %s\n%s%s\n" % (error.status, phrase, error.detail, meant)
         return _response(error.status, "text/plain", text, error.fields)
@@ -5355,9 +5352,8 @@ def _config(arguments: argparse.Namespace) -> Config:
     options = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
     for name, value in options.items():
         if isinstance(value, list):
-            options[name] = tuple(item.strip() for entry in value for item in entry.split(","))
-    if "domains" in options:
-        options["domains"] = Config().domains + options["domains"]
+            values = tuple(item.strip() for entry in value for item in entry.split(","))
+            options[name] = OPTIONS[name].default + values
     if "whole_origin" in options:
         options["whole_origin"] = options["whole_origin"] == "yes"
     options["token"] = _token(arguments)

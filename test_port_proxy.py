@@ -3321,7 +3321,7 @@ class TestPages:
     def test_page_says_if_no_port_is_listed(self, listing):
         """Also where the system reports none."""
         for page in (listing.unknown, listing.nothing):
-            assert '<p id="none">No port is in the list. On Linux, the ports of your programs appear here.' in page
+            assert '<p id="none">No port to show. On Linux, the ports of your programs appear here.' in page
             assert 'name="port"' in page
         assert listing.no_rows == {}
 
@@ -6444,7 +6444,7 @@ class TestInChromium:
         page.until("$$('.ports li').filter(one => !one.hidden).length === 1")
         page.tell(clear)
         page.type("base path")  # which every line has, in the name of a link
-        page.shows("No port matches.", "#none")
+        page.until("!$('#none').hidden && $('#none').innerText.startsWith('No port to show.')")
         page.tell(clear)
         assert page.tell("$('#none').hidden")
         new = upstream(serve_page(b"new"))
