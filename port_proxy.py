@@ -2025,10 +2025,15 @@ class LookupCache:
 
 def find_listeners() -> List[Listener]:
     """All programs that listen, in the order of ports."""
+    pids = {}  # type: Dict[str, int]  # for each socket, the first of its processes
+    for path in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or another user's
+            kind, _, inode = os.readlink(path).rstrip("]").partition(":[")
+            if kind == "socket":
+                pids.setdefault(inode, int(path.split("/")[2]))
     groups = {}  # type: Dict[Tuple[int, int], List[TcpSocket]]
     for sock in tcp_sockets():
         groups.setdefault((sock.port, sock.user), []).append(sock)
-    pids = _pids_by_inode() if groups else {}
     found = []
     for (port, user), sockets in sorted(groups.items()):
         addresses = tuple(dict.fromkeys(sock.address for sock in sockets))
@@ -2162,17 +2167,6 @@ def user_name(user: int) -> str:
         return pwd.getpwuid(user).pw_name
     except KeyError:
         return "number %d" % user
-
-
-def _pids_by_inode() -> Dict[str, int]:
-    """For each socket, the first of its processes, without processes of other users."""
-    found = {}  # type: Dict[str, int]
-    for path in glob.iglob("/proc/[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # closed meanwhile, or another user's
-            kind, _, inode = os.readlink(path).rstrip("]").partition(":[")
-            if kind == "socket":
-                found.setdefault(inode, int(path.split("/")[2]))
-    return found
 
 
 def _read(name: str) -> str:
@@ -3027,12 +3021,17 @@ class TokenGate(Gate):
             port, deadline = self._tickets.pop(sent.get("ticket", ""), (0, 0.0))
             if port == client.app_port and now() <= deadline:
                 self.check_origin(request)
-                fields = (("Location", "/"), _NO_REFERRER, self._new_cookie(client))
+                fields = (("Location", "/"), self._new_cookie(client), _NO_REFERRER)
                 raise ProxyError(303, "Signed in.", fields)
         elif is_base(self.config.base, path):
-            if self.token and request.method == "POST":
+            if self.token and request.method == "POST":  # the sign-in form
                 self.check_origin(request)
-                await self._sign_in(await read_form(), client)
+                form = dict(parse_qsl((await read_form()).decode("latin-1")))
+                target = local_target(self.root, form.get("next", ""))
+                if not self.owns_token(form.get("token", "").strip()):
+                    raise self._sign_in_needed(await self._note_wrong_token(client), target, client)
+                location = ("Location", target)
+                raise ProxyError(303, "Signed in.", (location, self._new_cookie(client)))
             if _PORT_NUMBER.fullmatch(sent.get("open", "")):
                 await self.authorize(request)
                 raise self._redirect_to_host(int(sent["open"]), client)
@@ -3104,14 +3103,6 @@ class TokenGate(Gate):
         session = sign(self.key, "session", host_of(client.authority))
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
         return own_cookie(self.cookie_name, session, path, client)
-
-    async def _sign_in(self, form: bytes, client: ClientInfo) -> None:
-        """Raise the redirect to the page `next` of the sign-in form, or the sign-in page again."""
-        sent = dict(parse_qsl(form.decode("latin-1")))
-        target = local_target(self.config.base, sent.get("next", ""))
-        if not self.owns_token(sent.get("token", "").strip()):
-            raise self._sign_in_needed(await self._note_wrong_token(client), target, client)
-        raise ProxyError(303, "Signed in.", (("Location", target), self._new_cookie(client)))
 
     def _sign_in_needed(self, detail: str, target: str, client: ClientInfo) -> SignInNeeded:
         """The sign-in page; without a form at an app's host, whose pages could read the token."""
