@@ -7052,7 +7052,7 @@ class TestJupyterExtension:
         """The Hub's client inside Jupyter, with what the Hub answers about each token."""
 
         async def user_for_token(token, **_):
-            if isinstance(answers.get(token), Exception):
+            if isinstance(answers.get(token), BaseException):
                 raise answers[token]
             return answers.get(token)
 
@@ -7062,6 +7062,12 @@ class TestJupyterExtension:
         """It could be a token of the Hub's, which the app must not see."""
         gate = self.gate(self.hub_auth(unknown=OSError()))
         assert status_of_error(background.do, gate.authorize(parsed(request("GET", "/proxy/1/?token=unknown")))) == 503
+
+    def test_cancelled_question_to_the_hub_is_not_answered(self):
+        """Before Python 3.8, CancelledError is an Exception."""
+        gate = self.gate(self.hub_auth(unknown=asyncio.CancelledError()))
+        with contextlib.closing(asyncio.new_event_loop()) as loop, pytest.raises(asyncio.CancelledError):
+            loop.run_until_complete(gate.authorize(parsed(request("GET", "/proxy/1/?token=unknown"))))
 
     def test_token_of_the_hub_leaves_the_address_of_a_page(self, background):
         """The app's script could read it there."""
