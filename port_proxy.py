@@ -4744,9 +4744,8 @@ class JupyterGate(Gate):
         # Jupyter's settings decide, except for OPTIONS: Jupyter allows all OPTIONS requests.
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and handler.check_origin()
-        is_named = handler.allow_origin not in ("", "*")
-        is_free = request.method in _SAFE or handler.settings.get("disable_check_xsrf")
-        if not (is_named or is_free):
+        is_unsafe = request.method not in _SAFE and not handler.settings.get("disable_check_xsrf")
+        if is_unsafe and handler.allow_origin in ("", "*"):  # "": a pattern may allow any origin
             # Jupyter's own handlers require the XSRF token here, which pages of apps do not have.
             allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
@@ -4964,8 +4963,6 @@ _BYPASSES = (
     "%s contains an address with port %d. This address bypasses the proxy and works only on this"
     " machine. If the app does not work from other machines, "
 )
-_WEBPACK_ADVICE = "start webpack-dev-server with --client-web-socket-url auto://0.0.0.0:0/ws."
-_BYPASS_ADVICE = "set the address in the app's configuration to a path, such as /api."
 _TO_TLS = (
     "It redirects to https at its own address. Behind the proxy, this is an endless loop. Switch"
     " the redirect off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
@@ -5057,14 +5054,14 @@ class PortCheck:
         self.found = {"kept": self.absolute_path + "/", "problems": self.problems}  # type: Any
 
     async def run(self) -> None:
-        route = self.route
+        route, config = self.route, self.config
         for listener in find_listeners():
             is_here = route.is_local or route.host in listener.addresses
             if listener.port == route.port and is_here:
                 owner, program = user_name(listener.user), listener.program
                 self.found.update(addresses=listener.addresses, owner=owner, program=program)
         try:
-            check_route(route, self.config)
+            check_route(route, config)
             page = await self._get("/")
         except ProxyError as error:
             self.problems.append(await self._explain(error))
@@ -5079,8 +5076,14 @@ class PortCheck:
                     page = await self._follow_redirects(other)
         if path_below(self.absolute_path, self.path) is not None:
             self.base_path = self.absolute_path
-        title, use = title_in(page.headers, page.body), self._addresses()
-        self.found.update(ok=True, speaks=route.scheme, status=page.status, title=title, use=use)
+        title = title_in(page.headers, page.body)
+        self.found.update(ok=True, speaks=route.scheme, status=page.status, title=title)
+        scheme, authority = "https" if config.certfile else "http", "localhost:%d" % config.port
+        use = ["%s://%s%s/" % (scheme, authority, self.base_path or route.prefix)]
+        host = host_form(route.port, ClientInfo("", scheme, authority), config.domains)
+        if host and route.host == "localhost" and not self.base_path:
+            use.insert(0, host)
+        self.found.update(use=use)  # from a browser on this machine
         await self._examine_page(page)
         status = await self._status(self.path, host=_FOREIGN_HOST)
         self.found.update(refuses_host=status >= 400 > page.status)
@@ -5135,16 +5138,6 @@ class PortCheck:
             return unexpected_tls(self.route).detail
         self.found.update(speaks="other")
         return "It does not answer HTTP. Is this the port of the app?"
-
-    def _addresses(self) -> List[str]:
-        """The URLs for a browser on this machine."""
-        config, route = self.config, self.route
-        scheme, authority = "https" if config.certfile else "http", "localhost:%d" % config.port
-        addresses = ["%s://%s%s/" % (scheme, authority, self.base_path or route.prefix)]
-        host = host_form(route.port, ClientInfo("", scheme, authority), config.domains)
-        if host and route.host == "localhost" and not self.base_path:
-            addresses.insert(0, host)
-        return addresses
 
     async def _follow_redirects(self, page: Response) -> Response:
         """Follow the app's redirects to itself; the last page."""
@@ -5201,8 +5194,10 @@ class PortCheck:
         host, port = re.escape(self.route.host).encode(), self.route.port
         for path, body in pages:
             if re.search(_APP_ADDRESS % (host, port), body):
-                is_webpack = b"webpack-dev-server" in body
-                advice = _WEBPACK_ADVICE if is_webpack else _BYPASS_ADVICE
+                advice = "set the address in the app's configuration to a path, such as /api."
+                if b"webpack-dev-server" in body:
+                    option = "--client-web-socket-url auto://0.0.0.0:0/ws"
+                    advice = "start webpack-dev-server with %s." % option
                 self.problems.append(_BYPASSES % (path, port) + advice)
                 return
 
