@@ -1125,7 +1125,10 @@ class Connection(asyncio.StreamReaderProtocol):
     data has come since this was last set to False.  is_admitted: the gate has admitted a request of
     this client.  watcher: called on data and EOF.  address: the peer's IP address, or "".
     eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: see `Body.relay`.
+    is_lent: unused bytes cannot be given back to the server that owns the connection.
     """
+
+    is_lent = False
 
     __slots__ = (
         "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
@@ -1261,10 +1264,6 @@ class Connection(asyncio.StreamReaderProtocol):
             raise PeerGone()
         if self.transport.is_closing():
             raise PeerGone()
-
-    def can_carry_more(self) -> bool:
-        """Whether another request can follow; overridden in the Jupyter extension."""
-        return True
 
     def queued(self) -> int:
         """The number of unsent bytes."""
@@ -3819,8 +3818,9 @@ class Exchange:
 
     def _may_keep_alive(self) -> bool:
         # If the response starts before the end of the request body, the rest may never be read.
-        is_read = self.body.finished and self.client.can_carry_more()
-        return self.keep_alive and is_read and self.proxy.is_running
+        client = self.client
+        has_rest = not self.body.finished or (client.is_lent and (client.buffer or client.unread))
+        return self.keep_alive and self.proxy.is_running and not has_rest
 
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
         is_upgrade = "upgrade" in response.headers.tokens("connection")
@@ -4608,6 +4608,8 @@ _PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
 class LentConnection(Connection):
     """A client connection that belongs to Tornado."""
 
+    is_lent = True
+
     async def read(self) -> bytes:
         if not self.buffer and not self.unread:
             self.transport.resume_reading()
@@ -4616,10 +4618,6 @@ class LentConnection(Connection):
     def data_received(self, data: bytes) -> None:
         self.transport.pause_reading()
         super().data_received(data)
-
-    def can_carry_more(self) -> bool:
-        """Unused bytes could not be given back to Tornado."""
-        return not (self.buffer or self.unread)
 
     def check_deadlines(self, time: float) -> None:
         super().check_deadlines(time)
