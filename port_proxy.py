@@ -1087,14 +1087,13 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 # One class for connections from clients and to upstreams: an asyncio StreamReader and StreamWriter
 # with deadlines, and with callbacks for data and EOF.  At most one coroutine reads from a
 # connection at a time, and at most one writes.  Data that no coroutine waits for goes to the
-# StreamReader.  Above _MAX_UNREAD bytes, the transport pauses.
-#
-# Deadlines are absolute.  One coarse timer checks the deadlines of all connections.
+# StreamReader.  Above _MAX_UNREAD bytes, the transport pauses.  Deadlines are absolute.  One coarse
+# timer checks the deadlines of all connections.
 
 _MAX_UNREAD = 1 << 16  # bytes
-# In bytes.  A StreamReader with this limit never pauses its transport; the connection does.  Before
-# 3.11, a StreamReader that resumes a closed TLS transport raises an error and loses its data.
-_NO_LIMIT = 1 << 30
+# The connection pauses its transport itself.  Before 3.11, a StreamReader that resumes a closed TLS
+# transport raises an error and loses its data.
+_NO_LIMIT = 1 << 30  # bytes
 _BACKLOG = 1024  # connections that wait to be accepted
 _ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
@@ -1253,10 +1252,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.writer.write(data)
 
     async def drain(self, timeout: float) -> None:
-        """Wait until most of the queued bytes are sent; abort if some are left after `timeout`.
-
-        Raises PeerGone if the connection is closed.
-        """
+        """Wait for most of the queued bytes to be sent.  Raises PeerGone, also after `timeout`."""
         self.write_deadline = now() + timeout
         try:
             await self.writer.drain()
@@ -2584,6 +2580,7 @@ _PERSISTENT_SECONDS = 1.0  # shorter than the keep-alive timeout of any known se
 _FETCH_SECONDS = 3.0
 _RETRY_SOON = (("Retry-After", "5"),)
 _FETCH_BYTES = 1 << 22
+TLS_RECORDS = b"\x15\x03", b"\x16\x03"  # they begin an alert or a handshake (RFC 8446 section 5.1)
 
 
 class BoundedDict(Dict[Any, Any]):
@@ -2776,13 +2773,8 @@ async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
         with contextlib.closing(opened) as connection:
             connection.write(hello.read())
             connection.read_deadline = now() + _FETCH_SECONDS
-            return is_tls_record(await connection.read())
+            return (await connection.read())[:2] in TLS_RECORDS
     return False
-
-
-def is_tls_record(data: bytes) -> bool:
-    """Whether data begins with a TLS handshake or alert record (RFC 8446 section 5.1)."""
-    return data[:2] in (b"\x15\x03", b"\x16\x03")
 
 
 def unexpected_tls(route: Route) -> ProxyError:
@@ -3852,7 +3844,7 @@ class Exchange:
             return ProxyError(504, text + " The client has closed its side." * self.client.ended)
         may_be_tls = is_page and not upstream.has_received
         if route.scheme == "http" and (
-            is_tls_record(upstream.buffer)
+            upstream.buffer[:2] in TLS_RECORDS
             or (may_be_tls and await accepts_tls(self.proxy.upstreams, route))
         ):
             return unexpected_tls(route)
