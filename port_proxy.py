@@ -4696,11 +4696,7 @@ class TornadoTransport(asyncio.Transport):
 
 
 class JupyterGate(Gate):
-    """The gate for one request to a Jupyter server, which has authenticated it.
-
-    It refuses requests that a foreign page makes with the browser's cookie.  It removes the cookies
-    and tokens of Jupyter, and of a Hub around it.  handler: Jupyter's handler of the request.
-    """
+    """The gate for one request, which Jupyter has authenticated; handler: of that request."""
 
     terms = _JUPYTER_TERMS
     other_cookies = (_HUB_COOKIES, _JUPYTER_COOKIES)
@@ -4797,7 +4793,6 @@ class JupyterGate(Gate):
 
 
 def _handler_class(server: Any, proxy: "PortProxy") -> Any:
-    """The class of the Tornado handlers for `<base>/proxy/`."""
     from datetime import datetime, timezone
 
     from jupyter_server.base.handlers import JupyterHandler
@@ -4899,10 +4894,7 @@ def _jupyter_server_extension_points() -> List[Dict[str, str]]:
 
 
 def _load_jupyter_server_extension(server: Any) -> None:
-    """Serve `<base>/proxy/` of a Jupyter server; Jupyter calls this for an enabled extension.
-
-    `c.PortProxy` in its configuration may set the fields of `Config`.
-    """
+    """Serve `<base>/proxy/` of a Jupyter server, which calls this for an enabled extension."""
     base = server.base_url.rstrip("/") + "/proxy"
     trusted = ("0.0.0.0/0", "::/0", "unix") if getattr(server, "trust_xheaders", False) else ()
     given = server.config.get("PortProxy", {}).items()
@@ -5087,8 +5079,7 @@ class PortCheck:
     async def _get(self, target: str, *fields: str, host: str = "") -> Response:
         """Send a request that looks to the app like a browser's request through the proxy.
 
-        Raises ValueError if the target is not a path.  Raises ProxyError: 400 for a response that
-        is not valid HTTP, 504, or that of `connect`.
+        Raises ValueError if the target is not a path, or ProxyError, 400 if no valid HTTP comes.
         """
         if not _LOCAL_TARGET.fullmatch(target):
             raise ValueError("not a path: %r" % target)
@@ -5118,7 +5109,6 @@ class PortCheck:
             return 0
 
     async def _explain(self, error: ProxyError) -> str:
-        """Why the first page did not come."""
         if error.status == 508:
             return error.detail + " If an app uses this port, set the proxy's port with --port."
         if error.status != 400 or self.route.scheme == "https":
@@ -5161,7 +5151,7 @@ class PortCheck:
     async def _examine_page(self, page: Response) -> None:
         """Report links that lose the prefix, and a known app or an address that bypasses the proxy.
 
-        Known apps are not searched for addresses: libraries contain such as localhost:5006.
+        Known apps are not searched for addresses: libraries have defaults such as localhost:5006.
         """
         text = page.body.decode("latin-1")
         links = list(dict.fromkeys(_LINK.findall(text)))
