@@ -2300,16 +2300,17 @@ filter.addEventListener('input', sift)
 sift()
 setTimeout(refresh, 1500)
 """
-_WAITING_PAGE = """\
+_ERROR_PAGE = """\
+<h1>%s</h1><p>%s</p>%s
+<p class="soft"><a href="%s">All ports</a> &middot; %d &middot; port_proxy</p>"""
+_WAITING = """\
 <noscript><meta http-equiv="refresh" content="5"></noscript>
-<h1 class="pulse">{title}</h1><p>{detail}</p>
-<p>This page opens the app as soon as it responds.</p>
+<p class="pulse">This page opens the app as soon as it responds.</p>
 <div id="help"><p>If nothing happens:</p><ul>
 <li>Does the log of the app show an error, or another port?</li>
 <li>Does the app listen on 127.0.0.1 or 0.0.0.0, and not only on another address?</li>
 <li>On the machine, run <code>{command}</code> to examine the port.</li>
 </ul></div>"""
-_FOOTER = '<p class="soft"><a href="%s">All ports</a> &middot; %d &middot; port_proxy</p>'
 # Sends HEAD requests for this page until the app responds.
 _WAITING_SCRIPT = """
 const help = document.querySelector('#help')
@@ -2326,14 +2327,12 @@ setTimeout(() => { help.hidden = false }, 5000)
 setTimeout(look, 1000)
 """
 _SIGN_IN_FORM = """\
-<h1>Sign in</h1><p>{detail}</p>
 <p>Enter the token of this proxy. It was printed when the proxy started, in the address after \
 <code>?token=</code>, unless you chose the token yourself.</p>\
 <form method="post" action="{action}">\
 <input type="hidden" name="next" value="{target}"><label>Token <input type="password" name="token" \
 required autofocus autocomplete="current-password"></label> <button>Sign in</button></form>"""
 _SIGN_IN_LINK = """\
-<h1>Sign in</h1><p>{detail}</p>
 <p>This proxy asks for its token only at its own address, where no app can \
 read it. You then come back to the front page of this app.</p>\
 <p><a href="{target}">Sign in there</a></p>"""
@@ -2483,28 +2482,27 @@ def error_response(
 
     Only validated parts of the request are shown.  request: None if it could not be parsed.
     """
-    if isinstance(error, SignInNeeded):
-        names = ("detail", "target", "action")
-        values = {name: html.escape(getattr(error, name)) for name in names}
-        body = (_SIGN_IN_FORM if error.action else _SIGN_IN_LINK).format(**values)
-        return _page(error.status, "Sign in", body, error.fields, frames="'none'")
     phrase = title = REASON_PHRASES.get(error.status, "Error")
     path = _probable_path(error, request, base) if request else ""
     if not (request and request.is_navigation and request.method in ("GET", "HEAD", "POST")):
         meant = " Did you mean %s?" % path if path else ""
         text = "%d %s\n%s%s\n" % (error.status, phrase, error.detail, meant)
         return _response(error.status, "text/plain", text, error.fields)
-    detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
-    script = ""
-    if isinstance(error, NotListening) and request.is_page_visit:
+    more, script, frames = "", "", "'self'"
+    if isinstance(error, SignInNeeded):
+        title, frames = "Sign in", "'none'"
+        template = _SIGN_IN_FORM if error.action else _SIGN_IN_LINK
+        more = template.format(target=html.escape(error.target), action=html.escape(error.action))
+    elif isinstance(error, NotListening) and request.is_page_visit:
         title, script = "Waiting for port %d" % error.route.port, _WAITING_SCRIPT
         command = "%s --check %s" % (own_command(), upstream_name(error.route))
-        body = _WAITING_PAGE.format(title=title, detail=detail, command=command)
-    else:
-        link = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path))
-        body = "<h1>%s</h1>%s<p>%s</p>" % (phrase, link if path else "", detail)
-    body += _FOOTER % (html.escape(ports_url(request.client, base)), error.status)
-    return _page(error.status, title, body, error.fields, script)
+        more = _WAITING.format(command=command)
+    elif path:
+        more = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path))
+    detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
+    ports = html.escape(ports_url(request.client, base))
+    body = _ERROR_PAGE % (title, detail, more, ports, error.status)
+    return _page(error.status, title, body, error.fields, script, frames)
 
 
 def _probable_path(error: ProxyError, request: Request, base: str) -> str:
