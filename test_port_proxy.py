@@ -5243,8 +5243,11 @@ class Fuzzing:
 
     MUTATIONS = [
         b"\r", b"\n", b"\r\n", b" ", b"\t", b":", b"0", b"1", b"5", b"a", b";", b"\x00", b"\xff", b"chunked",
-        b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b",", b"-", b"+",
+        b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b",", b"-", b"+", b"",
     ]  # fmt: skip
+    UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket"
+    FIELDS = [b"Connection: close", b"Expect: 100-continue", b"Connection: content-length, transfer-encoding"]
+    FIELDS += [UPGRADE] * 3 + [b""] * 24
     NASTY_FIELDS = [
         b"Content-Length: 3", b"Content-Length: 0", b"Content-Length: 3, 4", b"Content-Length: +3",
         b"Content-Length: 03", b"content-length:3", b"Content-Length : 3", b"Transfer-Encoding: chunked",
@@ -5261,68 +5264,51 @@ class Fuzzing:
 
     # What is sent
 
-    def mutated(self, chance, raw, probability):
-        mutant = bytearray(raw)
-        while chance.random() < probability and mutant:
-            at = chance.randrange(len(mutant) + 1)
-            cut = chance.choice([0, 0, 1, 2, 7])
-            mutant[at : at + cut] = chance.choice(self.MUTATIONS + [b""])
+    def mutated(self, chance, lines, body):
+        """A message that may be damaged, and whether it is not."""
+        lines = [line for line in lines if line]
+        plain = b"\r\n".join(lines) + b"\r\n\r\n" + body
+        if chance.random() < 0.13:
+            lines.insert(chance.randrange(1, len(lines) + 1), chance.choice(self.NASTY_FIELDS))
+        mutant = bytearray(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        probability = chance.choice([0, 0, 0.4])
+        while chance.random() < probability:
+            at, cut = chance.randrange(len(mutant) + 1), chance.choice([0, 0, 1, 2, 7])
+            mutant[at : at + cut] = chance.choice(self.MUTATIONS)
         ports = re.findall(rb"/proxy/([0-9]+)(?![^/? ])", bytes(mutant))
         # Requests to other programs of this machine are not sent.
-        return bytes(mutant) if all(int(port) in (0, self.app_port) for port in ports) else raw
+        raw = bytes(mutant) if all(int(port) in (0, self.app_port) for port in ports) else plain
+        return raw, raw == plain
 
     def request(self, chance, name, number):
         """A request with bytes in it that would be another one if its body were misread, and whether it is valid."""
-        prefix = b"/proxy/%d/" % self.app_port
-        smuggled = b"GET %s%s-smuggled HTTP/1.1\r\nHost: a\r\n\r\n" % (prefix, name)
+        target = b"/proxy/%d/%s" % (self.app_port, name)
+        smuggled = b"GET %s-smuggled HTTP/1.1\r\nHost: a\r\n\r\n" % target
         body = chance.choice([b"", b"abc", smuggled, b"0\r\n\r\n" + smuggled])
-        method = chance.choice([b"GET", b"POST", b"POST", b"PUT", b"HEAD", b"DELETE"])
-        target = b"%s%s-%d" % (prefix, name, number) if chance.random() < 0.95 else b"/nothing"
-        lines = [b"%s %s HTTP/1.%d" % (method, target, chance.random() < 0.93), b"Host: a"]
-        framing = chance.choice(["length", "chunked", "none"])
-        if framing == "length":
-            lines.append(b"Content-Length: %d" % len(body))
-        elif framing == "chunked":
-            lines.append(b"Transfer-Encoding: chunked")
+        framing = chance.choice([b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked", b""])
+        if framing.endswith(b"chunked"):
             cut = chance.randrange(len(body) + 1)
             body = b"".join(chunk(part) for part in (body[:cut], body[cut:]) if part)
-            body += b"0" + chance.choice([b"", b";x=y"]) + b"\r\n" + chance.choice([b"", b"X: y\r\n"]) + b"\r\n"
-        else:
-            body = b""
-        more = [b"Connection: close", b"Expect: 100-continue", b"Connection: content-length, transfer-encoding"]
-        if chance.random() < 0.2:
-            lines += chance.choice([[b"Connection: Upgrade", b"Upgrade: websocket"], [chance.choice(more)]])
-        is_plain = chance.random() < 0.85
-        if not is_plain:
-            lines.insert(chance.randrange(1, len(lines) + 1), chance.choice(self.NASTY_FIELDS))
-        plain = b"\r\n".join(lines) + b"\r\n\r\n" + body
-        raw = self.mutated(chance, plain, chance.choice([0, 0, 0.4]))
-        return raw, is_plain and raw == plain
+            body += chance.choice([b"0\r\n\r\n", b"0;x=y\r\n\r\n", b"0\r\nX: y\r\n\r\n"])
+        method = chance.choice([b"GET", b"POST", b"POST", b"PUT", b"HEAD", b"DELETE"])
+        target = chance.choice([b"%s-%d" % (target, number)] * 19 + [b"/nothing"])
+        line = b"%s %s HTTP/1.%d" % (method, target, chance.random() < 0.93)
+        lines = [line, b"Host: a", framing, chance.choice(self.FIELDS)]
+        return self.mutated(chance, lines, body if framing else b"")
 
     def response(self, chance, tag):
         """What the app answers to the target with this tag, and whether it is valid."""
-        body = b"<%s>" % tag
-        more = b"HTTP/1.1 200 OK\r\nX-App: 1\r\nContent-Length: %d\r\n\r\n<evil-%s>" % (len(tag) + 7, tag)
+        body, version = b"<%s>" % tag, chance.random() < 0.9
         status = chance.choice([b"200 OK", b"200 OK", b"404 No", b"204 None", b"304 Same", b"101 Switching"])
-        version = chance.random() < 0.9
-        head = chance.choice([b""] * 9 + [b"HTTP/1.1 100 Continue\r\n\r\n"])
-        head += b"HTTP/1.%d %s\r\nX-App: 1\r\n" % (version, status)
-        head += chance.choice([b""] * 9 + [b"Connection: close\r\n"])
-        is_plain = chance.random() < 0.9
-        if not is_plain:
-            head += chance.choice(self.NASTY_FIELDS) + b"\r\n"
-        if status.startswith(b"101"):
-            head += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
-        framing = chance.random()
-        if framing < 0.45:
-            raw = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-        elif framing < 0.9:
-            raw = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body) + chunk(b"")
-            is_plain = is_plain and version
-        else:
-            raw = head + b"\r\n" + body
-        mutant = self.mutated(chance, raw, chance.choice([0, 0, 0.4]))
-        return mutant + chance.choice([b"", b"", b"", more]), is_plain and mutant == raw
+        lines = [b"HTTP/1.%d %s" % (version, status), b"X-App: 1", chance.choice([b""] * 9 + [b"Connection: close"])]
+        lines.append(self.UPGRADE if status.startswith(b"101") else b"")
+        length, chunked = b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked"
+        lines.append(chance.choice([length, chunked] * 4 + [b""]))
+        body = chunk(body) + chunk(b"") if lines[-1] == chunked else body
+        raw, is_plain = self.mutated(chance, lines, body)
+        raw = chance.choice([b""] * 9 + [b"HTTP/1.1 100 Continue\r\n\r\n"]) + raw
+        more = b"HTTP/1.1 200 OK\r\nX-App: 1\r\nContent-Length: %d\r\n\r\n<evil-%s>" % (len(tag) + 7, tag)
+        return raw + chance.choice([b"", b"", b"", more]), is_plain and (version or lines[-1] != chunked)
 
     async def send(self, writer, chance, raw, may_cut=lambda part: True):
         """Write these bytes in any pieces, with cuts only behind parts for which `may_cut` is true."""
