@@ -389,8 +389,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _UNSPECIFIED = ("0.0.0.0", "::")  # some apps put these into their own URLs
 _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end the Path of a cookie
 _BELOW_BASE = re.compile(
-    r"(/absolute)?/(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):)?"
-    r"([1-9][0-9]{0,4})(/[^\r\n]*)?"
+    r"(/absolute)?/(?:([1-9][0-9]{0,4})|"
+    r"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):([1-9][0-9]{0,4}))(/[^\r\n]*)?"
 )
 _HOST_PATTERN = re.compile(r"[a-z0-9_.*?-]+|[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
@@ -399,7 +399,7 @@ _LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 # Browsers parse 1.2.3 as an IPv4 address.
 _DOMAIN = re.compile(r"(?!(?:.*\.)?[0-9]+\Z)%s(?:\.%s)*" % (_LABEL, _LABEL))
 _PORT_NUMBER = re.compile(r"[1-9][0-9]{0,4}")
-_PORT_PART = re.compile(r":([0-9]*)\Z")  # of an authority
+_PORT_PART = re.compile(r":[0-9]*\Z")  # of an authority
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 
@@ -414,7 +414,6 @@ class Route(NamedTuple):
     scheme: str  # "http" or "https", for the upstream
     authority: str  # host:port, for the Host header
     app_authorities: FrozenSet[str]  # what the app may use in its own URLs, in lower case
-    prefix_lines: Tuple[str, ...]  # header lines with the stripped prefix
 
     @property
     def is_local(self) -> bool:
@@ -451,9 +450,9 @@ def find_route(
             " {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/."
         )
         raise ProxyError(404, text.format(base))
-    absolute, host, port, path = match.groups("")
+    absolute, bare_port, host, port, path = match.groups("")
     prefix = target[: len(target) - len(path + query)]
-    route = _make_route(prefix, host, int(port), bool(absolute), upstream_tls)
+    route = _make_route(prefix, host, int(bare_port or port), bool(absolute), upstream_tls)
     if "/." in path or "/%" in path:  # RFC 3986 section 5.2.4
         steps = ({".": 0, "..": -1}.get(unquote(part), 1) for part in path.split("/")[1:])
         if any(depth < 0 for depth in itertools.accumulate(steps)):
@@ -475,16 +474,13 @@ def _make_route(
         except ValueError:
             raise ProxyError(400, "The text in brackets is not an IPv6 address.")
     host = host.lower() or "localhost"
-    authority, hosts = authority_of(host, port), [host]
-    is_local = host in LOOPBACK_NAMES
+    authority, is_local = authority_of(host, port), host in LOOPBACK_NAMES
     is_tls = authority in upstream_tls or (is_local and str(port) in upstream_tls)
-    if is_local:
-        hosts = [*LOOPBACK_NAMES, *_UNSPECIFIED, socket.gethostname().lower()]
-    app_authorities = frozenset(authority_of(name, port) for name in hosts)
-    fields = _PREFIX_FIELDS if prefix and not absolute else ()
-    lines = tuple("%s: %s" % (field, prefix) for field in fields)
+    home = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),)
+    names = home if is_local else (host,)
+    app_authorities = frozenset(authority_of(name, port) for name in names)
     scheme = "https" if is_tls else "http"
-    return Route(host, port, prefix, absolute, scheme, authority, app_authorities, lines)
+    return Route(host, port, prefix, absolute, scheme, authority, app_authorities)
 
 
 def authority_of(host: str, port: int) -> str:
@@ -606,22 +602,29 @@ _USUAL_TOKENS = {token: frozenset([token]) for token in ("close", "keep-alive", 
 class Headers:
     """The field lines of a head, in order, with an index."""
 
-    __slots__ = ("index", "keys", "lines")
+    __slots__ = ("connection", "index", "keys", "lines")
 
     def __init__(self, keys: List[str], lines: List[str]) -> None:
         self.keys = keys  # the field names in lower case
         self.lines = lines  # unchanged, "Name: value"
         self.index = dict(zip(keys, lines))  # for a repeated field, its last line
+        self.connection = self.tokens("connection")
 
     @classmethod
-    def parse(cls, section: str, config: Config) -> "Headers":
-        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
+    def parse(cls, section: str, config: Config, is_response: bool = False) -> "Headers":
+        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431.
+
+        White space before a colon is removed in responses and refused in requests (section 5.1).
+        """
         lines = section.split("\r\n")[:-2]
         if len(lines) > config.max_fields:
             text = "The message head has more than %d fields." % config.max_fields
             raise ProxyError(431, text)
         keys = _FIELD_NAMES.findall(section.lower())
         if not len(keys) == len(lines) == section.count("\n") - 1:
+            unspaced = _SPACED_NAME.sub(r"\1:", section) if is_response else section
+            if unspaced != section:
+                return cls.parse(unspaced, config)
             text = "A field line must be 'name: value', without white space before the name or the"
             raise ProxyError(400, text + " colon, and without control bytes (RFC 9112 section 5).")
         return cls(keys, lines)
@@ -639,9 +642,8 @@ class Headers:
         start = len(name) + 1
         if len(self.index) == len(self.keys):  # no field is repeated
             return [line[start:].strip(" \t")]
-        return [
-            line[start:].strip(" \t") for key, line in zip(self.keys, self.lines) if key == name
-        ]
+        pairs = zip(self.keys, self.lines)
+        return [line[start:].strip(" \t") for key, line in pairs if key == name]
 
     def tokens(self, name: str) -> FrozenSet[str]:
         """The members of the list-valued field `name` (lower case), in lower case."""
@@ -732,10 +734,9 @@ def _make_client_info(
     lines = ["X-Forwarded-For: " + hops] if hops else []
     lines.append("X-Forwarded-Proto: " + scheme)
     if authority:
-        port = port or with_port(authority, scheme).rpartition(":")[2]
+        port = port or with_port(authority.rstrip(":"), scheme).rpartition(":")[2]
         lines += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
-    app_port = port_in_host(authority, domains)
-    return ClientInfo(address, scheme, authority, app_port, tuple(lines))
+    return ClientInfo(address, scheme, authority, port_in_host(authority, domains), tuple(lines))
 
 
 def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
@@ -764,9 +765,9 @@ class Request(NamedTuple):
     framing: Framing
     client: ClientInfo
     route: Optional[Route]  # None for the proxy's own pages, and if there is a `route_error`
-    route_error: Optional[ProxyError]
     path: str  # without the route's prefix
     query: str
+    route_error: Optional[ProxyError]
     keep_alive: bool  # the client may send another request
     is_replayable: bool  # may be sent again if a pooled connection turns out to be closed
     is_websocket: bool
@@ -817,7 +818,8 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     if hosts and not _AUTHORITY.fullmatch(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
     # RFC 6454 section 7.3.  Otherwise the gate and the app might use different ones.
-    if len(headers.get_all("origin")) > 1:
+    origins = headers.get_all("origin")
+    if len(origins) > 1:
         raise ProxyError(400, "A request has at most one Origin field.")
     if method == "CONNECT":
         allow = (("Allow", "GET, HEAD, POST, OPTIONS"),)
@@ -825,11 +827,9 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     if target[0] != "/" and not (target == "*" and method == "OPTIONS"):
         authority, target = _parse_absolute_form(method, target)
     framing = declared_framing(headers, minor, NO_BODY)
-    connection = headers.tokens("connection")
     client = client_info(headers, address, scheme, authority, config)
-    route, path, query, route_error = _route_target(target, client, config)
     is_websocket = (
-        "upgrade" in connection
+        "upgrade" in headers.connection
         and method == "GET"
         and minor == "1"
         and [value.lower() for value in headers.get_all("upgrade")] == ["websocket"]
@@ -846,16 +846,13 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         headers,
         framing,
         client,
-        route,
-        route_error,
-        path,
-        query,
-        keep_alive=minor == "1" and "close" not in connection,
+        *_route_target(target, client, config),
+        keep_alive=minor == "1" and "close" not in headers.connection,
         is_replayable=framing is NO_BODY and method in _IDEMPOTENT,  # RFC 9110 section 9.2.2
         is_websocket=is_websocket,  # RFC 6455 section 4.1; other upgrades, such as h2c, are ignored
         is_navigation=is_navigation,
         is_page_visit=is_navigation and method in ("GET", "HEAD") and not is_websocket,
-        is_own_origin=rest_of_own_url(headers.get("origin"), client.authority) == "",
+        is_own_origin=bool(origins) and rest_of_own_url(origins[0], client.authority) == "",
     )
 
 
@@ -902,23 +899,17 @@ def _parse_absolute_form(method: str, target: str) -> Tuple[str, str]:
 
 
 def parse_response(head: bytes, method: str, config: Config) -> Response:
-    """Parse a response head (RFC 9112 sections 4 to 6); ProxyError 4xx or 501.
-
-    method: of the request.
-    """
+    """Parse the head of a response to `method` (RFC 9112 section 4); ProxyError 4xx or 501."""
     text = head.decode("latin-1")
     match = _STATUS_LINE.match(text)
     if not match:
         raise ProxyError(400, "The status line is not valid for HTTP/1.0 or HTTP/1.1.")
     minor, status, reason = match.groups()
-    section = text[match.end() :]
-    if " :" in section or "\t:" in section:
-        section = _SPACED_NAME.sub(r"\1:", section)  # RFC 9112 section 5.1
-    headers = Headers.parse(section, config)
+    headers = Headers.parse(text[match.end() :], config, is_response=True)
     framing = declared_framing(headers, minor, UNTIL_CLOSE)
     if method == "HEAD" or int(status) < 200 or status in ("204", "304"):
         framing = NO_BODY
-    is_reusable = minor == "1" and "close" not in headers.tokens("connection")
+    is_reusable = minor == "1" and "close" not in headers.connection
     return Response(int(status), reason or "", headers, framing, is_reusable)
 
 
@@ -958,8 +949,8 @@ def rest_of_own_url(url: str, authority: str) -> Optional[str]:
 
 def with_port(authority: str, scheme: str) -> str:
     """The authority in lower case, with the default port of the scheme if it has none."""
-    host = host_of(authority)
-    return host + (authority[len(host) :].rstrip(":") or _DEFAULT_PORTS[scheme.lower()])
+    port = "" if _PORT_PART.search(authority) else _DEFAULT_PORTS[scheme.lower()]
+    return authority.lower() + port
 
 
 def cookie_name(cookie: str) -> str:
@@ -1000,17 +991,15 @@ _CHUNKS_IN_A_ROW = 250  # then other requests have their turn
 
 
 class PlainDecoder:
-    """A body without a coding: of known length, or, with the length FOREVER, up to EOF."""
+    """A body without a coding: of known length, or, with the length sys.maxsize, up to EOF."""
 
-    def __init__(self, length: float) -> None:
+    def __init__(self, length: int) -> None:
         self._remaining = length
         self.finished = length == 0
         self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
-        if len(data) > self._remaining:
-            length = int(self._remaining)
-            data, self.rest = data[:length], data[length:]
+        data, self.rest = data[: self._remaining], data[self._remaining :]
         self._remaining -= len(data)
         self.finished = self._remaining == 0
         return data
@@ -1078,7 +1067,7 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
     """A new decoder for this framing."""
     if framing is CHUNKED:
         return ChunkedDecoder(config, is_response)
-    return PlainDecoder(FOREVER if framing is UNTIL_CLOSE else framing.length)
+    return PlainDecoder(sys.maxsize if framing is UNTIL_CLOSE else framing.length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1516,6 +1505,7 @@ _SET_BY_PROXY = [
     "host", "content-length", "transfer-encoding", "forwarded",
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
+_USUAL_CONNECTION = frozenset(_USUAL_TOKENS)
 MARK_FIELD = "Port-Proxy-Mark"
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 # GTK Broadway accepts only the spelling of RFC 6455; a server in front may send lower case.
@@ -1556,17 +1546,17 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
         lines.append("X-Forwarded-Proto: " + route.scheme)
     else:
         lines += client.lines
-    lines += route.prefix_lines
+    if route.prefix and not route.absolute:
+        lines += ["%s: %s" % (name, route.prefix) for name in _PREFIX_FIELDS]
     if mark:
         lines.append("%s: %s" % (MARK_FIELD, mark))
     if request.is_websocket:
-        lines = [_HANDSHAKE_NAME.sub(_rfc_6455_spelling, line) for line in lines] + _UPGRADE_LINES
+        lines = [
+            _HANDSHAKE_NAME.sub(lambda m: m.group().title().replace("Webs", "WebS"), line)
+            for line in lines
+        ]
+        lines += _UPGRADE_LINES
     return serialise(lines, request.framing)
-
-
-def _rfc_6455_spelling(name: Any) -> str:
-    spelling = name.group().title()  # type: str
-    return spelling.replace("Websocket", "WebSocket")
 
 
 def response_lines(response: Response, request: Request, gate: Any) -> List[str]:
@@ -1579,8 +1569,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     if is_bodiless and "content-length" in headers.index:  # HEAD and 304: as for GET
         length = headers.get("content-length").partition(",")[0]
         lines.append("Content-Length: " + length.strip(" \t"))
-    has_scope = "service-worker-allowed" in headers.index
-    if route.prefix and (request.is_above_prefix or has_scope):
+    if route.prefix and (request.is_above_prefix or "service-worker-allowed" in headers.index):
         # A service worker may control its own app, and nothing else.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
     lines += ["%s: %s" % field for field in gate.response_fields()]
@@ -1594,14 +1583,16 @@ def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> 
 
     Drops the fields that Connection names (RFC 9110 section 7.6.1).
     """
-    named = headers.tokens("connection")
-    if not named <= _USUAL_TOKENS.keys():
-        table = {**table, **dict.fromkeys(named)}
+    if not headers.connection <= _USUAL_CONNECTION:
+        table = {**table, **dict.fromkeys(headers.connection)}
     lines = []
     for key, line in zip(headers.keys, headers.lines):
         if key in table:
+            action = table[key]
+            if action is None:
+                continue
             value = line[len(key) + 1 :].strip(" \t")
-            translated = table[key] and table[key](value, *context)
+            translated = action(value, *context)
             if translated is None:
                 continue
             if translated != value:
@@ -1629,15 +1620,15 @@ def _hides_public_origin(request: Request, gate: Any) -> bool:
     Apps compare them with Origin, which is translated.  If there is no Origin, Django compares them
     with Referer, and WebDAV servers with Destination.
     """
-    url = request.headers.get("origin")
-    if not url and request.method not in ("GET", "HEAD", "OPTIONS"):
-        url = request.headers.get("destination") or request.headers.get("referer")
-    is_own = rest_of_own_url(url, request.client.authority) is not None
+    headers, is_own = request.headers, request.is_own_origin
+    if "origin" not in headers.index and request.method not in ("GET", "HEAD", "OPTIONS"):
+        url = headers.get("destination") or headers.get("referer")
+        is_own = rest_of_own_url(url, request.client.authority) is not None
     return is_own and not gate.config.preserve_host and not _USES_PUBLIC_ORIGIN.search(request.path)
 
 
 def _translate_url(
-    value: str, request: Request, route: Route, gate: Any, is_referer: bool = False
+    value: str, request: Request, route: Route, gate: Any, is_referer: bool = True
 ) -> str:
     """A URL or a path of this app becomes that of the upstream.  In Referer, other URLs of the
     public origin lose their path, which browsers do not send to another origin."""
@@ -1669,17 +1660,14 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
     return "/." + path if _OTHER_HOST.match(path) else path  # the same path, but not "//host"
 
 
-def _translate_each(pattern: Any, translate: Callable[..., str]) -> Callable[..., Any]:
-    """An action that translates the URLs in a value: the second of three groups of `pattern`."""
+def _translate_each(pattern: Any, translate: Callable[..., str], value: str, *context: Any) -> Any:
+    """Translate the URLs in a value: the second of three groups of `pattern`."""
 
-    def action(value: str, *context: Any) -> Any:
-        def replace(match: Any) -> Any:
-            before, url, behind = match.groups()
-            return match.group() if url is None else before + translate(url, *context) + behind
+    def replace(match: Any) -> Any:
+        before, url, behind = match.groups()
+        return match.group() if url is None else before + translate(url, *context) + behind
 
-        return pattern.sub(replace, value)
-
-    return action
+    return pattern.sub(replace, value)
 
 
 def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any) -> Optional[str]:
@@ -1689,28 +1677,25 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
         return None
     if value[:7].lower() == "__host-":
         return value
-    host = host_of(request.client.authority)
-    # The parent of 8080.localhost: all apps would get its cookies.
-    parent = host.partition(".")[2] if request.client.app_port else host
 
     def without_own_domain(attribute: Any) -> Any:
+        host = host_of(request.client.authority)
+        # The parent of 8080.localhost: all apps would get its cookies.
+        parent = host.partition(".")[2] if request.client.app_port else host
         domain = attribute.group(1).strip(" \t").lower().lstrip(".")
         is_ours = domain in (host, parent) or domain in map(host_of, route.app_authorities)
         return "" if is_ours else attribute.group()
 
+    def with_prefix(attribute: Any) -> Any:
+        path = attribute.group(2).rstrip(" \t")
+        # For an absolute route, only a path above the prefix is changed.
+        is_wider = route.absolute and path_below(path.rstrip("/"), route.prefix)
+        return attribute.group(1) + (route.prefix if is_wider else _with_prefix(path, route))
+
     value = _COOKIE_DOMAIN.sub(without_own_domain, value)
     if route.prefix and request.is_above_prefix and not _COOKIE_PATH.search(value):
         return "%s; Path=%s/" % (value, route.prefix)
-    return _COOKIE_PATH.sub(
-        lambda match: match.group(1) + _cookie_path(match.group(2), route), value
-    )
-
-
-def _cookie_path(path: str, route: Route) -> str:
-    # For an absolute route, only a path above the prefix is changed.
-    path = path.rstrip(" \t")
-    is_wider = route.absolute and path_below(path.rstrip("/"), route.prefix)
-    return route.prefix if is_wider else _with_prefix(path, route)
+    return _COOKIE_PATH.sub(with_prefix, value)
 
 
 def _with_prefix(path: str, route: Route) -> str:
@@ -1722,14 +1707,15 @@ def _with_prefix(path: str, route: Route) -> str:
     return route.prefix + (path if below is None else below)
 
 
+_translate_destination = functools.partial(_translate_url, is_referer=False)
 _REQUEST_TABLE = {
     **dict.fromkeys(_HOP_BY_HOP + _SET_BY_PROXY),
     "origin": lambda value, request, route, gate: (
         route.origin if request.is_own_origin and not gate.config.preserve_host else value
     ),
-    "referer": functools.partial(_translate_url, is_referer=True),
-    "destination": _translate_url,  # RFC 4918 section 10.3
-    "if": _translate_each(_BRACKETED, _translate_url),
+    "referer": _translate_url,
+    "destination": _translate_destination,  # RFC 4918 section 10.3
+    "if": functools.partial(_translate_each, _BRACKETED, _translate_destination),
     "cookie": lambda value, _, route, gate: gate.strip_cookies(value, route) or None,
     "authorization": lambda value, _, __, gate: None if gate.owns_authorization(value) else value,
     # RFC 9110 section 10.1.1
@@ -1742,8 +1728,8 @@ _RESPONSE_TABLE = {
     **dict.fromkeys(_HOP_BY_HOP + ["content-length"]),
     "location": _translate_location,
     "content-location": _translate_location,
-    "refresh": _translate_each(_REFRESH, _translate_location),
-    "link": _translate_each(_BRACKETED, _translate_location),
+    "refresh": functools.partial(_translate_each, _REFRESH, _translate_location),
+    "link": functools.partial(_translate_each, _BRACKETED, _translate_location),
     "set-cookie": _translate_set_cookie,
     "service-worker-allowed": lambda value, _, route, __: None if route.prefix else value,
 }  # type: Dict[str, Any]
@@ -3813,7 +3799,7 @@ class Exchange:
         return self.keep_alive and self.proxy.is_running and not has_rest
 
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
-        is_upgrade = "upgrade" in response.headers.tokens("connection")
+        is_upgrade = "upgrade" in response.headers.connection
         is_websocket = "websocket" in response.headers.tokens("upgrade")
         if not self.request.is_websocket or not is_upgrade or not is_websocket:
             text = "The app switched to a protocol (101) that the request did not name."
