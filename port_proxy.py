@@ -3856,12 +3856,11 @@ class Exchange:
 
     async def _respond_error(self, error: ProxyError) -> None:
         """Respond with the error, or end a response so that the client sees it is incomplete."""
+        error.phrase_advice(self.gate.terms)
+        self.failure = error.detail if error.status >= 400 else ""
         if not self.status:
-            error.phrase_advice(self.gate.terms)
-            self.failure = error.detail if error.status >= 400 else ""
             await self._respond(error_response(error, self.request, self.config.base))
             return
-        self.failure = error.detail
         self.keep_alive = False
         if self.client.eof_ends_body:
             self.client.abort()
@@ -4490,28 +4489,24 @@ def server_context(config: Config) -> ssl.SSLContext:
             with open(path, encoding="latin-1") as file:
                 if label + "-----" not in file.read():
                     raise ValueError("%s holds no %s (PEM)%s" % (path, label.lower(), advice))
-    phrases = []  # type: List[str]
 
     def ask_phrase() -> str:  # OpenSSL itself does not ask since Python 3.15
         import getpass
 
-        try:
-            phrases.append(getpass.getpass("Enter PEM pass phrase:"))
-        except (EOFError, AttributeError):  # AttributeError: there is no standard input
-            print(file=sys.stderr)  # ends the line of the prompt
-            phrases.append("")
-        return phrases[-1]
+        return getpass.getpass("Enter PEM pass phrase:")
 
     try:
         context.load_cert_chain(certfile, keyfile, ask_phrase)
         if config.client_ca:
             context.load_verify_locations(config.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
+    except (EOFError, AttributeError, SystemError):  # there is no terminal
+        print(file=sys.stderr)  # ends the line of the prompt
+        raise ValueError("the pass phrase of the key in %s was not given" % keyfile)
     except OSError as error:
-        if "" in phrases:
-            raise ValueError("the pass phrase of the key in %s was not given" % keyfile)
         names = " and ".join(dict.fromkeys(path for path, _, _ in files))
-        raise ValueError("%s cannot be used: %s" % (names, getattr(error, "reason", None) or error))
+        reason = getattr(error, "reason", None) or error
+        raise ValueError("%s cannot be used (wrong key or pass phrase?): %s" % (names, reason))
     return context
 
 

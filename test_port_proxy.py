@@ -4849,8 +4849,8 @@ class TestTls:
         ("--certfile junk --keyfile key.pem", "junk holds no certificate (PEM)"),
         ("--certfile cert.pem", "cert.pem holds no private key (PEM); name the file of the key with --keyfile"),
         ("--certfile cert.pem --keyfile junk", "junk holds no private key (PEM)"),
-        ("--certfile cert.pem --keyfile rsa.pem", "cert.pem and rsa.pem cannot be used: *"),
-        ("--certfile cert.pem --keyfile ec.pem", "cert.pem and ec.pem cannot be used: *"),
+        ("--certfile cert.pem --keyfile rsa.pem", "cert.pem and rsa.pem cannot be used *"),
+        ("--certfile cert.pem --keyfile ec.pem", "cert.pem and ec.pem cannot be used *"),
         ("--certfile both.pem --client-ca junk", "junk holds no certificate (PEM)"),
         ("--certfile both.pem --client-ca key.pem", "key.pem holds no certificate (PEM)"),
         ("--certfile gone", "cannot read gone: No such file or directory"),
@@ -4891,7 +4891,7 @@ class TestTls:
                 with os.fdopen(writer, "wb") as file:
                     file.write((certificate / name).read_bytes())
                 places.append("/dev/fd/%d" % reader)
-            refusal = "%s and %s cannot be used: " % tuple(places)
+            refusal = "%s and %s cannot be used " % tuple(places)
             with contextlib.ExitStack() if fits else pytest.raises(ValueError, match=refusal):
                 port_proxy.server_context(Config(certfile=places[0], keyfile=places[1]))
 
