@@ -3329,20 +3329,6 @@ class HubApi:
         wanted = self.hub.access_scopes | {"access:servers"}
         return HubUser(name, not wanted.isdisjoint(map(str, scopes)))
 
-    async def token_for(self, code: str, verifier: str) -> str:
-        """Exchange the code of a sign-in for a token (RFC 6749 section 4.1.3); "" if refused."""
-        form = {
-            "client_id": self.hub.client_id,
-            "client_secret": self.hub.api_token,
-            "grant_type": "authorization_code",
-            "code": code,
-            "redirect_uri": self.hub.callback_url,
-            "code_verifier": verifier,
-        }
-        url = self.hub.api_url + "/oauth2/token"
-        response, data = await self.call("POST", url, [_FORM], urlencode(form))
-        return str(data.get("access_token", "")) if response.status == 200 else ""
-
     async def call(
         self, method: str, url: str, lines: List[str], body: str = ""
     ) -> Tuple[Response, Dict[str, Any]]:
@@ -3397,9 +3383,13 @@ class HubGate(Gate):
         if request.method not in ("GET", "HEAD"):
             return
         if is_base(self.hub.prefix + "/api", request.target):  # a poll of the Hub
-            version = await self._hub_version()
-            fields = (("X-JupyterHub-Version", version),) if version else ()  # the Hub compares it
-            raise ProxyError(200, "Ready.", fields)
+            if self._version is None:
+                self._version = ""  # requested only once
+                with contextlib.suppress(ProxyError):
+                    response, _ = await self.api.call("GET", self.hub.api_url + "/", [])
+                    self._version = response.headers.get("x-jupyterhub-version")
+            version = ("X-JupyterHub-Version", self._version)  # the Hub compares it with its own
+            raise ProxyError(200, "Ready.", (version,) if self._version else ())
         if is_base(self.callback_path, request.target):
             await self._end_login(request)
         if is_base(self.hub.prefix, request.target):
@@ -3488,8 +3478,17 @@ class HubGate(Gate):
         if not deadline or now() > int(deadline):
             text = "This sign-in was used or has expired, began in another browser, or cookies are"
             raise ProxyError(403, text + " blocked." + again)
-        verifier, code = sign(self._key, "verifier", state), sent.get("code", "")
-        token = await self.api.token_for(code, verifier) if code else ""
+        form = {  # RFC 6749 section 4.1.3
+            "client_id": self.hub.client_id,
+            "client_secret": self.hub.api_token,
+            "grant_type": "authorization_code",
+            "code": sent.get("code", ""),
+            "redirect_uri": self.hub.callback_url,
+            "code_verifier": sign(self._key, "verifier", state),
+        }
+        url = self.hub.api_url + "/oauth2/token"
+        response, data = await self.api.call("POST", url, [_FORM], urlencode(form))
+        token = str(data.get("access_token", "")) if response.status == 200 else ""
         user = await self.api.user_of(token, is_known=True)
         if user is None:
             raise ProxyError(403, "The Hub did not sign you in." + again)
@@ -3519,15 +3518,6 @@ class HubGate(Gate):
         if self.hub.host_cookies or self.hub.is_secure:
             options["Secure"] = ""
         return own_cookie(name, value, path, client, options)
-
-    async def _hub_version(self) -> str:
-        """The version of the Hub, requested only once; "" if unknown."""
-        if self._version is None:
-            self._version = ""
-            with contextlib.suppress(ProxyError):
-                response, _ = await self.api.call("GET", self.hub.api_url + "/", [])
-                self._version = response.headers.get("x-jupyterhub-version")
-        return self._version
 
     def _note_activity(self) -> None:
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

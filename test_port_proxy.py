@@ -3770,7 +3770,7 @@ class HubBehindWire:
             return (200, user) if user else (403, {"message": "no"})
         if (method, path) == ("POST", "/hub/api/oauth2/token"):
             form = dict(parse_qsl(message[2].decode()))
-            token, challenge = self.codes.pop(form["code"], ("", ""))
+            token, challenge = self.codes.pop(form.get("code"), ("", ""))
             digest = hashlib.sha256(form["code_verifier"].encode()).digest()
             is_buyer = base64.urlsafe_b64encode(digest).decode().rstrip("=") == challenge
             is_client = (form["client_id"], form["client_secret"]) == ("jupyterhub-user-al%40ice.x%2By", "server-token")
