@@ -1757,7 +1757,6 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
 # client does not follow redirects.  Browsers send an app's cookies only below the prefix, so the
 # proxy also sets copies with Path=/, under names of its own.
 
-
 OWN_SITES = frozenset(("same-origin", "none"))  # Sec-Fetch-Site of our pages and typed addresses
 
 
@@ -2814,9 +2813,7 @@ class Gate:
     """Base class of the gates: removes our credentials and refuses foreign origins."""
 
     token = ""  # required of every client; "" for none
-    app_cookie = (
-        ""  # name of the cookie with the last app; "" if unprefixed requests are not served
-    )
+    app_cookie = ""  # its name; "" if unprefixed requests are not served
     cookie_name = ""  # of the session
     sessions_can_end = False  # whether `has_access` can change while a request is served
     other_cookies = ()  # type: Tuple[str, ...]  # prefixes of names besides COOKIE_PREFIX
