@@ -3156,9 +3156,9 @@ def authorization_tokens(headers: Headers) -> List[str]:
 # --------------------------------------------------------------------------------------------------
 # If a JupyterHub started this server, the Hub decides about access.  Programs send a token of the
 # Hub.  Browsers sign in at the Hub (OAuth 2.0, RFC 6749 section 4.1, with PKCE, RFC 7636) and get a
-# cookie with a random session id; the token of the session stays in memory.  `HubApi` looks up
-# tokens at the Hub and caches the results.  `HubGate` admits requests.  Activity is reported, so
-# that the Hub can stop idle servers.
+# cookie with a random session id; the token of the session stays in memory.  Tokens are looked up
+# at the Hub, and the results are cached.  Activity is reported, so that the Hub can stop idle
+# servers.
 
 # With _RECHECK_SECONDS, an ended session loses its access within less than a minute.
 _CACHE_SECONDS = 45.0  # lifetime of a token's cached user
@@ -3269,86 +3269,6 @@ class HubUser(NamedTuple):
 TokenCache = Dict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
 
 
-class HubApi:
-    """The Hub's API.  Raises ProxyError 503 without a valid response from the Hub.
-
-    Anybody can cause lookups of invented tokens.  Only concurrent lookups of unknown tokens are
-    therefore limited, and tokens that the Hub has known have a cache of their own, `tokens`.
-    """
-
-    def __init__(self, hub: Hub, config: Config, deadlines: Deadlines) -> None:
-        self.hub = hub
-        self.config = config
-        self.deadlines = deadlines
-        url = urlsplit(hub.api_url)
-        self._host = url.netloc
-        self._address = url.hostname, url.port or int(_DEFAULT_PORTS[url.scheme][1:])  # type: Any
-        self._tls = {}  # type: Dict[str, Any]
-        if url.scheme == "https":
-            # With internal TLS, the Hub supplies our CA and our client certificate.
-            context = self._tls["ssl"] = ssl.create_default_context(cafile=config.client_ca)
-            if config.certfile:
-                context.load_cert_chain(config.certfile, config.keyfile)
-        self.tokens = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
-        self._others = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
-
-    async def user_of(self, token: str, is_known: bool = False) -> Optional[HubUser]:
-        """The user of a token; None if the Hub does not know it.  is_known: the Hub gave it."""
-        if not _HUB_TOKEN.fullmatch(token):
-            return None
-        cache = self.tokens if is_known or token in self.tokens else self._others
-        lookup = cache.get(token)
-        if lookup is None or now() > lookup[1]:
-            pending = sum(not task.done() for task, _ in self._others.values())
-            if pending >= _MAX_PENDING and cache is self._others:
-                text = "There are too many requests to the Hub. Try again shortly."
-                raise ProxyError(503, text, _RETRY_SOON)
-            task = self.deadlines.loop.create_task(self._find_user(token))
-            lookup = cache[token] = task, now() + _CACHE_SECONDS
-        try:
-            user = await lookup[0]
-        except ProxyError:
-            cache[token] = lookup[0], 0.0  # failures are not cached
-            raise
-        if user is not None:
-            self.tokens[token] = lookup
-        return user
-
-    async def _find_user(self, token: str) -> Optional[HubUser]:
-        lines = ["Authorization: token " + token]
-        response, data = await self.call("GET", self.hub.api_url + "/user", lines)
-        if response.status in (401, 403, 404):
-            return None
-        name, scopes = data.get("name"), data.get("scopes")
-        if response.status != 200 or not isinstance(name, str) or not isinstance(scopes, list):
-            text = "The Hub did not name the user of a token (%d)." % response.status
-            raise ProxyError(503, text, _RETRY_SOON)
-        wanted = self.hub.access_scopes | {"access:servers"}
-        return HubUser(name, not wanted.isdisjoint(map(str, scopes)))
-
-    async def call(
-        self, method: str, url: str, lines: List[str], body: str = ""
-    ) -> Tuple[Response, Dict[str, Any]]:
-        """One request: the response, and the members of the JSON object in its body."""
-        start = ["%s %s HTTP/1.1" % (method, urlsplit(url).path), "Host: " + self._host]
-        lines = start + ["Accept: application/json"] + lines
-        loop, connection = self.deadlines.loop, Connection(self.deadlines)
-        opening = loop.create_connection(lambda: connection, *self._address, **self._tls)
-        try:
-            await asyncio.wait_for(opening, _HUB_TIMEOUT)
-            fetched = await fetch(connection, lines, body.encode(), _HUB_TIMEOUT, self.config)
-            is_json = fetched.status < 400 and fetched.body
-            data = json.loads(fetched.body.decode()) if is_json else {}
-        except (
-            ProxyError, Truncated, TimedOut, OSError, asyncio.TimeoutError, ValueError
-        ) as error:  # fmt: skip
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            logger.warning("no valid response from the Hub at %s: %s", url, reason)
-            text = "The Hub, which decides about access, does not respond. Try again shortly."
-            raise ProxyError(503, text, _RETRY_SOON)
-        return fetched, data if isinstance(data, dict) else {}
-
-
 class HubGate(Gate):
     """The gate of a server that a JupyterHub started: the Hub's scopes decide about access.
 
@@ -3363,7 +3283,20 @@ class HubGate(Gate):
         assert config.hub is not None
         self.hub = config.hub
         self.root = self.hub.prefix
-        self.api = HubApi(config.hub, config, deadlines)
+        self._deadlines = deadlines
+        url = urlsplit(self.hub.api_url)
+        self._host = url.netloc
+        self._address = url.hostname, url.port or int(_DEFAULT_PORTS[url.scheme][1:])  # type: Any
+        self._tls = {}  # type: Dict[str, Any]
+        if url.scheme == "https":
+            # With internal TLS, the Hub supplies our CA and our client certificate.
+            context = self._tls["ssl"] = ssl.create_default_context(cafile=config.client_ca)
+            if config.certfile:
+                context.load_cert_chain(config.certfile, config.keyfile)
+        # Anybody can cause lookups of invented tokens.  Only concurrent lookups of unknown tokens
+        # are therefore limited, and tokens that the Hub has known have a cache of their own.
+        self._tokens = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
+        self._others = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
         self.callback_path = urlsplit(self.hub.callback_url).path
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + short_hash(self.hub.prefix)
@@ -3383,7 +3316,7 @@ class HubGate(Gate):
             if self._version is None:
                 self._version = ""  # requested only once
                 with contextlib.suppress(ProxyError):
-                    response, _ = await self.api.call("GET", self.hub.api_url + "/", [])
+                    response, _ = await self._call("GET", self.hub.api_url + "/", [])
                     self._version = response.headers.get("x-jupyterhub-version")
             version = ("X-JupyterHub-Version", self._version)  # the Hub compares it with its own
             raise ProxyError(200, "Ready.", (version,) if self._version else ())
@@ -3402,7 +3335,7 @@ class HubGate(Gate):
             accepted += query_tokens(request.target)
         # All tokens are looked up, so that every token of the Hub can be removed from the request.
         for candidate in all_tokens(request):
-            owner = await self.api.user_of(candidate)
+            owner = await self._user_of(candidate)
             if owner is not None and candidate in accepted and not token:
                 user, token = owner, candidate
         if user is None:
@@ -3423,7 +3356,7 @@ class HubGate(Gate):
         for session in cookie_values(request.headers, self.cookie_name):
             token, hub_session = self._sessions.get(session, ("", ""))
             if hub_session == _hub_session(request):
-                user = await self.api.user_of(token)
+                user = await self._user_of(token)
                 if user is not None:
                     return user
             self._sessions.pop(session, None)
@@ -3440,7 +3373,7 @@ class HubGate(Gate):
             raise ProxyError(403, text % (user.name, owner))
 
     def owns_token(self, token: str) -> bool:
-        return token in self.api.tokens or token == self.hub.api_token
+        return token in self._tokens or token == self.hub.api_token
 
     async def close(self) -> None:
         await cancel([self._reporter])
@@ -3484,9 +3417,9 @@ class HubGate(Gate):
             "code_verifier": sign(self._key, "verifier", state),
         }
         url = self.hub.api_url + "/oauth2/token"
-        response, data = await self.api.call("POST", url, [_FORM], urlencode(form))
+        response, data = await self._call("POST", url, [_FORM], urlencode(form))
         token = str(data.get("access_token", "")) if response.status == 200 else ""
-        user = await self.api.user_of(token, is_known=True)
+        user = await self._user_of(token, is_known=True)
         if user is None:
             raise ProxyError(403, "The Hub did not sign you in." + again)
         self._check_access(user)
@@ -3516,6 +3449,62 @@ class HubGate(Gate):
             options["Secure"] = ""
         return own_cookie(name, value, path, client, options)
 
+    async def _user_of(self, token: str, is_known: bool = False) -> Optional[HubUser]:
+        """The user of a token; None if the Hub does not know it.  is_known: the Hub gave it."""
+        if not _HUB_TOKEN.fullmatch(token):
+            return None
+        cache = self._tokens if is_known or token in self._tokens else self._others
+        lookup = cache.get(token)
+        if lookup is None or now() > lookup[1]:
+            pending = sum(not task.done() for task, _ in self._others.values())
+            if pending >= _MAX_PENDING and cache is self._others:
+                text = "There are too many requests to the Hub. Try again shortly."
+                raise ProxyError(503, text, _RETRY_SOON)
+            task = self._deadlines.loop.create_task(self._find_user(token))
+            lookup = cache[token] = task, now() + _CACHE_SECONDS
+        try:
+            user = await lookup[0]
+        except ProxyError:
+            cache[token] = lookup[0], 0.0  # failures are not cached
+            raise
+        if user is not None:
+            self._tokens[token] = lookup
+        return user
+
+    async def _find_user(self, token: str) -> Optional[HubUser]:
+        lines = ["Authorization: token " + token]
+        response, data = await self._call("GET", self.hub.api_url + "/user", lines)
+        if response.status in (401, 403, 404):
+            return None
+        name, scopes = data.get("name"), data.get("scopes")
+        if response.status != 200 or not isinstance(name, str) or not isinstance(scopes, list):
+            text = "The Hub did not name the user of a token (%d)." % response.status
+            raise ProxyError(503, text, _RETRY_SOON)
+        wanted = self.hub.access_scopes | {"access:servers"}
+        return HubUser(name, not wanted.isdisjoint(map(str, scopes)))
+
+    async def _call(
+        self, method: str, url: str, lines: List[str], body: str = ""
+    ) -> Tuple[Response, Dict[str, Any]]:
+        """One request: the response, and the members of the JSON object in its body."""
+        start = ["%s %s HTTP/1.1" % (method, urlsplit(url).path), "Host: " + self._host]
+        lines = start + ["Accept: application/json"] + lines
+        loop, connection = self._deadlines.loop, Connection(self._deadlines)
+        opening = loop.create_connection(lambda: connection, *self._address, **self._tls)
+        try:
+            await asyncio.wait_for(opening, _HUB_TIMEOUT)
+            fetched = await fetch(connection, lines, body.encode(), _HUB_TIMEOUT, self.config)
+            is_json = fetched.status < 400 and fetched.body
+            data = json.loads(fetched.body.decode()) if is_json else {}
+        except (
+            ProxyError, Truncated, TimedOut, OSError, asyncio.TimeoutError, ValueError
+        ) as error:  # fmt: skip
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            logger.warning("no valid response from the Hub at %s: %s", url, reason)
+            text = "The Hub, which decides about access, does not respond. Try again shortly."
+            raise ProxyError(503, text, _RETRY_SOON)
+        return fetched, data if isinstance(data, dict) else {}
+
     def _note_activity(self) -> None:
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
@@ -3529,7 +3518,7 @@ class HubGate(Gate):
                 last = {"last_activity": moment}
                 activity = {**last, "servers": {self.hub.server_name: last}}
                 with contextlib.suppress(ProxyError):  # it has been logged; tried again next time
-                    response, _ = await self.api.call(
+                    response, _ = await self._call(
                         "POST", self.hub.activity_url, [own_token, _JSON], json.dumps(activity)
                     )
                     reported = moment if response.status < 400 else reported

@@ -4160,16 +4160,19 @@ class TestHub:
     def test_made_up_tokens_do_not_make_the_hub_be_asked_again(self, background, options):
         asked = []
 
-        class Api(port_proxy.HubApi):
-            async def call(self, method, url, lines, body=""):
+        class Gate(port_proxy.HubGate):
+            async def _call(self, method, url, lines, body=""):
                 asked.extend(lines)
                 return Mock(status=200 if AS_OWNER in lines else 403), OWNER
 
         async def ask():
-            api = Api(options()["hub"], DEFAULT, port_proxy.Deadlines(asyncio.get_event_loop(), WAIT))
+            deadlines = port_proxy.Deadlines(asyncio.get_event_loop(), WAIT)
+            gate = Gate(DEFAULT._replace(hub=options()["hub"]), deadlines)
             for token in ("owner-token", *map(str, range(1001)), "owner-token"):
-                await api.user_of(token)
-            await api.deadlines.close(0)
+                with pytest.raises(ProxyError) if token.isdigit() else contextlib.ExitStack():
+                    await gate.authorize(asked_for(BASE, "Authorization: token " + token))
+            await gate.close()
+            await deadlines.close(0)
 
         background.do(ask())
         assert (len(asked), asked.count(AS_OWNER)) == (1002, 1)
