@@ -4896,26 +4896,6 @@ _HANDSHAKE = _UPGRADE_LINES + [
     "Sec-WebSocket-Version: 13",
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
 ]
-_BYPASSES = (
-    "%s contains an address with port %d. This address bypasses the proxy and works only on this"
-    " machine. If the app does not work from other machines, "
-)
-_TO_TLS = (
-    "It redirects to https at its own address. Behind the proxy, this is an endless loop. Switch"
-    " the redirect off in the app; or serve HTTPS (--certfile), if the app obeys X-Forwarded-Proto."
-)
-_REFUSES_PROXIES = (
-    "It answers %d to a request that came through a proxy (X-Forwarded-For). Add 127.0.0.1 to the"
-    " trusted proxies in the app's configuration."
-)
-_SIGNS_PATH = (
-    "It uses Digest authentication, which signs the path. Use the app's own host, where no prefix"
-    " is removed."
-)
-_LOSES_PREFIX = (
-    "Its links that begin with a slash lose the prefix, and nothing restores it. Use the app's own"
-    " host, its option for a base path, or --whole-origin yes."
-)
 # Apps that work behind the proxy: the name, a pattern of the page, and the option that makes the
 # app serve below a path, for which %s stands ("" for none).
 _KNOWN_APPS = (
@@ -5026,9 +5006,12 @@ class PortCheck:
         self.found.update(refuses_host=status >= 400 > page.status)
         status = await self._status(self.path, "X-Forwarded-For: 127.0.0.1")
         if status >= 400 > page.status:
-            self.problems.append(_REFUSES_PROXIES % status)
+            text = "It answers %d to a request that came through a proxy (X-Forwarded-For). Add"
+            text += " 127.0.0.1 to the trusted proxies in the app's configuration."
+            self.problems.append(text % status)
         if page.headers.get("www-authenticate").lower().startswith("digest"):
-            self.problems.append(_SIGNS_PATH)
+            text = "It uses Digest authentication, which signs the path. Use the app's own host,"
+            self.problems.append(text + " where no prefix is removed.")
         await self._try_websockets()
 
     async def _get(self, target: str, *fields: str, host: str = "") -> Response:
@@ -5090,7 +5073,11 @@ class PortCheck:
                 if not is_own or url.scheme != route.scheme:
                     self.found.update(redirect="%s://%s%s" % (url.scheme, authority, url.path))
                     if is_own and url.scheme == "https":
-                        self.problems.append(_TO_TLS)
+                        self.problems.append(
+                            "It redirects to https at its own address. Behind the proxy, this is an"
+                            " endless loop. Switch the redirect off in the app; or serve HTTPS"
+                            " (--certfile), if the app obeys X-Forwarded-Proto."
+                        )
                     break
                 path = url.path or "/"
                 self.found.update(redirect=path)
@@ -5108,15 +5095,17 @@ class PortCheck:
 
         Known apps are not searched for addresses: libraries have defaults such as localhost:5006.
         """
-        text = page.body.decode("latin-1")
-        links = list(dict.fromkeys(_LINK.findall(text)))
+        content = page.body.decode("latin-1")
+        links = list(dict.fromkeys(_LINK.findall(content)))
         paths = [link for link in links if _LOCAL_TARGET.fullmatch(link)]
         paths = [path for path in paths if path_below(self.absolute_path, path) is None]
         self.found.update(rooted=paths[:5])
         if paths and not self.config.whole_origin:
-            self.problems.append(_LOSES_PREFIX)
+            text = "Its links that begin with a slash lose the prefix, and nothing restores it. Use"
+            text += " the app's own host, its option for a base path, or --whole-origin yes."
+            self.problems.append(text)
         for name, pattern, flag in _KNOWN_APPS:
-            if re.search(pattern, text):
+            if re.search(pattern, content):
                 has_flag = flag and not self.base_path
                 self.found.update(app=name, flag=flag % self.absolute_path if has_flag else "")
                 return
@@ -5133,7 +5122,11 @@ class PortCheck:
                 if b"webpack-dev-server" in body:
                     option = "--client-web-socket-url auto://0.0.0.0:0/ws"
                     advice = "start webpack-dev-server with %s." % option
-                self.problems.append(_BYPASSES % (path, port) + advice)
+                text = "%s contains an address with port %d. This address bypasses the proxy and"
+                text += (
+                    " works only on this machine. If the app does not work from other machines, "
+                )
+                self.problems.append(text % (path, port) + advice)
                 return
 
     async def _try_websockets(self) -> None:
