@@ -1073,8 +1073,7 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 # --------------------------------------------------------------------------------------------------
 # Connections
 # --------------------------------------------------------------------------------------------------
-# One class for connections from clients and to upstreams: an asyncio StreamReader and StreamWriter
-# with deadlines, and with callbacks for data and EOF.  At most one coroutine reads from a
+# One class for connections from clients and to upstreams.  At most one coroutine reads from a
 # connection at a time, and at most one writes.  Data that no coroutine waits for goes to the
 # StreamReader.  Above _MAX_UNREAD bytes, the transport pauses.  Deadlines are absolute.  One coarse
 # timer checks the deadlines of all connections.
@@ -1083,8 +1082,6 @@ _MAX_UNREAD = 1 << 16  # bytes
 # The connection pauses its transport itself.  Before 3.11, a StreamReader that resumes a closed TLS
 # transport raises an error and loses its data.
 _NO_LIMIT = 1 << 30  # bytes
-_BACKLOG = 1024  # connections that wait to be accepted
-_ACCEPTS_IN_A_ROW = 32  # connections, before the event loop serves others
 _PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
 _UNIX = getattr(socket, "AF_UNIX", None)
@@ -1112,7 +1109,7 @@ class Connection(asyncio.StreamReaderProtocol):
     StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.  has_received:
     data has come since this was last set to False.  is_admitted: the gate has admitted a request of
     this client.  watcher: called on data and EOF.  address: the peer's IP address, or "".
-    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: see `Body.relay`.
+    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for parts of a body.
     is_lent: unused bytes cannot be given back to the server that owns the connection.
     """
 
@@ -1279,10 +1276,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once.  `read` raises OSError, `drain` raises PeerGone.
-
-        If `eof_ends_body`, reset the connection, so that the peer knows that the body is truncated.
-        """
+        """Close at once, with a reset if the peer could take EOF for the end of its body."""
         sock = self.transport.get_extra_info("socket")
         if self.eof_ends_body and sock.fileno() >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -1427,8 +1421,6 @@ class Body:
     count: bytes of data so far.  finished: complete; the source's buffer holds the bytes after it.
     """
 
-    __slots__ = ("_decoder", "_framing", "count", "finished", "sent_framing", "source")
-
     def __init__(
         self, source: Connection, framing: Framing, config: Config, *, is_response: bool
     ) -> None:
@@ -1474,11 +1466,7 @@ class Body:
         return chunk + b"0\r\n\r\n" if self.finished else chunk
 
     async def relay(self, target: Connection, write_timeout: float) -> None:
-        """Send the queued bytes, and the rest of the body as it comes.
-
-        Each part may take `source.read_timeout` to come, and `write_timeout` to be sent.  Raises
-        the exceptions of `read` and `drain`.
-        """
+        """Send the queued bytes, and the rest of the body as it comes."""
         await target.drain(write_timeout)
         while not self.finished:
             target.deadlines.has_activity = True
@@ -2752,8 +2740,8 @@ async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
     with contextlib.suppress(ssl.SSLWantReadError):
         context.wrap_bio(received, hello, server_hostname="localhost").do_handshake()
     with contextlib.suppress(ProxyError, TimedOut, OSError):
-        opened = await upstreams.connect(route._replace(scheme="http"))
-        with contextlib.closing(opened) as connection:
+        connection = await upstreams.connect(route._replace(scheme="http"))
+        with contextlib.closing(connection):
             connection.write(hello.read())
             connection.read_deadline = now() + _FETCH_SECONDS
             return (await connection.read())[:2] in TLS_RECORDS
@@ -4062,10 +4050,9 @@ class PortProxy:
                     # In asyncio, `backlog` is also the number of attempts to accept in a row.
                     # Without a free file descriptor, all of them fail: hence a small number.
                     # `create_unix_server` is not used: it unlinks sockets of the caller, too.
-                    number = _ACCEPTS_IN_A_ROW
-                    server = await loop.create_server(protocol, sock=sock, backlog=number)
+                    server = await loop.create_server(protocol, sock=sock, backlog=32)
                     self._listening.callback(server.close)
-                sock.listen(_BACKLOG)
+                sock.listen(1024)  # the number of connections that wait to be accepted
         except BaseException:
             await self.close()
             raise
