@@ -309,7 +309,6 @@ COMMAND_LINE_TERMS = dict(
 
 
 def own_command() -> str:
-    """The command that starts this program."""
     is_installed = os.path.basename(sys.argv[0]).startswith("port-proxy")
     return "port-proxy" if is_installed else "python3 port_proxy.py"
 
@@ -2314,8 +2313,8 @@ _FORMS = (
     ("/db1.example.org:8080/", "port 8080 of a host that is on the allowlist"),
     ("/absolute/8080/", "for an app that is configured to use this whole path; also with a host"),
 )
-# What people write between the base and the port, besides what the box of the page accepts.
-_NEEDLESS_PREFIX = re.compile(r"\A(?:/(?:proxy|ports?|localhost|127\.0\.0\.1))+(?=/)")
+# What people write before a port, in the box of the ports page or in an address.
+_NEEDLESS = re.compile(r"(?:/|https?:/|proxy/|ports?/|(?:localhost|127\.0\.0\.1)[:/])*")
 _OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
 _TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
 _TITLE_BYTES = 65536  # how much of a page is searched for its title
@@ -2482,9 +2481,8 @@ def _probable_path(error: ProxyError, request: Request, base: str) -> str:
     """The path that a mistyped path probably stands for, or ""."""
     if error.status != 404 or request.route is not None:
         return ""
-    path = _NEEDLESS_PREFIX.sub("", path_below(base, request.target) or request.target)
     with contextlib.suppress(ProxyError):
-        route = typed_route(path[1:].replace("absproxy/", "absolute/", 1), base)
+        route = typed_route(path_below(base, request.target) or request.target, base)
         return route.prefix + "/" if route else ""
     return ""
 
@@ -2503,9 +2501,9 @@ def upstream_name(route: Route) -> str:
     return str(route.port) if route.is_local else route.authority
 
 
-def typed_route(text: str, base: str = "") -> Optional[Route]:
-    """The route for a typed port, host:port or URL.  Raises ProxyError if it is not valid."""
-    upstream = re.sub(r"\A(?:https?://)?(?:localhost:)?", "", text.strip())
+def typed_route(text: str, base: str) -> Optional[Route]:
+    """The route for a typed port, host:port, URL or path.  Raises ProxyError if it is not valid."""
+    upstream = _NEEDLESS.sub("", text.strip(), 1).replace("absproxy/", "absolute/", 1)
     return find_route(base, "%s/%s/" % (base, upstream))[0]
 
 
@@ -5178,7 +5176,6 @@ _STRAY_VALUE = (
 
 
 def _parser(show_limits: bool) -> argparse.ArgumentParser:
-    """The parser; its help includes the limits and timeouts if `show_limits` is true."""
     command = own_command()
     parser = argparse.ArgumentParser(
         prog=command,
@@ -5336,7 +5333,6 @@ def _inherited_sockets() -> List[socket.socket]:
 
 
 def _start_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
-    """The message for a failed start, with the option that helps."""
     # The IDNA codec raises UnicodeError, a ValueError, for a name that is not valid.
     if not isinstance(error, (OSError, UnicodeError)):
         return str(error)
@@ -5357,7 +5353,6 @@ def _start_failure(error: Exception, config: Config, argv: Sequence[str]) -> str
 
 
 def _holder(port: int) -> str:
-    """A description of the program that listens on a local port."""
     for listener in find_listeners():
         if listener.port == port:
             program = "%s (process %d)" % (printable(listener.program), listener.pid)
@@ -5366,7 +5361,6 @@ def _holder(port: int) -> str:
 
 
 def _banner(proxy: PortProxy, has_new_token: bool) -> str:
-    """The text printed at the start: how to reach the proxy, and the page to open."""
     config, url = proxy.config, proxy.url
     name = "port_proxy %s: " % __version__
     if config.hub:
@@ -5425,8 +5419,6 @@ def _say(text: str, *streams: Optional[TextIO]) -> None:
 
 
 class _JsonFormatter(logging.Formatter):
-    """Formats a record as one line of JSON; a request's record has a member for each value."""
-
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         data = {"time": "%s.%03dZ" % (moment, record.msecs), "level": record.levelname.lower()}

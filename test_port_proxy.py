@@ -3385,7 +3385,7 @@ class TestPages:
         for port, location in (
             ("8080", "/proxy/8080/"), ("+8080+", "/proxy/8080/"), ("db:80", "/proxy/db:80/"),
             ("absolute/80", "/proxy/absolute/80/"), ("80/x?y", "/proxy/80/"), ("80%0D%0Aa:b", None),
-            ("localhost:5000", "/proxy/5000/"), ("+http://localhost:5000/x", "/proxy/5000/"),
+            ("localhost:5000", "/proxy/5000/"), ("+http://localhost:5000/x", "/proxy/5000/"), ("/5000/", "/proxy/5000/"),
             ("a", None), ("//evil", None), ("99999", None), ("80/x%0D%0Aa:b", None),
         ):  # fmt: skip
             response = proxy.get("/proxy/?port=" + port, *VISIT)
