@@ -3625,10 +3625,9 @@ class Exchange:
                 raise ProxyError(503, "There are too many open WebSockets.", _RETRY_SOON)
         # WebSockets and service worker scripts do not follow redirects.
         elif request.is_unprefixed and request.headers.get("sec-fetch-dest") != "serviceworker":
-            raise await self._redirect(route, 307, "Redirecting.")
+            raise await self._redirect(route, 307)
         elif not request.path and not route.absolute and request.method in ("GET", "HEAD"):
-            text = "Redirecting to the address with a slash after the port."
-            raise await self._redirect(route, 302, text)
+            raise await self._redirect(route, 302)
         if request.is_unprefixed:
             request = self.request = with_app_cookies(request, route, gate)
         # Body data that has already come is validated before a connection is taken.
@@ -3829,7 +3828,7 @@ class Exchange:
         else:
             self.client.close()  # Content-Length, or the missing last chunk, shows it
 
-    async def _redirect(self, route: Route, status: int, detail: str) -> ProxyError:
+    async def _redirect(self, route: Route, status: int) -> ProxyError:
         """A redirect to the prefix, where browsers send the app's cookies and the right Referer.
 
         The body of a form is read first, because browsers do not read an earlier response.
@@ -3839,7 +3838,8 @@ class Exchange:
         while is_form and not self.body.finished:
             await self.body.read(self.config.stall_timeout)
         path, query = self.request.path or "/", self.gate.strip_query(self.request.query)
-        return ProxyError(status, detail, (("Location", route.prefix + path + query),))
+        fields = (("Location", route.prefix + path + query),)
+        return ProxyError(status, "Redirecting to %s/." % route.prefix, fields)
 
     async def _show_ports(self) -> None:
         config, client = self.config, self.request.client
@@ -4089,10 +4089,7 @@ class PortProxy:
         return sum(client.state is ACTIVE for client in self._clients)
 
     async def close(self) -> None:
-        """Stop accepting, close idle connections and tunnels, and wait for running requests.
-
-        They have `shutdown_timeout` seconds.
-        """
+        """Stop accepting, close what is idle, and wait `shutdown_timeout` seconds for the rest."""
         if not self.is_running:
             return
         self.is_running = False
@@ -4180,11 +4177,7 @@ class PortProxy:
         return bool(victims)
 
     async def _accept_tls(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
-        """Accept connections over TLS, until cancelled.
-
-        asyncio's servers report a connection only after its handshake.  Here, handshakes count as
-        connections.
-        """
+        # asyncio's servers report a connection only after its handshake.  Here, it counts before.
         loop = self.deadlines.loop
         try:
             while True:
@@ -4289,10 +4282,7 @@ class PortProxy:
         client.close()
 
     def _log(self, exchange: Exchange) -> None:
-        """Log a request at its end, or at the end of its tunnel.
-
-        One line, without the query, which may hold a secret.
-        """
+        """Log a request, at the end of its tunnel if there is one.  The query may hold a secret."""
         if not logger.isEnabledFor(logging.INFO):
             return  # the tunnel would keep the exchange in memory for nothing
         request, tunnel = exchange.request, exchange.tunnel
