@@ -1861,16 +1861,15 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
         return ProxyError(302, "Redirecting.", (("Location", config.base + "/"),))
     if error.status != 404:
         return error
-    authority = request.client.authority
+    authority, url = request.client.authority, host_form(8080, request.client, config.domains)
     port, _, domain = host_of(authority).partition(".")
+    advice = ""
     if config.domains and _DOMAIN.fullmatch(domain) and port_in_host(authority, (domain,)):
         advice = "For %s.%s to be port %s, {start} {domains} {value}." % (port, domain, port)
-        return ProxyError(404, error.detail, error.fields, advice, domain)
-    url, detail = host_form(8080, request.client, config.domains), error.detail
-    if url:
-        detail += " If an app's links begin with a slash, open it at a host of its own, such as "
-        detail += url + "."
-    return ProxyError(404, detail, error.fields)
+    elif url:
+        advice = "If an app's links begin with a slash, open it at a host of its own, such as "
+        advice += url + "."
+    return ProxyError(404, error.detail, (), advice, domain)
 
 
 def cookies_for_unprefixed(
@@ -1938,6 +1937,7 @@ REACHED = {  # for each loopback name, the listening addresses that it reaches
     "127.0.0.1": {"127.0.0.1", "0.0.0.0", "::"},
     "::1": {"::1", "::"},
 }
+_TRUST_ADVICE = "If you trust it, {start} {any_owner}."
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
 _INTERPRETER = re.compile(
     r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*"
@@ -2060,9 +2060,6 @@ class OwnerGuard:
                 owner = user_name(user)
                 raise ProxyError(403, text % (self._address[1], owner), (), _TRUST_ADVICE)
         return bool(users)
-
-
-_TRUST_ADVICE = "If you trust it, {start} {any_owner}."
 
 
 def local_address(address: Address) -> Optional[Address]:
