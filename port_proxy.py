@@ -2082,21 +2082,18 @@ def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
     """The known users of the sockets at `address` that listen, or are connected to `peer`."""
     unspecified = ("::",) if ":" in address[0] else _UNSPECIFIED
     user = _user_by_netlink(address, peer or (unspecified[0], 0))
-    if user is not None or _has_netlink():
-        return set() if user is None else {user}
+    if user is not None:
+        return {user}
+    with socket.socket() as probe:  # some kernels and sandboxes do not report sockets by netlink
+        probe.bind(("127.0.0.1", 0))
+        probe.listen(1)
+        if _user_by_netlink(probe.getsockname(), (_UNSPECIFIED[0], 0)) is not None:
+            return set()
     # An IPv6 socket may also accept IPv4, but not the reverse.  A socket that is bound to the exact
     # address precedes a socket that is bound to all addresses.
     sockets = [sock for sock in tcp_sockets(peer) if sock.port == address[1]]
     exact = {sock.user for sock in sockets if sock.address == address[0]}
     return exact or {sock.user for sock in sockets if sock.address in unspecified}
-
-
-def _has_netlink() -> bool:
-    """Whether netlink reports sockets.  Some kernels and sandboxes do not support it."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen(1)
-        return _user_by_netlink(sock.getsockname(), (_UNSPECIFIED[0], 0)) is not None
 
 
 def _user_by_netlink(address: Address, peer: Address) -> Optional[int]:
