@@ -1290,7 +1290,7 @@ def poll(transport: Any, event: str) -> bool:
         return False
     poller = select.poll()
     poller.register(sock.fileno(), bits)
-    return any(found & bits for _, found in poller.poll(0))
+    return bool(dict(poller.poll(0)).get(sock.fileno(), 0) & bits)
 
 
 def has_failed(transport: Any) -> bool:
