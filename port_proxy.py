@@ -389,7 +389,8 @@ _UNSPECIFIED = ("0.0.0.0", "::")  # some apps put these into their own URLs
 _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end the Path of a cookie
 _BELOW_BASE = re.compile(
     r"(/absolute)?/(?:([1-9][0-9]{0,4})|"
-    r"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):([1-9][0-9]{0,4}))(/[^\r\n]*)?"
+    r"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):([1-9][0-9]{0,4}))"
+    r"(/[^?\r\n]*)?(\?.*)?"
 )
 _HOST_PATTERN = re.compile(r"[a-z0-9_.*?-]+|[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
@@ -438,18 +439,17 @@ def find_route(
     a bad IPv6 address or dot segments that lead above the app's root.
     """
     rest = path_below(base, target)
-    path, mark, query = (rest or "").partition("?")
-    query = mark + query
-    if rest is not None and path in ("", "/"):
-        return None, path, query
-    match = _BELOW_BASE.fullmatch(path)
+    match = _BELOW_BASE.fullmatch(rest or "")
     if not match:
+        path, mark, query = (rest or "").partition("?")
+        if rest is not None and path in ("", "/"):
+            return None, path, mark + query
         text = (
             "No port is named here. The forms are {0}/<port>/, {0}/<host>:<port>/,"
             " {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/."
         )
         raise ProxyError(404, text.format(base))
-    absolute, bare_port, host, port, path = match.groups("")
+    absolute, bare_port, host, port, path, query = match.groups("")
     prefix = target[: len(target) - len(path + query)]
     route = _make_route(prefix, host, int(bare_port or port), bool(absolute), upstream_tls)
     if "/." in path or "/%" in path:  # RFC 3986 section 5.2.4
@@ -611,16 +611,14 @@ class Headers:
 
     @classmethod
     def parse(cls, section: str, config: Config, is_response: bool = False) -> "Headers":
-        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431.
-
-        White space before a colon is removed in responses and refused in requests (section 5.1).
-        """
+        """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
         lines = section.split("\r\n")[:-2]
         if len(lines) > config.max_fields:
             text = "The message head has more than %d fields." % config.max_fields
             raise ProxyError(431, text)
         keys = _FIELD_NAMES.findall(section.lower())
         if not len(keys) == len(lines) == section.count("\n") - 1:
+            # White space before a colon is refused in requests (RFC 9112 section 5.1).
             unspaced = _SPACED_NAME.sub(r"\1:", section) if is_response else section
             if unspaced != section:
                 return cls.parse(unspaced, config)
@@ -1063,7 +1061,6 @@ class ChunkedDecoder:
 
 
 def body_decoder(framing: Framing, config: Config, is_response: bool = False) -> Any:
-    """A new decoder for this framing."""
     if framing is CHUNKED:
         return ChunkedDecoder(config, is_response)
     return PlainDecoder(sys.maxsize if framing is UNTIL_CLOSE else framing.length)
@@ -1493,7 +1490,7 @@ _SET_BY_PROXY = [
     "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
 ] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
 _USUAL_CONNECTION = frozenset(_USUAL_TOKENS)
-MARK_FIELD = "Port-Proxy-Mark"
+MARK_FIELD = "Port-Proxy-Mark"  # names this process, which so detects loops
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 # GTK Broadway accepts only the spelling of RFC 6455; a server in front may send lower case.
 _HANDSHAKE_NAME = re.compile(r"\A(?:origin|sec-websocket-[a-z]+):", re.IGNORECASE)
@@ -1513,10 +1510,7 @@ _OTHER_HOST = re.compile(r"/\t*[/\\]")  # browsers parse the rest as a host
 
 
 def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
-    """The head of a request for its upstream.
-
-    mark: the value of MARK_FIELD, by which the proxy detects loops.
-    """
+    """The head of a request for its upstream, with this value of MARK_FIELD."""
     route, client = request.route, request.client
     assert route is not None
     is_hidden = _hides_public_origin(request, gate)
@@ -1566,11 +1560,8 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
 
 
 def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> List[str]:
-    """The header lines after the actions of `table`.  `context`: the further arguments of actions.
-
-    Drops the fields that Connection names (RFC 9110 section 7.6.1).
-    """
-    if not headers.connection <= _USUAL_CONNECTION:
+    """The header lines after the actions of `table`.  context: the further arguments of actions."""
+    if not headers.connection <= _USUAL_CONNECTION:  # fields to drop (RFC 9110 section 7.6.1)
         table = {**table, **dict.fromkeys(headers.connection)}
     lines = []
     for key, line in zip(headers.keys, headers.lines):
