@@ -5144,9 +5144,8 @@ Makes every port of this machine reachable through one HTTP port.
   {1:44}shows how to open port 8080
 """
 _STRAY_VALUE = (
-    "a value needs its option: --port N to listen on port N, --check N to examine the app on it,"
-    " --token-file FILE for a token, which other users must not see. To open the app on port N,"
-    " start the proxy and go to http://localhost:8888/proxy/N/"
+    "a value needs its option, such as --port N, --check N or --token-file FILE. To open the app on"
+    " port N, start the proxy and go to http://localhost:8888/proxy/N/"
 )
 
 

@@ -5969,8 +5969,8 @@ class TestCommandLine:
         ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin: invalid choice"),
         ("--check 0", "an upstream is PORT or HOST:PORT, not '0'"), ("--json", "type --check PORT --json"),
         ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
-        ("8080", "a value needs its option: --port N to listen on port N, --check N to examine"),
-        ("--token abc", "a value needs its option"), ("--token=abc", "--token-file FILE for a token"),
+        ("8080", "a value needs its option, such as --port N, --check N or --token-file FILE."),
+        ("--token abc", "a value needs its option"), ("--token=abc", "a value needs its option"),
         ("--domain a abc", "a value needs its option"),
     ])  # fmt: skip
     def test_mistake_is_reported_in_the_last_line(self, capsys, options, message):
