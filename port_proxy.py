@@ -3236,10 +3236,6 @@ class HubUser(NamedTuple):
     has_access: bool
 
 
-# By token: the running or finished lookup, and the time at which it expires.
-TokenCache = Dict[str, Tuple["asyncio.Task[Optional[HubUser]]", float]]
-
-
 class HubGate(Gate):
     """The gate of a server that a JupyterHub started: the Hub's scopes decide about access.
 
@@ -3264,10 +3260,10 @@ class HubGate(Gate):
             context = self._tls["ssl"] = ssl.create_default_context(cafile=config.client_ca)
             if config.certfile:
                 context.load_cert_chain(config.certfile, config.keyfile)
-        # Anybody can cause lookups of invented tokens.  Only concurrent lookups of unknown tokens
-        # are therefore limited, and tokens that the Hub has known have a cache of their own.
-        self._tokens = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
-        self._others = BoundedDict(_MAX_REMEMBERED)  # type: TokenCache
+        # By token: the running or finished lookup, and the time at which it expires.  Anybody can
+        # cause lookups of invented tokens.  Only concurrent lookups of unknown tokens are therefore
+        # limited, and tokens that the Hub has known have a cache of their own.
+        self._tokens, self._others = BoundedDict(_MAX_REMEMBERED), BoundedDict(_MAX_REMEMBERED)
         self.callback_path = urlsplit(self.hub.callback_url).path
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + short_hash(self.hub.prefix)
@@ -3425,21 +3421,22 @@ class HubGate(Gate):
         if not _HUB_TOKEN.fullmatch(token):
             return None
         cache = self._tokens if is_known or token in self._tokens else self._others
-        lookup = cache.get(token)
-        if lookup is None or now() > lookup[1]:
+        lookup, until = cache.get(token, (None, 0.0))
+        if lookup is None or now() > until:
             pending = sum(not task.done() for task, _ in self._others.values())
             if pending >= _MAX_PENDING and cache is self._others:
                 text = "There are too many requests to the Hub. Try again shortly."
                 raise ProxyError(503, text, _RETRY_SOON)
-            task = self._deadlines.loop.create_task(self._find_user(token))
-            lookup = cache[token] = task, now() + _CACHE_SECONDS
+            lookup = self._deadlines.loop.create_task(self._find_user(token))
+            until = now() + _CACHE_SECONDS
+            cache[token] = lookup, until
         try:
-            user = await lookup[0]
+            user = await lookup  # type: Optional[HubUser]
         except ProxyError:
-            cache[token] = lookup[0], 0.0  # failures are not cached
+            cache[token] = lookup, 0.0  # failures are not cached
             raise
         if user is not None:
-            self._tokens[token] = lookup
+            self._tokens[token] = lookup, until
         return user
 
     async def _find_user(self, token: str) -> Optional[HubUser]:
@@ -3481,17 +3478,15 @@ class HubGate(Gate):
 
     async def _report_activity(self) -> None:
         """Report the time of the last activity (ISO 8601, UTC) once an interval, if it is new."""
-        own_token, reported = "Authorization: token " + self.hub.api_token, ""
+        lines, reported = ["Authorization: token " + self.hub.api_token, _JSON], ""
         while self.hub.activity_url:
             await asyncio.sleep(self.hub.activity_interval)
             moment = self._last_activity
             if moment != reported:
                 last = {"last_activity": moment}
-                activity = {**last, "servers": {self.hub.server_name: last}}
+                activity = json.dumps({**last, "servers": {self.hub.server_name: last}})
                 with contextlib.suppress(ProxyError):  # it has been logged; tried again next time
-                    response, _ = await self._call(
-                        "POST", self.hub.activity_url, [own_token, _JSON], json.dumps(activity)
-                    )
+                    response, _ = await self._call("POST", self.hub.activity_url, lines, activity)
                     reported = moment if response.status < 400 else reported
 
 
