@@ -1182,10 +1182,10 @@ class Connection(asyncio.StreamReaderProtocol):
         return bool(self.transport.can_write_eof())
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
-        if isinstance(exc, OSError) and not self.ended and self.scheme == "http":
+        sock = self.transport.get_extra_info("socket")  # None in uvloop, if it is closed
+        if isinstance(exc, OSError) and not self.ended and self.scheme == "http" and sock:
             # asyncio stops reading when a write fails.  An upstream that rejects a request body may
             # have sent its response before that: the kernel still holds it.
-            sock = self.transport.get_extra_info("socket")
             fd = sock.fileno()
             with contextlib.suppress(OSError), socket.fromfd(fd, sock.family, sock.type) as copy:
                 copy.setblocking(False)
@@ -1231,7 +1231,8 @@ class Connection(asyncio.StreamReaderProtocol):
             self.read_deadline = min(self.read_deadline, now() + seconds)
 
     def write(self, data: bytes) -> None:
-        self.writer.write(data)
+        if not self.transport.is_closing():  # then uvloop raises RuntimeError
+            self.writer.write(data)
 
     async def drain(self, timeout: float) -> None:
         """Wait for most of the queued bytes to be sent.  Raises PeerGone, also after `timeout`."""
@@ -1274,7 +1275,7 @@ class Connection(asyncio.StreamReaderProtocol):
     def abort(self) -> None:
         """Close at once, with a reset if the peer could take EOF for the end of its body."""
         sock = self.transport.get_extra_info("socket")
-        if self.eof_ends_body and sock.fileno() >= 0:
+        if self.eof_ends_body and sock and sock.fileno() >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.end(ConnectionAbortedError(errno.ECONNABORTED, "the proxy closed the connection"))
         self.transport.abort()
