@@ -4703,15 +4703,41 @@ class JupyterGate(Gate):
         return super().strip_cookies(";".join(pairs), route)
 
 
-def _handler_class(server: Any, proxy: "PortProxy") -> Any:
+async def _serve_authenticated(handler: Any, head: bytes, server: Any, proxy: "PortProxy") -> None:
+    """Serve a request on the handler's stream, and return the stream to Tornado."""
+    gate = JupyterGate(proxy.config, handler)
+    if handler.is_page_visit:
+        handler.xsrf_token  # noqa: B018  reading it sets its cookie
+    if not proxy.is_running:  # not started yet: the event loop was not running
+        own = [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)]
+        await proxy.start([], own)
+    proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
+    connection = LentConnection(proxy.deadlines)
+    address = handler.request.connection.context.address
+    stream = handler.detach()
+    if stream.closed():  # the client has left
+        return
+    transport = TornadoTransport(stream, address, connection)
+    if not await proxy.serve_one(connection, head, gate):
+        return
+    if transport.is_reading() or transport.is_closing():
+        connection.close()
+        return
+    connection.deadlines.connections.discard(connection)
+    stream.set_close_callback(None)
+    server.http_server.handle_stream(stream, address)
+
+
+def _note_activity(settings: Dict[str, Any]) -> None:
     from datetime import datetime, timezone
 
+    settings["api_last_activity"] = datetime.now(timezone.utc)
+
+
+def _handler_class(server: Any, proxy: "PortProxy") -> Any:
     from jupyter_server.base.handlers import JupyterHandler
     from jupyter_server.utils import ensure_async
     from tornado import web
-
-    def note_activity() -> None:
-        server.web_app.settings["api_last_activity"] = datetime.now(timezone.utc)
 
     @web.stream_request_body
     class PortProxyHandler(JupyterHandler):  # type: ignore[misc]
@@ -4756,27 +4782,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 allowed = authorizer.is_authorized(self, self.current_user, "execute", "proxy")
                 if not await ensure_async(allowed):
                     raise web.HTTPError(403)
-            gate = JupyterGate(proxy.config, self)
-            if self.is_page_visit:
-                self.xsrf_token  # noqa: B018  reading it sets its cookie
-            if not proxy.is_running:  # not started yet: the event loop was not running
-                own = [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)]
-                await proxy.start([], own)
-            proxy.deadlines.on_activity = note_activity
-            connection = LentConnection(proxy.deadlines)
-            address = self.request.connection.context.address
-            stream = self.detach()
-            if stream.closed():  # the client has left
-                return
-            transport = TornadoTransport(stream, address, connection)
-            if not await proxy.serve_one(connection, head, gate):
-                return
-            if transport.is_reading() or transport.is_closing():
-                connection.close()
-                return
-            connection.deadlines.connections.discard(connection)
-            stream.set_close_callback(None)
-            server.http_server.handle_stream(stream, address)
+            await _serve_authenticated(self, head, server, proxy)
 
     return PortProxyHandler
 
