@@ -2489,13 +2489,17 @@ class TestToken:
     def test_sign_in_from_another_site_is_refused(self, proxy):
         assert status_of(self.submit(proxy, "token=" + TOKEN, "Origin: http://evil")) == 403
 
-    @pytest.mark.parametrize("options", [
-        {"whole_origin": False}, {"base": "/user/ana/proxy"}, {"trusted_proxies": ["192.0.2.1"]},
+    @pytest.mark.parametrize("options, lines, attributes", [
+        ({"whole_origin": False}, (), "; Path=/proxy; HttpOnly"),
+        ({"base": "/user/ana/proxy"}, (), "; Path=/user/ana/proxy; HttpOnly"),
+        ({"trusted_proxies": ["192.0.2.1"]}, (), "; Path=/proxy; HttpOnly"),
+        ({"trusted_proxies": ["127.0.0.1"]}, ("X-Forwarded-Proto: https",), "; SameSite=Lax; Secure"),
     ])
-    def test_cookie_stays_below_the_base_if_others_share_the_origin(self, options):
-        base = options.get("base", "/proxy")
-        error, _ = decision(gate_with(token=TOKEN, **options), request("GET", "%s/?token=%s" % (base, TOKEN), *VISIT))
-        assert "; Path=%s; HttpOnly" % base in dict(error.fields)["Set-Cookie"]
+    def test_cookie_is_as_narrow_and_secure_as_the_origin(self, options, lines, attributes):
+        """It stays below the base if others share the origin."""
+        target = "%s/?token=%s" % (options.get("base", "/proxy"), TOKEN)
+        error, _ = decision(gate_with(token=TOKEN, **options), request("GET", target, *VISIT, *lines))
+        assert attributes in dict(error.fields)["Set-Cookie"]
 
     def test_sign_in_leads_below_the_path_of_the_cookie(self):
         """Browsers compare it undecoded.  An app at a host of its own has no base."""
@@ -2789,16 +2793,6 @@ class TestOrigin:
             status = 200 if is_admitted or is_allowed else 403
             assert refusal(gate, request(method, "/proxy/80/", *lines))[0] == status, (method, fields)
 
-    @pytest.mark.parametrize("site, dest, is_admitted", [
-        ("cross-site", "document", True), ("cross-site", "iframe", False), ("cross-site", "object", False),
-        ("same-origin", "iframe", True), ("same-site", "iframe", False), ("same-site", "document", True),
-    ])
-    def test_page_in_a_frame_of_another_site_is_refused(self, site, dest, is_admitted):
-        """There the person sees nothing of it, and the app in it could read the others."""
-        raw = request("GET", "/proxy/80/", "Sec-Fetch-Site: " + site, "Sec-Fetch-Dest: " + dest, *VISIT)
-        assert refusal(gate_with(), raw)[0] == (200 if is_admitted else 403)
-        assert refusal(gate_with(allow_origins=["*"]), raw)[0] == 200
-
     @pytest.mark.parametrize("status, lines", [
         (403, ["Referer: http://evil/"]), (200, ["Referer: http://evil/", "Accept: text/html"]),
         (200, ["Referer: https://here:8888/x"]), (403, ["Referer: http://here/x"]),
@@ -2807,11 +2801,15 @@ class TestOrigin:
         (200, ["Referer: http://evil/", "Sec-Fetch-Site: same-origin"]), (403, ["Referer: http://a.b:81/x"]),
         (200, ["Referer: http://a.b/x", "Sec-Fetch-Site: cross-site"]),
         (403, ["Referer: http://a.b/x", "Origin: http://evil"]),
-    ], ids=case_id)
-    def test_referer_decides_without_sec_fetch_site(self, status, lines):
-        """Over plain HTTP to another name than localhost, browsers send no Sec-Fetch fields."""
-        gate = gate_with(allow_origins=["http://a.b"])
-        assert refusal(gate, request("GET", "/proxy/80/a.png", *lines))[0] == status
+    ] + [(status, ["Sec-Fetch-Site: " + site, "Sec-Fetch-Dest: " + dest, *VISIT]) for status, site, dest in (
+        (200, "cross-site", "document"), (403, "cross-site", "iframe"), (403, "cross-site", "object"),
+        (200, "same-origin", "iframe"), (403, "same-site", "iframe"), (200, "same-site", "document"),
+    )], ids=case_id)
+    def test_referer_or_frame_of_another_site_is_refused(self, status, lines):
+        """The Referer counts without Sec-Fetch fields, over plain HTTP. In a frame, an app could read the others."""
+        raw = request("GET", "/proxy/80/a.png", *lines)
+        assert refusal(gate_with(allow_origins=["http://a.b"]), raw)[0] == status
+        assert refusal(gate_with(allow_origins=["*"]), raw)[0] == 200
 
     @pytest.mark.parametrize("method, line, option", [
         ("GET", "Sec-Fetch-Dest: image", "*"), ("GET", "Origin: https://a.example", "https://a.example"),
@@ -2946,11 +2944,6 @@ class TestTrustedProxies:
         with Wire.to_unix(path) if bind == "unix" else Wire.to(proxy.port, bind) as wire:
             assert status_of(wire.ask(to(app, "X-Forwarded-For: 1.2.3.4"))) == 200
         assert fields_of(app.messages[0]).get("x-forwarded-for") == arrives
-
-    def test_cookie_is_secure_if_the_client_uses_https(self):
-        gate = gate_with(trusted_proxies=["127.0.0.1"], token=TOKEN)
-        error, _ = decision(gate, request("GET", "/proxy/?token=" + TOKEN, "X-Forwarded-Proto: https", *VISIT))
-        assert dict(error.fields)["Set-Cookie"].endswith("; Secure")
 
 
 # ------ Ports --------------------------------------------------------------------------------------------------------
