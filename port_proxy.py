@@ -2542,7 +2542,6 @@ class BoundedDict(Dict[Any, Any]):
     """A dictionary of the latest `size` entries; setting a key makes its entry the latest."""
 
     def __init__(self, size: int) -> None:
-        super().__init__()
         self.size = size
 
     def __setitem__(self, key: Any, value: Any) -> None:
