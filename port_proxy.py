@@ -483,7 +483,6 @@ def _make_route(
 
 
 def authority_of(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address."""
     return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
@@ -956,7 +955,6 @@ def cookie_name(cookie: str) -> str:
 
 
 def cookie_values(headers: Headers, name: str) -> List[str]:
-    """All values of the cookie `name` in a request."""
     values = [value for value in headers.get_all("cookie") if name in value]
     pairs = [pair.strip(" \t") for value in values for pair in value.split(";")]
     return [pair[len(name) + 1 :] for pair in pairs if pair.startswith(name + "=")]
@@ -1505,7 +1503,7 @@ _REFRESH = re.compile(
 # <URL> outside quoted strings: Link (RFC 8288 section 3) and If (RFC 4918 section 10.4).
 _BRACKETED = re.compile(r'"(?:[^"\\]|\\(?:.|\Z))*"?|(<)([^<>]*)(>)')
 _COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*=([^;]*)", re.IGNORECASE)
-# Others have no effect (RFC 6265 section 5.2.4).
+# Other values stand for the default path (RFC 6265 section 5.2.4).
 _COOKIE_PATH = re.compile(r"(;[ \t]*path[ \t]*=[ \t]*)(/[^;]*)", re.IGNORECASE)
 _OTHER_HOST = re.compile(r"/\t*[/\\]")  # browsers parse the rest as a host
 
@@ -1718,10 +1716,9 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
     """The URL of `port` with a host of its own, for this client; "" if no domain fits."""
     host = host_of(client.authority)
     domain = host.partition(".")[2] if client.app_port else host
-    if domain not in domains:
-        is_loopback = host.startswith("127.") or host == "[::1]"
-        others = (name for name in domains if name != "localhost")
-        domain = "localhost" if is_loopback and "localhost" in domains else next(others, "")
+    loopback = ["localhost"] if host.startswith("127.") or host == "[::1]" else []
+    others = [name for name in domains if name != "localhost"]
+    domain = next((name for name in [domain, *loopback, *others] if name in domains), "")
     if not domain or not host:
         return ""
     return "%s://%d.%s%s/" % (client.scheme, port, domain, client.authority[len(host) :])
