@@ -2918,6 +2918,8 @@ class TestTrustedProxies:
          "1.2.3.4,127.0.0.1 https pub.a 443"),
         ("127.0.0.0/8", "127.0.0.1", "For:6.6.6.6,1.2.3.4 For:127.9.9.9", "1.2.3.4",
          "6.6.6.6,1.2.3.4,127.9.9.9,127.0.0.1 http here:8888 8888"),
+        ("127.0.0.0/8", "127.0.0.1", "For:1.2.3.4,,127.9.9.9 For:", "1.2.3.4",
+         "1.2.3.4,127.9.9.9,127.0.0.1 http here:8888 8888"),
     ] + [("127.0.0.1", "127.0.0.1", lines, "127.0.0.1", "127.0.0.1 " + arrives) for lines, arrives in (
         ("Host:a/b Proto:gopher Port:x For:", "http here:8888 8888"), ("Host:pub:81 Port:8443", "http pub:81 8443"),
         ("Proto:https,http Host:a:1,b:2 Port:443,80", "https a:1 443"), ("Host:[::1]", "http [::1] 80"),
