@@ -4083,7 +4083,7 @@ class PortProxy:
         tasks = self._tasks()
         if tasks:
             await asyncio.wait(tasks, timeout=self.config.shutdown_timeout)
-        await cancel(tasks)
+        await cancel(self._tasks())
         self.upstreams.close()
         await cancel([self._session_watch])
         await self.gate.close()
