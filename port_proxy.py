@@ -414,6 +414,7 @@ class Route(NamedTuple):
     scheme: str  # "http" or "https", for the upstream
     authority: str  # host:port, for the Host header
     app_authorities: FrozenSet[str]  # what the app may use in its own URLs, in lower case
+    prefix_lines: Tuple[str, ...]  # header lines with the stripped prefix
 
     @property
     def is_local(self) -> bool:
@@ -479,7 +480,9 @@ def _make_route(
     names = home if is_local else (host,)
     app_authorities = frozenset(authority_of(name, port) for name in names)
     scheme = "https" if is_tls else "http"
-    return Route(host, port, prefix, absolute, scheme, authority, app_authorities)
+    fields = _PREFIX_FIELDS if prefix and not absolute else ()
+    lines = tuple("%s: %s" % (field, prefix) for field in fields)
+    return Route(host, port, prefix, absolute, scheme, authority, app_authorities, lines)
 
 
 def authority_of(host: str, port: int) -> str:
@@ -1526,8 +1529,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
         lines.append("X-Forwarded-Proto: " + route.scheme)
     else:
         lines += client.lines
-    if route.prefix and not route.absolute:
-        lines += ["%s: %s" % (name, route.prefix) for name in _PREFIX_FIELDS]
+    lines += route.prefix_lines
     if mark:
         lines.append("%s: %s" % (MARK_FIELD, mark))
     if request.is_websocket:
