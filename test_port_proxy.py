@@ -302,19 +302,11 @@ class Background:
         return tasks
 
 
-class Running:
-    """A proxy that accepts connections."""
+class ProxyAt:
+    """A proxy at a port of this machine, in any process."""
 
-    def __init__(self, background, **options):
-        self.background = background
-        options.setdefault("port", 0)
-        options.setdefault("allow_hostnames", ("*",))
-        self.proxy = background.do(PortProxy(Config(**options)).start())
-        self.port = self.proxy.port
-
-    def open_connections(self):
-        """How many connections of clients the proxy has not closed yet."""
-        return count_connections(local_port=self.port)
+    def __init__(self, port):
+        self.port = port
 
     def wire(self):
         return Wire.to(self.port)
@@ -333,6 +325,21 @@ class Running:
         with self.wire() as wire:
             wire.send(*pieces)
             yield wire
+
+
+class Running(ProxyAt):
+    """A proxy that accepts connections, in an event loop of this process."""
+
+    def __init__(self, background, **options):
+        self.background = background
+        options.setdefault("port", 0)
+        options.setdefault("allow_hostnames", ("*",))
+        self.proxy = background.do(PortProxy(Config(**options)).start())
+        super().__init__(self.proxy.port)
+
+    def open_connections(self):
+        """How many connections of clients the proxy has not closed yet."""
+        return count_connections(local_port=self.port)
 
     @contextlib.contextmanager
     def tunnel(self, app, *pieces):
@@ -647,7 +654,7 @@ loop.run_until_complete(run(loop))
 
 @contextlib.contextmanager
 def proxy_elsewhere(before="", after="", command=(), **options):
-    """A proxy in a process that `command` starts, and code that runs before or after the imports: (process, port)."""
+    """A proxy in a process that `command` starts, and code that runs before or after the imports."""
     options.setdefault("allow_hostnames", ("*",))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -657,15 +664,9 @@ def proxy_elsewhere(before="", after="", command=(), **options):
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         with spawn(list(command) + program, pass_fds=[number], **streams) as process:
             listener.close()
-            yield process, port
+            yield ProxyAt(port)
             process.kill()
             assert process.communicate()[1] == b""
-
-
-def ask_port(port, target, *lines):
-    """The response of the proxy at a port to one GET."""
-    with Wire.to(port) as wire:
-        return wire.ask(request("GET", target, *lines))
 
 
 def unshared(kind):
@@ -2647,10 +2648,10 @@ time.monotonic, time.time = ahead(time.monotonic), ahead(time.time)
 
 @contextlib.contextmanager
 def proxy_with_a_clock(**options):
-    """A proxy in a process of its own: (its port, a function that puts its clock forward by half a minute)."""
+    """A proxy in a process of its own, and a function that puts its clock forward by half a minute."""
     with tempfile.NamedTemporaryFile(buffering=0) as file:
-        with proxy_elsewhere(before=CLOCK % file.name, **options) as (_, port):
-            yield port, lambda: file.write(b".")
+        with proxy_elsewhere(before=CLOCK % file.name, **options) as proxy:
+            yield proxy, lambda: file.write(b".")
 
 
 class TestSignInAtAHost:
@@ -2726,14 +2727,14 @@ class TestSignInAtAHost:
         assert [answer and answer.status for answer in answers] == [None, 303, 303, None, None, None]
 
     def test_ticket_expires(self, app):
-        with proxy_with_a_clock(token=TOKEN) as (port, put_forward):
+        with proxy_with_a_clock(token=TOKEN) as (proxy, put_forward):
             field = "Authorization: token " + TOKEN
-            led = [ask_port(port, "http://localhost:8888/proxy/?open=%d" % app.port, field) for _ in range(2)]
+            led = [proxy.get("http://localhost:8888/proxy/?open=%d" % app.port, field) for _ in range(2)]
             early, late = (fields_of(answer)["location"] for answer in led)
-            assert status_of(ask_port(port, early)) == 303
+            assert status_of(proxy.get(early)) == 303
             put_forward()
             put_forward()
-            answer = ask_port(port, late, *VISIT)
+            answer = proxy.get(late, *VISIT)
             assert (status_of(answer), cookies_set(answer)) == (401, [])
 
     def test_token_in_the_address_signs_in(self, visit, app, host):
@@ -3064,9 +3065,9 @@ class TestPortOwner:
         before = OWNERS_HIDDEN if source == "table" else ""
         # What is imported later may lie where this user may not read.
         after = "import encodings.ascii, encodings.idna, encodings.latin_1, os, pwd; os.setuid(%d)" % OTHER_USER
-        with proxy_elsewhere(before=before, after=after) as (_, port):
+        with proxy_elsewhere(before=before, after=after) as proxy:
             for user, status in ((OTHER_USER, 200), (OTHER_USER + 1, 403), (33, 200), (0, 200)):
-                assert status_of(ask_port(port, "/proxy/%d/" % app_of(user).port)) == status
+                assert status_of(proxy.get("/proxy/%d/" % app_of(user).port)) == status
 
     @pytest.mark.parametrize("own_host, other_host, statuses", [
         ("::1", "127.0.0.1", {"127.0.0.1:": 403, "": 403, "[::1]:": 200}),
@@ -3201,29 +3202,27 @@ def listing(tmp_path_factory):
         stack.callback(app.close)
         closed, foreign = [stack.enter_context(closed_port()) for _ in range(2)]
         command = unshared("-m") + ["sh", "-c", 'mount --bind "$0" /proc && exec "$@"', str(folder)]
-        _, port = stack.enter_context(proxy_elsewhere(command=command, host_allowlist=("db",)))
+        proxy = stack.enter_context(proxy_elsewhere(command=command, host_allowlist=("db",)))
 
         def ask(host, *lines, target="/proxy/"):
-            with Wire.to(port) as wire:
-                wire.send(at(host, "GET", target, *lines))
-                return wire.message()[2].decode()
+            return proxy.ask(at(host, "GET", target, *lines))[2].decode()
 
         def rows(host="here:8888"):
             return {row["port"]: row for row in json.loads(ask(host, JSON))["ports"]}
 
-        seen = argparse.Namespace(port=port, app=app.port, closed=closed, foreign=foreign, rows=rows, folder=folder)
+        seen = argparse.Namespace(get=proxy.get, app=app.port, closed=closed, foreign=foreign, rows=rows, folder=folder)
         seen.unknown = ask("here:8888", *VISIT)
         write_proc(folder, [])
         seen.nothing, seen.no_rows = ask("here:8888", *VISIT), rows()
         local = ["127.0.0.1"]
         programs = [(app.port, local, ["<b>app", "--secret"], 7300), (8081, ["192.0.2.7", "::1"], ["app"], None)]
-        programs += [(70, local, ["app"], None), (port, local, ["app"], None)]  # of the system, and the proxy
+        programs += [(70, local, ["app"], None), (proxy.port, local, ["app"], None)]  # of the system, and the proxy
         programs += [(closed, ["127.0.0.2", "::1"], ["app"], None), (foreign, ["2001:db8::7"], ["app"], None)]
         programs += [(8000 + number, local, ["app%d" % number], age) for number, (age, _) in enumerate(AGES)]
         programs += [(9000 + number, local, words, None) for number, (words, _) in enumerate(PROGRAMS)]
         write_proc(folder, programs)
         eventually(rows)  # a proxy looks at most once a second
-        ask_port(port, "/proxy/%d/" % app.port, *VISIT)
+        proxy.get("/proxy/%d/" % app.port, *VISIT)
         seen.text, seen.json, seen.page = ask("here:8888"), ask("here:8888", JSON), ask("localhost:8888", *VISIT)
         seen.items = ask("localhost:8888", "Accept: */*", target="/proxy/?list")
         seen.at_localhost, seen.at_a_name = rows("localhost:8888"), rows("a.example")
@@ -3345,10 +3344,10 @@ class TestPages:
 
     def test_address_that_an_app_listens_on_is_named_as_it_is_opened(self, listing):
         text = "listens on 127.0.0.2 and ::1 only, not on 127.0.0.1."
-        response = ask_port(listing.port, "/proxy/127.0.0.1:%d/" % listing.closed)
+        response = listing.get("/proxy/127.0.0.1:%d/" % listing.closed)
         assert text.format(listing.closed) in response[2].decode()
         text = " with --host-allowlist 2001:db8::7 and open [2001:db8::7]:{0} instead of {0}."
-        assert text.format(listing.foreign) in ask_port(listing.port, "/proxy/%d/" % listing.foreign)[2].decode()
+        assert text.format(listing.foreign) in listing.get("/proxy/%d/" % listing.foreign)[2].decode()
 
     def test_title_is_forgotten_once_another_program_has_started(self, listing):
         write_start(listing.folder / str(listing.app), age=-60)
@@ -3364,8 +3363,8 @@ class TestPages:
         for port, location in (
             ("8080", "/proxy/8080/"), ("+8080+", "/proxy/8080/"), ("db:80", "/proxy/db:80/"),
             ("absolute/80", "/proxy/absolute/80/"), ("80/x?y", "/proxy/80/"), ("80%0D%0Aa:b", None),
-            ("localhost:5000", "/proxy/5000/"), ("+http://localhost:5000/x", "/proxy/5000/"), ("/5000/", "/proxy/5000/"),
-            ("a", None), ("//evil", None), ("99999", None), ("80/x%0D%0Aa:b", None),
+            ("localhost:5000", "/proxy/5000/"), ("+http://localhost:5000/x", "/proxy/5000/"),
+            ("/5000/", "/proxy/5000/"), ("a", None), ("//evil", None), ("99999", None), ("80/x%0D%0Aa:b", None),
         ):  # fmt: skip
             response = proxy.get("/proxy/?port=" + port, *VISIT)
             expected = (303, location) if location else (404, None)
@@ -3708,8 +3707,8 @@ class TestUpstream:
 
     def test_connection_to_itself_counts_as_nothing_listening(self):
         """The kernel may give a socket the very port that it is to connect to; here it has no other."""
-        with proxy_elsewhere(before=ONLY_PORT_40000, command=unshared("-n")) as (_, port):
-            assert_says(ask_port(port, "/proxy/40000/"), 502, b"Nothing listens on port 40000")
+        with proxy_elsewhere(before=ONLY_PORT_40000, command=unshared("-n")) as proxy:
+            assert_says(proxy.get("/proxy/40000/"), 502, b"Nothing listens on port 40000")
 
 
 # ------ JupyterHub ---------------------------------------------------------------------------------------------------
@@ -3768,11 +3767,6 @@ class HubBehindWire:
     def reports(self, path):
         """The moments of activity that were reported there."""
         return [json.loads(message[2].decode())["last_activity"] for message in self.questions(path)]
-
-
-def proxy_at(port):
-    """A proxy in another process, as far as a test that signs in there needs it."""
-    return argparse.Namespace(get=lambda *asked: ask_port(port, *asked))
 
 
 def new_cookies(answer):
@@ -3890,8 +3884,7 @@ class TestHub:
         assert place_of(self.come_back(proxy, hub, asked, cookie)) == BASE
 
     def test_hub_is_asked_again_after_a_minute_and_a_login_expires_after_ten(self, options, hub, target):
-        with proxy_with_a_clock(**options()) as (port, put_forward):
-            proxy = proxy_at(port)
+        with proxy_with_a_clock(**options()) as (proxy, put_forward):
             early, late = self.sent_to_hub(proxy), self.sent_to_hub(proxy)
             for half_minute in range(22):
                 if half_minute < 4:  # an answer is valid for 45 seconds
@@ -3989,8 +3982,8 @@ class TestHub:
         """Tunnels and event streams, but not those of others, nor a connection that serves another user by now."""
         sent = (SWITCHING, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
         app = upstream(in_turn(*(script(read_head, data, hold) for data in sent * 2)))
-        with proxy_with_a_clock(**options()) as (port, put_forward), contextlib.ExitStack() as opened:
-            proxy, wires = proxy_at(port), [opened.enter_context(Wire.to(port)) for _ in range(5)]
+        with proxy_with_a_clock(**options()) as (proxy, put_forward), contextlib.ExitStack() as opened:
+            wires = [opened.enter_context(proxy.wire()) for _ in range(5)]
             cookie = self.sign_in(proxy, hub)
             for number, (credential, lines) in enumerate(itertools.product((cookie, AS_ADMIN), (HANDSHAKE, ()))):
                 wires[number].send(request("GET", "%s%d/" % (BASE, app.port), credential, *lines))
@@ -5838,7 +5831,7 @@ class TestCommandLine:
         with program("--base", "/user/ana", **how) as (process, _, port), Wire.to(port) as wire:
             process.send_signal(signal.SIGHUP)
             assert wire.ask(to(app, form="/user/ana/%d"))[2] == b"ok"
-            assert ask_port(port, "/user/ana/%d/" % app.port)[2] == b"ok"
+            assert ProxyAt(port).get("/user/ana/%d/" % app.port)[2] == b"ok"
 
     def test_interrupted_check_does_not_report_success(self, upstream):
         app = upstream(script(read_head, tell, hold))
@@ -6068,7 +6061,7 @@ class TestCommandLine:
         with program(preexec_fn=limit, tolerated=".* out of system resource: .*\n") as (_, _, port):
             for wire in [Wire.to(port) for _ in range(80)]:
                 wire.close()
-            assert ask_port(port, "/proxy/%d/" % app.port)[2] == b"ok"
+            assert ProxyAt(port).get("/proxy/%d/" % app.port)[2] == b"ok"
 
 
 def hub_environment(port=1, **changes):
@@ -6176,8 +6169,8 @@ class TestUnderAHub:
         env = dict(ENVIRONMENT, **hub_environment(port, **changes))
         with program("--base", "/ports", "--shutdown-timeout", "600", place=(), env=env) as (_, banner, _):
             assert PREFIX + "/ports/<port>/, for al@ice.x+y" in banner
-            assert place_of(ask_port(port, target, *VISIT)).startswith("/jh/hub/api/oauth2/authorize?")
-            assert status_of(ask_port(port, target)) == 403
+            assert place_of(ProxyAt(port).get(target, *VISIT)).startswith("/jh/hub/api/oauth2/authorize?")
+            assert status_of(ProxyAt(port).get(target)) == 403
             wire = Wire.to(port)
             wire.send(request("GET", target, AS_OWNER))
             assert app.happened.wait(WAIT)
