@@ -11,29 +11,21 @@ listens on port 8080 of this machine.  Requires CPython 3.6 or newer, and nothin
     <base>/absolute/<host>:<port>/path?q    <host>:<port> if allowed, the full path
     http://<port>.localhost:8888/path?q     localhost:<port>, /path?q (an origin for each app)
 
-Request flow.  Each busy client connection has one coroutine.  All requests take the same steps:
+All requests take the same steps, in one coroutine for each busy client connection:
 
     accept -> read_head -> parse_request -> Gate.authorize -> Upstreams.take or connect
            -> request_for_upstream -> [a second task sends the request body meanwhile]
            -> read_head -> parse_response -> response_lines -> relay the body -> next request
     after a 101: a tunnel splices both transports, and the coroutine ends
 
-Invariants.  The framing of a message is decided once; messages that do not match the grammar are
-refused, never repaired.  Bodies are streamed, with back-pressure in both directions.  `Exchange`
-turns errors into responses; after the response head was sent, an error truncates the response so
-that the client can tell.  Access is decided before the proxy connects to an upstream.  Apps never
-receive the proxy's own credentials.
+The framing of a message is decided once, and messages that do not match the grammar are refused,
+never repaired.  Bodies are streamed, with back-pressure in both directions.  Access is decided
+before the proxy connects to an upstream.  `Exchange` turns errors into responses; after the
+response head was sent, an error truncates the response so that the client can tell.
 
 Sections, each using only names above it: configuration, errors, routes, messages, bodies,
 connections, header rewriting, unprefixed requests, local sockets, pages, upstreams, access control,
 jupyterhub, exchange, server, jupyter extension, port check, command line.
-
-Embedding:
-
-    from port_proxy import Config, PortProxy
-    proxy = await PortProxy(Config(port=0)).start()
-    print(proxy.port)
-    await proxy.close()
 """
 
 import argparse
@@ -97,9 +89,8 @@ now = time.monotonic  # the clock of all deadlines, in seconds
 # Configuration
 # --------------------------------------------------------------------------------------------------
 # `Config` gives the type, the default and the rationale of each option.  `OPTIONS` gives its flag,
-# the kind of its values and its help.  `check_values`, the command line, Jupyter's configuration,
-# error messages and a test of the README use this table.  `checked_config` (section Server) also
-# checks the syntax of paths, hosts, networks and origins.
+# the kind of its values and its help.  `checked_config` (section Server), the command line,
+# Jupyter's configuration, error messages and a test of the README use this table.
 
 
 class Hub(NamedTuple):
@@ -275,23 +266,6 @@ OPTIONS = {
     option.field: option
     for option in GENERAL_OPTIONS + ACCESS_OPTIONS + LIMIT_OPTIONS + _FIELDS_WITHOUT_FLAG
 }
-
-
-def check_values(config: Config) -> None:
-    """Raise ValueError for a wrong type, a number out of range, a bad token or a missing option.
-
-    The message does not contain the value, which may be a secret.
-    """
-    for option in OPTIONS.values():
-        value, default = getattr(config, option.field), option.default
-        if not option.kind.accepts(value) and (value is not None or default is not None):
-            raise ValueError("%s must be %s" % (option.flag, option.kind.words))
-    for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
-        if getattr(config, option.field) and not config.certfile:
-            raise ValueError("%s needs --certfile" % option.flag)
-    if not re.fullmatch("[!-~]{16,}|any|", config.token or ""):
-        text = "the token must consist of visible ASCII characters without spaces, at least 16"
-        raise ValueError(text + "; if none is given, a random one is made")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4463,10 +4437,23 @@ _NORMALISERS = {  # of values, or of the members of sequences
 
 
 def checked_config(config: Config) -> Config:
-    """`config` in normal form.  Raises ValueError, which names the option, for invalid values."""
-    check_values(config)
+    """`config` in normal form.  Raises ValueError, which names the option, for invalid values.
+
+    For a wrong type or a bad token, the message does not contain the value: it may be a secret.
+    """
+    for option in OPTIONS.values():
+        value = getattr(config, option.field)  # type: Any
+        is_default = value is None and option.default is None
+        if not (is_default or option.kind.accepts(value)):
+            raise ValueError("%s must be %s" % (option.flag, option.kind.words))
+    for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
+        if getattr(config, option.field) and not config.certfile:
+            raise ValueError("%s needs --certfile" % option.flag)
+    if not re.fullmatch("[!-~]{16,}|any|", config.token or ""):
+        text = "the token must consist of visible ASCII characters without spaces, at least 16"
+        raise ValueError(text + "; if none is given, a random one is made")
     for field, normalise in _NORMALISERS.items():
-        value = getattr(config, field)  # type: Any
+        value = getattr(config, field)
         try:
             if field == "base":
                 value = normalise(value)
@@ -5243,7 +5230,7 @@ def _token(arguments: argparse.Namespace) -> Optional[str]:
     if arguments.no_token:
         return ""
     if arguments.token_file:
-        # latin-1 can decode every file; `check_values` then refuses characters outside of ASCII.
+        # latin-1 can decode every file; `checked_config` then refuses characters outside of ASCII.
         with open(arguments.token_file, encoding="latin-1") as file:
             token = file.read().strip()
         if not token:
