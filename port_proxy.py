@@ -1940,21 +1940,6 @@ class Listener(NamedTuple):
         return bool(self.pid) and self.user == os.geteuid() and self.port >= _FIRST_COMMON_PORT
 
 
-class LookupCache:
-    """Results of functions that look up sockets.  A thread calls each at most once a second."""
-
-    def __init__(self) -> None:
-        # For each function: its last result, and the time until which the result is valid.
-        self._results = {}  # type: Dict[Callable[[], Any], Tuple[asyncio.Future[Any], float]]
-
-    async def get(self, function: Callable[[], Any]) -> Any:
-        future, until = self._results.get(function, (None, 0.0))
-        if future is None or (future.done() and now() >= until):
-            future = asyncio.get_event_loop().run_in_executor(None, function)
-            self._results[function] = future, now() + 1.0
-        return await asyncio.shield(future)
-
-
 def find_listeners() -> List[Listener]:
     """All programs that listen, in the order of ports."""
     pids = {}  # type: Dict[str, int]  # for each socket, the first of its processes
@@ -1991,40 +1976,35 @@ def _parse_address(text: str) -> str:
     return plain_address(str(ipaddress.ip_address(struct.pack("=%dI" % count, *words))))
 
 
-class OwnerGuard:
-    """Refuses connections to local ports of other ordinary users.
+def has_known_owner(address: Address, peer: Optional[Address] = None) -> bool:
+    """Whether the user is known who listens at `address`, or is connected there to `peer`.
 
-    The owner of a port is the user of its listening socket.  The accepted socket is not enough,
-    because the kernel reports no user once its program has closed it.  The constructor checks the
-    owner before the proxy connects, and `check` does afterwards.  Both raise ProxyError 403.
-
-    address: from `local_address`.
+    Raises ProxyError 403 if it is another ordinary user.  address: from `local_address`.
     """
+    users = _socket_users(address, peer)
+    for user in users:
+        if user >= _FIRST_ORDINARY_USER and user != os.geteuid():
+            text = (
+                "Port %d of this machine belongs to another user, %s. Its pages could use your"
+                " other apps as you."
+            )
+            raise ProxyError(403, text % (address[1], user_name(user)), (), _TRUST_ADVICE)
+    return bool(users)
 
-    def __init__(self, address: Address) -> None:
-        self._address = address
-        self._had_known_owner = self._has_known_owner(None)
 
-    def check(self, peer: Address) -> None:
-        """Check a new connection.  `peer`: the proxy's end."""
-        # A program that serves a single connection may have closed its listening socket.
-        is_known = self._has_known_owner(None) or self._has_known_owner(peer)
-        # Without an owner before, another user's program may have accepted the connection.
-        if not is_known or not self._had_known_owner:
-            text = "The user who owns port %d of this machine could not be determined."
-            raise ProxyError(403, text % self._address[1], (), _TRUST_ADVICE)
+def check_owner(address: Address, peer: Address, had_known_owner: bool) -> None:
+    """Refuse a new connection to a port without a known owner, or of another ordinary user.
 
-    def _has_known_owner(self, peer: Optional[Address]) -> bool:
-        users = _socket_users(self._address, peer)
-        for user in users:
-            if user >= _FIRST_ORDINARY_USER and user != os.geteuid():
-                text = (
-                    "Port %d of this machine belongs to another user, %s. Its pages could use your"
-                    " other apps as you."
-                )
-                owner = user_name(user)
-                raise ProxyError(403, text % (self._address[1], owner), (), _TRUST_ADVICE)
-        return bool(users)
+    The owner is the user of the listening socket.  The accepted socket is not enough, because the
+    kernel reports no user once its program has closed it.  peer: the proxy's end of the connection.
+    had_known_owner: the result of `has_known_owner` before the connection.
+    """
+    # A program that serves a single connection may have closed its listening socket.
+    is_known = has_known_owner(address) or has_known_owner(address, peer)
+    # Without an owner before, another user's program may have accepted the connection.
+    if not is_known or not had_known_owner:
+        text = "The user who owns port %d of this machine could not be determined."
+        raise ProxyError(403, text % address[1], (), _TRUST_ADVICE)
 
 
 def local_address(address: Address) -> Optional[Address]:
@@ -2534,7 +2514,8 @@ class Upstreams:
         self.config = config
         self.deadlines = deadlines
         self.listening = listening
-        self.lookups = LookupCache()
+        # For each function: its last result, and the time until which the result is valid.
+        self._lookups = {}  # type: Dict[Callable[[], Any], Tuple[asyncio.Future[Any], float]]
         self._contexts = {}  # type: Dict[bool, ssl.SSLContext]
         # The pool, in the order of use: each connection's authority, and since when it is idle.
         self._idle = {}  # type: Dict[Connection, Tuple[str, float]]
@@ -2582,6 +2563,14 @@ class Upstreams:
         for connection in list(self._idle):
             self._drop(connection)
 
+    async def lookup(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that looks up sockets.  A thread calls it once a second."""
+        future, until = self._lookups.get(function, (None, 0.0))
+        if future is None or (future.done() and now() >= until):
+            future = self.deadlines.loop.run_in_executor(None, function)
+            self._lookups[function] = future, now() + 1.0
+        return await asyncio.shield(future)
+
     async def connect(self, route: Route) -> Connection:
         """A new connection to the route's upstream; ProxyError 403, 502, 503, 504 or 508."""
         try:
@@ -2600,7 +2589,7 @@ class Upstreams:
             text = "The host %s could not be found. Check its spelling, or the machine's DNS."
             raise ProxyError(502, text % route.host)
         except ConnectionRefusedError:
-            sockets = await self.lookups.get(tcp_sockets)  # type: List[TcpSocket]
+            sockets = await self.lookup(tcp_sockets)  # type: List[TcpSocket]
             addresses = dict.fromkeys(sock.address for sock in sockets if sock.port == route.port)
             raise NotListening(route, list(addresses))
         except OSError as error:
@@ -2636,13 +2625,13 @@ class Upstreams:
                 context.check_hostname = verified
                 context.verify_mode = ssl.CERT_REQUIRED if verified else ssl.CERT_NONE
             tls = {"ssl": self._contexts[verified], "server_hostname": route.host}
-        local, guard = local_address(address), None
+        local, had_known_owner = local_address(address), None
         if local is not None:
             if any((name, local[1]) in self.listening for name in (local[0],) + _UNSPECIFIED):
                 text = "Port %d is the proxy's own: this is an endless loop."
                 raise ProxyError(508, text % local[1])
             if sys.platform.startswith("linux") and not self.config.any_owner:
-                guard = OwnerGuard(local)
+                had_known_owner = has_known_owner(local)
         connection = Connection(self.deadlines)
         await self.deadlines.loop.create_connection(lambda: connection, *address, **tls)
         try:
@@ -2651,8 +2640,8 @@ class Upstreams:
                 raise ConnectionResetError(errno.ECONNRESET, "reset as soon as it was accepted")
             if names[0] == names[1]:  # without a listener, a TCP socket can connect to itself
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
-            if guard is not None:
-                guard.check((plain_address(names[0][0]), names[0][1]))
+            if local is not None and had_known_owner is not None:
+                check_owner(local, (plain_address(names[0][0]), names[0][1]), had_known_owner)
         except BaseException:
             connection.abort()
             raise
@@ -2762,6 +2751,7 @@ class Gate:
     sessions_can_end = False  # whether `has_access` can change while a request is served
     other_cookies = ()  # type: Tuple[str, ...]  # prefixes of names besides COOKIE_PREFIX
     terms = COMMAND_LINE_TERMS  # the names of options in errors
+    no_origin_advice = "{start} {allow_origins} '*' to allow every page."
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -2869,16 +2859,10 @@ class Gate:
         site = ", %s," % origin if origin else ""
         text = "A page of another site%s may not use this address (%s)."
         text %= site, request.client.authority or "no Host"
-        raise ProxyError(403, text, (), self.origin_advice(origin), origin)
-
-    def origin_advice(self, origin: str) -> str:
-        """The advice of an error that refuses pages of `origin`; "" if the origin is not valid."""
-        if not origin:
-            return "{start} {allow_origins} '*' to allow every page."
-        advice = "{start} {allow_origins} {value} to allow it."
-        if self.config.trusted_proxies:
+        advice = "{start} {allow_origins} {value} to allow it." if origin else self.no_origin_advice
+        if origin and self.config.trusted_proxies:
             advice += " If %s is this proxy, the server in front must pass Host unchanged." % origin
-        return advice
+        raise ProxyError(403, text, (), advice, origin)
 
 
 async def close_ended_sessions(deadlines: Deadlines) -> None:
@@ -3803,7 +3787,7 @@ class Exchange:
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
         rows = []
-        for listener in await self.proxy.upstreams.lookups.get(find_listeners):
+        for listener in await self.proxy.upstreams.lookup(find_listeners):
             if listener.port in own or not listener.is_own:
                 continue
             host_url = host_form(listener.port, client, config.domains)
@@ -4595,6 +4579,7 @@ class JupyterGate(Gate):
     """The gate for one request, which Jupyter has authenticated; handler: of that request."""
 
     terms = _JUPYTER_TERMS
+    no_origin_advice = "A program can send this request with a Jupyter token."
     other_cookies = (_HUB_COOKIES, _JUPYTER_COOKIES)
 
     def __init__(self, config: Config, handler: Any) -> None:
@@ -4665,10 +4650,6 @@ class JupyterGate(Gate):
         authority = route.authority if route else ""
         is_apps_own = name == _JUPYTER_COOKIES + re.sub("[^A-Za-z0-9]", "-", authority)
         return name == self.cookie_name or (not is_apps_own and super().owns_cookie(name, route))
-
-    def origin_advice(self, origin: str) -> str:
-        program = "A program can send this request with a Jupyter token."
-        return super().origin_advice(origin) if origin else program
 
     def response_fields(self) -> Fields:
         """The cookies that Jupyter sets with this response."""

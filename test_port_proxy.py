@@ -3103,7 +3103,7 @@ class TestPortOwner:
             if is_early:
                 listener.listen(1)
             with pytest.raises(error) if error else contextlib.ExitStack():
-                guard = port_proxy.OwnerGuard(address)
+                had_known_owner = port_proxy.has_known_owner(address)
                 listener.listen(1)
                 client = stack.enter_context(socket.create_connection(address, WAIT))
                 with file_system_user(accepted_by or 0):
@@ -3114,7 +3114,7 @@ class TestPortOwner:
                     listener.close()
                 if then == "is followed":
                     follower.listen(1)
-                guard.check(client.getsockname())
+                port_proxy.check_owner(address, client.getsockname(), had_known_owner)
 
     def test_unknown_owner_is_refused(self, start, app, monkeypatch, source):
         """The system hides its table of sockets; nothing of the proxy itself is changed."""
