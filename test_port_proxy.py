@@ -4905,6 +4905,23 @@ class TestTls:
         eventually(lambda: not proxy.open_connections() and not count_connections(remote_port=app.port))
         assert [record["status"] for record in records()] == ["gone"] * 6  # two seconds later, it would be a 504
 
+    def test_client_that_resets_a_body_until_close_is_no_error(self, secure, upstream, certificate):
+        """asyncio forgets the socket of a lost TLS connection, whether reading or writing has failed."""
+
+        def send_to_the_end(wire, app):
+            with contextlib.suppress(OSError):
+                while True:
+                    wire.send(bytes(1 << 16))
+
+        app, proxy = upstream(script(read_head, UNTIL_CLOSE_HEAD + b"abc", send_to_the_end)), secure()
+        for _ in range(10):
+            wire = tls_wire(proxy, certificate)
+            wire.send(to(app, version="1.0"))
+            wire.until(b"abc")
+            wire.reset()
+        eventually(lambda: not proxy.open_connections() and not count_connections(remote_port=app.port))
+        gc.collect()  # then the event loop reports the failure of a task
+
     @pytest.mark.parametrize("form, is_known, options, status", [
         ("/proxy/%d", False, {}, 502), ("/proxy/%d", False, {"insecure_upstream": True}, 200),
         ("/proxy/%d", True, {}, 200), ("/proxy/127.0.0.1:%d", True, {}, 200),
