@@ -4549,19 +4549,19 @@ class TestTunnel:
             assert (sent["origin"], sent["host"]) == ("http://localhost:%d" % app.port, "localhost:%d" % app.port)
             assert sent["x-forwarded-prefix"] == "/proxy/%d" % app.port
 
-    def test_refusal_of_the_app_is_passed_on(self, proxy, upstream):
-        """There is no tunnel: the next bytes of the client are its next request."""
-        for status in ("403 Forbidden", "426 Upgrade Required", "200 OK"):
-            app = upstream(answering(ok(b"no").replace(b"200 OK", status.encode())))
-            with proxy.wire() as wire:
-                message = wire.ask(to(app, *HANDSHAKE))
-                assert (status_of(message), message[2]) == (int(status[:3]), b"no")
-                assert status_of(wire.ask(request("GET", "/nothing"))) == 404
-
-    def test_101_to_something_else_is_502(self, proxy, upstream):
-        for fields in (b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"Upgrade: websocket\r\n"):
-            app = upstream(once(b"HTTP/1.1 101 S\r\n" + fields + b"\r\n"))
-            assert status_of(proxy.ask(to(app, *HANDSHAKE))) == 502
+    @pytest.mark.parametrize("answer, status", [
+        (ok(b"no").replace(b"200 OK", status), int(status[:3]))
+        for status in (b"403 Forbidden", b"426 Upgrade Required", b"200 OK")
+    ] + [
+        (b"HTTP/1.1 101 S\r\n" + fields + b"\r\n", 502)
+        for fields in (b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"Upgrade: websocket\r\n")
+    ], ids=case_id)
+    def test_handshake_that_the_app_does_not_accept_opens_no_tunnel(self, proxy, upstream, answer, status):
+        """The next bytes of the client are its next request."""
+        with proxy.wire() as wire:
+            message = wire.ask(to(upstream(once(answer)), *HANDSHAKE))
+            assert (status_of(message), message[2] == b"no") == (status, status != 502)
+            assert status_of(wire.ask(request("GET", "/nothing"))) == 404
 
     @pytest.mark.parametrize("first", ["client", "app"])
     @pytest.mark.parametrize("size, is_late", [(10, False), (4 << 20, False), (1000000, True)])
