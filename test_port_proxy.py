@@ -1122,17 +1122,13 @@ class TestMessages:
         for code, method in ((200, "GET"), (200, "HEAD"), (204, "GET"), (304, "GET")):
             assert status_of_error(framing_of_response, headers, minor, code, method) in (status, 400)
 
-    @pytest.mark.parametrize("is_request, status, head", PARTIAL_HEADS, ids=case_id)
+    @pytest.mark.parametrize("is_request, status, head", PARTIAL_HEADS + LONG_HEADS, ids=case_id)
     def test_partial_head_is_refused_at_the_byte_that_makes_it_wrong(self, is_request, status, head):
         """Whether the last byte comes with all others or alone; the bytes before it are checked by then."""
-        for end in range(1, len(head)):
+        for end in range(1, len(head) if len(head) < 100 else 0):
             check_partial_head(head[:end], end - 1, is_request, DEFAULT)
         for checked in (0, len(head) - 1):
             assert status_of_error(check_partial_head, head, checked, is_request, DEFAULT) == status
-
-    @pytest.mark.parametrize("is_request, status, head", LONG_HEADS, ids=case_id)
-    def test_partial_head_that_is_too_long_is_refused(self, is_request, status, head):
-        assert status_of_error(check_partial_head, head, 0, is_request, DEFAULT) == status
 
     def test_long_garbage_is_refused_in_linear_time(self):
         """Patterns with two ways to match the same text would take minutes for these."""
@@ -2100,7 +2096,6 @@ UNPREFIXED = [
     "LAST=80", "LAST=", "LAST=80.", "LAST=.", "LAST=80." + "x" * 43, "LAST=80.\xe4", "xLAST(80)", "LAST(80)x",
     "LAST(80); LAST(90)", "LAST(90); LAST=80", "LAST=80; LAST(90)", "OTHERS(80)", "MOVED(80)",
 )]
-SERVICE_WORKER = ("Sec-Fetch-Site: same-origin", "Sec-Fetch-Dest: serviceworker")
 
 
 def cookies_set(answer):
@@ -2210,7 +2205,8 @@ class TestUnprefixedRequests:
         assert len(cookies_set(proxy.ask(to(upstream(answering(OK)), cookie_of(answer), *VISIT)))) == 1
 
     @pytest.mark.parametrize("target, lines, status", [
-        ("/socket.io/?a", ("Origin: " + US,) + HANDSHAKE, 101), ("/sw.js", SERVICE_WORKER, 200),
+        ("/socket.io/?a", ("Origin: " + US,) + HANDSHAKE, 101),
+        ("/sw.js", ("Sec-Fetch-Site: same-origin", "Sec-Fetch-Dest: serviceworker"), 200),
         ("/socket.io/", ("Origin: http://evil",) + HANDSHAKE, 404),
     ], ids=["WebSocket", "service worker", "foreign WebSocket"])
     def test_request_that_follows_no_redirect_is_served_in_place(self, proxy, upstream, target, lines, status):
