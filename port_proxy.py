@@ -960,10 +960,11 @@ _PARTIAL_TRAILERS = re.compile(
 )
 
 _CHUNKS_IN_A_ROW = 250  # then other requests have their turn
+_ENDLESS = 1 << 63  # bytes; sys.maxsize would end a stream after 2 GiB on a machine of 32 bits
 
 
 class PlainDecoder:
-    """A body without a coding: of known length, or, with the length sys.maxsize, up to EOF."""
+    """A body without a coding: of known length, or, with the length _ENDLESS, up to EOF."""
 
     def __init__(self, length: int) -> None:
         self._remaining = length
@@ -1038,7 +1039,7 @@ class ChunkedDecoder:
 def body_decoder(framing: Framing, config: Config, is_response: bool = False) -> Any:
     if framing is CHUNKED:
         return ChunkedDecoder(config, is_response)
-    return PlainDecoder(sys.maxsize if framing is UNTIL_CLOSE else framing.length)
+    return PlainDecoder(_ENDLESS if framing is UNTIL_CLOSE else framing.length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2581,7 +2582,7 @@ class Upstreams:
         except (ssl.SSLError, ssl.CertificateError) as error:
             if isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
                 text = "The certificate of %s could not be verified." % route.place
-                advice = "{insecure_upstream} accepts any certificate on this machine."
+                advice = "{start} {insecure_upstream} to accept any certificate on this machine."
                 raise ProxyError(502, text, (), advice if route.is_local else "")
             text = "No TLS connection to %s could be made. Does it speak TLS?" % route.place
             raise ProxyError(502, text, (), "See {upstream_tls}.")
@@ -4427,8 +4428,11 @@ def checked_config(config: Config) -> Config:
     """
     for option in OPTIONS.values():
         value = getattr(config, option.field)  # type: Any
-        is_default = value is None and option.default is None
-        if not (is_default or option.kind.accepts(value)):
+        if value is None and option.default is None:
+            continue
+        # In Python, True is a number.
+        may_be_right = isinstance(value, bool) == (option.kind is SWITCH)
+        if not (may_be_right and option.kind.accepts(value)):
             raise ValueError("%s must be %s" % (option.flag, option.kind.words))
     for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
         if getattr(config, option.field) and not config.certfile:
@@ -5016,6 +5020,10 @@ class PortCheck:
             except ProxyError as error:
                 self.problems.append(error.detail)
                 break
+        else:
+            if 300 <= page.status < 400:
+                text = "It redirected %d times in a row and showed no page. A browser, which keeps"
+                self.problems.append(text % _MAX_REDIRECTS + " cookies, may get a page.")
         return page
 
     async def _examine_page(self, page: Response) -> None:
@@ -5409,7 +5417,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = _parse_arguments(parser, argv)
     try:
         config = checked_config(_config(arguments))
-        if arguments.check:
+        if arguments.check is not None:
             _normal_upstream(arguments.check)
     except (OSError, ValueError) as error:
         parser.error(_start_failure(error, Config(), argv))

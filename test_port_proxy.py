@@ -783,8 +783,9 @@ class TestConfig:
             PortProxy(Config(**{field: value}))
 
     @pytest.mark.parametrize("kind, field, value", [(kind, field, value) for kind, field, values in (
-        ("a number from 0 to 65535", "port", ["80", 80.0, None, 65536]), ("a number above 0", "head_timeout", ["3", 0]),
-        ("a whole number above 0", "max_fields", ["3", 0, 1.5]),
+        ("a number from 0 to 65535", "port", ["80", 80.0, None, 65536, True]),
+        ("a number above 0", "head_timeout", ["3", 0, True]),
+        ("a whole number above 0", "max_fields", ["3", 0, 1.5, True]),
         ("a string", "bind", [None]), ("a string", "base", [b"/a"]), ("a string", "token", [5]),
         ("a path", "certfile", [5]), ("a Hub", "hub", [{}]), ("an asynchronous callable", "authorize", ["me"]),
         ("True or False", "whole_origin", ["no"]), ("True or False", "preserve_host", [1]),
@@ -1361,7 +1362,9 @@ class TestBodies:
         assert given == [b"", b"", b"ab", b"cde", b"f", b"", b"", b""]
         assert (decoder.finished, decoder.rest) == (True, b"GET")
 
-    def test_body_until_close_is_all_that_comes(self):
+    def test_body_until_close_is_all_that_comes(self, monkeypatch):
+        """Also of more bytes than sys.maxsize, which is 2 GiB on a machine of 32 bits."""
+        monkeypatch.setattr(sys, "maxsize", 9)
         for pieces, behind in feedings(b"abc\r\n0\r\n\r\n"):
             assert decode(UNTIL_CLOSE, pieces) is None
             assert read_body(UNTIL_CLOSE, pieces) == b"abc\r\n0\r\n\r\n" + behind
@@ -5570,7 +5573,7 @@ def site(pages, is_fussy=False):
     return responding(respond)
 
 
-TO_TLS = "redirects to https at its own address"
+LOOPS, TO_TLS = "5 times in a row", "redirects to https at its own address"
 PREFIX_IN = "/proxy/absolute/PORT/"
 BELOW_ITS_BASE = {
     PREFIX_IN: "<title>A</title><script id=_dash-config></script><a href='%sx'>" % PREFIX_IN,
@@ -5679,9 +5682,9 @@ class TestCheck:
         ({"*": "<img src=/a>"}, False, {"ok": True, "rooted": ["/a"]}, "--whole-origin yes"),
     ] + [({"*": "Location: " + location}, True, {"ok": True, "status": 302, "redirect": path}, problem)
          for location, path, problem in (
-        ("/x?secret", "/x", ""), ("x?secret", "/x", ""), ("http://localhost:PORT/", "/", ""),
-        ("http://127.0.0.1:PORT#a", "/", ""), ("http://localhost:PORT?x", "/", ""),
-        ("http://localhost:8888/x", "/x", ""),
+        ("/x?secret", "/x", LOOPS), ("x?secret", "/x", LOOPS), ("http://localhost:PORT/", "/", LOOPS),
+        ("http://127.0.0.1:PORT#a", "/", LOOPS), ("http://localhost:PORT?x", "/", LOOPS),
+        ("http://localhost:8888/x", "/x", LOOPS),
         ("https://localhost:PORT/a?secret", "https://localhost:PORT/a", TO_TLS),
         ("https://LOCALHOST:PORT", "https://LOCALHOST:PORT", TO_TLS),
         ("https://elsewhere.example/", "https://elsewhere.example/", ""),
@@ -5719,7 +5722,7 @@ class TestCheck:
     def test_trouble_with_tls_is_a_problem(self, check, upstream, tls_app):
         plain = upstream(lambda wire, app: (wire.more(), wire.send(OK)))
         for port, problem in (
-            (tls_app.port, "--insecure-upstream accepts any"),
+            (tls_app.port, "Start the proxy with --insecure-upstream to accept any"),
             (plain.port, "Does it speak TLS? See --upstream-tls."),
         ):
             self.assert_found(check(port, upstream_tls=(str(port),)), problem, ok=False, speaks="", use=())
@@ -5949,6 +5952,7 @@ class TestCommandLine:
         ("--token-file /dev/null", "there is no token in /dev/null"),
         ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin: invalid choice"),
         ("--check 0", "an upstream is PORT or HOST:PORT, not '0'"), ("--json", "type --check PORT --json"),
+        ("--check=", "an upstream is PORT or HOST:PORT, not ''"),
         ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
         ("8080", "a value needs its option, such as --port N, --check N or --token-file FILE."),
         ("--token abc", "a value needs its option"), ("--token=abc", "a value needs its option"),
@@ -6998,6 +7002,10 @@ class Deferred(str):
 
 class TestJupyterExtension:
     """Without Jupyter, which is played by what it hands to the module."""
+
+    def test_no_advice_begins_with_an_option(self):
+        """Its first letter becomes a capital: C.PortProxy is no option of Jupyter."""
+        assert not re.findall(r'"\{(?!start)[a-z_]+\} [^"]*"', Path(port_proxy.__file__).read_text())
 
     @pytest.mark.parametrize("name, value, says", [
         ("host_allowlist", 7, "--host-allowlist must be a sequence"), ("frob", 1, "frob"),
