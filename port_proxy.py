@@ -59,6 +59,7 @@ from typing import (
     Any,
     Awaitable,
     Callable,
+    Coroutine,
     Dict,
     FrozenSet,
     Iterable,
@@ -115,10 +116,9 @@ class Hub(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The settings of one proxy, immutable.  `PortProxy` raises ValueError for invalid ones.
+    """The settings of one proxy.  Sizes are in bytes, times in seconds.
 
-    Sizes are in bytes, times in seconds.  Bodies may have any size.  A request may take any time as
-    long as it makes progress.
+    Bodies may have any size.  A request may take any time as long as it makes progress.
     """
 
     base: str = "/proxy"  # path prefix of all addresses; "/" for none
@@ -288,17 +288,14 @@ def own_command() -> str:
 
 
 def printable(text: str) -> str:
-    """Untrusted text for a terminal, a log or a page.
-
-    Escapes all that `str.isprintable` rejects: control characters, bidirectional marks and others.
-    """
+    """Untrusted text for a terminal, a log or a page; control characters and others are escaped."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
 def _escape_record(record: logging.LogRecord) -> bool:
-    """Logging filter: messages contain text from clients and apps."""
+    # Messages contain text from clients and apps.
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 
@@ -685,8 +682,7 @@ def client_info(
     if _is_trusted(address, config.trusted_proxies):
         value = ",".join(headers.get_all("x-forwarded-for"))
         if len(value) > _MAX_FORWARDED:
-            text = "X-Forwarded-For is longer than %d characters." % _MAX_FORWARDED
-            raise ProxyError(400, text)
+            raise ProxyError(400, "X-Forwarded-For is longer than %d characters." % _MAX_FORWARDED)
         forwarded = [hop for hop in (part.strip(" \t") for part in value.split(",")) if hop]
         hops = forwarded + hops
         clients = (h for h in reversed(forwarded) if not _is_trusted(h, config.trusted_proxies))
@@ -776,9 +772,9 @@ class Response(NamedTuple):
 
 
 def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Request:
-    """Parse a request head, from its first byte to its empty line (RFC 9112 sections 3 to 6).
+    """Parse a request head (RFC 9112 sections 3 to 6); ProxyError 4xx, 501 or 505.
 
-    address, scheme: of the connection.  Raises ProxyError 4xx, 501 or 505.
+    address, scheme: of the connection.
     """
     text = head.decode("latin-1")
     method, target, minor, end = parse_request_line(text, config)
@@ -887,10 +883,7 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
 
 
 def check_partial_head(head: bytes, checked: int, is_request: bool, config: Config) -> None:
-    """Raise ProxyError if an incomplete head is too long or already invalid.
-
-    checked: the number of bytes that an earlier call has checked.
-    """
+    """Raise ProxyError if an incomplete head is too long, or invalid after its `checked` bytes."""
     if _ILLEGAL.search(head, max(0, checked - 1)):  # the last checked byte may be a CR
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
     end = head.find(b"\r\n")
@@ -1221,7 +1214,6 @@ class Connection(asyncio.StreamReaderProtocol):
             raise PeerGone()
 
     def queued(self) -> int:
-        """The number of unsent bytes."""
         try:
             return int(self.transport.get_write_buffer_size())
         except AttributeError:  # TLS before 3.11, shortly before `connection_lost`
@@ -1307,18 +1299,21 @@ class Deadlines:
     has_activity: an app was used since the last tick.  on_activity: called at the next tick if so.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
-        self.loop = loop
-        self.interval = interval
+    def __init__(self, config: Config) -> None:
+        self.loop = asyncio.get_event_loop()
+        # Seconds between ticks: a quarter of the shortest timeout, between 0.05 and 1.
+        timeouts = [getattr(config, name) for name in Config._fields if name.endswith("_timeout")]
+        self._interval = min(1.0, max(0.05, float(min(timeouts)) / 4))
         self.connections = set()  # type: Set[Any]
         self.pending = {}  # type: Dict[Connection, int]
         self._pending_bytes = 0
         self.has_activity = False
         self.on_activity = None  # type: Optional[Callable[[], None]]
-        self._timer = loop.call_later(interval, self._tick)
+        self._tasks = []  # type: List[asyncio.Task[None]]
+        self._timer = self.loop.call_later(self._interval, self._tick)
 
     def _tick(self) -> None:
-        self._timer = self.loop.call_later(self.interval, self._tick)
+        self._timer = self.loop.call_later(self._interval, self._tick)
         time = now()
         for connection in list(self.connections):
             try:
@@ -1343,8 +1338,13 @@ class Deadlines:
             next(iter(self.pending)).abort()  # frees its memory soon, but not at once
             connection.abort()
 
+    def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine in the background until `close`."""
+        self._tasks.append(self.loop.create_task(coroutine))
+
     async def close(self, timeout: float) -> None:
         """Wait `timeout` seconds for connections to close, abort the others, stop the timer."""
+        await cancel(self._tasks)
         for seconds in (timeout, 1.0):  # a second for the aborted ones to end
             until = now() + seconds
             while self.connections and now() < until:
@@ -1784,10 +1784,7 @@ def is_top_level(request: Request) -> bool:
 
 
 def find_app(request: Request, gate: Any) -> Request:
-    """The request with its route, also for an unprefixed request.
-
-    Raises ProxyError: 302 to the proxy's own page, 400, or 404 if no app is found.
-    """
+    """The request with its route, also if it is unprefixed.  ProxyError 302, 400 or 404."""
     error, config = request.route_error, gate.config
     if error is None:
         return request
@@ -2390,10 +2387,7 @@ def _age(seconds: int) -> str:
 def error_response(
     error: ProxyError, request: Optional[Request] = None, base: str = ""
 ) -> LocalResponse:
-    """A page for a person, plain text for a program.
-
-    Only validated parts of the request are shown.  request: None if it could not be parsed.
-    """
+    """A page for a person, plain text for a program.  request: None if it could not be parsed."""
     phrase = title = REASON_PHRASES.get(error.status, "Error")
     path = _probable_path(error, request, base) if request else ""
     if not (request and request.is_navigation and request.method in ("GET", "HEAD", "POST")):
@@ -2739,8 +2733,7 @@ def check_route(route: Route, config: Config) -> None:
         is_allowed = route.is_local or bool(re.fullmatch(host_regex(allowlist), route.host))
     if not is_allowed:
         text = "The host %s is not on the allowlist." % route.host
-        advice = "{start} {host_allowlist} {value} to allow it."
-        raise ProxyError(403, text, (), advice, route.host)
+        raise ProxyError(403, text, (), "{start} {host_allowlist} {value} to allow it.", route.host)
 
 
 class Gate:
@@ -2759,10 +2752,7 @@ class Gate:
         self.root = config.base  # sign-ins lead below this path
 
     async def respond(self, request: Request, read_form: ReadForm) -> None:
-        """Raise the ProxyError that answers a request for the gate itself, such as a sign-in.
-
-        read_form: reads the request body.
-        """
+        """Raise the ProxyError that answers a request for the gate itself, such as a sign-in."""
 
     async def authorize(self, request: Request) -> None:
         """Return to admit the request; raise ProxyError to refuse it."""
@@ -2776,19 +2766,14 @@ class Gate:
             return error.status == 503  # no response of the Hub: the next check tries again
         return True
 
-    async def close(self) -> None:
-        """End the gate's background tasks."""
-
     def response_fields(self) -> Fields:
         """Header fields that the gate adds to a response of an app."""
         return ()
 
     def owns_token(self, token: str) -> bool:
-        """Whether a token in a request is ours, and not the app's."""
         return bool(self.token) and hmac.compare_digest(token.encode(), self.token.encode())
 
     def owns_authorization(self, value: str) -> bool:
-        """Whether the value of an Authorization field holds a token of ours."""
         match = _TOKEN_FIELD.fullmatch(value)
         return match is not None and self.owns_token(match.group(1))
 
@@ -2831,8 +2816,7 @@ class Gate:
     def redirect_without_token(self, request: Request, cookies: Callable[[], Fields]) -> None:
         """Raise ProxyError 302 for a page visit whose target has our token.
 
-        The redirect removes the token from the address bar and from later Referer fields.  cookies:
-        returns Set-Cookie fields for the redirect.
+        So the token does not stay in the address bar, nor in later Referer fields.
         """
         target = public_target(request)
         clean = self.strip_query(target)
@@ -2842,10 +2826,7 @@ class Gate:
             raise ProxyError(302, "Signed in.", (location,) + cookies())
 
     def check_origin(self, request: Request) -> None:
-        """Raise ProxyError 403 for a request that a page of another origin caused.
-
-        Top-level navigation, as by a link, is allowed.
-        """
+        """Raise ProxyError 403 for a request of a foreign page, except for top-level navigation."""
         headers, allowed = request.headers, self.config.allow_origins
         has_origin = "origin" in headers.index
         if not is_foreign(request) or "*" in allowed or (is_top_level(request) and not has_origin):
@@ -2992,10 +2973,8 @@ class TokenGate(Gate):
         raise ProxyError(401, wrong + text, CHALLENGE)
 
     async def _note_wrong_token(self, client: ClientInfo) -> str:
-        """Log a wrong token, delay the response, and return the error text.
-
-        So a connection can try one token per second.  A lockout could be used against others.
-        """
+        """Log a wrong token, delay the response, and return the error text."""
+        # So a connection can try one token per second.  A lockout could be used against others.
         logger.warning("invalid token from %s", client.address or "-")
         await asyncio.sleep(_WRONG_TOKEN_SECONDS)
         return "Invalid token. "
@@ -3042,10 +3021,7 @@ def local_target(base: str, target: str) -> str:
 
 
 def normal_origin(origin: str) -> str:
-    """An origin in lower case and without its scheme's default port; its host may be a pattern.
-
-    Raises ValueError if it is not valid.
-    """
+    """An origin, or a pattern, in lower case and without a default port.  Raises ValueError."""
     match = _ORIGIN.fullmatch(origin.lower())
     if not match:
         text = "an origin is a scheme, host and port such as https://a.example.org, not %r"
@@ -3056,10 +3032,7 @@ def normal_origin(origin: str) -> str:
 
 
 def allows_origin(allowed: Iterable[str], origin: str) -> bool:
-    """Whether an allowed origin has the scheme and port of `origin`, and its host matches.
-
-    All origins are in normal form.  "" is never allowed.
-    """
+    """Whether an allowed origin, or a pattern, matches `origin`.  All are in normal form."""
     page = _ORIGIN.fullmatch(origin)
     if not page:
         return False
@@ -3232,7 +3205,7 @@ class HubGate(Gate):
         self._last_activity = ""
         self._version = None  # type: Optional[str]  # of the Hub
         deadlines.on_activity = self._note_activity
-        self._reporter = deadlines.loop.create_task(self._report_activity())
+        deadlines.run(self._report_activity())
 
     async def respond(self, request: Request, read_form: ReadForm) -> None:
         if request.method not in ("GET", "HEAD"):
@@ -3299,9 +3272,6 @@ class HubGate(Gate):
 
     def owns_token(self, token: str) -> bool:
         return token in self._tokens or token == self.hub.api_token
-
-    async def close(self) -> None:
-        await cancel([self._reporter])
 
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
         """The redirect to the Hub, which redirects back to `_end_login`."""
@@ -3449,10 +3419,7 @@ class HubGate(Gate):
 
 
 def all_tokens(request: Request) -> List[str]:
-    """The distinct tokens in a request: in Authorization, the query and Referer.
-
-    Raises ProxyError 400 for too many.
-    """
+    """The distinct tokens in Authorization, the query and Referer; ProxyError 400 for too many."""
     headers = request.headers
     found = authorization_tokens(headers) + query_tokens(request.target)
     for value in headers.get_all("referer"):
@@ -3810,7 +3777,6 @@ class Exchange:
 
 
 def local_response(response: LocalResponse, keep_alive: bool, is_head: bool = False) -> bytes:
-    """The bytes of a response of our own."""
     phrase = REASON_PHRASES.get(response.status, "Error")
     lines = ["HTTP/1.1 %d %s" % (response.status, phrase)]
     lines += ["%s: %s" % field for field in response.fields]
@@ -3822,8 +3788,7 @@ def local_response(response: LocalResponse, keep_alive: bool, is_head: bool = Fa
 class TunnelEnd(asyncio.Protocol):
     """One side of a tunnel: writes its data to the other side, `peer`, with back-pressure.
 
-    An EOF of one side is passed on; a failure of one side aborts both.  timeout: for the rest of
-    the data after an EOF, in seconds.  received: the number of bytes.
+    An EOF of one side is passed on; a failure aborts both.  timeout: for the data after an EOF.
     """
 
     __slots__ = (
@@ -3931,8 +3896,8 @@ async def open_tunnel(
 class PortProxy:
     """The proxy: `await PortProxy(config).start()`, then `await proxy.close()`.
 
-    Several can run in one event loop.  Raises ValueError for an invalid configuration.  It logs to
-    the logger "port_proxy", which the caller may configure.
+    Several can run in one event loop.  Raises ValueError for an invalid configuration.  The logger
+    is "port_proxy".
     """
 
     def __init__(self, config: Config = Config()) -> None:
@@ -3970,8 +3935,8 @@ class PortProxy:
             self._listening.callback(os.unlink, self.config.bind[len(_UNIX_PREFIX) :])
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         self.is_running = True
-        self.deadlines = Deadlines(loop, _tick_interval(self.config))
-        self._session_watch = loop.create_task(close_ended_sessions(self.deadlines))
+        self.deadlines = Deadlines(self.config)
+        self.deadlines.run(close_ended_sessions(self.deadlines))
         self.gate = TokenGate(self.config, self.is_private, self.port)  # type: Gate
         if self.config.hub:
             self.gate = HubGate(self.config, self.deadlines)
@@ -4046,8 +4011,6 @@ class PortProxy:
             await asyncio.wait(tasks, timeout=self.config.shutdown_timeout)
         await cancel(self._tasks())
         self.upstreams.close()
-        await cancel([self._session_watch])
-        await self.gate.close()
         # Tunnels have the rest of the time to send queued data, other connections one second.
         left = until - now() if self.tunnels else 0.0
         await self.deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
@@ -4189,8 +4152,7 @@ class PortProxy:
         """The next request; None after EOF, `close`, or the response to an invalid head."""
         try:
             if self.config.certfile and client.scheme == "http" and not head:
-                text = "This port speaks HTTPS. Begin the address with https://."
-                raise ProxyError(400, text)
+                raise ProxyError(400, "This port speaks HTTPS. Begin the address with https://.")
             head = head or await _read_request_head(client, self.config)
             if head and self.is_running:
                 return parse_request(head, client.address, client.scheme, self.config)
@@ -4458,12 +4420,6 @@ def checked_config(config: Config) -> Config:
     return config
 
 
-def _tick_interval(config: Config) -> float:
-    """Seconds between checks of the deadlines: a quarter of the shortest, between 0.05 and 1."""
-    timeouts = [getattr(config, name) for name in Config._fields if name.endswith("_timeout")]
-    return min(1.0, max(0.05, float(min(timeouts)) / 4))
-
-
 # --------------------------------------------------------------------------------------------------
 # Jupyter extension
 # --------------------------------------------------------------------------------------------------
@@ -4623,10 +4579,7 @@ class JupyterGate(Gate):
             self.check_origin(request)
 
     async def has_access(self, request: Request) -> bool:
-        """Ask with a new handler: Jupyter caches the user in the handler.
-
-        The Hub's client caches responses, too (HubOAuth.cache_max_age).
-        """
+        # Jupyter caches the user in the handler.  The Hub's client caches responses, too.
         handler = type(self.handler)(self.handler.application, self.handler.request)
         try:
             return await self._from_hub(self.provider.get_user(handler)) is not None
@@ -4641,8 +4594,7 @@ class JupyterGate(Gate):
             raise
         except Exception as error:  # of Tornado or of the connection to the Hub
             logger.warning("no valid response from the Hub: %s", type(error).__name__)
-            text = "The Hub, which checks tokens, does not respond."
-            raise ProxyError(503, text, _RETRY_SOON)
+            raise ProxyError(503, "The Hub, which checks tokens, does not respond.", _RETRY_SOON)
 
     def owns_token(self, token: str) -> bool:
         read = re.sub("[\x00-\x08\x0e-\x1f+]", " ", token).strip()  # as Jupyter reads it
@@ -4877,7 +4829,7 @@ async def check_port(upstream: str, config: Config) -> Report:
     target = "%s/%s/" % (config.base, re.sub("^localhost:", "", upstream.lower()))
     route = find_route(config.base, target, config.upstream_tls)[0]
     assert route is not None
-    deadlines = Deadlines(asyncio.get_event_loop(), _tick_interval(config))
+    deadlines = Deadlines(config)
     own = []  # type: List[Address]
     with contextlib.suppress(OSError, UnicodeError):  # the proxy cannot listen on this address
         own = [address[:2] for *_, address in _bind_addresses(config)]

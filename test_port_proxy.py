@@ -1700,7 +1700,7 @@ class TestBackPressure:
     def test_closed_transport_loses_no_data_and_gets_none(self, background):
         """Before Python 3.11, TLS that has ended cannot resume."""
         async def read():
-            deadlines = port_proxy.Deadlines(asyncio.get_event_loop(), WAIT)
+            deadlines = port_proxy.Deadlines(DEFAULT)
             connection, transport = port_proxy.Connection(deadlines), Mock(asyncio.Transport)
             transport.is_closing.return_value, transport.resume_reading.side_effect = False, AttributeError
             connection.connection_made(transport)
@@ -3495,7 +3495,7 @@ class TestUpstream:
                 wire.send(b"1\r\nx\r\n" * 10000)
 
         async def fetch(port):
-            deadlines = port_proxy.Deadlines(asyncio.get_event_loop(), 0.05)
+            deadlines = port_proxy.Deadlines(Config(linger_timeout=0.2))
             connection = port_proxy.Connection(deadlines)
             await deadlines.loop.create_connection(lambda: connection, "127.0.0.1", port)
             try:
@@ -4142,12 +4142,11 @@ class TestHub:
                 return Mock(status=200 if AS_OWNER in lines else 403), OWNER
 
         async def ask():
-            deadlines = port_proxy.Deadlines(asyncio.get_event_loop(), WAIT)
+            deadlines = port_proxy.Deadlines(DEFAULT)
             gate = Gate(DEFAULT._replace(hub=options()["hub"]), deadlines)
             for token in ("owner-token", *map(str, range(1001)), "owner-token"):
                 with pytest.raises(ProxyError) if token.isdigit() else contextlib.ExitStack():
                     await gate.authorize(asked_for(BASE, "Authorization: token " + token))
-            await gate.close()
             await deadlines.close(0)
 
         background.do(ask())
