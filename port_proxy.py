@@ -3485,7 +3485,7 @@ class Exchange:
         except ProxyError as error:
             await self._respond_error(error)
         except TimedOut:
-            if self.status:
+            if self.status and self._client_failure is None:
                 raise
             text = "The request body did not arrive in time."
             await self._respond_error(ProxyError(408, text))
@@ -3587,7 +3587,8 @@ class Exchange:
             upstream.read_timeout = _HALF_CLOSED_SECONDS
             upstream.shorten_wait(_HALF_CLOSED_SECONDS)
             return
-        is_late = isinstance(client.failure, TimedOut)  # with the request body
+        # A TimedOut with an argument: the client does not read.
+        is_late = isinstance(client.failure, TimedOut) and not client.failure.args
         self._client_failure = TimedOut() if is_late else PeerGone()
         upstream.abort()
 
@@ -3638,6 +3639,7 @@ class Exchange:
         self.status = response.status
         client.write(head + body.encode(data))
         while not body.finished and not data:  # the first data may hold the page's title
+            await client.drain(self.config.stall_timeout)
             data = await body.read(upstream.read_timeout)
             client.write(body.encode(data))
         if request.is_page_visit and response.status == 200 and route.host == "localhost":

@@ -1538,6 +1538,31 @@ class TestDeadlines:
         eventually(lambda: app.messages)
         assert (app.messages, app.connections) == ([b"a"], 1)
 
+    def test_response_to_a_late_body_is_cut_with_a_reason_in_the_log(self, start, upstream, records):
+        """What the proxy has of the response is sent first."""
+        app, proxy = upstream(script(read_head, CHUNKED_HEAD + b"3\r\nabc\r\n", read_to_the_end)), start(stall_timeout=0.3)
+        with proxy.sent(to(app, "Content-Length: 3", method="POST", body=b"a")) as wire:
+            assert wire.rest().endswith(b"\r\n\r\n3\r\nabc\r\n")
+        eventually(records)
+        record = records()[0]
+        assert (record["status"], record.get("error")) == (200, "The request body did not arrive in time.")
+
+    def test_head_of_a_late_response_has_its_own_time(self, start, upstream):
+        """The client had read the response before it; it does not read now, and the body is not there yet."""
+        fields = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 20000) for number in range(40))
+        late = OK.replace(b"\r\n\r\n", b"\r\n" + fields + b"\r\n")
+        app = upstream(script(read_head, OK, read_head, late[:-2], wait, b"ok", hold))
+        proxy = start(linger_timeout=0.1, max_head_bytes=1 << 20)
+        with slow_wire(proxy) as wire:
+            assert wire.ask(to(app))[2] == b"ok"
+            for client in proxy.proxy.deadlines.connections:
+                client.write_deadline = 0.0  # long ago
+            wire.send(to(app))
+            wire.until(b"\r\n")
+            threading.Event().wait(0.3)  # a few checks of the deadlines
+            app.happened.set()
+            assert wire.until(b"\r\n\r\nok").count(b"x" * 20000) == 40
+
     def test_client_that_takes_nothing_does_not_hold_a_silent_app(self, start, upstream):
         """So little is left that the proxy would send more, and waits for it."""
         app = upstream(script(read_head, b"HTTP/1.1 200 OK\r\n\r\n" + bytes(50000), read_to_the_end))
