@@ -334,7 +334,8 @@ class ProxyError(Exception):
             self.detail += " " + advice[0].upper() + advice[1:]
 
 
-_FIELD_LINE = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+_FIELD_LINE = re.compile(TOKEN + ":[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
 
 
 class PeerGone(Exception):
@@ -394,6 +395,11 @@ class Route(NamedTuple):
     @property
     def origin(self) -> str:
         return "%s://%s" % (self.scheme, self.authority)
+
+    @property
+    def name(self) -> str:
+        """PORT or HOST:PORT, as options take it."""
+        return str(self.port) if self.is_local else self.authority
 
     @property
     def place(self) -> str:
@@ -551,7 +557,6 @@ def normal_domain(domain: str) -> str:
 # because \d, \s and \w also match non-ASCII text.  Patterns are unambiguous, so that no input makes
 # them slow.
 
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 # Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
@@ -2401,7 +2406,7 @@ def error_response(
         more = template.format(target=html.escape(error.target), action=html.escape(error.action))
     elif isinstance(error, NotListening) and request.is_page_visit:
         title, script = "Waiting for port %d" % error.route.port, _WAITING_SCRIPT
-        command = "%s --check %s" % (own_command(), upstream_name(error.route))
+        command = "%s --check %s" % (own_command(), error.route.name)
         more = _WAITING.format(command=command)
     elif path:
         more = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path))
@@ -2428,11 +2433,6 @@ def ports_url(client: ClientInfo, base: str) -> str:
     host = host_of(client.authority)
     authority = host.partition(".")[2] + client.authority[len(host) :]
     return "%s://%s%s/" % (client.scheme, authority, base)
-
-
-def upstream_name(route: Route) -> str:
-    """PORT or HOST:PORT, as options take it."""
-    return str(route.port) if route.is_local else route.authority
 
 
 def typed_route(text: str, base: str) -> Optional[Route]:
@@ -2694,7 +2694,7 @@ def unexpected_tls(route: Route) -> ProxyError:
     if route.is_local:
         advice += ", and {insecure_upstream} if its certificate is self-signed"
     text = "The app on %s speaks TLS." % route.place
-    return ProxyError(502, text, (), advice + ".", upstream_name(route))
+    return ProxyError(502, text, (), advice + ".", route.name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3680,7 +3680,6 @@ class Exchange:
         self.client.write(self._response_head(response, NO_BODY))
         await self.client.drain(timeout)
         self.tunnel = await open_tunnel(self.client, upstream, timeout, self.proxy.tunnels)
-        self.tunnel.served = self.client.served
 
     async def _explain(self, error: Exception, route: Route, upstream: Connection) -> Exception:
         """The ProxyError for a failure of the upstream, or TimedOut after the response head."""
@@ -3711,7 +3710,7 @@ class Exchange:
             advice = "If it speaks TLS, {start} {upstream_tls} {value}."
             if is_page or route.scheme == "https":
                 advice = "Its log may say why."
-        return ProxyError(502, text, (), advice, upstream_name(route))
+        return ProxyError(502, text, (), advice, route.name)
 
     async def _respond(self, response: LocalResponse) -> None:
         self.keep_alive = self._may_keep_alive()
@@ -3804,7 +3803,7 @@ class TunnelEnd(asyncio.Protocol):
         self.transport = connection.transport
         self.timeout = timeout
         self.tunnels = tunnels
-        self.served = None  # type: Optional[Tuple[Gate, Request]]
+        self.served = connection.served  # type: Optional[Tuple[Gate, Request]]
         self.deadline = FOREVER
         self.received = 0
         self.ended = self.is_lost = False
@@ -4851,7 +4850,7 @@ class PortCheck:
         self.upstreams = upstreams
         self.config = upstreams.config
         self.path = "/"  # of the page, without its query
-        self.absolute_path = "%s/absolute/%s" % (self.config.base, upstream_name(route))
+        self.absolute_path = "%s/absolute/%s" % (self.config.base, route.name)
         self.base_path = ""  # the absolute path if the app is configured for it
         self.problems = []  # type: List[str]
         self.found = {"kept": self.absolute_path + "/", "problems": self.problems}  # type: Any
