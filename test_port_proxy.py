@@ -5347,19 +5347,24 @@ class Fuzzing:
     # The peers of the proxy
 
     async def talk(self, name):
-        """Be a client. A plain one sends nothing invalid, a patient one ends its side when it has its responses."""
+        """Be a client. A plain one sends nothing invalid, a patient one ends its side when it has its responses, and one
+        that leaves resets its connection, maybe in the middle of a request."""
         chance = random.Random("%d %s" % (self.seed, name.decode()))
         requests = [self.request(chance, name, number) for number in range(chance.randrange(1, 4))]
-        client = argparse.Namespace(name=name, received=b"", is_reset=False, answered=asyncio.Event())
+        leaves = chance.random() < 0.05
+        client = argparse.Namespace(name=name, received=b"", is_reset=leaves, answered=asyncio.Event())
         client.raw, client.is_plain = b"".join(raw for raw, _ in requests), all(plain for _, plain in requests)
-        client.is_patient = chance.random() < 0.6
+        client.is_patient = not leaves and chance.random() < 0.6
         client.requests, client.end = reference_requests(client.raw)
         reader, writer = await asyncio.open_connection("127.0.0.1", self.proxy_port)
         receiving = asyncio.ensure_future(self.receive(client, reader))
-        await self.send(writer, chance, client.raw)
+        await self.send(writer, chance, client.raw[: chance.randrange(len(client.raw)) if leaves else None])
         if client.is_patient:
             await client.answered.wait()
-        self.end(writer)
+        if leaves:
+            writer.transport.abort()
+        else:
+            self.end(writer)
         await receiving
         writer.close()
         return client
@@ -5440,7 +5445,7 @@ class Fuzzing:
         if ends and chance.random() < 0.5:
             self.end(writer)
         elif ends:
-            writer.close()
+            chance.choice([writer.close, writer.transport.abort])()
         return ends or response == (101, b"")
 
     # The outcome
