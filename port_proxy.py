@@ -59,7 +59,6 @@ from typing import (
     Any,
     Awaitable,
     Callable,
-    Coroutine,
     Dict,
     FrozenSet,
     Iterable,
@@ -1343,9 +1342,9 @@ class Deadlines:
             next(iter(self.pending)).abort()  # frees its memory soon, but not at once
             connection.abort()
 
-    def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def run(self, coroutine: Awaitable[None]) -> None:
         """Run a coroutine in the background until `close`."""
-        self._tasks.append(self.loop.create_task(coroutine))
+        self._tasks.append(asyncio.ensure_future(coroutine, loop=self.loop))
 
     async def close(self, timeout: float) -> None:
         """Wait `timeout` seconds for connections to close, abort the others, stop the timer."""
@@ -5012,10 +5011,8 @@ class PortCheck:
                     option = "--client-web-socket-url auto://0.0.0.0:0/ws"
                     advice = "start webpack-dev-server with %s." % option
                 text = "%s contains an address with port %d. This address bypasses the proxy and"
-                text += (
-                    " works only on this machine. If the app does not work from other machines, "
-                )
-                self.problems.append(text % (path, port) + advice)
+                text += " works only on this machine. If the app does not work from other machines,"
+                self.problems.append("%s %s" % (text % (path, port), advice))
                 return
 
     async def _try_websockets(self) -> None:
