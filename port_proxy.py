@@ -2283,11 +2283,12 @@ class NotListening(ProxyError):
         if addresses and route.is_local and REACHED[route.host].isdisjoint(addresses):
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(addresses), route.host
-            address = addresses[0]
-            advice = (
-                "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value}"
-                " and open %s instead of %d."
-            ) % (authority_of(address, route.port), route.port)
+            if REACHED["localhost"].isdisjoint(addresses):  # otherwise its port alone reaches it
+                address = addresses[0]
+                advice = (
+                    "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist}"
+                    " {value} and open %s instead of %d."
+                ) % (authority_of(address, route.port), route.port)
         fields = (("Retry-After", "2"), ("Port-Proxy", "waiting"))
         super().__init__(502, text, fields, advice, address)
         self.route = route

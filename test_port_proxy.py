@@ -3013,6 +3013,7 @@ class TestPorts:
                     text = "The app on port %d listens on %s only, not on %s." % (app.port, plain(host), name)
                     assert status_of(response) == (200 if name in reached else 502)
                     assert name in reached or text in response[2].decode()
+                    assert (b"Start it with 127.0.0.1" in response[2]) is (not reached)
         hosts = ["[::1]" if name == "::1" else name for name in reached]
         assert [fields_of(message)["host"] for message in app.messages] == ["%s:%d" % (one, app.port) for one in hosts]
 
