@@ -407,14 +407,18 @@ class Route(NamedTuple):
 
 
 def find_route(
-    base: str, target: str, upstream_tls: Sequence[str] = ()
+    base: str, target: str, upstream_tls: Sequence[str] = (), app_port: int = 0
 ) -> Tuple[Optional[Route], str, str]:
     """The route, the raw path and the raw query of a request target in origin form.
 
-    The route is None for the base itself.  The path is "" if the slash after the port is missing.
-    The query includes its "?".  Raises ProxyError 404 for a target without a valid port, 400 for
-    a bad IPv6 address or dot segments that lead above the app's root.
+    app_port: the port in the host, which overrides the path.  The route is None for the base
+    itself.  The path is "" if the slash after the port is missing.  The query includes its "?".
+    Raises ProxyError 404 for a target without a valid port, 400 for a bad IPv6 address or dot
+    segments that lead above the app's root.
     """
+    if app_port:
+        path, mark, query = target.partition("?")
+        return _make_route("", "", app_port, False, upstream_tls), path, mark + query
     rest = path_below(base, target)
     match = _BELOW_BASE.fullmatch(rest or "")
     if not match:
@@ -482,16 +486,15 @@ def path_below(base: str, reference: str) -> Optional[str]:
 
     Segments are compared percent-decoded: "+" may be written as "%2B" (RFC 3986 section 6.2.2.2).
     """
-    if reference.startswith(base) and reference[len(base) : len(base) + 1] in ("", "/", "?", "#"):
-        return reference[len(base) :]
-    if "%" not in base and "%" not in reference:
-        return None
-    path = re.split("[?#]", reference, maxsplit=1)[0]
-    start = "/".join(path.split("/")[: base.count("/") + 1])
-    found, wanted = (
-        [unquote(segment, "latin-1") for segment in text.split("/")] for text in (start, base)
-    )
-    return reference[len(start) :] if found == wanted else None
+    if not reference.startswith(base) and ("%" in base or "%" in reference):
+        path = re.split("[?#]", reference, maxsplit=1)[0]
+        start = "/".join(path.split("/")[: base.count("/") + 1])
+        found, wanted = (
+            [unquote(segment, "latin-1") for segment in text.split("/")] for text in (start, base)
+        )
+        base = start if found == wanted else base
+    is_below = reference.startswith(base) and reference[len(base) : len(base) + 1] in "/?#"
+    return reference[len(base) :] if is_below else None
 
 
 def is_base(base: str, target: str) -> bool:
@@ -647,11 +650,8 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
             raise ProxyError(400, "The message has both Transfer-Encoding and Content-Length.")
         if minor == "0":
             raise ProxyError(400, "An HTTP/1.0 message cannot have Transfer-Encoding.")
-        codings = headers.get_all("transfer-encoding")
-        if len(codings) > 1:
-            raise ProxyError(400, "The message has more than one Transfer-Encoding field.")
-        if codings[0].lower() != "chunked":
-            raise ProxyError(501, "The only transfer coding supported is 'chunked'.")
+        if [coding.lower() for coding in headers.get_all("transfer-encoding")] != ["chunked"]:
+            raise ProxyError(501, "The only transfer coding supported is 'chunked', once.")
         return CHUNKED
     if "content-length" not in headers.index:
         return undeclared
@@ -683,7 +683,7 @@ def client_info(
     address in X-Forwarded-For that is not trusted, or else the first.  Raises ProxyError 400.
     """
     hops, port = [address] if address else [], ""
-    if _is_trusted(address, config.trusted_proxies):
+    if config.trusted_proxies and _is_trusted(address, config.trusted_proxies):
         value = ",".join(headers.get_all("x-forwarded-for"))
         if len(value) > _MAX_FORWARDED:
             raise ProxyError(400, "X-Forwarded-For is longer than %d characters." % _MAX_FORWARDED)
@@ -712,19 +712,15 @@ def _make_client_info(
     return ClientInfo(address, scheme, authority, port_in_host(authority, domains), tuple(lines))
 
 
+_network = functools.lru_cache(maxsize=64)(ipaddress.ip_network)
+
+
 def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
-    if not trusted_proxies:
-        return False
     try:
         ip_address = ipaddress.ip_address(address)
     except ValueError:
         return not address and "unix" in trusted_proxies  # Unix sockets have no address
-    return any(ip_address in network for network in _networks(trusted_proxies))
-
-
-@functools.lru_cache(maxsize=8)
-def _networks(proxies: Sequence[str]) -> List[Any]:
-    return [ipaddress.ip_network(proxy, False) for proxy in proxies if proxy != "unix"]
+    return any(proxy != "unix" and ip_address in _network(proxy) for proxy in trusted_proxies)
 
 
 class Request(NamedTuple):
@@ -783,17 +779,13 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     text = head.decode("latin-1")
     method, target, minor, end = parse_request_line(text, config)
     headers = Headers.parse(text[end:], config)
-    hosts = headers.get_all("host")
-    if len(hosts) > 1 or (minor == "1" and not hosts):
-        text = "A request must have exactly one Host field; this one has %d." % len(hosts)
-        raise ProxyError(400, text)
-    authority = hosts[0] if hosts else ""
+    # Of several, the gate and the app might use different ones (RFC 6454 section 7.3).
+    hosts, origins = headers.get_all("host"), headers.get_all("origin")
+    if len(hosts) > 1 or len(origins) > 1 or (minor == "1" and not hosts):
+        raise ProxyError(400, "A request has exactly one Host field, and at most one Origin field.")
+    authority = headers.get("host")
     if hosts and not _AUTHORITY.fullmatch(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
-    # RFC 6454 section 7.3.  Otherwise the gate and the app might use different ones.
-    origins = headers.get_all("origin")
-    if len(origins) > 1:
-        raise ProxyError(400, "A request has at most one Origin field.")
     if method == "CONNECT":
         allow = (("Allow", "GET, HEAD, POST, OPTIONS"),)
         raise ProxyError(405, "CONNECT is refused: this is not a forward proxy.", allow)
@@ -811,6 +803,13 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         headers.get("sec-fetch-mode") in ("", "navigate")
         and "text/html" in headers.get("accept").lower()
     )
+    routed = None, "", ""  # type: Tuple[Optional[Route], str, str]
+    route_error = None
+    try:
+        if target != "*":
+            routed = find_route(config.base, target, config.upstream_tls, client.app_port)
+    except ProxyError as error:  # `find_app` raises it, or else finds the app
+        route_error = error
     return Request(
         method,
         target,
@@ -819,7 +818,8 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         headers,
         framing,
         client,
-        *_route_target(target, client, config),
+        *routed,
+        route_error,
         keep_alive=minor == "1" and "close" not in headers.connection,
         is_replayable=framing is NO_BODY and method in _IDEMPOTENT,  # RFC 9110 section 9.2.2
         is_websocket=is_websocket,  # RFC 6455 section 4.1; other upgrades, such as h2c, are ignored
@@ -827,22 +827,6 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         is_page_visit=is_navigation and method in ("GET", "HEAD") and not is_websocket,
         is_own_origin=bool(origins) and rest_of_own_url(origins[0], client.authority) == "",
     )
-
-
-def _route_target(
-    target: str, client: ClientInfo, config: Config
-) -> Tuple[Optional[Route], str, str, Optional[ProxyError]]:
-    """Route, path, query and routing error.  A port in the host overrides the path."""
-    if target == "*":
-        return None, "", "", None
-    if client.app_port:
-        path, mark, query = target.partition("?")
-        route = _make_route("", "", client.app_port, False, config.upstream_tls)
-        return route, path, mark + query, None
-    try:
-        return find_route(config.base, target, config.upstream_tls) + (None,)
-    except ProxyError as error:  # `find_app` raises it, or else finds the app
-        return None, "", "", error
 
 
 def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
@@ -1484,9 +1468,6 @@ _REFRESH = re.compile(
 )
 # <URL> outside quoted strings: Link (RFC 8288 section 3) and If (RFC 4918 section 10.4).
 _BRACKETED = re.compile(r'"(?:[^"\\]|\\(?:.|\Z))*"?|(<)([^<>]*)(>)')
-_COOKIE_DOMAIN = re.compile(r";[ \t]*domain[ \t]*=([^;]*)", re.IGNORECASE)
-# Other values stand for the default path (RFC 6265 section 5.2.4).
-_COOKIE_PATH = re.compile(r"(;[ \t]*path[ \t]*=[ \t]*)(/[^;]*)", re.IGNORECASE)
 _OTHER_HOST = re.compile(r"/\t*[/\\]")  # browsers parse the rest as a host
 
 
@@ -1631,29 +1612,30 @@ def _translate_each(pattern: Any, translate: Callable[..., str], value: str, *co
 def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any) -> Optional[str]:
     """Refuse the proxy's own cookies, limit Path to the app, and remove a Domain of the app or the
     proxy.  __Host- cookies are unchanged: they always have Path=/ and no Domain."""
+    parts = value.split(";")
     if gate.owns_cookie(cookie_name(value), route):
         return None
     if value[:7].lower() == "__host-":
         return value
-
-    def without_own_domain(attribute: Any) -> Any:
-        host = host_of(request.client.authority)
-        # The parent of 8080.localhost: all apps would get its cookies.
-        parent = host.partition(".")[2] if request.client.app_port else host
-        domain = attribute.group(1).strip(" \t").lower().lstrip(".")
-        is_ours = domain in (host, parent) or domain in map(host_of, route.app_authorities)
-        return "" if is_ours else attribute.group()
-
-    def with_prefix(attribute: Any) -> Any:
-        path = attribute.group(2).rstrip(" \t")
-        # For an absolute route, only a path above the prefix is changed.
-        is_wider = route.absolute and path_below(path.rstrip("/"), route.prefix)
-        return attribute.group(1) + (route.prefix if is_wider else _with_prefix(path, route))
-
-    value = _COOKIE_DOMAIN.sub(without_own_domain, value)
-    if route.prefix and request.is_above_prefix and not _COOKIE_PATH.search(value):
-        return "%s; Path=%s/" % (value, route.prefix)
-    return _COOKIE_PATH.sub(with_prefix, value)
+    host = host_of(request.client.authority)
+    # The parent of 8080.localhost: all apps would get its cookies.
+    parent = host.partition(".")[2] if request.client.app_port else host
+    own_domains = {host, parent, *map(host_of, route.app_authorities)}
+    has_path, kept = False, parts[:1]
+    for part in parts[1:]:
+        name, _, content = (text.strip(" \t") for text in part.partition("="))
+        if name.lower() == "domain" and content.lower().lstrip(".") in own_domains:
+            continue
+        # Other values stand for the default path (RFC 6265 section 5.2.4).
+        if name.lower() == "path" and content.startswith("/"):
+            # For an absolute route, only a path above the prefix is changed.
+            is_wider = route.absolute and path_below(content.rstrip("/"), route.prefix)
+            path = route.prefix if is_wider else _with_prefix(content, route)
+            part, has_path = part.replace(content, path), True
+        kept.append(part)
+    if route.prefix and request.is_above_prefix and not has_path:
+        kept.append(" Path=%s/" % route.prefix)
+    return ";".join(kept)
 
 
 def _with_prefix(path: str, route: Route) -> str:
