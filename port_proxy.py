@@ -406,9 +406,7 @@ class Route(NamedTuple):
         return "port %d of %s" % (self.port, "this machine" if self.is_local else self.host)
 
 
-def find_route(
-    base: str, target: str, upstream_tls: Sequence[str] = (), app_port: int = 0
-) -> Tuple[Optional[Route], str, str]:
+def find_route(config: Config, target: str, app_port: int = 0) -> Tuple[Optional[Route], str, str]:
     """The route, the raw path and the raw query of a request target in origin form.
 
     app_port: the port in the host, which overrides the path.  The route is None for the base
@@ -418,8 +416,8 @@ def find_route(
     """
     if app_port:
         path, mark, query = target.partition("?")
-        return _make_route("", "", app_port, False, upstream_tls), path, mark + query
-    rest = path_below(base, target)
+        return _make_route("", "", app_port, False, config.upstream_tls), path, mark + query
+    rest = path_below(config.base, target)
     match = _BELOW_BASE.fullmatch(rest or "")
     if not match:
         path, mark, query = (rest or "").partition("?")
@@ -429,10 +427,10 @@ def find_route(
             "No port is named here. The forms are {0}/<port>/, {0}/<host>:<port>/,"
             " {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/."
         )
-        raise ProxyError(404, text.format(base))
+        raise ProxyError(404, text.format(config.base))
     absolute, bare_port, host, port, path, query = match.groups("")
     prefix = target[: len(target) - len(path + query)]
-    route = _make_route(prefix, host, int(bare_port or port), bool(absolute), upstream_tls)
+    route = _make_route(prefix, host, int(bare_port or port), bool(absolute), config.upstream_tls)
     if "/." in path or "/%" in path:  # RFC 3986 section 5.2.4
         steps = ({".": 0, "..": -1}.get(unquote(part), 1) for part in path.split("/")[1:])
         if any(depth < 0 for depth in itertools.accumulate(steps)):
@@ -807,7 +805,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     route_error = None
     try:
         if target != "*":
-            routed = find_route(config.base, target, config.upstream_tls, client.app_port)
+            routed = find_route(config, target, client.app_port)
     except ProxyError as error:  # `find_app` raises it, or else finds the app
         route_error = error
     return Request(
@@ -1777,7 +1775,7 @@ def find_app(request: Request, gate: Any) -> Request:
     prefix = _prefix_of_app(request, gate) if error.status == 404 else ""
     if not prefix:
         raise _not_found(error, request, config)
-    route, path, query = find_route(config.base, prefix + request.target, config.upstream_tls)
+    route, path, query = find_route(config, prefix + request.target)
     return request._replace(
         route=route, path=path, query=query, route_error=None, is_unprefixed=True
     )
@@ -1796,7 +1794,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
         return ""
     page = rest_of_own_url(headers.get("referer"), request.client.authority) or ""
     with contextlib.suppress(ProxyError):
-        route = find_route(base, page)[0]
+        route = find_route(gate.config, page)[0]
         if route is not None:
             return route.prefix
         if base:  # the proxy's own page; with an empty base, the page "/" may be an app's
@@ -2372,11 +2370,11 @@ def _age(seconds: int) -> str:
 
 
 def error_response(
-    error: ProxyError, request: Optional[Request] = None, base: str = ""
+    error: ProxyError, request: Optional[Request] = None, config: Config = Config()
 ) -> LocalResponse:
     """A page for a person, plain text for a program.  request: None if it could not be parsed."""
     phrase = title = REASON_PHRASES.get(error.status, "Error")
-    path = _probable_path(error, request, base) if request else ""
+    path = _probable_path(error, request, config) if request else ""
     if not (request and request.is_navigation and request.method in ("GET", "HEAD", "POST")):
         meant = " Did you mean %s?" % path if path else ""
         text = "%d %s\n%s%s\n" % (error.status, phrase, error.detail, meant)
@@ -2393,17 +2391,17 @@ def error_response(
     elif path:
         more = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path))
     detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
-    ports = html.escape(ports_url(request.client, base))
+    ports = html.escape(ports_url(request.client, config.base))
     body = _ERROR_PAGE % (title, detail, more, ports, error.status)
     return _page(error.status, title, body, error.fields, script, frames)
 
 
-def _probable_path(error: ProxyError, request: Request, base: str) -> str:
+def _probable_path(error: ProxyError, request: Request, config: Config) -> str:
     """The path that a mistyped path probably stands for, or ""."""
     if error.status != 404 or request.route is not None:
         return ""
     with contextlib.suppress(ProxyError):
-        route = typed_route(path_below(base, request.target) or request.target, base)
+        route = typed_route(path_below(config.base, request.target) or request.target, config)
         return route.prefix + "/" if route else ""
     return ""
 
@@ -2417,10 +2415,10 @@ def ports_url(client: ClientInfo, base: str) -> str:
     return "%s://%s%s/" % (client.scheme, authority, base)
 
 
-def typed_route(text: str, base: str) -> Optional[Route]:
+def typed_route(text: str, config: Config) -> Optional[Route]:
     """The route for a typed port, host:port, URL or path.  Raises ProxyError if it is not valid."""
     upstream = _NEEDLESS.sub("", text.strip(), 1).replace("absproxy/", "absolute/", 1)
-    return find_route(base, "%s/%s/" % (base, upstream))[0]
+    return find_route(config, "%s/%s/" % (config.base, upstream))[0]
 
 
 def _page(
@@ -3708,7 +3706,7 @@ class Exchange:
         error.phrase_advice(self.gate.terms)
         self.failure = error.detail if error.status >= 400 else ""
         if not self.status:
-            await self._respond(error_response(error, self.request, self.config.base))
+            await self._respond(error_response(error, self.request, self.config))
             return
         self.keep_alive = False
         if self.client.eof_ends_body:
@@ -3733,7 +3731,7 @@ class Exchange:
         config, client = self.config, self.request.client
         port = dict(parse_qsl(self.request.target.partition("?")[2])).get("port")
         if port is not None:  # from the form of the page
-            route = typed_route(port, config.base)
+            route = typed_route(port, config)
             location = (route.prefix if route else config.base) + "/"
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
@@ -4347,7 +4345,7 @@ def server_context(config: Config) -> ssl.SSLContext:
 def _normal_upstream(upstream: str) -> str:
     route = None
     with contextlib.suppress(ProxyError):
-        route = find_route("", "/" + upstream)[0]
+        route = find_route(Config(base=""), "/" + upstream)[0]
     if route is None or upstream.lower() not in (str(route.port), route.authority):
         raise ValueError("an upstream is PORT or HOST:PORT, not %r" % upstream)
     return upstream.lower()
@@ -4810,7 +4808,7 @@ class Report(NamedTuple):
 async def check_port(upstream: str, config: Config) -> Report:
     """The report about an upstream; ProxyError if it is not PORT or HOST:PORT."""
     target = "%s/%s/" % (config.base, re.sub("^localhost:", "", upstream.lower()))
-    route = find_route(config.base, target, config.upstream_tls)[0]
+    route = find_route(config, target)[0]
     assert route is not None
     deadlines = Deadlines(config)
     own = []  # type: List[Address]

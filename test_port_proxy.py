@@ -829,7 +829,7 @@ STAYING = "/. /%2e/a /a/.. /a/%2e%2E/ /a/b/../../c /a//../.. /... /..a /a?/../..
 
 
 def route_of(upstream, upstream_tls=()):
-    return find_route("/proxy", "/proxy/%s/" % upstream, upstream_tls)[0]
+    return find_route(Config(upstream_tls=upstream_tls), "/proxy/%s/" % upstream)[0]
 
 
 class TestRoutes:
@@ -837,7 +837,7 @@ class TestRoutes:
     def test_route_is_found_in_the_raw_target(self, base, target, host, port, path):
         before, mark, query = target.partition("?")
         prefix = before[: len(before) - len(path)]
-        route, found_path, found_query = find_route(base, target)
+        route, found_path, found_query = find_route(Config(base=base), target)
         assert (route.host, route.port, route.prefix) == (host, port, prefix)
         assert route.absolute is ("/absolute/" in prefix)
         assert (found_path, found_query) == (path, mark + query)
@@ -846,14 +846,14 @@ class TestRoutes:
         (400, "/proxy/[1.2.3.4]:80/"), (400, "/proxy/[:::]:80/"),
     ])
     def test_target_without_a_valid_port_or_host_is_refused(self, status, target):
-        assert status_of_error(find_route, "/proxy", target) == status
+        assert status_of_error(find_route, DEFAULT, target) == status
 
     @pytest.mark.parametrize("form", ["/proxy/8080", "/proxy/absolute/8080"])
     def test_dot_segments_that_leave_the_app_are_refused(self, form):
         for path in LEAVING:
-            assert status_of_error(find_route, "/proxy", form + path) == 400, path
+            assert status_of_error(find_route, DEFAULT, form + path) == 400, path
         for path in STAYING:
-            route, found, query = find_route("/proxy", form + path)
+            route, found, query = find_route(DEFAULT, form + path)
             assert (route.prefix, found + query) == (form, path)
 
     @pytest.mark.parametrize("upstream, authority, place, is_local", [
@@ -888,7 +888,7 @@ class TestRoutes:
         assert port_proxy.path_below(base, path) == below
         assert is_base(base, path + "?a") is (below in ("", "/"))
         if is_base(base, path):
-            assert find_route(base, path + "?a") == (None, below, "?a")
+            assert find_route(Config(base=base), path + "?a") == (None, below, "?a")
 
     @pytest.mark.parametrize("pattern, inside, outside", [
         ("EXACT", "exact localhost 127.0.0.1 ::1", "exact. xexact exact.a 127.1 0 0.0.0.0 127.0.0.2 localhost. ::"),
@@ -904,7 +904,7 @@ class TestRoutes:
     def test_host_is_allowed_if_the_pattern_matches(self, pattern, inside, outside):
         """A wildcard matches no dot, so that a page elsewhere cannot make a name that matches."""
         config = PortProxy(Config(host_allowlist=[pattern])).config
-        route = find_route("", "/1/")[0]
+        route = find_route(Config(base=""), "/1/")[0]
         for host in inside.split():
             port_proxy.check_route(route._replace(host=host), config)
         for host in outside.split():
