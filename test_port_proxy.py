@@ -3894,18 +3894,28 @@ class TestHub:
         assert fields_of(app.messages[-1])["cookie"] == "a=b; c=d"
         assert_says(self.come_back(proxy, hub, asked), 403, b"This sign-in was used or has expired")
 
-    @pytest.mark.parametrize("shown", [
-        "", "{name}=wrong", "{name}=", "other={value}", "{name}=\xe9.{value}", "{name}={signature}", "{name}=.{login}",
-        "{name}={other}", "{name}={value}x", "{name}={signature}.9{login}", "{name}={value}; {name}={value}",
-    ])  # fmt: skip
-    def test_login_of_another_browser_is_refused(self, proxy, hub, shown):
+    @pytest.mark.parametrize("query, shown, says", [
+        ("state={state}&code=code", shown, "began in another browser") for shown in (
+            "", "{name}=wrong", "{name}=", "other={value}", "{name}=\xe9.{value}", "{name}={signature}",
+            "{name}=.{login}", "{name}={other}", "{name}={value}x", "{name}={signature}.9{login}",
+            "{name}={value}; {name}={value}",
+        )
+    ] + [(query, "{name}={value}", says) for query, says in (
+        ("state={state}&error=access_denied", "did not sign you in"), ("state={state}", "did not sign you in"),
+        ("state={state}&code=wrong", "did not sign you in"), ("state=x&code=code", "was used or has expired"),
+        ("code=code", "was used or has expired"), ("state=%0a&code=code", "was used or has expired"),
+    )])
+    def test_login_that_fails_is_a_403_with_the_reason(self, proxy, hub, query, shown, says):
         """The state of a sign-in lives in the browser's cookie, whose signature only the proxy can make."""
         (asked, cookie), (_, others) = self.sent_to_hub(proxy), self.sent_to_hub(proxy)
         name, signature, login = re.match(r"Cookie: (\w+)=(.*?)\.(.*)", cookie).groups()
         parts = {"name": name, "signature": signature, "login": login, "value": signature + "." + login}
         shown = shown.format(other=others.split("=", 1)[1], **parts)
-        assert_says(self.come_back(proxy, hub, asked, "Cookie: " + shown), 403, b"began in another browser")
-        assert hub.questions("/hub/api/oauth2/token") == []
+        hub.codes["code"] = ("owner-token", asked["code_challenge"])
+        query = query.format(state=asked["state"])
+        answer = proxy.get("%s/oauth_callback?%s" % (PREFIX, query), "Cookie: " + shown, *VISIT)
+        assert_says(answer, 403, says.encode(), PREFIX.encode() + b"/ again")
+        assert hub.questions("/hub/api/oauth2/token") == [] or "not sign" in says
         assert place_of(self.come_back(proxy, hub, asked, cookie)) == BASE
 
     def test_hub_is_asked_again_after_a_minute_and_a_login_expires_after_ten(self, options, hub, target):
@@ -3919,16 +3929,6 @@ class TestHub:
                     assert place_of(self.come_back(proxy, hub, *early)) == BASE
                 put_forward()
             assert status_of(self.come_back(proxy, hub, *late)) == 403
-
-    @pytest.mark.parametrize("query, says", [
-        ("state=%s&error=access_denied", b"did not sign you in"), ("state=%s", b"did not sign you in"),
-        ("state=%s&code=wrong", b"did not sign you in"), ("state=x&code=a", b"was used or has expired"),
-        ("code=a", b"was used or has expired"), ("state=%%0a&code=a", b"was used or has expired"),
-    ])  # fmt: skip
-    def test_login_that_fails_is_a_403_with_the_reason(self, proxy, query, says):
-        asked, cookie = self.sent_to_hub(proxy)
-        answer = proxy.get("%s/oauth_callback?%s" % (PREFIX, query.replace("%s", asked["state"])), cookie, *VISIT)
-        assert_says(answer, 403, says, PREFIX.encode() + b"/ again")
 
     @pytest.mark.parametrize("target, leads_to", [
         (BASE + "80", BASE + "80"), ("/jh/user/al%40ice.x+y/proxy/80/?a", BASE + "80/?a"),
@@ -4159,24 +4159,13 @@ class TestHub:
             self.sign_in(proxy, hub)
             hub.let_go.set()
 
-    def test_made_up_tokens_do_not_make_the_hub_be_asked_again(self, background, options):
-        asked = []
-
-        class Gate(port_proxy.HubGate):
-            async def _call(self, method, url, lines, body=""):
-                asked.extend(lines)
-                return Mock(status=200 if AS_OWNER in lines else 403), OWNER
-
-        async def ask():
-            deadlines = port_proxy.Deadlines(DEFAULT)
-            gate = Gate(DEFAULT._replace(hub=options()["hub"]), deadlines)
-            for token in ("owner-token", *map(str, range(1001)), "owner-token"):
-                with pytest.raises(ProxyError) if token.isdigit() else contextlib.ExitStack():
-                    await gate.authorize(asked_for(BASE, "Authorization: token " + token))
-            await deadlines.close(0)
-
-        background.do(ask())
-        assert (len(asked), asked.count(AS_OWNER)) == (1002, 1)
+    def test_made_up_tokens_do_not_make_the_hub_be_asked_again(self, proxy, hub):
+        """About the token of a user: a thousand others are remembered apart from it."""
+        tokens = ["owner-token", *map(str, range(1001)), "owner-token"]
+        raws = [request("GET", BASE, "Authorization: token " + token) for token in tokens]
+        statuses = [status_of(answer) for answer in answers_in_turn(proxy, raws)]
+        assert statuses == [200] + [403] * 1001 + [200]
+        assert len(hub.asked) == 1002
 
     def test_long_x_forwarded_for_is_refused(self, proxy):
         for count, status in ((300, 404), (400, 400)):
