@@ -5101,7 +5101,6 @@ def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> No
             settings["action"] = "append"
             text += " (repeatable)"
         elif default is not None:
-            settings["type"] = type(default)
             text += " (default: %s)" % default
         settings["help"] = text if show else argparse.SUPPRESS
         group.add_argument(option.flag, dest=option.field, default=argparse.SUPPRESS, **settings)
@@ -5130,9 +5129,13 @@ def _config(arguments: argparse.Namespace) -> Config:
     """The configuration from arguments and environment.  Raises ValueError or OSError."""
     options = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
     for name, value in options.items():
+        default = OPTIONS[name].default
         if isinstance(value, list):
             values = tuple(item.strip() for entry in value for item in entry.split(","))
-            options[name] = OPTIONS[name].default + values
+            options[name] = default + values
+        elif isinstance(value, str) and isinstance(default, (int, float)):
+            with contextlib.suppress(ValueError):  # `checked_config` then names the option
+                options[name] = type(default)(value)
     if "whole_origin" in options:
         options["whole_origin"] = options["whole_origin"] == "yes"
     options["token"] = _token(arguments)

@@ -5954,8 +5954,8 @@ class TestCommandLine:
                     assert status_of(wire.ask(at("localhost", "GET", "/proxy/"))) == 200
 
     @pytest.mark.parametrize("options, message", [
-        ("--port x", "--port: invalid int value: 'x'"), ("--port 65536", "--port must be a number from 0 to"),
-        ("--head-timeout x", "--head-timeout: invalid float value: 'x'"),
+        ("--port x", "error: --port must be a number from 0 to"), ("--port 65536", "--port must be a number from 0 to"),
+        ("--head-timeout x", "error: --head-timeout must be a number above 0"),
         ("--host-allowlist a+b", "--host-allowlist: a host is a name, an address or a pattern"),
         ("--bind 192.0.2.1", "; choose another --bind or --port"),
         ("--bind nowhere.invalid", "cannot listen on port 8888 of nowhere.invalid: "),
