@@ -592,8 +592,7 @@ class Headers:
         """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
         lines = section.split("\r\n")[:-2]
         if len(lines) > config.max_fields:
-            text = "The message head has more than %d fields." % config.max_fields
-            raise ProxyError(431, text)
+            raise ProxyError(431, "The message head has more than %d fields." % config.max_fields)
         keys = _FIELD_NAMES.findall(section.lower())
         if not len(keys) == len(lines) == section.count("\n") - 1:
             # White space before a colon is refused in requests (RFC 9112 section 5.1).
@@ -882,8 +881,7 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
     elif not head.startswith(b"HTTP/"[: len(head)]):
         raise ProxyError(400, "The response does not begin with HTTP/.")
     if len(head) > config.max_head_bytes:
-        text = "The message head is longer than %d bytes." % config.max_head_bytes
-        raise ProxyError(431, text)
+        raise ProxyError(431, "The message head is longer than %d bytes." % config.max_head_bytes)
 
 
 def rest_of_own_url(url: str, authority: str) -> Optional[str]:
@@ -1329,7 +1327,7 @@ class Deadlines:
         self._tasks.append(asyncio.ensure_future(coroutine, loop=self.loop))
 
     async def close(self, timeout: float) -> None:
-        """Wait `timeout` seconds for connections to close, abort the others, stop the timer."""
+        """Wait `timeout` seconds for connections to close, abort the rest; end tasks and timer."""
         await cancel(self._tasks)
         for seconds in (timeout, 1.0):  # a second for the aborted ones to end
             until = now() + seconds
@@ -2673,8 +2671,7 @@ def unexpected_tls(route: Route) -> ProxyError:
     advice = "{start} {upstream_tls} {value}"
     if route.is_local:
         advice += ", and {insecure_upstream} if its certificate is self-signed"
-    text = "The app on %s speaks TLS." % route.place
-    return ProxyError(502, text, (), advice + ".", route.name)
+    return ProxyError(502, "The app on %s speaks TLS." % route.place, (), advice + ".", route.name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3028,7 +3025,6 @@ def query_tokens(target: str) -> List[str]:
 
 
 def authorization_tokens(headers: Headers) -> List[str]:
-    """The tokens in all Authorization fields."""
     found = map(_TOKEN_FIELD.fullmatch, headers.get_all("authorization"))
     return [match.group(1) for match in found if match]
 
@@ -3467,8 +3463,7 @@ class Exchange:
         except TimedOut:
             if self.status and self._client_failure is None:
                 raise
-            text = "The request body did not arrive in time."
-            await self._respond_error(ProxyError(408, text))
+            await self._respond_error(ProxyError(408, "The request body did not arrive in time."))
         except (PeerGone, Truncated, OSError):
             raise
         except asyncio.CancelledError:
