@@ -503,17 +503,15 @@ def is_base(base: str, target: str) -> bool:
 def host_regex(patterns: Iterable[str]) -> str:
     """A regex for the hosts (lower case, no brackets) that match one of the normalized patterns.
 
-    "*" alone matches every host.  A pattern of digits, dots and wildcards matches only IPv4
-    addresses: 10.* does not match 10.evil.example.  In other patterns, a wildcard matches within
-    one label of a name or one group of an IPv6 address, and a leading "*." matches one or more
-    labels.
+    A wildcard matches within one label of a name or one group of an IPv6 address; a leading "*."
+    matches one or more labels.
     """
     found = []
     for pattern in patterns:
         start, wild = "", "[^.:]"
         if pattern == "*":
             wild = "."
-        elif re.fullmatch("[0-9.*?]+", pattern):
+        elif re.fullmatch("[0-9.*?]+", pattern):  # 10.* must not match 10.evil.example
             start, wild = _ONLY_IPV4, "."
         elif pattern.startswith("*."):
             start, pattern = r"(?:[^.:]+\.)+", pattern[2:]
@@ -550,9 +548,7 @@ def normal_domain(domain: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # Messages
 # --------------------------------------------------------------------------------------------------
-# The grammar of RFC 9112 sections 2 to 6.  Each head is parsed once, into an immutable record of
-# header lines, body framing, client, route and flags.
-#
+# The grammar of RFC 9112 sections 2 to 6.  Each head is parsed once, into an immutable record.
 # Heads are decoded and encoded as latin-1, one character per byte.  Patterns list their characters,
 # because \d, \s and \w also match non-ASCII text.  Patterns are unambiguous, so that no input makes
 # them slow.
@@ -579,8 +575,6 @@ _USUAL_TOKENS = {token: frozenset([token]) for token in ("close", "keep-alive", 
 class Headers:
     """The field lines of a head, in order, with an index."""
 
-    __slots__ = ("connection", "index", "keys", "lines")
-
     def __init__(self, keys: List[str], lines: List[str]) -> None:
         self.keys = keys  # the field names in lower case
         self.lines = lines  # unchanged, "Name: value"
@@ -590,15 +584,13 @@ class Headers:
     @classmethod
     def parse(cls, section: str, config: Config, is_response: bool = False) -> "Headers":
         """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
+        if is_response and (" :" in section or "\t:" in section):  # RFC 9112 section 5.1
+            section = _SPACED_NAME.sub(r"\1:", section)
         lines = section.split("\r\n")[:-2]
         if len(lines) > config.max_fields:
             raise ProxyError(431, "The message head has more than %d fields." % config.max_fields)
         keys = _FIELD_NAMES.findall(section.lower())
         if not len(keys) == len(lines) == section.count("\n") - 1:
-            # White space before a colon is refused in requests (RFC 9112 section 5.1).
-            unspaced = _SPACED_NAME.sub(r"\1:", section) if is_response else section
-            if unspaced != section:
-                return cls.parse(unspaced, config)
             text = "A field line must be 'name: value', without white space before the name or the"
             raise ProxyError(400, text + " colon, and without control bytes (RFC 9112 section 5).")
         return cls(keys, lines)
@@ -652,12 +644,9 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
         return CHUNKED
     if "content-length" not in headers.index:
         return undeclared
-    values = ",".join(headers.get_all("content-length")).split(",")
-    if len({value.strip(" \t") for value in values}) > 1:
-        raise ProxyError(400, "The message has different values of Content-Length.")
-    length = values[0].strip(" \t")
-    if not _LENGTH.fullmatch(length):
-        raise ProxyError(400, "Content-Length is not a number of at most 18 digits.")
+    length, *others = headers.tokens("content-length")
+    if others or not _LENGTH.fullmatch(length):
+        raise ProxyError(400, "Content-Length is not a single number of at most 18 digits.")
     return Framing("length", int(length))
 
 
@@ -674,11 +663,8 @@ class ClientInfo(NamedTuple):
 def client_info(
     headers: Headers, address: str, scheme: str, authority: str, config: Config
 ) -> ClientInfo:
-    """The client of a request; `address` and `scheme` are those of the connection.
-
-    X-Forwarded headers are used only if `address` is a trusted proxy.  The client is then the last
-    address in X-Forwarded-For that is not trusted, or else the first.  Raises ProxyError 400.
-    """
+    """address, scheme: of the connection.  X-Forwarded headers are used only if it is from a
+    trusted proxy.  The client is then their last address that is not trusted, or else the first."""
     hops, port = [address] if address else [], ""
     if config.trusted_proxies and _is_trusted(address, config.trusted_proxies):
         value = ",".join(headers.get_all("x-forwarded-for"))
@@ -750,10 +736,8 @@ class Request(NamedTuple):
 
     @property
     def is_above_prefix(self) -> bool:
-        """Whether the directory of the client's URL is outside the prefix, as for /proxy/8080.
-
-        Browsers use this directory as the default Path of cookies and scope of service workers.
-        """
+        """Whether the directory of the client's URL, which is the default Path of cookies and scope
+        of service workers, is outside the prefix, as for /proxy/8080."""
         return self.is_unprefixed or not self.path
 
 
@@ -769,10 +753,7 @@ class Response(NamedTuple):
 
 
 def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Request:
-    """Parse a request head (RFC 9112 sections 3 to 6); ProxyError 4xx, 501 or 505.
-
-    address, scheme: of the connection.
-    """
+    """Parse a request head (RFC 9112 sections 3 to 6); ProxyError 4xx, 501 or 505."""
     text = head.decode("latin-1")
     method, target, minor, end = parse_request_line(text, config)
     headers = Headers.parse(text[end:], config)
@@ -830,14 +811,14 @@ def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
     """Method, target, minor version and length of the line; ProxyError 400, 414 or 505."""
     match = _REQUEST_LINE.match(text)
     if not match:
-        text = "The request line must be 'METHOD TARGET HTTP/1.1', with single spaces and without"
-        raise ProxyError(400, text + " control bytes.")
+        raise ProxyError(
+            400, "The request line must be 'METHOD TARGET HTTP/1.1' with single spaces."
+        )
     method, target, major, minor = match.groups()
     if major != "1" or minor not in "01":
         raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
     if len(target) > config.max_target_bytes:
-        text = "The request target is longer than %d bytes." % config.max_target_bytes
-        raise ProxyError(414, text)
+        raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
     return method, target, minor, match.end()
 
 
@@ -876,8 +857,7 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
         if end >= 0 and end + 2 > checked:  # the request line is now complete
             parse_request_line(head[: end + 2].decode("latin-1"), config)
         elif end < 0 and len(head) > config.max_target_bytes:
-            text = "The request line is longer than %d bytes." % config.max_target_bytes
-            raise ProxyError(414, text)
+            raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
     elif not head.startswith(b"HTTP/"[: len(head)]):
         raise ProxyError(400, "The response does not begin with HTTP/.")
     if len(head) > config.max_head_bytes:
@@ -1435,10 +1415,8 @@ class Body:
 # Header rewriting
 # --------------------------------------------------------------------------------------------------
 # Apps get requests as through `ssh -L`: URLs of the public origin become URLs of the upstream.  In
-# responses, URLs of the upstream become paths below the prefix.
-#
-# One loop rewrites the fields of a head by a table of actions: None drops a field, a function
-# translates its value.  Fields that are not in the table are unchanged.
+# responses, URLs of the upstream become paths below the prefix.  In the tables of fields, None
+# drops a field, and a function translates its value.  Other fields are unchanged.
 
 # RFC 9110 section 7.6.1, with Trailer (trailers are dropped) and proxy authentication (11.7).
 _HOP_BY_HOP = (
@@ -1446,10 +1424,10 @@ _HOP_BY_HOP = (
     " transfer-encoding upgrade"
 ).split()
 # The proxy drops these fields of the client, and sets most of them itself.
-_SET_BY_PROXY = [
-    "host", "content-length", "transfer-encoding", "forwarded",
-    "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-port",
-] + [name.lower() for name in _PREFIX_FIELDS]  # fmt: skip
+_SET_BY_PROXY = (
+    "host content-length transfer-encoding forwarded x-forwarded-for x-forwarded-proto"
+    " x-forwarded-host x-forwarded-port"
+).split() + [name.lower() for name in _PREFIX_FIELDS]
 _USUAL_CONNECTION = frozenset(_USUAL_TOKENS)
 MARK_FIELD = "Port-Proxy-Mark"  # names this process, which so detects loops
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
@@ -1503,10 +1481,9 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     assert route is not None
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
     lines += _rewritten_lines(headers, _RESPONSE_TABLE, request, route, gate)
-    is_bodiless = response.framing is NO_BODY and response.status >= 200 and response.status != 204
-    if is_bodiless and "content-length" in headers.index:  # HEAD and 304: as for GET
-        length = headers.get("content-length").partition(",")[0]
-        lines.append("Content-Length: " + length.strip(" \t"))
+    if response.framing is NO_BODY and response.status >= 200 and response.status != 204:
+        # HEAD and 304: as for GET.
+        lines += ["Content-Length: " + length for length in headers.tokens("content-length")]
     if route.prefix and (request.is_above_prefix or "service-worker-allowed" in headers.index):
         # A service worker may control its own app, and nothing else.
         lines.append("Service-Worker-Allowed: %s/" % route.prefix)
@@ -1517,7 +1494,6 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
 
 
 def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> List[str]:
-    """The header lines after the actions of `table`.  context: the further arguments of actions."""
     if not headers.connection <= _USUAL_CONNECTION:  # fields to drop (RFC 9110 section 7.6.1)
         table = {**table, **dict.fromkeys(headers.connection)}
     lines = []
@@ -1550,11 +1526,8 @@ def serialise(lines: List[str], framing: Framing) -> bytes:
 
 
 def _hides_public_origin(request: Request, gate: Any) -> bool:
-    """Whether X-Forwarded headers must hide the public origin.
-
-    Apps compare them with Origin, which is translated.  If there is no Origin, Django compares them
-    with Referer, and WebDAV servers with Destination.
-    """
+    """Apps compare X-Forwarded headers with Origin, which is translated.  Without Origin, Django
+    compares them with Referer, and WebDAV servers with Destination."""
     headers, is_own = request.headers, request.is_own_origin
     if "origin" not in headers.index and request.method not in ("GET", "HEAD", "OPTIONS"):
         url = headers.get("destination") or headers.get("referer")
@@ -1634,6 +1607,21 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
     return ";".join(kept)
 
 
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _start_of_copies(route: Route, gate: Any) -> str:
+    """The start of the names of all copies of an app's cookies, see `cookies_for_unprefixed`."""
+    return "%s_%s_" % (gate.app_cookie, short_hash(route.prefix))
+
+
+def _translate_cookie(value: str, request: Request, route: Route, gate: Any) -> Optional[str]:
+    if request.is_unprefixed:
+        value = value.replace(_start_of_copies(route, gate), "")
+    return gate.strip_cookies(value, route) or None
+
+
 def _with_prefix(path: str, route: Route) -> str:
     """The public path for a path of the app.  The prefix is spelled as in the request, because
     browsers do not decode the paths of cookies."""
@@ -1652,7 +1640,7 @@ _REQUEST_TABLE = {
     "referer": _translate_url,
     "destination": _translate_destination,  # RFC 4918 section 10.3
     "if": functools.partial(_translate_each, _BRACKETED, _translate_destination),
-    "cookie": lambda value, _, route, gate: gate.strip_cookies(value, route) or None,
+    "cookie": _translate_cookie,
     "authorization": lambda value, _, __, gate: None if gate.owns_authorization(value) else value,
     # RFC 9110 section 10.1.1
     "expect": lambda value, request, *_: None if request.minor == "0" else value,
@@ -1675,9 +1663,10 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
     """The URL of `port` with a host of its own, for this client; "" if no domain fits."""
     host = host_of(client.authority)
     domain = host.partition(".")[2] if client.app_port else host
-    loopback = ["localhost"] if host.startswith("127.") or host == "[::1]" else []
+    if host.startswith("127.") or host == "[::1]":
+        domain = "localhost"
     others = [name for name in domains if name != "localhost"]
-    domain = next((name for name in [domain, *loopback, *others] if name in domains), "")
+    domain = next((name for name in [domain, *others] if name in domains), "")
     if not domain or not host:
         return ""
     return "%s://%d.%s%s/" % (client.scheme, port, domain, client.authority[len(host) :])
@@ -1699,10 +1688,6 @@ def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-def short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def sign(key: bytes, purpose: str, text: str) -> str:
     """A signature (HMAC) of 43 characters.  purpose: a word; it is valid for nothing else."""
     return base64url(hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest())
@@ -1716,8 +1701,7 @@ def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
 def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
     """The text in the cookie `name`, of the form TEXT.SIGNATURE; "" if it is not valid.
 
-    Pages of apps and of other ports can set such a cookie, but cannot sign it.  If there are
-    several cookies of that name, none is used.
+    Pages of apps and of other ports can set such a cookie, too, so none of several is used.
     """
     values = cookie_values(headers, name)
     text, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
@@ -1797,7 +1781,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
             return route.prefix
         if base:  # the proxy's own page; with an empty base, the page "/" may be an app's
             return ""
-    return _last_app(request, gate)
+    return signed_value(headers, gate.app_cookie, gate.key, "app")
 
 
 def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyError:
@@ -1820,21 +1804,19 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
 def cookies_for_unprefixed(
     request: Request, response: Response, lines: List[str], gate: Any
 ) -> List[str]:
-    """Set-Cookie lines for later unprefixed requests of this browser.
-
-    lines: the header lines of the response for the client.  If a user opens a page of the app, one
-    cookie names the app.  The others are copies of the app's cookies, with Path=/.
-    """
+    """Set-Cookie lines: copies of the app's cookies in `lines`, which are the header lines for the
+    client; and if a user opens a page of the app, a cookie that names the app."""
     route, sets_cookies = request.route, "set-cookie" in response.headers.index
     if route is None or not route.prefix or not (request.is_page_visit or sets_cookies):
         return []
-    opens_page, last_app = is_top_level(request), _last_app(request, gate)
+    opens_page = is_top_level(request)
+    last_app = signed_value(request.headers, gate.app_cookie, gate.key, "app")
     if not opens_page and not last_app:
         return []
     values = (line[11:].strip(" \t") for line in lines if line[:11].lower() == "set-cookie:")
     # Of two attributes Path, browsers use the last.  Cookies with __Host- have Path=/ already.
     cookies = [
-        "%s%s; Path=/; HttpOnly" % (_copy_start(route, gate), value)
+        "%s%s; Path=/; HttpOnly" % (_start_of_copies(route, gate), value)
         for value in values
         if value[:7].lower() != "__host-"
     ]
@@ -1844,23 +1826,6 @@ def cookies_for_unprefixed(
     return ["Set-Cookie: " + cookie for cookie in cookies]
 
 
-def with_app_cookies(request: Request, route: Route, gate: Any) -> Request:
-    keys, lines = request.headers.keys, request.headers.lines
-    start = _copy_start(route, gate)
-    lines = [line.replace(start, "") if key == "cookie" else line for key, line in zip(keys, lines)]
-    return request._replace(headers=Headers(keys, lines))
-
-
-def _last_app(request: Request, gate: Any) -> str:
-    """The prefix of the app that this browser opened last, "" if unknown."""
-    return signed_value(request.headers, gate.app_cookie, gate.key, "app")
-
-
-def _copy_start(route: Route, gate: Any) -> str:
-    """The start of the names of all copies of an app's cookies."""
-    return "%s_%s_" % (gate.app_cookie, short_hash(route.prefix))
-
-
 # --------------------------------------------------------------------------------------------------
 # Local sockets
 # --------------------------------------------------------------------------------------------------
@@ -1868,8 +1833,7 @@ def _copy_start(route: Route, gate: Any) -> str:
 # (proc(5)).  For the owner of one socket, netlink (sock_diag(7)) is much faster if the machine has
 # many sockets.  On other systems, no port is listed or refused.
 
-_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
-# A row of these tables: local address and port, remote address and port, state, user id, inode.
+# A row of /proc/net/tcp: local address and port, remote address and port, state, user id, inode.
 # Listening sockets have the remote port 0.  Sockets without a process have the inode 0.
 _ROW = (
     r"^ *[0-9]+: ([0-9A-F]+):([0-9A-F]{4}) ([0-9A-F]+):%04X \S+ \S+ \S+ \S+ +([0-9]+) +[0-9]+"
@@ -1902,18 +1866,14 @@ class TcpSocket(NamedTuple):
 
 
 class Listener(NamedTuple):
-    """A program that listens on a port.
-
-    user: its owner's id.  pid: 0 for a process of another user, or in a container with the
-    host's network.  program: "" if unknown.  started: in seconds since the epoch; 0.0 if unknown.
-    """
+    """A program that listens on a port."""
 
     port: int
     addresses: Tuple[str, ...]
     user: int
-    pid: int
-    program: str
-    started: float
+    pid: int  # 0 for another user's, or in a container with the host's network
+    program: str  # "" if unknown
+    started: float  # in seconds since the epoch; 0.0 if unknown
 
     @property
     def is_own(self) -> bool:
@@ -1942,8 +1902,8 @@ def find_listeners() -> List[Listener]:
 def tcp_sockets(peer: Optional[Address] = None) -> List[TcpSocket]:
     """Listening sockets, or those connected to `peer`; IPv4 before IPv6."""
     rows = re.compile(_ROW % (peer[1] if peer else 0), re.MULTILINE)
-    found = []
-    for address, port, remote, user, inode in rows.findall("".join(map(_read, _TABLES))):
+    found, tables = [], _read("/proc/net/tcp") + _read("/proc/net/tcp6")
+    for address, port, remote, user, inode in rows.findall(tables):
         if peer is None or _parse_address(remote) == peer[0]:
             found.append(TcpSocket(_parse_address(address), int(port, 16), int(user), inode))
     return found
@@ -2022,10 +1982,8 @@ def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
 
 
 def _user_by_netlink(address: Address, peer: Address) -> Optional[int]:
-    """The user of the socket at `address` that is connected to `peer`; None if unknown.
-
-    If the port of `peer` is 0: of the socket that listens at `address`.
-    """
+    """The user of the socket at `address` that is connected to `peer`; None if unknown.  With the
+    port 0 in `peer`: of the socket that listens."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     packed = [ipaddress.ip_address(end[0]).packed for end in (address, peer)]
     # struct inet_diag_req_v2: in any state, on any interface, with any cookie.
@@ -2065,10 +2023,7 @@ def _read(name: str) -> str:
 
 
 def _program(pid: int) -> str:
-    """The name of a process: its script if it is an interpreter, else its program.
-
-    Other arguments are left out because they may contain secrets.
-    """
+    """A process's program, or an interpreter's script; other arguments may contain secrets."""
     command, *rest = _read("/proc/%d/cmdline" % pid).rstrip("\0").split("\0")
     if not rest:  # some programs put all arguments into the first one
         command = command.split(" ")[0]
@@ -2082,7 +2037,6 @@ def _program(pid: int) -> str:
 
 
 def _started(pid: int) -> float:
-    """The start time of a process in seconds since the epoch; 0.0 if unknown."""
     try:
         ticks = int(_read("/proc/%d/stat" % pid).rpartition(")")[2].split()[19])
         uptime = float(_read("/proc/uptime").split()[0])
@@ -3508,8 +3462,6 @@ class Exchange:
             raise await self._redirect(route, 307)
         elif not request.path and not route.absolute and request.method in ("GET", "HEAD"):
             raise await self._redirect(route, 302)
-        if request.is_unprefixed:
-            request = self.request = with_app_cookies(request, route, gate)
         # Body data that has already come is validated before a connection is taken.
         data = request_for_upstream(request, gate, self.proxy.mark)
         data += self.body.encode(self.body.buffered())

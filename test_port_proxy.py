@@ -2285,7 +2285,7 @@ class TestUnprefixedRequests:
         copy = cookies_for_unprefixed(visit, answer, ["Set-Cookie: x=y"], gate)[0].split(": ")[1].split(";")[0]
         line = "Cookie: %s; %s" % (copy[: -len("x=y")] + smuggled, copy)
         asked = find_app(asked_for("/ws", line, "Referer: %s/proxy/80/" % US, gate=gate), gate)
-        sent = request_for_upstream(port_proxy.with_app_cookies(asked, asked.route, gate), gate)
+        sent = request_for_upstream(asked, gate)
         assert dict(split_head(sent)[1])["Cookie"] == "x=y"
 
     def test_redirect_has_no_token_in_it(self, start):
