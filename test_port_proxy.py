@@ -1495,13 +1495,22 @@ class TestConnections:
 
 
 class TestDeadlines:
-    def test_request_that_the_app_does_not_read_gets_a_504(self, start, upstream):
+    @pytest.mark.parametrize("size", [60000, 1 << 26])
+    def test_request_that_the_app_does_not_read_gets_a_504(self, start, upstream, size):
+        """The proxy holds the rest of the request, or reads no more of it."""
         app, proxy = upstream(script(read_head, tell, hold)), start(stall_timeout=1, response_timeout=0.3)
         app.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        with proxy.sent(to(app, "Content-Length: 60000", method="PUT")) as wire:
+
+        def send_body(wire):
+            with contextlib.suppress(OSError):  # the proxy closes
+                wire.send(bytes(size))
+
+        with proxy.sent(to(app, "Content-Length: %d" % size, method="PUT")) as wire:
             assert app.told.wait(WAIT)
             narrow(app.port)
-            assert status_of(wire.ask(bytes(60000))) == 504
+            with in_thread(send_body, wire):
+                assert_says(wire.message(), 504, b"did not read the request for 1 seconds.")
+                wire.end()
 
     @pytest.mark.parametrize("raw", [
         b"GET / HTTP/1.1\r\nX: ", request("POST", "/proxy/", "Content-Length: 6000"),
@@ -3503,17 +3512,6 @@ with open("/proc/sys/net/ipv4/ip_local_port_range", "w") as file:
 
 
 class TestUpstream:
-    def test_app_that_reads_no_more_is_a_504(self, start, upstream):
-        app, proxy = upstream(script(read_head, hold)), start(stall_timeout=0.3, linger_timeout=0.1)
-        with proxy.sent(to(app, "Content-Length: 99999999", method="POST")) as wire:
-
-            def pour():
-                with contextlib.suppress(OSError):  # the proxy closes
-                    wire.sock.sendall(bytes(99999999))
-
-            with in_thread(pour):
-                assert_says(wire.message(), 504, b"did not read the request for 0.3 seconds.")
-
     def test_own_request_is_limited_in_time(self, background, upstream):
         """Also if the app never pauses."""
 
@@ -4016,8 +4014,7 @@ class TestHub:
                 head = wires[number].until(b"\r\n\r\n" if lines else b"data: 1\n\n\r\n")
                 assert head.split(b" ")[1] == (b"101" if lines else b"200")
             for line in (cookie, AS_ADMIN):
-                wires[4].send(request("GET", BASE, line))
-                assert status_of(wires[4].message()) == 200
+                assert status_of(wires[4].ask(request("GET", BASE, line))) == 200
             del hub.users["owner-token"]
             put_forward()
             put_forward()
@@ -4032,8 +4029,7 @@ class TestHub:
         with proxy.wire() as wire:
             asked = ((cookie, 200), (403,), (AS_STRANGER, 403), (cookie, 200), VISIT + (302,), (cookie, 200))
             for *lines, status in asked + (VISIT + HANDSHAKE + (403,),):
-                wire.send(request("GET", target, *lines))
-                assert status_of(wire.message()) == status
+                assert status_of(wire.ask(request("GET", target, *lines))) == status
             wire.send(request("GET", target, cookie) + request("GET", target) + request("GET", target, cookie))
             assert [status_of(wire.message()) for _ in range(3)] == [200, 403, 200]
 
@@ -4604,12 +4600,6 @@ class TestTunnel:
             steps[0](wire, app)
             assert app.told.wait(WAIT)
 
-    @pytest.mark.parametrize("leave", [Wire.close, Wire.reset])
-    def test_app_that_leaves_is_seen_by_the_client(self, proxy, upstream, leave):
-        app = upstream(script(read_head, SWITCHING, lambda wire, app: wire.exactly(3), lambda wire, app: leave(wire)))
-        with proxy.tunnel(app, b"bye") as wire:
-            assert wire.ends()
-
     @pytest.mark.parametrize("first", ["client", "app"])
     @pytest.mark.parametrize("lost", ["client", "app"])
     def test_reset_in_the_moment_of_the_101_ends_both_sides(self, proxy, upstream, first, lost):
@@ -4825,8 +4815,7 @@ class TestTls:
         """asyncio's own timeout for it is 30 seconds."""
         app, proxy = upstream(script(read_head, SWITCHING, read_to_the_end, tell)), secure(shutdown_timeout=WAIT)
         with tls_wire(proxy, certificate) as wire:
-            wire.send(to(app, *HANDSHAKE))
-            assert status_of(wire.message(no_body=True)) == 101
+            assert status_of(wire.ask(to(app, *HANDSHAKE), no_body=True)) == 101
             with in_thread(proxy.close):
                 assert app.told.wait(WAIT)
                 background.loop.call_soon_threadsafe(proxy.proxy.cut)
@@ -5073,22 +5062,17 @@ class TestClose:
                 app.let_go.set()
                 assert wire.rest() == OK[-2:]
 
-    def test_request_behind_the_last_one_is_not_served(self, background, start, upstream, caplog):
+    def test_request_behind_the_last_one_is_not_served(self, background, start, app, caplog, monkeypatch):
         """The app would act on it, and the client would see no response."""
-        app, proxy, closing = upstream(answering(OK)), start(), []
+        proxy, closing = start(), []
 
-        class Closing(logging.Handler):
-            def emit(self, record):  # in the loop, between two requests
-                closing.append(background.loop.create_task(proxy.proxy.close()))
+        def close(record):  # in the loop, between two requests
+            closing.append(background.loop.create_task(proxy.proxy.close()))
 
-        handler = Closing()
-        with caplog.at_level(logging.INFO, "port_proxy"), proxy.wire() as wire:
-            logging.getLogger("port_proxy").addHandler(handler)
-            try:
-                wire.send(to(app, "Content-Length: 0", method="POST") * 2)
-                assert wire.rest() == OK
-            finally:
-                logging.getLogger("port_proxy").removeHandler(handler)
+        with caplog.at_level(logging.INFO, "port_proxy"), monkeypatch.context() as patch, proxy.wire() as wire:
+            patch.setattr(caplog.handler, "emit", close)
+            wire.send(to(app, "Content-Length: 0", method="POST") * 2)
+            assert wire.rest() == OK
         background.do(asyncio.wait(closing))
         app.close()
         assert (len(closing), len(app.messages)) == (1, 1)
@@ -5863,7 +5847,6 @@ class TestCommandLine:
         with program("--base", "/user/ana", **how) as (process, _, port), Wire.to(port) as wire:
             process.send_signal(signal.SIGHUP)
             assert wire.ask(to(app, form="/user/ana/%d"))[2] == b"ok"
-            assert ProxyAt(port).get("/user/ana/%d/" % app.port)[2] == b"ok"
 
     def test_interrupted_check_does_not_report_success(self, upstream):
         app = upstream(script(read_head, tell, hold))
@@ -5991,9 +5974,15 @@ class TestCommandLine:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", free))
 
-    def test_help_fits_on_two_screens_without_limits(self, capsys):
+    @pytest.mark.parametrize("path, command", [
+        ("/opt/bin/port-proxy", "port-proxy"), ("/srv/port_proxy.py", "python3 port_proxy.py"),
+    ])  # fmt: skip
+    def test_help_fits_on_two_screens_without_limits(self, capsys, monkeypatch, path, command):
+        """It names the command that was typed."""
+        monkeypatch.setattr(sys, "argv", [path])
         status, output, _ = run_main(capsys, "--help")
-        assert status == 0
+        assert (status, output.startswith("usage: %s [options]\n" % command)) == (0, True)
+        assert "\n  %s --check 8080 " % command in output
         shown = ["--verbose", "--quiet", "--version", "--help-all", "ssh -N -L", "--check 8080"]
         shown += [option.flag for option in port_proxy.GENERAL_OPTIONS + port_proxy.ACCESS_OPTIONS]
         assert [text for text in shown if text not in output] == []
@@ -6001,15 +5990,6 @@ class TestCommandLine:
         lines = output.rstrip("\n").split("\n")
         assert len(lines) <= 48
         assert max(map(len, lines)) <= 100
-
-    @pytest.mark.parametrize("path, command", [
-        ("/opt/bin/port-proxy", "port-proxy"), ("/srv/port_proxy.py", "python3 port_proxy.py"),
-    ])  # fmt: skip
-    def test_help_names_the_command_that_was_typed(self, capsys, monkeypatch, path, command):
-        monkeypatch.setattr(sys, "argv", [path])
-        output = run_main(capsys, "--help")[1]
-        assert output.startswith("usage: %s [options]\n" % command)
-        assert "\n  %s --check 8080 " % command in output
 
     def test_whole_help_has_every_limit_with_its_default(self, capsys):
         status, output, _ = run_main(capsys, "--help-all")
@@ -7047,16 +7027,13 @@ class TestJupyterExtension:
 
         return argparse.Namespace(user_for_token=user_for_token, get_session_id=lambda handler: "")
 
-    def test_token_is_refused_while_the_hub_does_not_answer(self, background):
-        """It could be a token of the Hub's, which the app must not see."""
-        gate = self.gate(self.hub_auth(unknown=OSError()))
-        assert status_of_error(background.do, gate.authorize(parsed(request("GET", "/proxy/1/?token=unknown")))) == 503
-
-    def test_cancelled_question_to_the_hub_is_not_answered(self):
-        """Before Python 3.8, CancelledError is an Exception."""
-        gate = self.gate(self.hub_auth(unknown=asyncio.CancelledError()))
-        with contextlib.closing(asyncio.new_event_loop()) as loop, pytest.raises(asyncio.CancelledError):
+    @pytest.mark.parametrize("failure, error", [(OSError, ProxyError), (asyncio.CancelledError, asyncio.CancelledError)])
+    def test_token_is_refused_while_the_hub_does_not_answer(self, failure, error):
+        """It could be a token of the Hub. Before Python 3.8, CancelledError is an Exception; it is raised again."""
+        gate = self.gate(self.hub_auth(unknown=failure()))
+        with contextlib.closing(asyncio.new_event_loop()) as loop, pytest.raises(error) as caught:
             loop.run_until_complete(gate.authorize(parsed(request("GET", "/proxy/1/?token=unknown"))))
+        assert getattr(caught.value, "status", 503) == 503
 
     def test_token_of_the_hub_leaves_the_address_of_a_page(self, background):
         """The app's script could read it there."""
@@ -7202,10 +7179,13 @@ class TestJupyter:
 
     def test_requests_arrive_as_sent(self, anything, target, visitor):
         path, lines = "/a%2Fb//c;d?e=%20&token=apps-own", ("X-A: 1", "X-A: 2", "Authorization: Bearer apps-own")
-        for method in ("GET", "POST", "PROPFIND", "M-SEARCH", "PREPARE", "OPTIONS"):
+        handlers_own = ("PREPARE", "REQUEST", "SETTINGS", "APPLICATION", "FINISH", "UI", "LOG", "TOKEN")  # attributes
+        for method in ("GET", "POST", "PROPFIND", "M-SEARCH", "OPTIONS") + handlers_own:
             assert first_line(visitor.ask(method, target + path, *lines)) == "%s %s HTTP/1.1" % (method, path)
             assert [value for name, value in anything.messages[-1][1] if name == "X-A"] == ["1", "2"]
             assert fields_of(anything.messages[-1])["authorization"] == "Bearer apps-own"
+        for method in ("_NEW_COOKIE", "CURRENT_USER", "XSRF_TOKEN", "get", "X1"):
+            assert visitor.status(method, target + "/?token=" + TOKEN) == 405
         absolute = "/nb/proxy/absolute/%d/a" % anything.port
         assert first_line(visitor.ask("GET", absolute)) == "GET %s HTTP/1.1" % absolute
         assert visitor.status("HEAD", target + "/", no_body=True) == 200
@@ -7245,12 +7225,6 @@ class TestJupyter:
         answer = visitor.ask("POST", "/nb/api/contents", token, body=b'{"type": "file"}')
         assert status_of(answer) == 201, answer
 
-    def test_method_that_names_an_attribute_of_the_handler_is_harmless(self, visitor, target):
-        for method in ("_NEW_COOKIE", "CURRENT_USER", "XSRF_TOKEN", "get", "X1"):
-            assert visitor.status(method, target + "/?token=" + TOKEN) == 405
-        for method in ("REQUEST", "SETTINGS", "APPLICATION", "FINISH", "UI", "LOG", "TOKEN"):
-            assert first_line(visitor.ask(method, target + "/")).split(" ")[0] == method
-
     def test_app_cannot_set_cookies_of_jupyter(self, upstream, visitor):
         (name,) = [name for name, _ in visitor.cookies if name.startswith("username-127-0-0-1-")]
         cookies = (name + "=evil; Path=/", "jupyterhub-session-id=evil", "a=b")
@@ -7287,8 +7261,7 @@ class TestJupyter:
             (visitor.head("GET", "/nb/api"), b'{"version'),
         ]  # fmt: skip
         for raw, begins in requests * 3:
-            wire.send(raw)
-            assert wire.message()[2].startswith(begins)
+            assert wire.ask(raw)[2].startswith(begins)
         requests = [request for request in requests if request[0] not in (length, chunked)]
         wire.send(*[raw for raw, _ in requests])  # pipelined
         for _, begins in requests:
@@ -7379,8 +7352,7 @@ class TestJupyter:
         lines = ("Content-Length: 3", "Expect: 100-continue")
         wire.send(visitor.head("PUT", "/nb/proxy/%d/" % app.port, *lines))
         assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100")
-        wire.send(b"abc")
-        assert wire.message()[2] == b"ok"
+        assert wire.ask(b"abc")[2] == b"ok"
 
     def test_events_and_websockets_pass_at_once(self, target, visitor):
         with visitor.wire() as wire:
