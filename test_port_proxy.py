@@ -1551,8 +1551,8 @@ class TestDeadlines:
 
     def test_response_to_a_late_body_is_cut_with_a_reason_in_the_log(self, start, upstream, records):
         """What the proxy has of the response is sent first."""
-        app, proxy = upstream(script(read_head, CHUNKED_HEAD + b"3\r\nabc\r\n", read_to_the_end)), start(stall_timeout=0.3)
-        with proxy.sent(to(app, "Content-Length: 3", method="POST", body=b"a")) as wire:
+        app = upstream(script(read_head, CHUNKED_HEAD + b"3\r\nabc\r\n", read_to_the_end))
+        with start(stall_timeout=0.3).sent(to(app, "Content-Length: 3", method="POST", body=b"a")) as wire:
             assert wire.rest().endswith(b"\r\n\r\n3\r\nabc\r\n")
         eventually(records)
         record = records()[0]
