@@ -1194,7 +1194,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if time > self.write_deadline and self.queued():
             self.end(TimedOut("writing"))
             self.abort()
-        if has_failed(self.transport):
+        if has_failed(self.transport, "POLLHUP"):
             self.abort()
 
     def close(self) -> None:
@@ -1223,14 +1223,15 @@ def poll(transport: Any, event: str) -> bool:
     return bool(dict(poller.poll(0)).get(sock.fileno(), 0) & bits)
 
 
-def has_failed(transport: Any) -> bool:
+def has_failed(transport: Any, event: str) -> bool:
     """Whether the peer has reset a connection whose reading is paused.
 
-    POLLHUP is not a failure: if we have sent EOF, it can come while data is still unread.
+    event: POLLERR; or POLLHUP, which also comes if the peer has closed a Unix socket, and, after
+    our EOF, if it has closed any socket whose data is still unread.
     """
     with contextlib.suppress(AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
         if not transport.is_closing() and not transport.is_reading():
-            return poll(transport, "POLLERR")
+            return poll(transport, event)
     return False
 
 
@@ -3773,7 +3774,7 @@ class TunnelEnd(asyncio.Protocol):
                 on_end()
 
     def check_deadlines(self, time: float) -> None:
-        if time > self.deadline or has_failed(self.transport):
+        if time > self.deadline or has_failed(self.transport, "POLLERR"):
             self.abort()
 
     def close(self) -> None:

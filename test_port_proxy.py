@@ -4970,6 +4970,20 @@ class TestUnixSockets:
         assert (tmp_path / "file").read_text() == "precious"
         Wire.to_unix(str(path)).close()
 
+    @pytest.mark.skipif(sys.version_info < (3, 7), reason="asyncio does not tell whether reading is paused")
+    @needs_proc
+    def test_client_that_leaves_a_stalled_upload_is_noticed(self, start, upstream, tmp_path):
+        """Over TCP, only a reset would be."""
+        app, progress = upstream(script(read_head, tell, hold)), []
+        start(bind="unix:%s" % (tmp_path / "proxy"))
+        with Wire.to_unix(str(tmp_path / "proxy")) as wire:
+            wire.send(at("localhost", "POST", "/proxy/%d/" % app.port, "Content-Length: 99999999"))
+            assert app.told.wait(WAIT)
+            wire.sock.settimeout(0.3)
+            with pytest.raises(socket.timeout):
+                send_blocks(wire, 64 << 20, progress)
+        eventually(lambda: not count_connections(remote_port=app.port))
+
     def test_socket_that_others_may_use_requires_a_token(self, background, tmp_path):
         """A socket that was handed over is not removed."""
         sock = socket.socket(socket.AF_UNIX)
