@@ -411,8 +411,7 @@ def find_route(config: Config, target: str, app_port: int = 0) -> Tuple[Optional
 
     app_port: the port in the host, which overrides the path.  The route is None for the base
     itself.  The path is "" if the slash after the port is missing.  The query includes its "?".
-    Raises ProxyError 404 for a target without a valid port, 400 for a bad IPv6 address or dot
-    segments that lead above the app's root.
+    Raises ProxyError 400 or 404.
     """
     if app_port:
         path, mark, query = target.partition("?")
@@ -556,7 +555,6 @@ def normal_domain(domain: str) -> str:
 # Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
-# Finds the names of the valid lines in a field section.
 _FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
 _SPACED_NAME = re.compile("^(%s)[\t ]+:" % TOKEN, re.MULTILINE)
 # A control byte, except TAB and CRLF.  A CR at the end may be half of a CRLF.
@@ -1518,12 +1516,10 @@ def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> 
 def serialise(lines: List[str], framing: Framing) -> bytes:
     """The bytes of a message head: its lines and the header for its framing."""
     if framing is CHUNKED:
-        lines.append("Transfer-Encoding: chunked\r\n\r\n")
+        lines.append("Transfer-Encoding: chunked")
     elif framing.kind == "length":
-        lines.append("Content-Length: %d\r\n\r\n" % framing.length)
-    else:
-        lines.append("\r\n")
-    return "\r\n".join(lines).encode("latin-1")
+        lines.append("Content-Length: %d" % framing.length)
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 def _hides_public_origin(request: Request, gate: Any) -> bool:
@@ -1582,30 +1578,31 @@ def _translate_each(pattern: Any, translate: Callable[..., str], value: str, *co
 def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any) -> Optional[str]:
     """Refuse the proxy's own cookies, limit Path to the app, and remove a Domain of the app or the
     proxy.  __Host- cookies are unchanged: they always have Path=/ and no Domain."""
-    parts = value.split(";")
     if gate.owns_cookie(cookie_name(value), route):
         return None
     if value[:7].lower() == "__host-":
         return value
-    host = host_of(request.client.authority)
-    # The parent of 8080.localhost: all apps would get its cookies.
-    parent = host.partition(".")[2] if request.client.app_port else host
-    own_domains = {host, parent, *map(host_of, route.app_authorities)}
-    has_path, kept = False, parts[:1]
-    for part in parts[1:]:
-        name, _, content = (text.strip(" \t") for text in part.partition("="))
-        if name.lower() == "domain" and content.lower().lstrip(".") in own_domains:
-            continue
+    parts, has_path = [], False  # type: Tuple[List[str], bool]
+    for part in value.split(";"):
+        name, _, content = part.partition("=")
+        name, content = name.strip(" \t").lower(), content.strip(" \t")
+        if name == "domain" and parts:
+            host = host_of(request.client.authority)
+            # The parent of 8080.localhost: all apps would get its cookies.
+            parent = host.partition(".")[2] if request.client.app_port else host
+            domain = content.lower().lstrip(".")
+            if domain in (host, parent) or domain in map(host_of, route.app_authorities):
+                continue
         # Other values stand for the default path (RFC 6265 section 5.2.4).
-        if name.lower() == "path" and content.startswith("/"):
+        elif name == "path" and parts and content.startswith("/"):
             # For an absolute route, only a path above the prefix is changed.
             is_wider = route.absolute and path_below(content.rstrip("/"), route.prefix)
             path = route.prefix if is_wider else _with_prefix(content, route)
             part, has_path = part.replace(content, path), True
-        kept.append(part)
+        parts.append(part)
     if route.prefix and request.is_above_prefix and not has_path:
-        kept.append(" Path=%s/" % route.prefix)
-    return ";".join(kept)
+        parts.append(" Path=%s/" % route.prefix)
+    return ";".join(parts)
 
 
 def short_hash(text: str) -> str:
@@ -1936,9 +1933,8 @@ def has_known_owner(address: Address, peer: Optional[Address] = None) -> bool:
 def check_owner(address: Address, peer: Address, had_known_owner: bool) -> None:
     """Refuse a new connection to a port without a known owner, or of another ordinary user.
 
-    The owner is the user of the listening socket.  The accepted socket is not enough, because the
-    kernel reports no user once its program has closed it.  peer: the proxy's end of the connection.
-    had_known_owner: the result of `has_known_owner` before the connection.
+    The accepted socket is not enough, because the kernel reports no user once its program has
+    closed it.  peer: the proxy's end.  had_known_owner: before the connection.
     """
     # A program that serves a single connection may have closed its listening socket.
     is_known = has_known_owner(address) or has_known_owner(address, peer)
@@ -1949,17 +1945,13 @@ def check_owner(address: Address, peer: Address, had_known_owner: bool) -> None:
 
 
 def local_address(address: Address) -> Optional[Address]:
-    """The address that a connection to `address` reaches; None if it is on another machine.
-
-    A connection within this machine has equal source and destination addresses, or goes to a
-    loopback address.
-    """
+    """The address that a connection to `address` reaches; None if it is on another machine, so
+    that source and destination differ."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:  # connecting it sends nothing
         sock.connect(address)
-        source, destination = (
-            plain_address(name[0]) for name in (sock.getsockname(), sock.getpeername())
-        )
+        names = sock.getsockname(), sock.getpeername()
+    source, destination = (plain_address(name[0]) for name in names)
     is_own = source == destination or ipaddress.ip_address(destination).is_loopback
     return (destination, address[1]) if is_own else None
 
