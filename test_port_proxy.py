@@ -3419,27 +3419,27 @@ class TestPages:
         assert b"<code>python3 port_proxy.py --check %d</code>" % port in page[2]
         assert "script-src " + digest_of(b"<script>(.*)</script>", page[2]) in fields["content-security-policy"]
 
-    def test_app_that_speaks_tls_is_recognized(self, proxy, upstream):
+    @pytest.mark.parametrize("says, lines, text", [
+        (b"\x15\x03\x01\x00\x02\x02\x46", (), "speaks TLS. Start the proxy with --upstream-tls PORT"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", VISIT, "speaks TLS. Start the proxy with --upstream-tls PORT"),
+        (b"", VISIT, "speaks TLS. Start the proxy with --upstream-tls PORT"),
+        (b"", (), "without a response. If it speaks TLS, start the proxy with --upstream-tls PORT."),
+        (None, VISIT, "closed the connection without a response. Its log may say why."),
+    ], ids=case_id)
+    def test_app_that_speaks_tls_is_recognized(self, proxy, upstream, says, lines, text):
         """By what it sends; if it only closes, the proxy tries TLS itself, but only for a page visit."""
-        alert, hello = b"\x15\x03\x01\x00\x02\x02\x46", b"\x16\x03\x03\x00\x7a\x02"
 
-        def serve(wire, app, says=alert):
-            first = wire.more() and wire.buffer[:1]
-            wire.send(hello if first == b"\x16" else says)
+        def serve(wire, app):
+            is_hello = wire.more() and wire.buffer[:1] == b"\x16" and says is not None
+            wire.send(b"\x16\x03\x03\x00\x7a\x02" if is_hello else says or b"")
 
-        curt = upstream(lambda wire, app: serve(wire, app, b"")).port
-        for port, lines in ((upstream(serve).port, ()), (upstream(serve).port, VISIT), (curt, VISIT)):
-            response = proxy.get("/proxy/%d/" % port, *lines)
-            assert status_of(response) == 502
-            text = re.sub(b"<[^>]*>", b"", response[2])
-            assert b"speaks TLS. Start the proxy with --upstream-tls %d" % port in text
-            assert b"If it speaks TLS" not in text
-        text = b"without a response. If it speaks TLS, start the proxy with --upstream-tls %d." % curt
-        assert_says(proxy.get("/proxy/%d/" % curt), 502, text)
-        closing = upstream(lambda wire, app: wire.more()).port
-        page = proxy.get("/proxy/%d/" % closing, *VISIT)[2]
-        assert b"closed the connection without a response. Its log may say why." in page
-        assert b"--upstream-tls" not in page
+        port = upstream(serve).port
+        response = proxy.get("/proxy/%d/" % port, *lines)
+        page = re.sub("<[^>]*>", "", response[2].decode())
+        assert (status_of(response), text.replace("PORT", str(port)) in page) == (502, True)
+        assert [option in page for option in ("--upstream-tls", "If it speaks")] == [
+            option in text for option in ("--upstream-tls", "If it speaks")
+        ]
 
     def test_response_to_head_has_no_body(self, proxy):
         with proxy.wire() as wire:
@@ -4187,31 +4187,21 @@ class TestHub:
         eventually(lambda: len(hub.reports(path)) > failed)
         assert hub.reports(path)[-1] == moment
 
-    def test_bytes_of_a_long_exchange_are_reported_as_activity(self, begin, hub, upstream):
-        """In a WebSocket, an upload and a download: there is a second report, though there is no second request."""
+    @pytest.mark.parametrize("lines, answer, has_sent", [
+        (HANDSHAKE, SWITCHING, False), (("Content-Length: 1000000",), b"", False),
+        ((), b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", True),
+    ], ids=["WebSocket", "upload", "download"])
+    def test_bytes_of_a_long_exchange_are_reported_as_activity(self, begin, hub, upstream, lines, answer, has_sent):
+        """There is a second report, though there is no second request."""
+        path, app = "/hub/api/activity", upstream(script(read_head, answer, tell, hold))
+        with self.reporting(begin, hub, path).sent(request("GET", "%s%d/" % (BASE, app.port), AS_OWNER, *lines)) as wire:
+            assert app.told.wait(WAIT)
 
-        def drip(wire, app):
-            while not app.let_go.wait(0.01):
-                wire.send(b"a")
+            def is_reported():
+                (app.wires[0] if has_sent else wire).send(b"a")
+                return len(set(hub.reports(path))) > 1
 
-        wires = {}
-        with contextlib.ExitStack() as stack:
-            for path, lines, answer, last in (
-                ("/hub/api/websocket", HANDSHAKE, SWITCHING, read_to_the_end),
-                ("/hub/api/upload", ("Content-Length: 1000000",), b"", read_to_the_end),
-                ("/hub/api/download", (), b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", drip),
-            ):
-                app = upstream(script(read_head, answer, last))
-                raw = request("GET", "%s%d/" % (BASE, app.port), AS_OWNER, *lines)
-                wires[path] = stack.enter_context(self.reporting(begin, hub, path).sent(raw))
-                assert wires[path].until(answer[-4:]).startswith(answer[:12])
-
-            def are_reported():
-                for path in ("/hub/api/websocket", "/hub/api/upload"):
-                    wires[path].send(b"a")
-                return all(len(set(hub.reports(path))) > 1 for path in wires)
-
-            eventually(are_reported)
+            eventually(is_reported)
 
     def test_readiness_and_refusals_are_no_activity(self, begin, hub, target):
         """A later proxy has reported, so the interval of this one is over."""
@@ -4546,18 +4536,14 @@ class TestTunnel:
     def test_handshake_is_end_to_end(self, proxy, upstream):
         """Also at the prefix without a slash: a WebSocket cannot follow a redirect."""
         app = upstream(script(read_message, SWITCHING, read_to_the_end))
-        lines = ("Origin: http://here:8888", "Sec-WebSocket-Protocol: a, b", "Sec-WebSocket-Extensions: c") + HANDSHAKE
+        names = ("upgrade", "connection", "sec-websocket-protocol", "sec-websocket-version")
         for path, target in (("/ws?a", "/ws?a"), ("", "/")):
-            message = proxy.ask(to(app, *lines, path=path), no_body=True)
-            assert message[0] == "HTTP/1.1 101 Switching Protocols"
+            raw = to(app, "Sec-WebSocket-Protocol: a, b", *HANDSHAKE, path=path)
+            message = proxy.ask(raw, no_body=True)
             received = [message for message in app.messages if message][-1]  # a tunnel that ends adds b""
-            fields, sent = fields_of(message), fields_of(received)
-            names = ("upgrade", "connection", "sec-websocket-protocol")
-            assert [fields[name] for name in names] == ["websocket", "Upgrade", "b"]
-            assert received[0] == "GET %s HTTP/1.1" % target
-            assert [sent[name] for name in names] == ["websocket", "Upgrade", "a, b"]
-            assert (sent["origin"], sent["host"]) == ("http://localhost:%d" % app.port, "localhost:%d" % app.port)
-            assert sent["x-forwarded-prefix"] == "/proxy/%d" % app.port
+            assert [message[0], received[0]] == ["HTTP/1.1 101 Switching Protocols", "GET %s HTTP/1.1" % target]
+            assert [fields_of(message)[name] for name in names[:3]] == ["websocket", "Upgrade", "b"]
+            assert [fields_of(received)[name] for name in names] == ["websocket", "Upgrade", "a, b", "13"]
 
     @pytest.mark.parametrize("answer, status", [
         (ok(b"no").replace(b"200 OK", status), int(status[:3]))
