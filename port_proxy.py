@@ -1593,12 +1593,13 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
             domain = content.lower().lstrip(".")
             if domain in (host, parent) or domain in map(host_of, route.app_authorities):
                 continue
-        # Other values stand for the default path (RFC 6265 section 5.2.4).
-        elif name == "path" and parts and content.startswith("/"):
+        elif name == "path" and parts:
+            # Other values stand for the default path, and the last one counts (RFC 6265 section 5).
+            has_path = content.startswith("/")
             # For an absolute route, only a path above the prefix is changed.
             is_wider = route.absolute and path_below(content.rstrip("/"), route.prefix)
             path = route.prefix if is_wider else _with_prefix(content, route)
-            part, has_path = part.replace(content, path), True
+            part = part.replace(content, path) if has_path else part
         parts.append(part)
     if route.prefix and request.is_above_prefix and not has_path:
         parts.append(" Path=%s/" % route.prefix)

@@ -2051,6 +2051,7 @@ class TestRewriting:
     @pytest.mark.parametrize("cookie, rewritten", [
         ("a=b", "a=b; Path=%s/"), ("a=b; Max-Age=1", "a=b; Max-Age=1; Path=%s/"),
         ("a=b; Path=", "a=b; Path=; Path=%s/"), ("a=b; Path=%s/x", "a=b; Path=%s/x"),
+        ("a=b; Path=%s/x; Path", "a=b; Path=%s/x; Path; Path=%s/"),
     ])
     def test_cookie_whose_default_path_is_wider_is_set_below_the_prefix(self, cookie, rewritten):
         """If the prefix was left out, or its slash: the default is the folder of the URL."""
