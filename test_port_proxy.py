@@ -99,8 +99,10 @@ class Wire:
         self.buffer = b""
 
     @classmethod
-    def to(cls, port, host="127.0.0.1"):
-        return cls(socket.create_connection((host, port), WAIT))
+    def to(cls, port, host="127.0.0.1", context=None):
+        """context: of TLS."""
+        sock = socket.create_connection((host, port), WAIT)
+        return cls(context.wrap_socket(sock, server_hostname="localhost") if context else sock)
 
     @classmethod
     def to_unix(cls, path):
@@ -303,13 +305,15 @@ class Background:
 
 
 class ProxyAt:
-    """A proxy at a port of this machine, in any process."""
+    """A proxy at a port of this machine, in any process; `context` is set if its clients speak TLS."""
+
+    context = None
 
     def __init__(self, port):
         self.port = port
 
     def wire(self):
-        return Wire.to(self.port)
+        return Wire.to(self.port, context=self.context)
 
     def ask(self, raw, **how):
         """The answer to one raw request, on a connection of its own."""
@@ -630,10 +634,15 @@ def plain(address):
 
 
 @contextlib.contextmanager
-def closed_port():
-    """A port on which nothing listens meanwhile."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+def taken_port(address="127.0.0.1", listens=False):
+    """A port of this address that is taken meanwhile; connections to it are refused, unless it listens."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+        try:
+            sock.bind((address, 0))
+        except OSError:
+            pytest.skip("this machine has no address " + address)
+        if listens:
+            sock.listen(1)
         yield sock.getsockname()[1]
 
 
@@ -3232,12 +3241,12 @@ PROGRAMS = [
 
 @pytest.fixture(scope="class")
 def listing(tmp_path_factory):
-    """What a proxy shows of a /proc that is made by hand: first of none, then without a port, then with many."""
+    """What a proxy shows of a /proc that is made by hand: first of an empty one, then with many ports."""
     folder = tmp_path_factory.mktemp("proc")
     app = Upstream(answering(ok(b"<title>&lt;i&gt;t&lt;/i&gt;</title>", "Content-Type: text/html")))
     with contextlib.ExitStack() as stack:
         stack.callback(app.close)
-        closed, foreign = [stack.enter_context(closed_port()) for _ in range(2)]
+        closed, foreign = [stack.enter_context(taken_port()) for _ in range(2)]
         command = unshared("-m") + ["sh", "-c", 'mount --bind "$0" /proc && exec "$@"', str(folder)]
         proxy = stack.enter_context(proxy_elsewhere(command=command, host_allowlist=("db",)))
 
@@ -3248,9 +3257,7 @@ def listing(tmp_path_factory):
             return {row["port"]: row for row in json.loads(ask(host, JSON))["ports"]}
 
         seen = argparse.Namespace(get=proxy.get, app=app.port, closed=closed, foreign=foreign, rows=rows, folder=folder)
-        seen.unknown = ask("here:8888", *VISIT)
-        write_proc(folder, [])
-        seen.nothing, seen.no_rows = ask("here:8888", *VISIT), rows()
+        seen.empty = ask("here:8888", *VISIT)
         local = ["127.0.0.1"]
         programs = [(app.port, local, ["<b>app", "--secret"], 7300), (8081, ["192.0.2.7", "::1"], ["app"], None)]
         programs += [(70, local, ["app"], None), (proxy.port, local, ["app"], None)]  # of the system, and the proxy
@@ -3279,7 +3286,7 @@ class TestPages:
             assert (b'<a href="/proxy/">All ports</a>' in response[2]) is is_page
 
     def test_page_at_the_host_of_an_app_leads_to_all_ports(self, proxy):
-        with closed_port() as port:
+        with taken_port() as port:
             page = proxy.ask(at("%d.localhost:8888" % port, "GET", "/a", *VISIT))
         assert_says(page, 502, b'<a href="http://localhost:8888/proxy/">All ports')
 
@@ -3334,11 +3341,8 @@ class TestPages:
         assert status_of(proxy.ask(request("POST", "/proxy/", "Content-Length: 0"))) == 405
 
     def test_page_says_if_no_port_is_listed(self, listing):
-        """Also where the system reports none."""
-        for page in (listing.unknown, listing.nothing):
-            assert '<p id="none">No port to show. On Linux, the ports of your programs appear here.' in page
-            assert 'name="port"' in page
-        assert listing.no_rows == {}
+        assert '<p id="none">No port to show. On Linux, the ports of your programs appear here.' in listing.empty
+        assert 'name="port"' in listing.empty
 
     def test_ports_are_listed_as_data(self, listing):
         """Each with its program, the title of its page, its age and its URLs."""
@@ -3408,7 +3412,7 @@ class TestPages:
             assert (status_of(response), fields_of(response).get("location")) == expected, port
 
     def test_page_visit_gets_a_page_that_waits_if_nothing_listens(self, proxy):
-        with closed_port() as port:
+        with taken_port() as port:
             page = proxy.get("/proxy/%d/" % port, *VISIT)
             for method, lines in (("GET", ()), ("POST", VISIT + ("Content-Length: 0",)), ("GET", VISIT + HANDSHAKE)):
                 other = proxy.ask(request(method, "/proxy/%d/" % port, *lines))
@@ -4661,20 +4665,16 @@ class TestLimits:
         (False, b"GET /proxy/ HT"), (False, b""),
         (False, request("POST", "/proxy/", "Content-Length: 5000")), (True, b""),
     ], ids=["half a head", "nothing", "half a form", "no handshake"])
-    def test_connections_that_the_gate_let_nothing_in_from_make_room_first(self, start, app, certificate, has_tls, raw):
-        tls = {"certfile": str(certificate / "both.pem")} if has_tls else {}
-        proxy, visit = start(max_connections=10, token=TOKEN, **tls), to(app, "Authorization: Bearer " + TOKEN)
-        with contextlib.ExitStack() as stack:
-
-            def connect():
-                return stack.enter_context(tls_wire(proxy, certificate) if has_tls else proxy.wire())
-
-            friend = connect()
+    def test_connections_that_the_gate_let_nothing_in_from_make_room_first(self, start, secure, app, has_tls, raw):
+        proxy = (secure if has_tls else start)(max_connections=10, token=TOKEN)
+        visit = to(app, "Authorization: Bearer " + TOKEN)
+        with contextlib.ExitStack() as stack, proxy.wire() as friend:
             assert friend.ask(visit)[2] == b"ok"
             for _ in range(15):
-                stack.enter_context(proxy.sent(raw))
-            for wire in (connect(), connect(), friend):
-                assert wire.ask(visit)[2] == b"ok"
+                stack.enter_context(Wire.to(proxy.port)).send(raw)
+            with proxy.wire() as one, proxy.wire() as other:
+                for wire in (one, other, friend):
+                    assert wire.ask(visit)[2] == b"ok"
 
     @pytest.mark.parametrize("raw", [
         b"GET / HTTP/1.1\r\nHost: here\r\nX: " + b"a" * 250000, request("GET", "/proxy/?token=wrong") * 6000,
@@ -4735,10 +4735,16 @@ def certificate(tmp_path_factory):
     return folder
 
 
-def tls_wire(proxy, certificate):
-    context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
-    sock = socket.create_connection(("127.0.0.1", proxy.port), WAIT)
-    return Wire(context.wrap_socket(sock, server_hostname="localhost"))
+@pytest.fixture
+def secure(start, certificate):
+    """Start proxies whose clients speak TLS."""
+
+    def secure(certfile="both.pem", **options):
+        proxy = start(certfile=str(certificate / certfile), **options)
+        proxy.context = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+        return proxy
+
+    return secure
 
 
 @pytest.fixture
@@ -4756,57 +4762,52 @@ def tls_app(upstream, certificate):
 
 
 class TestTls:
-    @pytest.fixture
-    def secure(self, start, certificate):
-        return lambda **options: start(certfile=str(certificate / "both.pem"), **options)
-
-    def test_clients_are_served_over_tls(self, start, app, certificate):
+    def test_clients_are_served_over_tls(self, secure, app, certificate):
         """A response may come before the whole body has been sent; plain HTTP gets a 400 that says so."""
-        proxy = start(certfile=str(certificate / "cert.pem"), keyfile=str(certificate / "key.pem"))
+        proxy = secure("cert.pem", keyfile=str(certificate / "key.pem"))
         assert proxy.proxy.url.startswith("https://")
         raw = to(app, "Content-Length: 200000", method="POST", body=bytes(200000))
-        with tls_wire(proxy, certificate) as wire:
+        with proxy.wire() as wire:
             assert wire.sock.version() in ("TLSv1.2", "TLSv1.3")
             assert [wire.ask(raw)[2], wire.ask(to(app, "Origin: https://here:8888"))[2]] == [b"ok", b"ok"]
             early = request("POST", "/nothing", "Content-Length: 300000", body=bytes(100000))
             assert status_of(wire.ask(early)) == 404
         assert fields_of(app.messages[0])["x-forwarded-proto"] == "https"
         assert fields_of(app.messages[1])["origin"] == "http://localhost:%d" % app.port
-        with proxy.sent(request("GET", "/proxy/")) as wire:
-            assert_says(wire.message(), 400, b"This port speaks HTTPS.")
+        with Wire.to(proxy.port) as wire:
+            assert_says(wire.ask(request("GET", "/proxy/")), 400, b"This port speaks HTTPS.")
             wire.end()
             assert wire.rest() == b""
 
     @pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"], ids=["nothing", "a part"])
     def test_slow_handshake_times_out(self, secure, sent):
-        with secure(head_timeout=0.3).sent(sent) as wire:
+        with Wire.to(secure(head_timeout=0.3).port) as wire:
+            wire.send(sent)
             assert wire.ends()
 
     @pytest.mark.parametrize("is_finished, raw", [
         (False, b"\x16\x03"), (True, b"GET /"), (True, request("GET", "/nothing")),
     ], ids=["half a handshake", "half a head", "idle"])
-    def test_handshakes_count_as_connections(self, secure, certificate, is_finished, raw):
+    def test_handshakes_count_as_connections(self, secure, is_finished, raw):
         """Also if many clients come at once. At the limit, each new client ends another one without a request."""
         proxy, poll = secure(max_connections=5, head_timeout=4 * WAIT), select.poll()
         with contextlib.ExitStack() as stack:
             with contextlib.ExitStack() if is_finished else proxy.held():
                 for _ in range(40):
-                    wire = stack.enter_context(tls_wire(proxy, certificate) if is_finished else proxy.wire())
+                    wire = stack.enter_context(proxy.wire() if is_finished else Wire.to(proxy.port))
                     wire.send(raw)
                     assert not raw.endswith(b"\n") or status_of(wire.message()) == 404
                     poll.register(wire.sock, getattr(select, "POLLRDHUP", 0))
             eventually(lambda: len(poll.poll(0)) == 35)
             assert proxy.open_connections() == 5
 
-    def test_tunnel_is_cut_though_its_client_does_not_close(self, background, secure, upstream, certificate):
+    def test_tunnel_is_cut_though_its_client_does_not_close(self, background, secure, upstream):
         """asyncio's own timeout for it is 30 seconds."""
         app, proxy = upstream(script(read_head, SWITCHING, read_to_the_end, tell)), secure(shutdown_timeout=WAIT)
-        with tls_wire(proxy, certificate) as wire:
-            assert status_of(wire.ask(to(app, *HANDSHAKE), no_body=True)) == 101
-            with in_thread(proxy.close):
-                assert app.told.wait(WAIT)
-                background.loop.call_soon_threadsafe(proxy.proxy.cut)
-                eventually(lambda: not proxy.open_connections(), WAIT / 2)
+        with proxy.tunnel(app), in_thread(proxy.close):
+            assert app.told.wait(WAIT)
+            background.loop.call_soon_threadsafe(proxy.proxy.cut)
+            eventually(lambda: not proxy.open_connections(), WAIT / 2)
 
     def test_versions_before_tls_1_2_are_refused(self, certificate):
         """Not on the wire: some builds of OpenSSL refuse them in any case."""
@@ -4865,17 +4866,16 @@ class TestTls:
             with contextlib.ExitStack() if fits else pytest.raises(ValueError, match=refusal):
                 port_proxy.server_context(Config(certfile=places[0], keyfile=places[1]))
 
-    def test_tunnel_works_over_tls(self, secure, upstream, certificate):
+    def test_tunnel_works_over_tls(self, secure, upstream):
         data = random_bytes(1 << 21)
         echo = (lambda wire, app: wire.send(wire.exactly(len(data))), read_to_the_end, tell)
         app = upstream(script(read_head, SWITCHING + b"hello", *echo))
-        with tls_wire(secure(), certificate) as wire:
-            assert status_of(wire.ask(to(app, *HANDSHAKE), no_body=True)) == 101
+        with secure().tunnel(app) as wire:
             wire.send(data)  # the app reads it all before it sends; one TLS socket is not for two threads
             assert wire.exactly(5 + len(data)) == b"hello" + data
         assert app.told.wait(WAIT)
 
-    def test_client_that_leaves_ends_both_connections(self, secure, upstream, certificate, records):
+    def test_client_that_leaves_ends_both_connections(self, secure, upstream, records):
         """Without TLS it may have closed its own side only, and the app has two seconds."""
 
         def close_tls(wire):
@@ -4888,14 +4888,14 @@ class TestTls:
         for raw in (b"GET /proxy/", b"no HTTP\r\n\r\n", to(app), upload):
             for leave in (Wire.close, Wire.reset, close_tls):
                 app.told.clear()
-                wire = tls_wire(proxy, certificate)
+                wire = proxy.wire()
                 wire.send(raw)
                 assert raw not in (to(app), upload) or app.told.wait(WAIT)
                 leave(wire)
         eventually(lambda: not proxy.open_connections() and not count_connections(remote_port=app.port))
         assert [record["status"] for record in records()] == ["gone"] * 6  # two seconds later, it would be a 504
 
-    def test_client_that_resets_a_body_until_close_is_no_error(self, secure, upstream, certificate):
+    def test_client_that_resets_a_body_until_close_is_no_error(self, secure, upstream):
         """asyncio forgets the socket of a lost TLS connection, whether reading or writing has failed."""
 
         def send_to_the_end(wire, app):
@@ -4905,7 +4905,7 @@ class TestTls:
 
         app, proxy = upstream(script(read_head, UNTIL_CLOSE_HEAD + b"abc", send_to_the_end)), secure()
         for _ in range(10):
-            wire = tls_wire(proxy, certificate)
+            wire = proxy.wire()
             wire.send(to(app, version="1.0"))
             wire.until(b"abc")
             wire.reset()
@@ -5712,7 +5712,7 @@ class TestCheck:
          "other", "does not answer HTTP", "speaks     something other than HTTP"),
     ], ids=["nobody", "TLS", "SSH"])  # fmt: skip
     def test_port_without_http_is_a_problem(self, check, upstream, serve, speaks, problem, line):
-        with closed_port() as port:
+        with taken_port() as port:
             port = upstream(serve).port if serve else port
             report = check(port)
         problem = problem.replace("%d", str(port))
@@ -5827,18 +5827,6 @@ def banner_of(*options):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return output.getvalue(), errors.getvalue()
-
-
-@contextlib.contextmanager
-def occupied(address="127.0.0.1"):
-    """A port of this address that another program listens on."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
-        try:
-            sock.bind((address, 0))
-        except OSError:
-            pytest.skip("this machine has no address " + address)
-        sock.listen(1)
-        yield sock.getsockname()[1]
 
 
 class TestCommandLine:
@@ -5964,7 +5952,7 @@ class TestCommandLine:
 
     @needs_proc
     def test_port_in_use_names_its_program_and_a_command_that_works(self, capsys):
-        with occupied() as port:
+        with taken_port(listens=True) as port:
             status, output, errors = run_main(capsys, "--port=%d" % port, "--base", "/(b)", "--no-token")
             assert (status, output) == (2, "")
             pattern = (
@@ -6152,7 +6140,7 @@ class TestUnderAHub:
     ])  # fmt: skip
     def test_program_listens_at_the_address_of_the_service(self, run, host, shown, address):
         """A URL without a host means every address. A terminal has the same environment, and needs another port."""
-        with occupied(address) as port:
+        with taken_port(address, listens=True) as port:
             status, _, errors = run(SERVICE_URL="http://%s:%d/" % (host, port))
         assert (status, "port %d of %s is in use" % (port, shown) in errors, "--port 0" in errors) == (2, True, True)
 
@@ -6624,8 +6612,7 @@ class Visitor:
         self.cookies, self.trail = {}, []
 
     def wire(self):
-        sock = socket.create_connection(("127.0.0.1", self.port), WAIT)
-        return Wire(self.context.wrap_socket(sock, server_hostname="localhost") if self.context else sock)
+        return Wire.to(self.port, context=self.context)
 
     def head(self, method, target, *lines):
         path = target.partition("?")[0] + "/"
