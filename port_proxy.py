@@ -633,10 +633,9 @@ UNTIL_CLOSE = Framing("close")
 def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Framing:
     """The framing in a head, or else `undeclared` (RFC 9112 section 6.3); ProxyError 400 or 501."""
     if "transfer-encoding" in headers.index:
-        if "content-length" in headers.index:
-            raise ProxyError(400, "The message has both Transfer-Encoding and Content-Length.")
-        if minor == "0":
-            raise ProxyError(400, "An HTTP/1.0 message cannot have Transfer-Encoding.")
+        if "content-length" in headers.index or minor == "0":
+            text = "Transfer-Encoding is not allowed beside Content-Length or in HTTP/1.0."
+            raise ProxyError(400, text)
         if [coding.lower() for coding in headers.get_all("transfer-encoding")] != ["chunked"]:
             raise ProxyError(501, "The only transfer coding supported is 'chunked', once.")
         return CHUNKED
@@ -1427,7 +1426,6 @@ _SET_BY_PROXY = (
     "host content-length transfer-encoding forwarded x-forwarded-for x-forwarded-proto"
     " x-forwarded-host x-forwarded-port"
 ).split() + [name.lower() for name in _PREFIX_FIELDS]
-_USUAL_CONNECTION = frozenset(_USUAL_TOKENS)
 MARK_FIELD = "Port-Proxy-Mark"  # names this process, which so detects loops
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 # GTK Broadway accepts only the spelling of RFC 6455; a server in front may send lower case.
@@ -1493,7 +1491,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
 
 
 def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> List[str]:
-    if not headers.connection <= _USUAL_CONNECTION:  # fields to drop (RFC 9110 section 7.6.1)
+    if not _USUAL_TOKENS.keys() >= headers.connection:  # fields to drop (RFC 9110 section 7.6.1)
         table = {**table, **dict.fromkeys(headers.connection)}
     lines = []
     for key, line in zip(headers.keys, headers.lines):
@@ -1921,13 +1919,11 @@ def has_known_owner(address: Address, peer: Optional[Address] = None) -> bool:
     Raises ProxyError 403 if it is another ordinary user.  address: from `local_address`.
     """
     users = _socket_users(address, peer)
-    for user in users:
-        if user >= _FIRST_ORDINARY_USER and user != os.geteuid():
-            text = (
-                "Port %d of this machine belongs to another user, %s. Its pages could use your"
-                " other apps as you."
-            )
-            raise ProxyError(403, text % (address[1], user_name(user)), (), _TRUST_ADVICE)
+    others = [user for user in users if user >= _FIRST_ORDINARY_USER and user != os.geteuid()]
+    if others:
+        text = "Port %d of this machine belongs to another user, %s. Its pages could use your other"
+        text = (text + " apps as you.") % (address[1], user_name(others[0]))
+        raise ProxyError(403, text, (), _TRUST_ADVICE)
     return bool(users)
 
 
