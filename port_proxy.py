@@ -636,8 +636,11 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
         if "content-length" in headers.index or minor == "0":
             text = "Transfer-Encoding is not allowed beside Content-Length or in HTTP/1.0."
             raise ProxyError(400, text)
-        if [coding.lower() for coding in headers.get_all("transfer-encoding")] != ["chunked"]:
-            raise ProxyError(501, "The only transfer coding supported is 'chunked', once.")
+        codings = headers.get_all("transfer-encoding")
+        if len(codings) > 1:
+            raise ProxyError(400, "The message has more than one Transfer-Encoding field.")
+        if codings[0].lower() != "chunked":
+            raise ProxyError(501, "The only transfer coding supported is 'chunked'.")
         return CHUNKED
     if "content-length" not in headers.index:
         return undeclared

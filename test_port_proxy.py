@@ -1037,7 +1037,7 @@ BAD_FRAMINGS = [(400, "1", [("Content-Length", value)]) for value in NO_LENGTHS]
     (400, "1", [("Content-Length", "5"), ("Transfer-Encoding", "chunked")]),
     (400, "1", [("Transfer-Encoding", "chunked"), ("Content-Length", "0")]),
     (400, "0", [("Transfer-Encoding", "chunked")]),
-    (501, "1", [("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "chunked")]),
+    (400, "1", [("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "chunked")]),
 ] + [(501, "1", [("Transfer-Encoding", coding)]) for coding in (
     "gzip, chunked", "chunked, chunked", "identity", "", "xchunked", "chunked;q=1", "\x0bchunked",
 )]
