@@ -1848,12 +1848,11 @@ REACHED = {  # for each loopback name, the listening addresses that it reaches
 }
 _TRUST_ADVICE = "If you trust it, {start} {any_owner}."
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
-_INTERPRETER = re.compile(
-    r"(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*"
+# An interpreter and its script or module.  Other flags than these may be followed by code.
+_SCRIPT = re.compile(
+    r"(?:[^\0]*/)?(?:python|pypy|node|ruby|perl|php|java|bash|sh|deno|bun|Rscript|R)[0-9.]*\0"
+    r"(?:-(?:[uEIsSBbqvm]|OO?)\0)*(?:[^\0]*/)?([A-Za-z0-9_][A-Za-z0-9_.@+-]{0,60})(?:\0|\Z)"
 )
-# Flags of Python in front of a script or module; other flags may be followed by code.
-_FLAGS = "-u -E -I -s -S -O -OO -B -b -q -v -m".split()
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,60}")
 
 
 class TcpSocket(NamedTuple):
@@ -2017,16 +2016,14 @@ def _read(name: str) -> str:
 
 def _program(pid: int) -> str:
     """A process's program, or an interpreter's script; other arguments may contain secrets."""
-    command, *rest = _read("/proc/%d/cmdline" % pid).rstrip("\0").split("\0")
-    if not rest:  # some programs put all arguments into the first one
-        command = command.split(" ")[0]
-    name = os.path.basename(command)
-    while rest and rest[0] in _FLAGS:
-        del rest[0]
-    script = os.path.basename(rest[0]) if rest else ""
-    if _INTERPRETER.fullmatch(name) and _PLAIN_NAME.fullmatch(script):
-        return script
-    return name.split(" ")[0].rstrip(":")
+    command = _read("/proc/%d/cmdline" % pid).rstrip("\0")
+    script = _SCRIPT.match(command)
+    if script:
+        return script.group(1)
+    program, has_arguments, _ = command.partition("\0")
+    if not has_arguments:  # some programs put all arguments into the first one
+        program = program.split(" ")[0]
+    return os.path.basename(program).split(" ")[0].rstrip(":")
 
 
 def _started(pid: int) -> float:
