@@ -582,13 +582,13 @@ class Headers:
     @classmethod
     def parse(cls, section: str, config: Config, is_response: bool = False) -> "Headers":
         """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
-        if is_response and (" :" in section or "\t:" in section):  # RFC 9112 section 5.1
-            section = _SPACED_NAME.sub(r"\1:", section)
         lines = section.split("\r\n")[:-2]
         if len(lines) > config.max_fields:
             raise ProxyError(431, "The message head has more than %d fields." % config.max_fields)
         keys = _FIELD_NAMES.findall(section.lower())
         if not len(keys) == len(lines) == section.count("\n") - 1:
+            if is_response and _SPACED_NAME.search(section):  # RFC 9112 section 5.1
+                return cls.parse(_SPACED_NAME.sub(r"\1:", section), config)
             text = "A field line must be 'name: value', without white space before the name or the"
             raise ProxyError(400, text + " colon, and without control bytes (RFC 9112 section 5).")
         return cls(keys, lines)
@@ -644,7 +644,8 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
         return CHUNKED
     if "content-length" not in headers.index:
         return undeclared
-    length, *others = headers.tokens("content-length")
+    values = ",".join(headers.get_all("content-length")).split(",")
+    length, *others = {value.strip(" \t") for value in values}
     if others or not _LENGTH.fullmatch(length):
         raise ProxyError(400, "Content-Length is not a single number of at most 18 digits.")
     return Framing("length", int(length))
