@@ -737,8 +737,8 @@ class Request(NamedTuple):
 
     @property
     def is_above_prefix(self) -> bool:
-        """Whether the directory of the client's URL, which is the default Path of cookies and scope
-        of service workers, is outside the prefix, as for /proxy/8080."""
+        """Whether the directory of the client's URL is outside the prefix, as for /proxy/8080.
+        This is the default Path of cookies, and the default scope of service workers."""
         return self.is_unprefixed or not self.path
 
 
@@ -911,7 +911,7 @@ _CHUNK_START = re.compile(
     (r"\r\n([0-9A-Fa-f]{1,15})(?:%s)*([ \t]*)\r\n" % _EXTENSION).encode("latin-1")
 )
 _TRAILERS = re.compile((r"(?:%s\r\n)*\r\n" % _FIELD_LINE.pattern).encode("latin-1"))
-# What may become such text.
+# Beginnings of these two, which more data may complete.
 _PARTIAL_START = re.compile(rb"\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?)?")
 _PARTIAL_TRAILERS = re.compile(
     (r"(?:%s\r\n)*[^\x00-\x08\n-\x1f\x7f]*\r?" % _FIELD_LINE.pattern).encode("latin-1")
@@ -951,7 +951,7 @@ class ChunkedDecoder:
         self._is_response = is_response
         self._remaining = 0  # bytes of the current chunk still to come
         self._in_trailers = False
-        # An incomplete _CHUNK_START, or incomplete _TRAILERS.  Nothing comes before the first CRLF.
+        # An incomplete _CHUNK_START or _TRAILERS.  The CRLF lets the first size match _CHUNK_START.
         self._partial = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
@@ -1025,7 +1025,7 @@ CLOSING = "closing"  # no further request is served, and no data is kept
 
 
 class StreamWriter(asyncio.StreamWriter):
-    """A StreamWriter that a tunnel can drop.  Since 3.11.5, asyncio's closes its transport then."""
+    """Unlike asyncio's since 3.11.5, it does not close the transport when a tunnel drops it."""
 
     def __del__(self, *_: Any) -> None:
         pass
@@ -1227,8 +1227,8 @@ def poll(transport: Any, event: str) -> bool:
 def has_failed(transport: Any, event: str) -> bool:
     """Whether the peer has reset a connection whose reading is paused.
 
-    event: POLLERR; or POLLHUP, which also comes if the peer has closed a Unix socket, and, after
-    our EOF, if it has closed any socket whose data is still unread.
+    event: POLLERR; or POLLHUP, which also reports, while data is unread, that the peer has closed
+    a Unix socket, or that both sides have sent EOF.
     """
     with contextlib.suppress(AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
         if not transport.is_closing() and not transport.is_reading():
@@ -1291,7 +1291,7 @@ class Deadlines:
         self.has_activity = False
 
     def set_pending(self, connection: Connection, size: int) -> None:
-        """Count the bytes of an incomplete request head, or all of a client not yet admitted.
+        """Count the bytes of an incomplete request head, or all bytes of a client not yet admitted.
 
         Above the limit, abort this connection and the one counted for longest.
         """
@@ -1525,8 +1525,8 @@ def serialise(lines: List[str], framing: Framing) -> bytes:
 
 
 def _hides_public_origin(request: Request, gate: Any) -> bool:
-    """Apps compare X-Forwarded headers with Origin, which is translated.  Without Origin, Django
-    compares them with Referer, and WebDAV servers with Destination."""
+    """Whether X-Forwarded headers must agree with a translated Origin: apps compare them.  Without
+    Origin, Django compares them with Referer, and WebDAV servers with Destination."""
     headers, is_own = request.headers, request.is_own_origin
     if "origin" not in headers.index and request.method not in ("GET", "HEAD", "OPTIONS"):
         url = headers.get("destination") or headers.get("referer")
@@ -1917,7 +1917,7 @@ def _parse_address(text: str) -> str:
 
 
 def has_known_owner(address: Address, peer: Optional[Address] = None) -> bool:
-    """Whether the user is known who listens at `address`, or is connected there to `peer`.
+    """Whether the user is known for a socket at `address` that listens, or is connected to `peer`.
 
     Raises ProxyError 403 if it is another ordinary user.  address: from `local_address`.
     """
@@ -1933,20 +1933,20 @@ def has_known_owner(address: Address, peer: Optional[Address] = None) -> bool:
 def check_owner(address: Address, peer: Address, had_known_owner: bool) -> None:
     """Refuse a new connection to a port without a known owner, or of another ordinary user.
 
-    The accepted socket is not enough, because the kernel reports no user once its program has
-    closed it.  peer: the proxy's end.  had_known_owner: before the connection.
+    The listening socket is checked first, because the kernel reports no user for an accepted
+    socket that was closed.  peer: the proxy's end.  had_known_owner: before connecting.
     """
     # A program that serves a single connection may have closed its listening socket.
     is_known = has_known_owner(address) or has_known_owner(address, peer)
-    # Without an owner before, another user's program may have accepted the connection.
+    # If no owner was known before, another user's program may have accepted the connection.
     if not is_known or not had_known_owner:
         text = "The user who owns port %d of this machine could not be determined."
         raise ProxyError(403, text % address[1], (), _TRUST_ADVICE)
 
 
 def local_address(address: Address) -> Optional[Address]:
-    """The address that a connection to `address` reaches; None if it is on another machine, so
-    that source and destination differ."""
+    """The address that a connection to `address` reaches; None if it is on another machine:
+    source and destination then differ."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:  # connecting it sends nothing
         sock.connect(address)
@@ -2206,7 +2206,7 @@ class NotListening(ProxyError):
         if addresses and route.is_local and REACHED[route.host].isdisjoint(addresses):
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(addresses), route.host
-            if REACHED["localhost"].isdisjoint(addresses):  # otherwise its port alone reaches it
+            if REACHED["localhost"].isdisjoint(addresses):  # else the form /<port>/ reaches it
                 address = addresses[0]
                 advice = (
                     "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist}"
@@ -2442,8 +2442,8 @@ class Upstreams:
         """A usable idle connection to the route's upstream, or None.
 
         Some upstreams close a connection shortly after each response, without announcing it.  A
-        replayable request can then be sent again.  Other requests get a connection only if it was
-        used within the last second, and another was idle for longer or any of them was reused.
+        replayable request can then be sent again.  Any other needs a connection used within the
+        last second, and a sign that the upstream keeps them: one was reused, or idle for longer.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -2482,7 +2482,7 @@ class Upstreams:
             self._drop(connection)
 
     async def lookup(self, function: Callable[[], Any]) -> Any:
-        """The result of a function that looks up sockets.  A thread calls it once a second."""
+        """The result of a function that looks up sockets, in a thread; valid for a second."""
         future, until = self._lookups.get(function, (None, 0.0))
         if future is None or (future.done() and now() >= until):
             future = self.deadlines.loop.run_in_executor(None, function)
@@ -2814,7 +2814,7 @@ class TokenGate(Gate):
         names = ["localhost", "*.localhost", "127.*", "::1", *config.allow_hostnames]
         for domain in config.domains:
             names += [domain, "*." + domain]
-        if not is_private:  # addresses cannot be rebound; here for IPv4, below for IPv6
+        if not is_private:  # addresses cannot be rebound; `_check_host` accepts those of IPv6
             names += [socket.gethostname().lower(), "*.*.*.*"]
         self._names = re.compile(host_regex(names))
 
@@ -2987,7 +2987,7 @@ def authorization_tokens(headers: Headers) -> List[str]:
 _CACHE_SECONDS = 45.0  # lifetime of a token's cached user
 _LOGIN_SECONDS = 600  # timeout of a sign-in
 _MAX_REMEMBERED = 1000  # sessions and tokens, each
-_MAX_PENDING = 64  # concurrent lookups of tokens that the Hub has not known
+_MAX_PENDING = 64  # concurrent lookups of tokens that the Hub has not confirmed
 _MAX_TOKENS = 8  # distinct tokens in a request
 _MAX_LOGIN_TARGET = 2048  # characters; a browser refuses cookies of more than 4096
 _HUB_TIMEOUT = 10.0  # seconds
@@ -3112,10 +3112,10 @@ class HubGate(Gate):
             context = self._tls["ssl"] = ssl.create_default_context(cafile=config.client_ca)
             if config.certfile:
                 context.load_cert_chain(config.certfile, config.keyfile)
-        # By token: the running or finished lookup, and the time at which it expires.  Anybody can
-        # cause lookups of invented tokens.  Only concurrent lookups of unknown tokens are therefore
-        # limited, and tokens that the Hub has known have a cache of their own.
-        self._tokens, self._others = BoundedDict(_MAX_REMEMBERED), BoundedDict(_MAX_REMEMBERED)
+        # By token: the running or finished lookup, and the time at which it expires.  A token is in
+        # `_unknown` until the Hub has confirmed it.  Anybody can invent tokens, so these cannot
+        # evict the others, and their concurrent lookups are limited.
+        self._tokens, self._unknown = BoundedDict(_MAX_REMEMBERED), BoundedDict(_MAX_REMEMBERED)
         self.callback_path = urlsplit(self.hub.callback_url).path
         host = "__Host-" if self.hub.host_cookies else ""
         self.cookie_name = host + COOKIE_PREFIX + short_hash(self.hub.prefix)
@@ -3269,11 +3269,11 @@ class HubGate(Gate):
         """The user of a token; None if the Hub does not know it.  is_known: the Hub gave it."""
         if not _HUB_TOKEN.fullmatch(token):
             return None
-        cache = self._tokens if is_known or token in self._tokens else self._others
+        cache = self._tokens if is_known or token in self._tokens else self._unknown
         lookup, until = cache.get(token, (None, 0.0))
         if lookup is None or now() > until:
-            pending = sum(not task.done() for task, _ in self._others.values())
-            if pending >= _MAX_PENDING and cache is self._others:
+            pending = sum(not task.done() for task, _ in self._unknown.values())
+            if pending >= _MAX_PENDING and cache is self._unknown:
                 text = "There are too many requests to the Hub. Try again shortly."
                 raise ProxyError(503, text, _RETRY_SOON)
             lookup = self._deadlines.loop.create_task(self._find_user(token))
@@ -3997,7 +3997,7 @@ class PortProxy:
         return bool(victims)
 
     async def _accept_tls(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
-        # asyncio's servers report a connection only after its handshake.  Here, it counts before.
+        # asyncio's servers report a connection after its handshake.  `_make_room` counts it before.
         loop = self.deadlines.loop
         try:
             while True:
@@ -4491,7 +4491,7 @@ class JupyterGate(Gate):
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and handler.check_origin()
         is_unsafe = request.method not in _SAFE and not handler.settings.get("disable_check_xsrf")
-        if is_unsafe and handler.allow_origin in ("", "*"):  # "": a pattern may allow any origin
+        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat may match any
             # Jupyter's own handlers require the XSRF token here, which pages of apps do not have.
             allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
@@ -4586,9 +4586,9 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
 
         def initialize(self) -> None:
             method = self.request.method
-            if _PLAIN_METHOD.fullmatch(method):  # Jupyter reads the attribute of this name
+            if _PLAIN_METHOD.fullmatch(method):  # Jupyter looks it up as an attribute
                 self.SUPPORTED_METHODS = (method,)
-                if not hasattr(self, method.lower()):  # Jupyter reads it, but does not call it
+                if not hasattr(self, method.lower()):  # which is not called
                     setattr(self, method.lower(), None)
 
         def set_default_headers(self) -> None:
@@ -4615,7 +4615,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 self.is_page_visit = parse_request(head, "", "http", proxy.config).is_page_visit
             await ensure_async(super().prepare())
             if not self._finished:
-                web.authenticated(lambda handler: None)(self)  # `prepare` may not require a user
+                web.authenticated(lambda handler: None)(self)  # `prepare` need not require a user
             if self._finished:  # redirected to sign in
                 return
             authorizer = self.settings.get("authorizer")
@@ -5029,7 +5029,7 @@ def _parser(show_limits: bool) -> argparse.ArgumentParser:
 
 
 def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> None:
-    """Add options to a parser or an argument group.  Omitted ones will not be in the result."""
+    """Add options to a parser or group.  Only options that are given are in the parsed result."""
     for option in options:
         default, text = option.default, option.help
         settings = {"metavar": option.metavar}  # type: Dict[str, Any]
