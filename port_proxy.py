@@ -5106,7 +5106,9 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
     sockets = _inherited_sockets()
     if sockets:  # the banner names the address of the first one
         name = sockets[0].getsockname()
-        bind = name[0] if isinstance(name, tuple) else _UNIX_PREFIX + os.fsdecode(name)
+        # The name of an abstract Unix socket begins with NUL, which people write as "@".
+        path = "" if isinstance(name, tuple) else os.fsdecode(name).replace("\0", "@")
+        bind = _UNIX_PREFIX + path if path else name[0]
         config = config._replace(bind=bind)
     proxy = PortProxy(config)
 
