@@ -380,7 +380,7 @@ class Route(NamedTuple):
 
     host: str  # in lower case and without brackets; "localhost" by default
     port: int
-    prefix: str  # of the app's own path, as the client spelled it; "" if the host names the port
+    prefix: str  # such as /proxy/8080, as the client spelled it; "" if the host names the port
     absolute: bool  # the prefix is not stripped
     scheme: str  # "http" or "https", for the upstream
     authority: str  # host:port, for the Host header
@@ -664,8 +664,8 @@ class ClientInfo(NamedTuple):
 def client_info(
     headers: Headers, address: str, scheme: str, authority: str, config: Config
 ) -> ClientInfo:
-    """address, scheme: of the connection.  X-Forwarded headers are used only if it is from a
-    trusted proxy.  The client is then their last address that is not trusted, or else the first."""
+    """address, scheme: of the connection.  Only a trusted proxy's X-Forwarded headers are used: the
+    client is the last address in X-Forwarded-For that is not trusted, or the first if all are."""
     hops, port = [address] if address else [], ""
     if config.trusted_proxies and _is_trusted(address, config.trusted_proxies):
         value = ",".join(headers.get_all("x-forwarded-for"))
@@ -737,8 +737,8 @@ class Request(NamedTuple):
 
     @property
     def is_above_prefix(self) -> bool:
-        """Whether the directory of the client's URL is outside the prefix, as for /proxy/8080.
-        This is the default Path of cookies, and the default scope of service workers."""
+        """Whether the directory of the client's URL is outside the prefix: /proxy/ for /proxy/8080.
+        The directory is the default Path of cookies, and the default scope of service workers."""
         return self.is_unprefixed or not self.path
 
 
@@ -758,7 +758,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     text = head.decode("latin-1")
     method, target, minor, end = parse_request_line(text, config)
     headers = Headers.parse(text[end:], config)
-    # Of several, the gate and the app might use different ones (RFC 6454 section 7.3).
+    # Of two Host or Origin fields, gate and app might use different ones (RFC 6454 section 7.3).
     hosts, origins = headers.get_all("host"), headers.get_all("origin")
     if len(hosts) > 1 or len(origins) > 1 or (minor == "1" and not hosts):
         raise ProxyError(400, "A request has exactly one Host field, and at most one Origin field.")
@@ -1227,8 +1227,8 @@ def poll(transport: Any, event: str) -> bool:
 def has_failed(transport: Any, event: str) -> bool:
     """Whether the peer has reset a connection whose reading is paused.
 
-    event: POLLERR; or POLLHUP, which also reports, while data is unread, that the peer has closed
-    a Unix socket, or that both sides have sent EOF.
+    event: POLLERR, or POLLHUP.  The latter has two more meanings while data is unread: the peer has
+    closed a Unix socket, or both sides have sent EOF.
     """
     with contextlib.suppress(AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
         if not transport.is_closing() and not transport.is_reading():
@@ -1525,8 +1525,8 @@ def serialise(lines: List[str], framing: Framing) -> bytes:
 
 
 def _hides_public_origin(request: Request, gate: Any) -> bool:
-    """Whether X-Forwarded headers must agree with a translated Origin: apps compare them.  Without
-    Origin, Django compares them with Referer, and WebDAV servers with Destination."""
+    """Whether X-Forwarded headers must not name the public origin: apps compare them with Origin,
+    which is translated.  Without Origin, Django uses Referer, and WebDAV servers Destination."""
     headers, is_own = request.headers, request.is_own_origin
     if "origin" not in headers.index and request.method not in ("GET", "HEAD", "OPTIONS"):
         url = headers.get("destination") or headers.get("referer")
@@ -1596,7 +1596,7 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
             if domain in (host, parent) or domain in map(host_of, route.app_authorities):
                 continue
         elif name == "path" and parts:
-            # Other values stand for the default path, and the last one counts (RFC 6265 section 5).
+            # "Path=x" stands for the default path, and the last Path counts (RFC 6265 section 5).
             has_path = content.startswith("/")
             # For an absolute route, only a path above the prefix is changed.
             is_wider = route.absolute and path_below(content.rstrip("/"), route.prefix)
@@ -1690,7 +1690,7 @@ def base64url(data: bytes) -> str:
 
 
 def sign(key: bytes, purpose: str, text: str) -> str:
-    """A signature (HMAC) of 43 characters.  purpose: a word; it is valid for nothing else."""
+    """A signature (HMAC) of 43 characters.  It is not valid for another purpose."""
     return base64url(hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest())
 
 
@@ -1702,7 +1702,7 @@ def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
 def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
     """The text in the cookie `name`, of the form TEXT.SIGNATURE; "" if it is not valid.
 
-    Pages of apps and of other ports can set such a cookie, too, so none of several is used.
+    If there are several, none is used: pages of apps and of other ports can set such a cookie.
     """
     values = cookie_values(headers, name)
     text, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
@@ -1736,7 +1736,8 @@ def is_foreign(request: Request) -> bool:
     if not OWN_SITES.issuperset(sites):
         return True
     if "origin" in headers.index:
-        is_own_form = headers.get("origin") == "null" and sites == ["same-origin"]  # no-referrer
+        # With "Referrer-Policy: no-referrer", forms on our own pages send "Origin: null".
+        is_own_form = headers.get("origin") == "null" and sites == ["same-origin"]
         return not (request.is_own_origin or is_own_form)
     authority = request.client.authority
     return not sites and any(
@@ -2441,9 +2442,9 @@ class Upstreams:
     def take(self, route: Route, is_replayable: bool) -> Optional[Connection]:
         """A usable idle connection to the route's upstream, or None.
 
-        Some upstreams close a connection shortly after each response, without announcing it.  A
-        replayable request can then be sent again.  Any other needs a connection used within the
-        last second, and a sign that the upstream keeps them: one was reused, or idle for longer.
+        Some upstreams close a connection soon after a response, unannounced.  A replayable request
+        can then be sent again.  Other requests need a connection that was used in the last second,
+        and an upstream that keeps them open: one was reused, or is idle for more than a second.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -2671,7 +2672,7 @@ class Gate:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.root = config.base  # sign-ins lead below this path
+        self.root = config.base  # redirects after a sign-in stay below this path
 
     async def respond(self, request: Request, read_form: ReadForm) -> None:
         """Raise the ProxyError that answers a request for the gate itself, such as a sign-in."""
@@ -3604,7 +3605,7 @@ class Exchange:
         is_page, advice = self.request.is_page_visit, ""
         if isinstance(error, TimedOut):
             if self.status:  # a half-closed client, or an upstream that stopped reading
-                return error  # the server then aborts the response
+                return error  # `PortProxy.serve_one` then aborts the connection
             timeout = self._response_timeout(upstream)
             text = "No response came from %s within %g seconds." % (route.place, timeout)
             if "writing" in error.args:
@@ -4319,8 +4320,7 @@ def checked_config(config: Config) -> Config:
         if getattr(config, option.field) and not config.certfile:
             raise ValueError("%s needs --certfile" % option.flag)
     if not re.fullmatch("[!-~]{16,}|any|", config.token or ""):
-        text = "the token must consist of visible ASCII characters without spaces, at least 16"
-        raise ValueError(text + "; if none is given, a random one is made")
+        raise ValueError("the token must consist of visible ASCII characters, at least 16")
     for field, normalise in _NORMALISERS.items():
         value = getattr(config, field)
         try:
@@ -4588,7 +4588,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
             method = self.request.method
             if _PLAIN_METHOD.fullmatch(method):  # Jupyter looks it up as an attribute
                 self.SUPPORTED_METHODS = (method,)
-                if not hasattr(self, method.lower()):  # which is not called
+                if not hasattr(self, method.lower()):  # `prepare` responds, so it is not called
                     setattr(self, method.lower(), None)
 
         def set_default_headers(self) -> None:
@@ -4615,7 +4615,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 self.is_page_visit = parse_request(head, "", "http", proxy.config).is_page_visit
             await ensure_async(super().prepare())
             if not self._finished:
-                web.authenticated(lambda handler: None)(self)  # `prepare` need not require a user
+                web.authenticated(lambda handler: None)(self)  # JupyterHandler may admit anyone
             if self._finished:  # redirected to sign in
                 return
             authorizer = self.settings.get("authorizer")
