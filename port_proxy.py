@@ -287,7 +287,7 @@ def own_command() -> str:
 
 
 def printable(text: str) -> str:
-    """Untrusted text for a terminal, a log or a page; control characters and others are escaped."""
+    """Untrusted text for a terminal, a log or a page; unprintable characters are escaped."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
@@ -1009,8 +1009,8 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 # timer checks the deadlines of all connections.
 
 _MAX_UNREAD = 1 << 16  # bytes
-# The connection pauses its transport itself.  Before 3.11, a StreamReader that resumes a closed TLS
-# transport raises an error and loses its data.
+# The limit of a StreamReader: it must never pause the transport, which `Connection` does.  Before
+# 3.11, a StreamReader that resumes a closed TLS transport raises an error and loses its data.
 _NO_LIMIT = 1 << 30  # bytes
 _PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
@@ -1301,7 +1301,7 @@ class Deadlines:
         if not size:
             del self.pending[connection]
         elif self._pending_bytes > _PENDING_BYTES:
-            next(iter(self.pending)).abort()  # frees its memory soon, but not at once
+            next(iter(self.pending)).abort()  # its memory is freed later, so abort this one, too
             connection.abort()
 
     def run(self, coroutine: Awaitable[None]) -> None:
@@ -1437,7 +1437,7 @@ _HANDSHAKE_NAME = re.compile(r"\A(?:origin|sec-websocket-[a-z]+):", re.IGNORECAS
 # Gradio's API uses X-Forwarded-Host for the URLs of result files, and does not compare it with
 # Origin.  The second part is for Gradio 4 and older.
 _USES_PUBLIC_ORIGIN = re.compile(r"/gradio_api/|\A/(?:queue/join|run/|call/)")
-# Groups of both patterns, for `_translate_each`: before the URL, the URL, behind it.
+# _REFRESH and _BRACKETED have three groups: before the URL, the URL, behind it.
 _REFRESH = re.compile(
     r"(\A[0-9.]*[ \t]*[;,][ \t]*(?:url[ \t]*=[ \t]*)?['\"]?)([^'\"]*)()", re.IGNORECASE
 )
@@ -1768,7 +1768,7 @@ def find_app(request: Request, gate: Any) -> Request:
 def _prefix_of_app(request: Request, gate: Any) -> str:
     """The prefix of the app to which an unprefixed request belongs; "" if there is none."""
     headers, base = request.headers, gate.config.base
-    # Paths below the base, or below /absolute if the base is empty, are mistyped.
+    # Below the base, or /absolute if the base is empty, a path without a route is an error.
     is_served = gate.app_cookie and path_below(base or "/absolute", request.target) is None
     may_be_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
     is_from_page = headers.get_all("sec-fetch-site") == ["same-origin"] or not (
@@ -1781,7 +1781,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
         route = find_route(gate.config, page)[0]
         if route is not None:
             return route.prefix
-        if base:  # the proxy's own page; with an empty base, the page "/" may be an app's
+        if base:  # from the ports page; with an empty base, an app's page may be at "/", too
             return ""
     return signed_value(headers, gate.app_cookie, gate.key, "app")
 
@@ -2444,7 +2444,7 @@ class Upstreams:
 
         Some upstreams close a connection soon after a response, unannounced.  A replayable request
         can then be sent again.  Other requests need a connection that was used in the last second,
-        and an upstream that keeps them open: one was reused, or is idle for more than a second.
+        and, to the same upstream, one that was reused or has been idle for more than a second.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -2519,7 +2519,7 @@ class Upstreams:
             raise ProxyError(502, "No connection to %s: %s." % (route.place, reason))
 
     async def _connect(self, route: Route) -> Connection:
-        """Try the host's addresses in order.  If all fail, raises a refusal if there is one."""
+        """Try the host's addresses in order.  Of several errors, raises ConnectionRefusedError."""
         addresses = [("127.0.0.1", route.port), ("::1", route.port)]  # type: List[Any]
         if route.host != "localhost":
             loop = self.deadlines.loop
@@ -2834,7 +2834,7 @@ class TokenGate(Gate):
                 form = dict(parse_qsl((await read_form()).decode("latin-1")))
                 target = local_target(self.root, form.get("next", ""))
                 if not self.owns_token(form.get("token", "").strip()):
-                    raise self._sign_in_needed(await self._note_wrong_token(client), target, client)
+                    raise self._sign_in_needed(await self._wrong_token_text(client), target, client)
                 location = ("Location", target)
                 raise ProxyError(303, "Signed in.", (location, self._new_cookie(client)))
             if _PORT_NUMBER.fullmatch(sent.get("open", "")):
@@ -2886,7 +2886,7 @@ class TokenGate(Gate):
         shown = in_query[:1] + in_field[:1]
         if any(map(self.owns_token, shown)):
             return
-        wrong = await self._note_wrong_token(request.client) if shown else ""
+        wrong = await self._wrong_token_text(request.client) if shown else ""
         if request.is_websocket:
             text = "A WebSocket needs a signed-in browser, or the proxy's token."
             raise ProxyError(403, wrong + text)
@@ -2895,7 +2895,7 @@ class TokenGate(Gate):
         text = "Sign in with a browser, or send the proxy's token as 'Authorization: token TOKEN'."
         raise ProxyError(401, wrong + text, CHALLENGE)
 
-    async def _note_wrong_token(self, client: ClientInfo) -> str:
+    async def _wrong_token_text(self, client: ClientInfo) -> str:
         """Log a wrong token, delay the response, and return the error text."""
         # So a connection can try one token per second.  A lockout could be used against others.
         logger.warning("invalid token from %s", client.address or "-")
@@ -3114,8 +3114,8 @@ class HubGate(Gate):
             if config.certfile:
                 context.load_cert_chain(config.certfile, config.keyfile)
         # By token: the running or finished lookup, and the time at which it expires.  A token is in
-        # `_unknown` until the Hub has confirmed it.  Anybody can invent tokens, so these cannot
-        # evict the others, and their concurrent lookups are limited.
+        # `_unknown` until the Hub has confirmed it.  Anybody can invent tokens: in a dictionary of
+        # their own, they cannot evict confirmed ones.  Their concurrent lookups are limited.
         self._tokens, self._unknown = BoundedDict(_MAX_REMEMBERED), BoundedDict(_MAX_REMEMBERED)
         self.callback_path = urlsplit(self.hub.callback_url).path
         host = "__Host-" if self.hub.host_cookies else ""
@@ -3658,8 +3658,8 @@ class Exchange:
 
         The body of a form is read first, because browsers do not read an earlier response.
         """
-        is_waiting = "expect" in self.request.headers.index  # to send the body
-        is_form = self.request.method not in ("GET", "HEAD") and not is_waiting
+        expects = "expect" in self.request.headers.index  # the client waits before it sends a body
+        is_form = self.request.method not in ("GET", "HEAD") and not expects
         while is_form and not self.body.finished:
             await self.body.read(self.config.stall_timeout)
         path, query = self.request.path or "/", self.gate.strip_query(self.request.query)
@@ -3830,7 +3830,7 @@ class PortProxy:
         self._clients = {}  # type: Dict[Connection, None]  # the one idle for longest first
         self._acceptors = []  # type: List[asyncio.Future[None]]  # of connections over TLS
         self._sockets = []  # type: List[socket.socket]
-        self._listening = contextlib.ExitStack()  # ends what `start` has begun
+        self._cleanup = contextlib.ExitStack()  # ends what `start` has begun
 
     async def start(
         self,
@@ -3849,10 +3849,10 @@ class PortProxy:
         tls = server_context(self.config) if self.config.certfile else None
         self._sockets = _bind(self.config) if sockets is None else list(sockets)
         for sock in self._sockets:
-            self._listening.callback(sock.close)
+            self._cleanup.callback(sock.close)
         if sockets is None and self.config.bind.startswith(_UNIX_PREFIX):
-            self._listening.enter_context(contextlib.suppress(OSError))
-            self._listening.callback(os.unlink, self.config.bind[len(_UNIX_PREFIX) :])
+            self._cleanup.enter_context(contextlib.suppress(OSError))
+            self._cleanup.callback(os.unlink, self.config.bind[len(_UNIX_PREFIX) :])
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         self.is_running = True
         self.deadlines = Deadlines(self.config)
@@ -3872,7 +3872,7 @@ class PortProxy:
                     # Without a free file descriptor, all of them fail: hence a small number.
                     # `create_unix_server` is not used: it unlinks sockets of the caller, too.
                     server = await loop.create_server(protocol, sock=sock, backlog=32)
-                    self._listening.callback(server.close)
+                    self._cleanup.callback(server.close)
                 sock.listen(1024)  # the number of connections that wait to be accepted
         except BaseException:
             await self.close()
@@ -3886,7 +3886,7 @@ class PortProxy:
 
     @property
     def is_private(self) -> bool:
-        """Whether only users of this machine can connect; for a Unix socket, only its owner."""
+        """Whether no other machine can connect; for a Unix socket, whether only its owner can."""
         return all(map(_is_private, self._sockets))
 
     @property
@@ -3917,7 +3917,7 @@ class PortProxy:
             return
         self.is_running = False
         await cancel(self._acceptors)
-        self._listening.close()
+        self._cleanup.close()
         until = now() + self.config.shutdown_timeout
         for client in list(self._clients):
             if client.state is HANDSHAKE and client.task:
@@ -3981,7 +3981,7 @@ class PortProxy:
             client.write(local_response(error_response(error), keep_alive=False))
             client.close()
         else:
-            self._await_request(client)
+            self._set_idle(client)
 
     def _make_room(self) -> bool:
         """At the limit, make room for one more connection; False if none can be closed."""
@@ -4008,7 +4008,7 @@ class PortProxy:
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
                 if self._make_room():
-                    client = Connection(self.deadlines, self._await_request)
+                    client = Connection(self.deadlines, self._set_idle)
                     client.state = HANDSHAKE
                     self._clients[client] = None
                     client.task = loop.create_task(self._shake_hands(client, sock, tls))
@@ -4042,7 +4042,7 @@ class PortProxy:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)  # in 3.6, asyncio waits for EOF
 
-    def _await_request(self, client: Connection) -> None:
+    def _set_idle(self, client: Connection) -> None:
         client.task = None
         if not self.is_running:
             client.close()
@@ -4066,7 +4066,7 @@ class PortProxy:
 
     async def _serve(self, client: Connection) -> None:
         if await self.serve_one(client, b"", self.gate):
-            self._await_request(client)
+            self._set_idle(client)
 
     async def _read_request(self, client: Connection, head: bytes = b"") -> Optional[Request]:
         """The next request; None after EOF, `close`, or the response to an invalid head."""
@@ -4491,7 +4491,7 @@ class JupyterGate(Gate):
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and handler.check_origin()
         is_unsafe = request.method not in _SAFE and not handler.settings.get("disable_check_xsrf")
-        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat may match any
+        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat may be ".*"
             # Jupyter's own handlers require the XSRF token here, which pages of apps do not have.
             allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
@@ -4820,7 +4820,7 @@ class PortCheck:
     async def _get(self, target: str, *fields: str, host: str = "") -> Response:
         """Send a request that looks to the app like a browser's request through the proxy.
 
-        Raises ValueError if the target is not a path, or ProxyError, 400 if no valid HTTP comes.
+        Raises ProxyError (400 if the response is not HTTP), or ValueError if the target is no path.
         """
         if not _LOCAL_TARGET.fullmatch(target):
             raise ValueError("not a path: %r" % target)
@@ -4863,7 +4863,7 @@ class PortCheck:
     async def _follow_redirects(self, page: Response) -> Response:
         """Follow the app's redirects to itself; the last page."""
         route = self.route
-        # The second is ours: the app may obey X-Forwarded-Host.
+        # The app may obey X-Forwarded-Host, which is the proxy's address.
         own = route.app_authorities | {"localhost:%d" % self.config.port}
         for _ in range(_MAX_REDIRECTS):
             location = page.headers.get("location")
