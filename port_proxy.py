@@ -2519,7 +2519,7 @@ class Upstreams:
             raise ProxyError(502, "No connection to %s: %s." % (route.place, reason))
 
     async def _connect(self, route: Route) -> Connection:
-        """Try the host's addresses in order.  Of several errors, raises ConnectionRefusedError."""
+        """Try all addresses in order.  Raises the first ConnectionRefusedError, or else OSError."""
         addresses = [("127.0.0.1", route.port), ("::1", route.port)]  # type: List[Any]
         if route.host != "localhost":
             loop = self.deadlines.loop
