@@ -166,7 +166,7 @@ class Config(NamedTuple):
     keep_alive_timeout: float = 120.0  # between requests; browsers close sooner
     connect_timeout: float = 10.0  # all addresses of a host together
     response_timeout: float = 3600.0  # from the end of the request to the response head
-    stall_timeout: float = 3600.0  # without progress of a client's request or response body
+    stall_timeout: float = 3600.0  # a body does not arrive from a client, or cannot be sent on
     linger_timeout: float = 5.0  # reading after an early response, so that the client receives it
     shutdown_timeout: float = 5.0  # for running requests when the proxy is stopped
     idle_upstream_timeout: float = 4.0  # Node and uvicorn close after 5 s, without warning
@@ -737,8 +737,8 @@ class Request(NamedTuple):
 
     @property
     def is_above_prefix(self) -> bool:
-        """Whether the directory of the client's URL is outside the prefix: /proxy/ for /proxy/8080.
-        The directory is the default Path of cookies, and the default scope of service workers."""
+        """Whether the client's URL up to its last slash, such as /proxy/ in /proxy/8080, is above
+        the prefix.  It is the default Path of cookies, and the default scope of service workers."""
         return self.is_unprefixed or not self.path
 
 
@@ -1009,8 +1009,8 @@ def body_decoder(framing: Framing, config: Config, is_response: bool = False) ->
 # timer checks the deadlines of all connections.
 
 _MAX_UNREAD = 1 << 16  # bytes
-# The limit of a StreamReader: it must never pause the transport, which `Connection` does.  Before
-# 3.11, a StreamReader that resumes a closed TLS transport raises an error and loses its data.
+# The limit of a StreamReader.  Only `Connection` may pause the transport, not the StreamReader:
+# before 3.11, one that resumes a closed TLS transport raises an error and loses its data.
 _NO_LIMIT = 1 << 30  # bytes
 _PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
 _CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
@@ -1039,7 +1039,7 @@ class Connection(asyncio.StreamReaderProtocol):
     StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.  has_received:
     data has come since this was last set to False.  is_admitted: the gate has admitted a request of
     this client.  watcher: called on data and EOF.  address: the peer's IP address, or "".
-    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for parts of a body.
+    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for more body data.
     is_lent: unused bytes cannot be given back to the server that owns the connection.
     """
 
@@ -1301,7 +1301,7 @@ class Deadlines:
         if not size:
             del self.pending[connection]
         elif self._pending_bytes > _PENDING_BYTES:
-            next(iter(self.pending)).abort()  # its memory is freed later, so abort this one, too
+            next(iter(self.pending)).abort()  # frees no memory yet, so abort both
             connection.abort()
 
     def run(self, coroutine: Awaitable[None]) -> None:
@@ -1781,7 +1781,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
         route = find_route(gate.config, page)[0]
         if route is not None:
             return route.prefix
-        if base:  # from the ports page; with an empty base, an app's page may be at "/", too
+        if base:  # the ports page; if base is "", it may be an app's unprefixed page
             return ""
     return signed_value(headers, gate.app_cookie, gate.key, "app")
 
@@ -2444,7 +2444,7 @@ class Upstreams:
 
         Some upstreams close a connection soon after a response, unannounced.  A replayable request
         can then be sent again.  Other requests need a connection that was used in the last second,
-        and, to the same upstream, one that was reused or has been idle for more than a second.
+        and an upstream that keeps its connections: one was reused, or has been idle for longer.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -4491,8 +4491,8 @@ class JupyterGate(Gate):
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and handler.check_origin()
         is_unsafe = request.method not in _SAFE and not handler.settings.get("disable_check_xsrf")
-        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat may be ".*"
-            # Jupyter's own handlers require the XSRF token here, which pages of apps do not have.
+        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat decides
+            # Jupyter then relies on its XSRF token.  Pages of apps lack it: require same-origin.
             allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
             self.check_origin(request)
@@ -4550,8 +4550,8 @@ async def _serve_authenticated(handler: Any, head: bytes, server: Any, proxy: "P
     if handler.is_page_visit:
         handler.xsrf_token  # noqa: B018  reading it sets its cookie
     if not proxy.is_running:  # not started yet: the event loop was not running
-        own = [] if getattr(server, "sock", "") else [("0.0.0.0", server.port)]
-        await proxy.start([], own)
+        is_unix = bool(getattr(server, "sock", ""))
+        await proxy.start([], [] if is_unix else [("0.0.0.0", server.port)])
     proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
     connection = LentConnection(proxy.deadlines)
     address = handler.request.connection.context.address
@@ -4615,7 +4615,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 self.is_page_visit = parse_request(head, "", "http", proxy.config).is_page_visit
             await ensure_async(super().prepare())
             if not self._finished:
-                web.authenticated(lambda handler: None)(self)  # JupyterHandler may admit anyone
+                web.authenticated(lambda handler: None)(self)  # Jupyter's `prepare` may skip this
             if self._finished:  # redirected to sign in
                 return
             authorizer = self.settings.get("authorizer")
@@ -5046,7 +5046,7 @@ def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> No
 
 def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argparse.Namespace:
     """The arguments.  Exits with status 2 for mistakes, and suggests the right form."""
-    argv = [re.sub("^--token=", "", word) for word in argv]  # it takes no value
+    argv = [re.sub("^--token=", "", word) for word in argv]  # its value leads to _STRAY_VALUE
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0]
