@@ -5046,18 +5046,18 @@ def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> No
 
 def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argparse.Namespace:
     """The arguments.  Exits with status 2 for mistakes, and suggests the right form."""
-    argv = [re.sub("^--token=", "", word) for word in argv]  # its value leads to _STRAY_VALUE
+    argv = [re.sub("^--token=.*", "TOKEN", word) for word in argv]  # this leads to _STRAY_VALUE
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        word = unknown[0]
-        if not word.startswith("-"):  # it is not repeated, because it may be a token
+        name = unknown[0].partition("=")[0]
+        if not name.startswith("--"):  # it is not repeated, because it may be a token
             parser.error(_STRAY_VALUE)
         import difflib  # here, because it takes memory
 
         flags = re.findall("--[a-z-]+", _parser(show_limits=True).format_help())
-        similar = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+        similar = difflib.get_close_matches(name, flags, 1)
         hint = "did you mean %s?" % similar[0] if similar else "see --help"
-        parser.error("there is no option %s; %s" % (word, hint))
+        parser.error("there is no option %s; %s" % (name, hint))
     if arguments.json and not arguments.check:
         parser.error("--json prints what --check finds: type --check PORT --json")
     return arguments
@@ -5267,11 +5267,13 @@ def _raise_descriptor_limit(config: Config) -> Config:
         import resource
     except ImportError:  # Windows has no such limit
         return config
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (65536 if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    count = max(soft, min(hard, 65536))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
-    most = max(8, (count - 32) // 2)  # a client may need an upstream connection, too
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return config
+    if soft < 65536:
+        soft = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    most = max(8, (soft - 32) // 2)  # a client may need an upstream connection, too
     return config._replace(
         max_connections=min(config.max_connections, most),
         max_tunnels=min(config.max_tunnels, most * 3 // 4),

@@ -5949,7 +5949,8 @@ class TestCommandLine:
         ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
         ("8080", "a value needs its option, such as --port N, --check N or --token-file FILE."),
         ("--token abc", "a value needs its option"), ("--token=abc", "a value needs its option"),
-        ("--domain a abc", "a value needs its option"),
+        ("--domain a abc", "a value needs its option"), ("--token=-abc", "a value needs its option"),
+        ("--token -abc", "a value needs its option"), ("--tokn=abc", "no option --tokn; did you mean --token?"),
     ])  # fmt: skip
     def test_mistake_is_reported_in_the_last_line(self, capsys, options, message):
         status, output, errors = run_main(capsys, *options.split())
@@ -6054,6 +6055,13 @@ class TestCommandLine:
             eventually(lambda: app.connections == 9)
         for wire in wires:
             wire.close()
+
+    def test_limit_of_descriptors_is_never_lowered(self, capsys, monkeypatch):
+        """Here a high one, without a hard limit, as on macOS."""
+        resource = pytest.importorskip("resource")
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (100000, resource.RLIM_INFINITY))
+        monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: pytest.fail("limits of %r" % (limits,)))
+        assert run_main(capsys, "--check", str(free_port()))[0] == 1
 
     def test_running_out_of_descriptors_only_delays(self, app):
         resource = pytest.importorskip("resource")
