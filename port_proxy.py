@@ -3912,7 +3912,10 @@ class PortProxy:
         return sum(client.state is ACTIVE for client in self._clients)
 
     async def close(self) -> None:
-        """Stop accepting, close what is idle, and wait `shutdown_timeout` seconds for the rest."""
+        """Stop accepting connections, and close the idle ones and the tunnels.
+
+        Running requests and queued data have `shutdown_timeout` seconds; then they are cut off.
+        """
         if not self.is_running:
             return
         self.is_running = False

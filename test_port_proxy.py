@@ -5308,8 +5308,8 @@ class Fuzzing:
     # The peers of the proxy
 
     async def talk(self, name):
-        """Be a client. A plain one sends nothing invalid, a patient one ends its side when it has its responses, and one
-        that leaves resets its connection, maybe in the middle of a request."""
+        """Be a client. A plain one sends nothing invalid, a patient one ends its side when it has its responses, and a
+        client that leaves resets its connection, maybe in the middle of a request."""
         chance = random.Random("%d %s" % (self.seed, name.decode()))
         requests = [self.request(chance, name, number) for number in range(chance.randrange(1, 4))]
         leaves = chance.random() < 0.05
