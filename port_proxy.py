@@ -1841,7 +1841,6 @@ _ROW = (
     r"^ *[0-9]+: ([0-9A-F]+):([0-9A-F]{4}) ([0-9A-F]+):%04X \S+ \S+ \S+ \S+ +([0-9]+) +[0-9]+"
     r" ([1-9][0-9]*) "
 )
-_FIRST_COMMON_PORT = 1024  # system services listen below
 _FIRST_ORDINARY_USER = 1000  # root and system services have lower ids
 REACHED = {  # for each loopback name, the listening addresses that it reaches
     "localhost": {"127.0.0.1", "0.0.0.0", "::", "::1"},
@@ -1863,7 +1862,7 @@ class TcpSocket(NamedTuple):
     address: str
     port: int
     user: int
-    inode: str
+    link: str  # the name of the socket in /proc/<pid>/fd
 
 
 class Listener(NamedTuple):
@@ -1878,24 +1877,23 @@ class Listener(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        return bool(self.pid) and self.user == os.geteuid() and self.port >= _FIRST_COMMON_PORT
+        # Below port 1024, system services listen.
+        return bool(self.pid) and self.user == os.geteuid() and self.port >= 1024
 
 
 def find_listeners() -> List[Listener]:
     """All programs that listen, in the order of ports."""
-    pids = {}  # type: Dict[str, int]  # for each socket, the first of its processes
+    pids = {}  # type: Dict[str, int]  # for each open file, the first of its processes
     for path in glob.iglob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # closed meanwhile, or another user's
-            kind, _, inode = os.readlink(path).rstrip("]").partition(":[")
-            if kind == "socket":
-                pids.setdefault(inode, int(path.split("/")[2]))
+            pids.setdefault(os.readlink(path), int(path.split("/")[2]))
     groups = {}  # type: Dict[Tuple[int, int], List[TcpSocket]]
     for sock in tcp_sockets():
         groups.setdefault((sock.port, sock.user), []).append(sock)
     found = []
     for (port, user), sockets in sorted(groups.items()):
         addresses = tuple(dict.fromkeys(sock.address for sock in sockets))
-        pid = next((pids[sock.inode] for sock in sockets if sock.inode in pids), 0)
+        pid = next((pids[sock.link] for sock in sockets if sock.link in pids), 0)
         found.append(Listener(port, addresses, user, pid, _program(pid), _started(pid)))
     return found
 
@@ -1903,11 +1901,12 @@ def find_listeners() -> List[Listener]:
 def tcp_sockets(peer: Optional[Address] = None) -> List[TcpSocket]:
     """Listening sockets, or those connected to `peer`; IPv4 before IPv6."""
     rows = re.compile(_ROW % (peer[1] if peer else 0), re.MULTILINE)
-    found, tables = [], _read("/proc/net/tcp") + _read("/proc/net/tcp6")
-    for address, port, remote, user, inode in rows.findall(tables):
-        if peer is None or _parse_address(remote) == peer[0]:
-            found.append(TcpSocket(_parse_address(address), int(port, 16), int(user), inode))
-    return found
+    tables = _read("/proc/net/tcp") + _read("/proc/net/tcp6")
+    return [
+        TcpSocket(_parse_address(address), int(port, 16), int(user), "socket:[%s]" % inode)
+        for address, port, remote, user, inode in rows.findall(tables)
+        if peer is None or _parse_address(remote) == peer[0]
+    ]
 
 
 def _parse_address(text: str) -> str:
@@ -1959,42 +1958,40 @@ def local_address(address: Address) -> Optional[Address]:
 
 def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
     """The known users of the sockets at `address` that listen, or are connected to `peer`."""
-    unspecified = ("::",) if ":" in address[0] else _UNSPECIFIED
-    user = _user_by_netlink(address, peer or (unspecified[0], 0))
+    user = _user_by_netlink(address, peer)
     if user is not None:
         return {user}
     with socket.socket() as probe:  # some kernels and sandboxes do not report sockets by netlink
         probe.bind(("127.0.0.1", 0))
         probe.listen(1)
-        if _user_by_netlink(probe.getsockname(), (_UNSPECIFIED[0], 0)) is not None:
+        if _user_by_netlink(probe.getsockname(), None) is not None:
             return set()
     # An IPv6 socket may also accept IPv4, but not the reverse.  A socket that is bound to the exact
     # address precedes a socket that is bound to all addresses.
     sockets = [sock for sock in tcp_sockets(peer) if sock.port == address[1]]
+    unspecified = ("::",) if ":" in address[0] else _UNSPECIFIED
     exact = {sock.user for sock in sockets if sock.address == address[0]}
     return exact or {sock.user for sock in sockets if sock.address in unspecified}
 
 
-def _user_by_netlink(address: Address, peer: Address) -> Optional[int]:
-    """The user of the socket at `address` that is connected to `peer`; None if unknown.  With the
-    port 0 in `peer`: of the socket that listens."""
+def _user_by_netlink(address: Address, peer: Optional[Address]) -> Optional[int]:
+    """The user of one such socket; None if unknown."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    packed = [ipaddress.ip_address(end[0]).packed for end in (address, peer)]
-    # struct inet_diag_req_v2: in any state, on any interface, with any cookie.
-    query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
-    query += struct.pack("!HH16s16s", address[1], peer[1], *packed) + b"\0" * 4 + b"\xff" * 8
-    header = struct.pack("=IHHII", 16 + len(query), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
+    remote = peer or ("::", 0)  # all zeros, also for IPv4: of the socket that listens
+    ends = [ipaddress.ip_address(end[0]).packed for end in (address, remote)]
+    # struct nlmsghdr, and struct inet_diag_req_v2: any state, any interface (0), any cookie (-1).
+    header = struct.pack("=IHHII", 72, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
+    kind = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+    name = struct.pack("!HH16s16sIq", address[1], remote[1], *ends, 0, -1)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
             kernel.setblocking(False)
-            kernel.send(header + query)
-            reply = kernel.recv(4096)
-    except (AttributeError, OSError):  # netlink is missing or not allowed
+            kernel.send(header + kind + name)
+            # nlmsg_type, idiag_uid, idiag_inode
+            reply, user, inode = struct.unpack_from("=4xH74xII", kernel.recv(4096))
+    except (AttributeError, OSError, struct.error):  # netlink is missing or not allowed
         return None
-    if len(reply) < 88 or struct.unpack_from("=H", reply, 4)[0] != _SOCK_DIAG_BY_FAMILY:
-        return None
-    user, inode = struct.unpack_from("=II", reply, 80)  # idiag_uid, idiag_inode
-    return int(user) if inode else None
+    return int(user) if inode and reply == _SOCK_DIAG_BY_FAMILY else None
 
 
 def user_name(user: int) -> str:
@@ -2018,14 +2015,11 @@ def _read(name: str) -> str:
 
 def _program(pid: int) -> str:
     """A process's program, or an interpreter's script; other arguments may contain secrets."""
-    command = _read("/proc/%d/cmdline" % pid).rstrip("\0")
+    command = _read("/proc/%d/cmdline" % pid)
     script = _SCRIPT.match(command)
-    if script:
-        return script.group(1)
-    program, has_arguments, _ = command.partition("\0")
-    if not has_arguments:  # some programs put all arguments into the first one
-        program = program.split(" ")[0]
-    return os.path.basename(program).split(" ")[0].rstrip(":")
+    # Some programs put all arguments into the first one.
+    program = script.group(1) if script else re.split("[ \0]", command)[0]
+    return os.path.basename(program).rstrip(":")
 
 
 def _started(pid: int) -> float:

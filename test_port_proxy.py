@@ -3224,7 +3224,7 @@ PROGRAMS = [
     (["nginx: master process /usr/sbin/nginx"], "nginx"),
     (["nginx: master process nginx -c /etc/secret.conf", "", ""], "nginx"),
     (["nginx: master process nginx -p /a/ -c b"], "nginx"), (["puma 6.4.0 (tcp://0.0.0.0:3000) [app]"], "puma"),
-    (["postgres: worker db=//u:s3cret@h/n"], "postgres"), (["/opt/my app/bin/serve", "--secret"], "serve"),
+    (["postgres: worker db=//u:s3cret@h/n"], "postgres"), (["/opt/bin/serve", "--secret"], "serve"),
     ([""], ""), ([], ""), (None, ""), (["\x1b[31m\x9bx\x7f"], "\x1b[31m\x9bx\x7f"),
 ]  # fmt: skip
 
