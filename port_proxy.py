@@ -109,8 +109,7 @@ class Hub(NamedTuple):
     home: str = ""  # requests for the prefix are redirected here; "" for the proxy's base
     activity_url: str = ""
     activity_interval: float = 300.0  # seconds
-    is_secure: bool = False  # the Hub's public URL has the scheme https
-    host_cookies: bool = False  # cookie names start with __Host-, so their path is /
+    host_cookies: bool = False  # cookie names start with __Host-
     cookie_options: Tuple[Tuple[str, str], ...] = ()  # attributes; "" for one without value
 
 
@@ -1710,14 +1709,15 @@ def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
 
 
 def own_cookie(
-    name: str, value: str, path: str, client: ClientInfo, options: Mapping[str, str] = {}
+    name: str, value: str, path: str, client: ClientInfo, options: Fields = ()
 ) -> Tuple[str, str]:
     """A Set-Cookie field for a cookie of the proxy.
 
-    options: further attributes, or other values of the usual ones; "" for one without value.
+    options: attributes that replace the usual ones or are added; "" for one without value.
     """
-    attributes = {"Path": path, "HttpOnly": "", "SameSite": "Lax"}
-    if client.scheme == "https":
+    is_host = name.startswith("__Host-")  # browsers then require "/" and Secure
+    attributes = {"Path": "/" if is_host else path, "HttpOnly": "", "SameSite": "Lax"}
+    if is_host or client.scheme == "https":
         attributes["Secure"] = ""
     attributes.update(options)
     pairs = [key + ("=" + text if text else "") for key, text in attributes.items()]
@@ -3008,6 +3008,8 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
 
     prefix = read("SERVICE_PREFIX", parse=normal_base)
     scopes = environment.get("JUPYTERHUB_OAUTH_SCOPES")  # before JupyterHub 3
+    is_https = read("PUBLIC_URL", "").startswith("https:")
+    secure = (("Secure", ""),) if is_https else ()  # type: Fields
     return Hub(
         prefix=prefix,
         user=read("USER", ""),
@@ -3022,9 +3024,8 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
         home=read("DEFAULT_URL", "", functools.partial(_hub_home, prefix)),
         activity_url=read("ACTIVITY_URL", ""),
         activity_interval=max(1.0, read("ACTIVITY_INTERVAL", "300", float)),
-        is_secure=read("PUBLIC_URL", "").startswith("https:"),
         host_cookies=read("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
-        cookie_options=read("COOKIE_OPTIONS", "{}", _cookie_options),
+        cookie_options=secure + read("COOKIE_OPTIONS", "{}", _cookie_options),
     )
 
 
@@ -3040,7 +3041,7 @@ def _hub_home(prefix: str, path: str) -> str:
     return "" if is_base(prefix, home.partition("#")[0]) else home  # avoids a redirect loop
 
 
-def _cookie_options(text: str) -> Tuple[Tuple[str, str], ...]:
+def _cookie_options(text: str) -> Fields:
     """The cookie attributes in `text`: JSON with the arguments of Tornado's set_cookie."""
     arguments = {name.lower(): value for name, value in json.loads(text).items() if value}
     if "expires_days" in arguments:
@@ -3076,11 +3077,7 @@ def _config_under_hub(
     )
 
 
-class HubUser(NamedTuple):
-    """The user that a token belongs to, and whether its scopes give access to this server."""
-
-    name: str
-    has_access: bool
+HubUser = Tuple[str, bool]  # the name, and whether the scopes give access to this server
 
 
 class HubGate(Gate):
@@ -3097,29 +3094,26 @@ class HubGate(Gate):
         assert config.hub is not None
         self.hub = config.hub
         self.root = self.hub.prefix
+        host = "__Host-" if self.hub.host_cookies else ""
+        self.cookie_name = host + COOKIE_PREFIX + short_hash(self.hub.prefix)
+        self.callback_path = urlsplit(self.hub.callback_url).path
+        self._key = secrets.token_bytes(32)
         self._deadlines = deadlines
-        url = urlsplit(self.hub.api_url)
-        self._host = url.netloc
-        self._address = url.hostname, url.port or int(_DEFAULT_PORTS[url.scheme][1:])  # type: Any
-        self._tls = {}  # type: Dict[str, Any]
-        if url.scheme == "https":
+        self._tls = None  # type: Optional[ssl.SSLContext]
+        if urlsplit(self.hub.api_url).scheme == "https":
             # With internal TLS, the Hub supplies our CA and our client certificate.
-            context = self._tls["ssl"] = ssl.create_default_context(cafile=config.client_ca)
+            self._tls = ssl.create_default_context(cafile=config.client_ca)
             if config.certfile:
-                context.load_cert_chain(config.certfile, config.keyfile)
+                self._tls.load_cert_chain(config.certfile, config.keyfile)
         # By token: the running or finished lookup, and the time at which it expires.  A token is in
         # `_unknown` until the Hub has confirmed it.  Anybody can invent tokens: in a dictionary of
         # their own, they cannot evict confirmed ones.  Their concurrent lookups are limited.
         self._tokens, self._unknown = BoundedDict(_MAX_REMEMBERED), BoundedDict(_MAX_REMEMBERED)
-        self.callback_path = urlsplit(self.hub.callback_url).path
-        host = "__Host-" if self.hub.host_cookies else ""
-        self.cookie_name = host + COOKIE_PREFIX + short_hash(self.hub.prefix)
-        self._key = secrets.token_bytes(32)
         # By session: its token, and `_hub_session` at the sign-in.  If a later request has another
         # value, the browser has signed out at the Hub.
         self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: Dict[str, Tuple[str, str]]
-        self._last_activity = ""
         self._version = None  # type: Optional[str]  # of the Hub
+        self._last_activity = ""
         deadlines.on_activity = self._note_activity
         deadlines.run(self._report_activity())
 
@@ -3129,11 +3123,10 @@ class HubGate(Gate):
         if is_base(self.hub.prefix + "/api", request.target):  # a poll of the Hub
             if self._version is None:
                 self._version = ""  # requested only once
-                with contextlib.suppress(ProxyError):
-                    response, _ = await self._call("GET", self.hub.api_url + "/", [])
-                    self._version = response.headers.get("x-jupyterhub-version")
-            version = ("X-JupyterHub-Version", self._version)  # the Hub compares it with its own
-            raise ProxyError(200, "Ready.", (version,) if self._version else ())
+                response, _ = await self._call("GET", self.hub.api_url + "/", [])
+                self._version = response.headers.get("x-jupyterhub-version")
+            # The Hub compares the version with its own.
+            raise ProxyError(200, "Ready.", (("X-JupyterHub-Version", self._version),))
         if is_base(self.callback_path, request.target):
             await self._end_login(request)
         if is_base(self.hub.prefix, request.target):
@@ -3142,49 +3135,47 @@ class HubGate(Gate):
             raise ProxyError(302, "Redirecting.", (("Location", home),))
 
     async def authorize(self, request: Request) -> None:
-        user = session_user = await self._user_of_session(request)
-        token, accepted = "", authorization_tokens(request.headers)
+        accepted, in_sessions = authorization_tokens(request.headers), self._session_tokens(request)
         if OWN_SITES.issuperset(request.headers.get_all("sec-fetch-site")):
             # A link of a foreign page must not sign this browser in as another user.
             accepted += query_tokens(request.target)
         # All tokens are looked up, so that every token of the Hub can be removed from the request.
-        for candidate in all_tokens(request):
-            owner = await self._user_of(candidate)
-            if owner is not None and candidate in accepted and not token:
-                user, token = owner, candidate
+        tokens = all_tokens(request) + in_sessions
+        users = {token: await self._user_of(token) for token in tokens}
+        valid = [token for token in accepted + in_sessions if users[token]]
+        user = users[valid[0]] if valid else None
         if user is None:
             if request.is_page_visit:
                 raise self._begin_login(request.target, request.client)
             text = "Sign in at the Hub, or send a Hub token as 'Authorization: token TOKEN'."
             raise ProxyError(403, text, CHALLENGE)
         self._check_access(user)
-        is_new = token and session_user is None
+        is_signed_in = any(users[token] for token in in_sessions)
         self.redirect_without_token(
-            request, lambda: (self._new_session(token, request),) if is_new else ()
+            request, lambda: () if is_signed_in else (self._new_session(valid[0], request),)
         )
-        if not token:  # foreign pages do not know tokens
+        if valid[0] not in accepted:  # foreign pages do not know tokens
             self.check_origin(request)
 
-    async def _user_of_session(self, request: Request) -> Optional[HubUser]:
-        """The user that this browser has signed in as; None after a sign-out at the Hub."""
+    def _session_tokens(self, request: Request) -> List[str]:
+        """The tokens of this browser's sessions.  A sign-out at the Hub ends them."""
+        tokens = []
         for session in cookie_values(request.headers, self.cookie_name):
             token, hub_session = self._sessions.get(session, ("", ""))
             if hub_session == _hub_session(request):
-                user = await self._user_of(token)
-                if user is not None:
-                    return user
-            self._sessions.pop(session, None)
-        return None
+                tokens.append(token)
+            else:
+                self._sessions.pop(session, None)
+        return tokens
 
     def _check_access(self, user: HubUser) -> None:
-        if not user.has_access:
-            logger.info("refused: %r has no access to %s", user.name, self.hub.prefix)
-            text = (
-                "You are signed in as %s, but have no access to this server%s. Sign in at the Hub"
-                " as another user, or ask for access."
-            )
+        name, has_access = user
+        if not has_access:
+            logger.info("refused: %r has no access to %s", name, self.hub.prefix)
             owner = " of " + self.hub.user if self.hub.user else ""  # a service has no owner
-            raise ProxyError(403, text % (user.name, owner))
+            text = "You are signed in as %s, but have no access to this server%s. Sign in at the"
+            text += " Hub as another user, or ask for access."
+            raise ProxyError(403, text % (name, owner))
 
     def owns_token(self, token: str) -> bool:
         return token in self._tokens or token == self.hub.api_token
@@ -3207,7 +3198,8 @@ class HubGate(Gate):
             "code_challenge_method": "S256",
         }
         location = self.hub.authorize_url + "?" + urlencode(parameters)
-        cookie = self._cookie(self._login_name(state), value, client, _LOGIN_SECONDS)
+        options = self.hub.cookie_options + (("Max-Age", str(_LOGIN_SECONDS)),)
+        cookie = own_cookie(self._login_name(state), value, self.callback_path, client, options)
         return ProxyError(302, "Sign in at the Hub.", (("Location", location), cookie))
 
     async def _end_login(self, request: Request) -> None:
@@ -3234,31 +3226,20 @@ class HubGate(Gate):
         if user is None:
             raise ProxyError(403, "The Hub did not sign you in." + again)
         self._check_access(user)
-        session = self._new_session(token, request)
-        expired = self._cookie(name, "", request.client, 0)
-        raise ProxyError(302, "Signed in.", (("Location", unquote(target)), session, expired))
-
-    def _new_session(self, token: str, request: Request) -> Tuple[str, str]:
-        session = secrets.token_urlsafe(32)
-        self._sessions[session] = token, _hub_session(request)
-        return self._cookie(self.cookie_name, session, request.client)
+        location, session = ("Location", unquote(target)), self._new_session(token, request)
+        options = self.hub.cookie_options + (("Max-Age", "0"),)
+        used = own_cookie(name, "", self.callback_path, request.client, options)
+        raise ProxyError(302, "Signed in.", (location, session, used))
 
     def _login_name(self, state: str) -> str:
         """The name of the cookie of one sign-in; several tabs can sign in at once."""
         return "%s_%s" % (self.cookie_name, short_hash(state))
 
-    def _cookie(
-        self, name: str, value: str, client: ClientInfo, seconds: Optional[int] = None
-    ) -> Tuple[str, str]:
-        """The cookie of a session, or with `seconds` that of a sign-in."""
-        path, options = self.hub.prefix + "/", dict(self.hub.cookie_options)
-        if seconds is not None:
-            path, options["Max-Age"] = self.callback_path, str(seconds)
-        if self.hub.host_cookies:
-            path = "/"
-        if self.hub.host_cookies or self.hub.is_secure:
-            options["Secure"] = ""
-        return own_cookie(name, value, path, client, options)
+    def _new_session(self, token: str, request: Request) -> Tuple[str, str]:
+        session, path = secrets.token_urlsafe(32), self.hub.prefix + "/"
+        self._sessions[session] = token, _hub_session(request)
+        options = self.hub.cookie_options
+        return own_cookie(self.cookie_name, session, path, request.client, options)
 
     async def _user_of(self, token: str, is_known: bool = False) -> Optional[HubUser]:
         """The user of a token; None if the Hub does not know it.  is_known: the Hub gave it."""
@@ -3293,21 +3274,24 @@ class HubGate(Gate):
             text = "The Hub did not name the user of a token (%d)." % response.status
             raise ProxyError(503, text, _RETRY_SOON)
         wanted = self.hub.access_scopes | {"access:servers"}
-        return HubUser(name, not wanted.isdisjoint(map(str, scopes)))
+        return name, not wanted.isdisjoint(map(str, scopes))
 
     async def _call(
         self, method: str, url: str, lines: List[str], body: str = ""
     ) -> Tuple[Response, Dict[str, Any]]:
         """One request: the response, and the members of the JSON object in its body."""
-        start = ["%s %s HTTP/1.1" % (method, urlsplit(url).path), "Host: " + self._host]
-        lines = start + ["Accept: application/json"] + lines
-        loop, connection = self._deadlines.loop, Connection(self._deadlines)
-        opening = loop.create_connection(lambda: connection, *self._address, **self._tls)
+        hub, connection = urlsplit(self.hub.api_url), Connection(self._deadlines)
+        head = ["%s %s HTTP/1.1" % (method, urlsplit(url).path), "Host: " + hub.netloc]
+        head += ["Accept: application/json"] + lines
+        port = hub.port or int(_DEFAULT_PORTS[hub.scheme][1:])
+        opening = self._deadlines.loop.create_connection(
+            lambda: connection, hub.hostname or "", port, ssl=self._tls
+        )
         try:
             await asyncio.wait_for(opening, _HUB_TIMEOUT)
-            fetched = await fetch(connection, lines, body.encode(), _HUB_TIMEOUT, self.config)
-            is_json = fetched.status < 400 and fetched.body
-            data = json.loads(fetched.body.decode()) if is_json else {}
+            response = await fetch(connection, head, body.encode(), _HUB_TIMEOUT, self.config)
+            is_json = response.status < 400 and response.body
+            data = json.loads(response.body.decode()) if is_json else {}
         except (
             ProxyError, Truncated, TimedOut, OSError, asyncio.TimeoutError, ValueError
         ) as error:  # fmt: skip
@@ -3315,7 +3299,7 @@ class HubGate(Gate):
             logger.warning("no valid response from the Hub at %s: %s", url, reason)
             text = "The Hub, which decides about access, does not respond. Try again shortly."
             raise ProxyError(503, text, _RETRY_SOON)
-        return fetched, data if isinstance(data, dict) else {}
+        return response, data if isinstance(data, dict) else {}
 
     def _note_activity(self) -> None:
         self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -3348,9 +3332,8 @@ def all_tokens(request: Request) -> List[str]:
 
 
 def _hub_session(request: Request) -> str:
-    """A hash of the browser's session at the Hub, whose cookie may be long; "" without one."""
-    values = cookie_values(request.headers, _HUB_SESSION)
-    return short_hash(values[0]) if values else ""
+    """A hash of the browser's session at the Hub, whose cookie may be long."""
+    return short_hash("".join(cookie_values(request.headers, _HUB_SESSION)[:1]))
 
 
 # --------------------------------------------------------------------------------------------------
