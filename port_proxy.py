@@ -3933,19 +3933,22 @@ class PortProxy:
         request may follow.  If not, the connection is closed or tunnelled.
         """
         self._clients[client] = None
+        is_read = may_follow = False
         try:
             request = await self._read_request(client, head)
-            if request is None:
-                return False
-            client.state = ACTIVE
-            exchange = Exchange(self, gate, client, request)
-            try:
-                await exchange.run()
-            finally:
-                self._log(exchange)
-            may_follow = exchange.keep_alive and exchange.body.finished
-            if exchange.tunnel is None and not may_follow:
-                await self._linger(client, exchange.body.finished)
+            if request is not None:
+                client.state = ACTIVE
+                exchange = Exchange(self, gate, client, request)
+                try:
+                    await exchange.run()
+                finally:
+                    self._log(exchange)
+                if exchange.tunnel is not None:
+                    return False
+                is_read = exchange.body.finished
+                may_follow = exchange.keep_alive and is_read
+            if not may_follow:
+                await self._linger(client, is_read)
             return may_follow
         except BaseException as error:  # CancelledError, for example
             client.abort()
@@ -4045,22 +4048,36 @@ class PortProxy:
             client.close()
 
     async def _serve(self, client: Connection) -> None:
-        if await self.serve_one(client, b"", self.gate):
+        # Some clients send a CRLF after a body (RFC 9112 section 2.2).
+        client.buffer = (await client.read()).lstrip(b"\r\n")
+        if not client.buffer or await self.serve_one(client, b"", self.gate):
             self._set_idle(client)
 
-    async def _read_request(self, client: Connection, head: bytes = b"") -> Optional[Request]:
-        """The next request; None after EOF, `close`, or the response to an invalid head."""
+    async def _read_request(self, client: Connection, head: bytes) -> Optional[Request]:
+        """The next request; None after the response to an invalid head."""
+        timeout = self.config.head_timeout
         try:
-            if self.config.certfile and client.scheme == "http" and not head:
-                raise ProxyError(400, "This port speaks HTTPS. Begin the address with https://.")
-            head = head or await _read_request_head(client, self.config)
-            if head and self.is_running:
-                return parse_request(head, client.address, client.scheme, self.config)
-            client.close()
-        except ProxyError as error:
-            logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
-            client.write(local_response(error_response(error), keep_alive=False))
-            await self._linger(client, is_read=False)
+            if not head:
+                if self.config.certfile and client.scheme == "http":
+                    text = "This port speaks HTTPS. Begin the address with https://."
+                    raise ProxyError(400, text)
+                client.read_deadline = now() + timeout
+                head = await read_head(client, True, self.config)
+                client.read_deadline = FOREVER
+                # Of an admitted client, only an incomplete head counts.
+                unused = 0 if client.is_admitted else len(client.buffer) + client.unread
+                client.deadlines.set_pending(client, unused)
+            if not self.is_running:
+                raise ProxyError(503, "The proxy is closing.")
+            return parse_request(head, client.address, client.scheme, self.config)
+        except ProxyError as refusal:
+            error = refusal
+        except TimedOut:
+            error = ProxyError(408, "The request head did not arrive within %g seconds." % timeout)
+        except Truncated:
+            error = ProxyError(400, "The request ended in the middle of its head.")
+        logger.info("%s -> %d: %s", client.address or "-", error.status, error.detail)
+        client.write(local_response(error_response(error), keep_alive=False))
         return None
 
     async def _linger(self, client: Connection, is_read: bool) -> None:
@@ -4070,15 +4087,14 @@ class PortProxy:
         (RFC 9112 section 9.6).  is_read: the request was read completely.
         """
         client.state = CLOSING
-        if client.transport.can_write_eof():
+        has_half_close = client.transport.can_write_eof()  # TLS has none
+        if has_half_close:
             end_writing(client.transport)
-        elif is_read:  # TLS has no half-close
-            client.close()
-            return
-        client.read_deadline = now() + self.config.linger_timeout
-        with contextlib.suppress(TimedOut):
-            while await client.read():
-                pass
+        if has_half_close or not is_read:
+            client.read_deadline = now() + self.config.linger_timeout
+            with contextlib.suppress(TimedOut):
+                while await client.read():
+                    pass
         client.close()
 
     def _log(self, exchange: Exchange) -> None:
@@ -4097,47 +4113,15 @@ class PortProxy:
             "app": request.route.authority if request.route else "-",
             "status": exchange.status or "gone",
             "bytes": tunnel.peer.received if tunnel else exchange.sent,
+            "bytes_received": tunnel.received if tunnel else exchange.body.count,
             "seconds": round(now() - exchange.started, 3),
         }  # type: Dict[str, Any]
-        line = "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes"
-        if tunnel:
-            record["bytes_received"] = tunnel.received
-            line += " sent, %(bytes_received)d received"
-        line += ", %(seconds).3f s"
+        line = "%(client)s %(method)s %(target)s -> %(app)s %(status)s, %(bytes)d bytes sent,"
+        line += " %(bytes_received)d received, %(seconds).3f s"
         if exchange.failure:
             record["error"] = exchange.failure
             line += ": %(error)s"
         logger.info(line, record, extra={"request": record})
-
-
-# Some clients send a CRLF after a body: up to two are skipped (RFC 9112 section 2.2).
-_EMPTY_LINES = re.compile(rb"(?:\r\n){0,2}")
-
-
-async def _read_request_head(client: Connection, config: Config) -> bytes:
-    """The next request head; b"" at EOF or timeout before it.  Raises ProxyError or OSError."""
-    data = b""
-    client.read_deadline = now() + config.head_timeout
-    try:
-        while b"\r\n\r\n".startswith(data):
-            more = await client.read()
-            if not more:
-                return b""
-            data += more
-        client.buffer = _EMPTY_LINES.sub(b"", data, 1)
-        head = await read_head(client, True, config)
-    except TimedOut:
-        if b"\r\n\r\n".startswith(data):
-            return b""
-        text = "The request head did not arrive within %g seconds." % config.head_timeout
-        raise ProxyError(408, text)
-    except Truncated:
-        raise ProxyError(400, "The request ended in the middle of its head.")
-    client.read_deadline = FOREVER
-    # Of an admitted client, only an incomplete head counts.
-    unused = 0 if client.is_admitted else len(client.buffer) + client.unread
-    client.deadlines.set_pending(client, unused)
-    return head
 
 
 _UNIX_PREFIX = "unix:"
