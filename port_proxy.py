@@ -3827,9 +3827,9 @@ class PortProxy:
         self._sockets = _bind(self.config) if sockets is None else list(sockets)
         for sock in self._sockets:
             self._cleanup.callback(sock.close)
-        if sockets is None and self.config.bind.startswith(_UNIX_PREFIX):
-            self._cleanup.enter_context(contextlib.suppress(OSError))
-            self._cleanup.callback(os.unlink, self.config.bind[len(_UNIX_PREFIX) :])
+            if sockets is None and sock.family == _UNIX:
+                self._cleanup.enter_context(contextlib.suppress(OSError))
+                self._cleanup.callback(os.unlink, sock.getsockname())
         addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         self.is_running = True
         self.deadlines = Deadlines(self.config)
@@ -4138,10 +4138,13 @@ def _bind_addresses(config: Config) -> List[Any]:
 
 def _bind(config: Config) -> List[socket.socket]:
     """Bound sockets for all addresses of the configuration.  Raises OSError or UnicodeError."""
-    if config.bind.startswith(_UNIX_PREFIX):
-        return [_bind_unix(config.bind[len(_UNIX_PREFIX) :])]
     sockets, port = [], config.port
     with contextlib.ExitStack() as stack:  # closes all if one cannot be bound
+        if config.bind.startswith(_UNIX_PREFIX):
+            if _UNIX is None:
+                raise OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets")
+            sockets.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+            _bind_unix(sockets[0], config.bind[len(_UNIX_PREFIX) :])
         for family, kind, protocol, _, address in dict.fromkeys(_bind_addresses(config)):
             sock = stack.enter_context(socket.socket(family, kind, protocol))
             sockets.append(sock)
@@ -4155,12 +4158,9 @@ def _bind(config: Config) -> List[socket.socket]:
     return sockets
 
 
-def _bind_unix(path: str) -> socket.socket:
-    """A Unix socket for its owner alone.  It replaces an unused socket of this user."""
-    if _UNIX is None:
-        raise OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets")
-    with contextlib.ExitStack() as stack:  # closes the socket after a failure
-        client, sock = (stack.enter_context(socket.socket(_UNIX)) for _ in range(2))
+def _bind_unix(sock: socket.socket, path: str) -> None:
+    """Bind a socket for its owner alone.  It replaces an unused socket of this user."""
+    with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(FileNotFoundError):
         client.settimeout(1.0)
         try:
             client.connect(path)
@@ -4168,13 +4168,8 @@ def _bind_unix(path: str) -> socket.socket:
             found = os.lstat(path)
             if stat.S_ISSOCK(found.st_mode) and found.st_uid == os.geteuid():
                 os.unlink(path)
-        except FileNotFoundError:
-            pass
-        sock.bind(path)  # OSError if there still is a file
-        os.chmod(path, 0o600)  # nobody can connect yet: the socket does not listen
-        stack.pop_all()
-    client.close()
-    return sock
+    sock.bind(path)  # OSError if there still is a file
+    os.chmod(path, 0o600)  # nobody can connect yet: the socket does not listen
 
 
 def _is_private(sock: socket.socket) -> bool:
@@ -4204,8 +4199,7 @@ async def _first_byte(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> b
 def server_context(config: Config) -> ssl.SSLContext:
     """The TLS context for clients, from TLS 1.2 on.
 
-    OpenSSL's errors do not name the file, so each file is looked at first.  Raises OSError for a
-    file that cannot be read, ValueError for one that cannot be used.
+    Raises OSError for a file that does not exist, ValueError for one that cannot be used.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     if hasattr(context, "minimum_version"):
@@ -4215,15 +4209,9 @@ def server_context(config: Config) -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     certfile = config.certfile or ""
     keyfile = config.keyfile or certfile
-    hint = "" if config.keyfile else "; name the file of the key with --keyfile"
-    files = [(certfile, "CERTIFICATE", ""), (keyfile, "PRIVATE KEY", hint)]
-    if config.client_ca:
-        files.append((config.client_ca, "CERTIFICATE", ""))
-    for path, label, advice in files:
-        if not stat.S_ISFIFO(os.stat(path).st_mode):  # a pipe can be read only once
-            with open(path, encoding="latin-1") as file:
-                if label + "-----" not in file.read():
-                    raise ValueError("%s holds no %s (PEM)%s" % (path, label.lower(), advice))
+    files = [certfile, keyfile]
+    for path in files + [config.client_ca or certfile]:
+        os.stat(path)  # OpenSSL's errors do not name the file
 
     def ask_phrase() -> str:  # OpenSSL itself does not ask since Python 3.15
         import getpass
@@ -4233,15 +4221,16 @@ def server_context(config: Config) -> ssl.SSLContext:
     try:
         context.load_cert_chain(certfile, keyfile, ask_phrase)
         if config.client_ca:
+            files = [config.client_ca]
             context.load_verify_locations(config.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
     except (EOFError, AttributeError, SystemError):  # there is no terminal
         print(file=sys.stderr)  # ends the line of the prompt
         raise ValueError("the pass phrase of the key in %s was not given" % keyfile)
     except OSError as error:
-        names = " and ".join(dict.fromkeys(path for path, _, _ in files))
-        reason = getattr(error, "reason", None) or error
-        raise ValueError("%s cannot be used (wrong key or pass phrase?): %s" % (names, reason))
+        text = "%s cannot be used: %s. Expected: a certificate in PEM, its key in the same file or"
+        text += " in --keyfile, and the right pass phrase."
+        raise ValueError(text % (" and ".join(dict.fromkeys(files)), error.strerror or error))
     return context
 
 
@@ -4254,7 +4243,7 @@ def _normal_upstream(upstream: str) -> str:
     return upstream.lower()
 
 
-_NORMALISERS = {  # of values, or of the members of sequences
+_NORMALISERS = {  # of texts, or of the members of sequences
     "base": normal_base,
     "host_allowlist": normal_pattern,
     "domains": normal_domain,
@@ -4280,21 +4269,19 @@ def checked_config(config: Config) -> Config:
         may_be_right = isinstance(value, bool) == (option.kind is SWITCH)
         if not (may_be_right and option.kind.accepts(value)):
             raise ValueError("%s must be %s" % (option.flag, option.kind.words))
+        normalise = _NORMALISERS.get(option.field)
+        if normalise is None or callable(value):
+            continue
+        try:
+            value = normalise(value) if isinstance(value, str) else tuple(map(normalise, value))
+        except ValueError as error:
+            raise ValueError("%s: %s" % (option.flag, error))
+        config = config._replace(**{option.field: value})
     for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
         if getattr(config, option.field) and not config.certfile:
             raise ValueError("%s needs --certfile" % option.flag)
     if not re.fullmatch("[!-~]{16,}|any|", config.token or ""):
         raise ValueError("the token must consist of visible ASCII characters, at least 16")
-    for field, normalise in _NORMALISERS.items():
-        value = getattr(config, field)
-        try:
-            if field == "base":
-                value = normalise(value)
-            elif not callable(value):
-                value = tuple(map(normalise, value))
-        except ValueError as error:
-            raise ValueError("%s: %s" % (OPTIONS[field].flag, error))
-        config = config._replace(**{field: value})
     if config.hub:  # which shares its origin with the proxy
         return config._replace(domains=(), whole_origin=False)
     if config.whole_origin is None:

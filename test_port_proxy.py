@@ -4801,16 +4801,16 @@ class TestTls:
         assert context.options & old == old or context.minimum_version == ssl.TLSVersion.TLSv1_2
 
     @pytest.mark.parametrize("options, message", [
-        ("--certfile junk", "junk holds no certificate (PEM)"),
-        ("--certfile junk --keyfile key.pem", "junk holds no certificate (PEM)"),
-        ("--certfile cert.pem", "cert.pem holds no private key (PEM); name the file of the key with --keyfile"),
-        ("--certfile cert.pem --keyfile junk", "junk holds no private key (PEM)"),
-        ("--certfile cert.pem --keyfile rsa.pem", "cert.pem and rsa.pem cannot be used *"),
-        ("--certfile cert.pem --keyfile ec.pem", "cert.pem and ec.pem cannot be used *"),
-        ("--certfile both.pem --client-ca junk", "junk holds no certificate (PEM)"),
-        ("--certfile both.pem --client-ca key.pem", "key.pem holds no certificate (PEM)"),
+        ("--certfile junk", "junk cannot be used: *"),
+        ("--certfile junk --keyfile key.pem", "junk and key.pem cannot be used: *"),
+        ("--certfile cert.pem", "cert.pem cannot be used: *, its key in the same file or in --keyfile, *"),
+        ("--certfile cert.pem --keyfile junk", "cert.pem and junk cannot be used: *"),
+        ("--certfile cert.pem --keyfile rsa.pem", "cert.pem and rsa.pem cannot be used: *"),
+        ("--certfile cert.pem --keyfile ec.pem", "cert.pem and ec.pem cannot be used: *"),
+        ("--certfile both.pem --client-ca junk", "junk cannot be used: *"),
+        ("--certfile both.pem --client-ca key.pem", "key.pem cannot be used: *"),
         ("--certfile gone", "cannot read gone: No such file or directory"),
-        ("--certfile .", "cannot read .: Is a directory"),
+        ("--certfile .", ". cannot be used: Is a directory. *"),
         ("--certfile cert.pem --keyfile gone", "cannot read gone: *"),
         ("--certfile both.pem --client-ca gone", "cannot read gone: *"),
     ])  # fmt: skip
@@ -4847,7 +4847,7 @@ class TestTls:
                 with os.fdopen(writer, "wb") as file:
                     file.write((certificate / name).read_bytes())
                 places.append("/dev/fd/%d" % reader)
-            refusal = "%s and %s cannot be used " % tuple(places)
+            refusal = "%s and %s cannot be used: " % tuple(places)
             with contextlib.ExitStack() if fits else pytest.raises(ValueError, match=refusal):
                 port_proxy.server_context(Config(certfile=places[0], keyfile=places[1]))
 
