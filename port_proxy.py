@@ -53,6 +53,7 @@ import stat
 import struct
 import sys
 import time
+import types
 import zlib
 from http import HTTPStatus
 from typing import (
@@ -2339,8 +2340,8 @@ def _probable_path(error: ProxyError, request: Request, config: Config) -> str:
     if error.status != 404 or request.route is not None:
         return ""
     with contextlib.suppress(ProxyError):
-        route = typed_route(path_below(config.base, request.target) or request.target, config)
-        return route.prefix + "/" if route else ""
+        typed = path_below(config.base, request.target) or request.target
+        return typed_route(typed, config).prefix + "/"
     return ""
 
 
@@ -2353,10 +2354,13 @@ def ports_url(client: ClientInfo, base: str) -> str:
     return "%s://%s%s/" % (client.scheme, authority, base)
 
 
-def typed_route(text: str, config: Config) -> Optional[Route]:
+def typed_route(text: str, config: Config) -> Route:
     """The route for a typed port, host:port, URL or path.  Raises ProxyError if it is not valid."""
-    upstream = _NEEDLESS.sub("", text.strip(), 1).replace("absproxy/", "absolute/", 1)
-    return find_route(config, "%s/%s/" % (config.base, upstream))[0]
+    upstream = _NEEDLESS.sub("", text.partition("?")[0].strip(), 1)
+    upstream = upstream.replace("absproxy/", "absolute/", 1)
+    route, _, _ = find_route(config, "%s/%s/" % (config.base, upstream))
+    assert route is not None  # only the base itself has no route
+    return route
 
 
 def _page(
@@ -3647,8 +3651,7 @@ class Exchange:
         config, client = self.config, self.request.client
         port = dict(parse_qsl(self.request.target.partition("?")[2])).get("port")
         if port is not None:  # from the form of the page
-            route = typed_route(port, config)
-            location = (route.prefix if route else config.base) + "/"
+            location = typed_route(port, config).prefix + "/"
             raise ProxyError(303, "Redirecting.", (("Location", location),))
         own = {port for _, port in self.proxy.upstreams.listening}
         rows = []
@@ -4641,9 +4644,7 @@ _MAX_REDIRECTS = 5
 _MAX_SCRIPTS = 4  # scripts of a page that are searched
 _FOREIGN_HOST = "port-proxy-check.invalid"  # no such host can exist (RFC 6761)
 _LINK = re.compile(r"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?([^\s"'<>?#]{1,2000})""", re.I)
-_APP_ADDRESS = (
-    rb"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
-)
+_APP_ADDRESS = r"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
 # The second is Streamlit's, the third Shiny's.
 _SOCKET_PATHS = "/ws /_stcore/stream /websocket/ /socket.io/?EIO=4&transport=websocket /".split()
 _HANDSHAKE = _UPGRADE_LINES + [
@@ -4668,130 +4669,122 @@ _KNOWN_APPS = (
 )
 
 
-class Report(NamedTuple):
-    """The findings about a port; "" or None for unknown values."""
-
-    place: str
-    host: str
-    port: int
-    base: str
-    kept: str  # the path of the absolute form, which keeps the prefix
-    ok: bool = False  # whether the proxy can reach the app
-    addresses: Sequence[str] = ()
-    owner: str = ""  # of the listening socket
-    program: str = ""
-    speaks: str = ""  # "http", "https" or "other"
-    status: int = 0  # of the page
-    title: str = ""
-    redirect: str = ""  # the target of the last redirect
-    rooted: Sequence[str] = ()  # the page's first links that begin with a slash
-    refuses_host: Optional[bool] = None
-    refuses_origin: Optional[bool] = None
-    socket: str = ""  # the first path that opened a WebSocket
-    app: str = ""  # the name of a known app
-    use: Sequence[str] = ()  # addresses, the best first
-    flag: str = ""  # the app's option for the absolute form
-    problems: Sequence[str] = ()  # full sentences, each with advice
-
-
-async def check_port(upstream: str, config: Config) -> Report:
+async def check_port(upstream: str, config: Config) -> Any:
     """The report about an upstream; ProxyError if it is not PORT or HOST:PORT."""
-    target = "%s/%s/" % (config.base, re.sub("^localhost:", "", upstream.lower()))
-    route = find_route(config, target)[0]
-    assert route is not None
-    deadlines = Deadlines(config)
+    route, deadlines = typed_route(upstream.lower(), config), Deadlines(config)
     own = []  # type: List[Address]
     with contextlib.suppress(OSError, UnicodeError):  # the proxy cannot listen on this address
         own = [address[:2] for *_, address in _bind_addresses(config)]
     check = PortCheck(route, Upstreams(config, deadlines, own))
     try:
         await check.run()
+    except ProxyError as error:
+        advice = " If an app uses this port, set the proxy's port with --port."
+        check.report.problems.append(error.detail + (advice if error.status == 508 else ""))
     finally:
         await deadlines.close(1.0)
-    return Report(route.place, route.host, route.port, config.base, **check.found)
+    return check.report
 
 
 class PortCheck:
-    """Examines an upstream; `run` completes `found`, the fields of a report."""
+    """Examines an upstream; `run` completes the report."""
 
     def __init__(self, route: Route, upstreams: Upstreams) -> None:
         self.route = route
         self.upstreams = upstreams
-        self.config = upstreams.config
+        self.config = config = upstreams.config
+        # The app may obey X-Forwarded-Host, which is the proxy's address.
+        own = [*route.app_authorities, "localhost:%d" % config.port]
+        self.own_origins = ["%s://%s" % (route.scheme, authority) for authority in own]
         self.path = "/"  # of the page, without its query
-        self.absolute_path = "%s/absolute/%s" % (self.config.base, route.name)
-        self.base_path = ""  # the absolute path if the app is configured for it
-        self.problems = []  # type: List[str]
-        self.found = {"kept": self.absolute_path + "/", "problems": self.problems}  # type: Any
+        self.absolute_path = "%s/absolute/%s" % (config.base, route.name)
+        # "" and None stand for unknown values.
+        self.report = types.SimpleNamespace(
+            place=route.place,
+            host=route.host,
+            port=route.port,
+            ok=False,  # whether the proxy can reach the app
+            addresses=[],
+            program="",
+            owner="",  # of the listening socket
+            speaks="",  # "http" or "https"
+            status=None,  # of the page
+            title="",
+            redirect="",  # the target of the last redirect
+            app="",  # the name of a known app
+            rooted_links=[],  # the page's first links that begin with a slash
+            refuses_host=None,
+            refuses_origin=None,
+            websocket="",  # the first path that opened one
+            problems=[],  # full sentences, each with advice
+            use=[],  # addresses for a browser on this machine, the best first
+            flag="",  # the app's option for the absolute form
+            kept=self.absolute_path + "/",  # the path of the absolute form
+        )
 
     async def run(self) -> None:
-        route, config = self.route, self.config
+        """ProxyError if the app cannot be reached."""
+        route, config, report = self.route, self.config, self.report
         for listener in find_listeners():
             is_here = route.is_local or route.host in listener.addresses
             if listener.port == route.port and is_here:
-                owner, program = user_name(listener.user), listener.program
-                self.found.update(addresses=listener.addresses, owner=owner, program=program)
-        try:
-            check_route(route, config)
-            page = await self._get("/")
-        except ProxyError as error:
-            self.problems.append(await self._explain(error))
-            return
-        page = await self._follow_redirects(page)
-        may_be_absolute = page.status == 404 or self.absolute_path.encode() in page.body
-        if may_be_absolute and self.path == "/":
-            with contextlib.suppress(ProxyError):
-                other = await self._get(self.absolute_path + "/")
-                if other.status != 404:
-                    self.path = self.absolute_path + "/"
-                    page = await self._follow_redirects(other)
-        if path_below(self.absolute_path, self.path) is not None:
-            self.base_path = self.absolute_path
-        title = title_in(page.headers, page.body)
-        self.found.update(ok=True, speaks=route.scheme, status=page.status, title=title)
+                report.addresses, report.program = listener.addresses, listener.program
+                report.owner = user_name(listener.user)
+        check_route(route, config)
+        page = await self._open("/")
+        is_absolute = page.status == 404 or self.absolute_path.encode() in page.body
+        if is_absolute and await self._status(report.kept) not in (0, 404):
+            page = await self._open(report.kept)
+        base_path = "" if path_below(self.absolute_path, self.path) is None else self.absolute_path
         scheme, authority = "https" if config.certfile else "http", "localhost:%d" % config.port
-        use = ["%s://%s%s/" % (scheme, authority, self.base_path or route.prefix)]
+        report.use.append("%s://%s%s/" % (scheme, authority, base_path or route.prefix))
         host = host_form(route.port, ClientInfo("", scheme, authority), config.domains)
-        if host and route.host == "localhost" and not self.base_path:
-            use.insert(0, host)
-        self.found.update(use=use)  # from a browser on this machine
-        await self._examine_page(page)
+        if host and route.host == "localhost" and not base_path:
+            report.use.insert(0, host)
+        report.status, report.title = page.status, title_in(page.headers, page.body)
+        await self._examine_links(page.body.decode("latin-1"), base_path)
         status = await self._status(self.path, host=_FOREIGN_HOST)
-        self.found.update(refuses_host=status >= 400 > page.status)
+        report.refuses_host = status >= 400 > page.status
         status = await self._status(self.path, "X-Forwarded-For: 127.0.0.1")
         if status >= 400 > page.status:
             text = "It answers %d to a request that came through a proxy (X-Forwarded-For). Add"
             text += " 127.0.0.1 to the trusted proxies in the app's configuration."
-            self.problems.append(text % status)
+            report.problems.append(text % status)
         if page.headers.get("www-authenticate").lower().startswith("digest"):
             text = "It uses Digest authentication, which signs the path. Use the app's own host,"
-            self.problems.append(text + " where no prefix is removed.")
-        await self._try_websockets()
+            report.problems.append(text + " where no prefix is removed.")
+        own, foreign = ("Origin: " + origin for origin in (route.origin, "http://" + _FOREIGN_HOST))
+        for path in [base_path + path for path in _SOCKET_PATHS]:
+            if await self._status(path, *_HANDSHAKE, own) == 101:
+                report.websocket = path.partition("?")[0]
+                report.refuses_origin = await self._status(path, *_HANDSHAKE, foreign) != 101
+                break
 
     async def _get(self, target: str, *fields: str, host: str = "") -> Response:
         """Send a request that looks to the app like a browser's request through the proxy.
 
-        Raises ProxyError (400 if the response is not HTTP), or ValueError if the target is no path.
+        Raises ProxyError if no response comes.
         """
-        if not _LOCAL_TARGET.fullmatch(target):
-            raise ValueError("not a path: %r" % target)
+        route = self.route
         lines = [
             "GET %s HTTP/1.1" % target,
-            "Host: " + (host or self.route.authority),
+            "Host: " + (host or route.authority),
             "X-Forwarded-Host: localhost:%d" % self.config.port,
             "Accept: text/html, */*;q=0.1",
             "User-Agent: port_proxy",
             *fields,
         ]
         timeout = _FETCH_SECONDS if fields or host else _PAGE_SECONDS
-        connection = await self.upstreams.connect(self.route)
+        connection = await self.upstreams.connect(route)
         try:
             return await fetch(connection, lines, b"", timeout, self.config)
-        except TimedOut:
-            text = "No response came from %s within %g seconds." % (self.route.place, timeout)
-            raise ProxyError(504, text)
-        except (ProxyError, Truncated, OSError):
-            raise ProxyError(400, "No valid HTTP came from %s." % self.route.place)
+        except (ProxyError, TimedOut, Truncated, OSError):
+            is_first = not self.report.ok
+            if is_first and route.scheme == "http" and await accepts_tls(self.upstreams, route):
+                self.report.speaks = "https"
+                raise unexpected_tls(route)
+            text = "No valid HTTP came from %s within %g seconds. Is it the port of the app?"
+            raise ProxyError(502, text % (route.place, timeout))
 
     async def _status(self, target: str, *fields: str, host: str = "") -> int:
         """The status of a response; 0 if none came."""
@@ -4800,129 +4793,97 @@ class PortCheck:
         except ProxyError:
             return 0
 
-    async def _explain(self, error: ProxyError) -> str:
-        if error.status == 508:
-            return error.detail + " If an app uses this port, set the proxy's port with --port."
-        if error.status != 400 or self.route.scheme == "https":
-            return error.detail
-        if await accepts_tls(self.upstreams, self.route):
-            self.found.update(speaks="https")
-            return unexpected_tls(self.route).detail
-        self.found.update(speaks="other")
-        return "It does not answer HTTP. Is this the port of the app?"
-
-    async def _follow_redirects(self, page: Response) -> Response:
-        """Follow the app's redirects to itself; the last page."""
-        route = self.route
-        # The app may obey X-Forwarded-Host, which is the proxy's address.
-        own = route.app_authorities | {"localhost:%d" % self.config.port}
+    async def _open(self, path: str) -> Response:
+        """The page at a path, after the app's redirects to itself."""
+        report = self.report
+        page, self.path = await self._get(path), path
+        report.ok, report.speaks = True, self.route.scheme
         for _ in range(_MAX_REDIRECTS):
             location = page.headers.get("location")
-            if not 300 <= page.status < 400 or not location:
-                break
+            if not location or not 300 <= page.status < 400:
+                return page
+            origin, target = self._resolve(location)
+            path = target.partition("?")[0]
+            if origin not in self.own_origins:
+                report.redirect = origin + path
+                if origin.replace("https", "http", 1) in self.own_origins:
+                    report.problems.append(
+                        "It redirects to https at its own address. Behind the proxy, this is an"
+                        " endless loop. Switch the redirect off in the app; or serve HTTPS"
+                        " (--certfile), if the app obeys X-Forwarded-Proto."
+                    )
+                return page
+            report.redirect = path
             try:
-                url = urlsplit(urljoin(route.origin + self.path, location))
-                authority = url.netloc.rpartition("@")[2]
-                is_own = authority.lower() in own
-                if not is_own or url.scheme != route.scheme:
-                    self.found.update(redirect="%s://%s%s" % (url.scheme, authority, url.path))
-                    if is_own and url.scheme == "https":
-                        self.problems.append(
-                            "It redirects to https at its own address. Behind the proxy, this is an"
-                            " endless loop. Switch the redirect off in the app; or serve HTTPS"
-                            " (--certfile), if the app obeys X-Forwarded-Proto."
-                        )
-                    break
-                path = url.path or "/"
-                self.found.update(redirect=path)
-                page = await self._get(path + ("?" + url.query if url.query else ""))
-                self.path = path
-            except ValueError:  # not a URL
-                break
+                page, self.path = await self._get(target), path
             except ProxyError as error:
-                self.problems.append(error.detail)
-                break
-        else:
-            if 300 <= page.status < 400:
-                text = "It redirected %d times in a row and showed no page. A browser, which keeps"
-                self.problems.append(text % _MAX_REDIRECTS + " cookies, may get a page.")
+                report.problems.append(error.detail)
+                return page
+        if 300 <= page.status < 400:
+            text = "It redirected %d times in a row and showed no page. A browser, which keeps"
+            report.problems.append(text % _MAX_REDIRECTS + " cookies, may get a page.")
         return page
 
-    async def _examine_page(self, page: Response) -> None:
+    def _resolve(self, reference: str) -> Tuple[str, str]:
+        """The origin and the target of a link or a redirect of the page; "" if it is not valid."""
+        try:
+            url = urlsplit(urljoin(self.route.origin + self.path, reference))
+        except ValueError:
+            return "", ""
+        origin = "%s://%s" % (url.scheme, url.netloc.rpartition("@")[2].lower())
+        target = (url.path or "/") + ("?" + url.query if url.query else "")
+        return origin, quote(target, "/?%:@!$&'()*+,;=[]~", "latin-1")
+
+    async def _examine_links(self, content: str, base_path: str) -> None:
         """Report links that lose the prefix, and a known app or an address that bypasses the proxy.
 
         Known apps are not searched for addresses: libraries have defaults such as localhost:5006.
         """
-        content = page.body.decode("latin-1")
+        report = self.report
         links = list(dict.fromkeys(_LINK.findall(content)))
-        paths = [link for link in links if _LOCAL_TARGET.fullmatch(link)]
-        paths = [path for path in paths if path_below(self.absolute_path, path) is None]
-        self.found.update(rooted=paths[:5])
-        if paths and not self.config.whole_origin:
+        rooted = [link for link in links if _LOCAL_TARGET.fullmatch(link)]
+        rooted = [link for link in rooted if path_below(self.absolute_path, link) is None]
+        report.rooted_links = rooted[:5]
+        if rooted and not self.config.whole_origin:
             text = "Its links that begin with a slash lose the prefix, and nothing restores it. Use"
             text += " the app's own host, its option for a base path, or --whole-origin yes."
-            self.problems.append(text)
+            report.problems.append(text)
         for name, pattern, flag in _KNOWN_APPS:
             if re.search(pattern, content):
-                has_flag = flag and not self.base_path
-                self.found.update(app=name, flag=flag % self.absolute_path if has_flag else "")
+                report.app = name
+                report.flag = flag % self.absolute_path if flag and not base_path else ""
                 return
-        pages = [(self.path, page.body)]
+        texts = {self.path: content}
         for link in [link for link in links if link.endswith((".js", ".mjs"))][:_MAX_SCRIPTS]:
-            # ValueError: not a path.  ProxyError: the script cannot be fetched.
-            with contextlib.suppress(ValueError, ProxyError):
-                path = urljoin(self.path, link)
-                pages.append((path, (await self._get(path)).body))
-        host, port = re.escape(self.route.host).encode(), self.route.port
-        for path, body in pages:
-            if re.search(_APP_ADDRESS % (host, port), body):
+            origin, target = self._resolve(link)
+            if origin in self.own_origins:
+                with contextlib.suppress(ProxyError):
+                    texts[target] = (await self._get(target)).body.decode("latin-1")
+        address = _APP_ADDRESS % (re.escape(self.route.host), self.route.port)
+        for path, text in texts.items():
+            if re.search(address, text):
                 advice = "set the address in the app's configuration to a path, such as /api."
-                if b"webpack-dev-server" in body:
+                if "webpack-dev-server" in text:
                     option = "--client-web-socket-url auto://0.0.0.0:0/ws"
                     advice = "start webpack-dev-server with %s." % option
-                text = "%s contains an address with port %d. This address bypasses the proxy and"
-                text += " works only on this machine. If the app does not work from other machines,"
-                self.problems.append("%s %s" % (text % (path, port), advice))
+                problem = (
+                    "%s contains an address with port %d. This address bypasses the proxy and works"
+                    " only on this machine. If the app does not work from other machines, %s"
+                )
+                report.problems.append(problem % (path, self.route.port, advice))
                 return
 
-    async def _try_websockets(self) -> None:
-        """Report the first path that opens a WebSocket, and if it refuses a foreign Origin."""
-        own = _HANDSHAKE + ["Origin: " + self.route.origin]
-        foreign = _HANDSHAKE + ["Origin: http://" + _FOREIGN_HOST]
-        for path in _SOCKET_PATHS:
-            path = self.base_path + path
-            if await self._status(path, *own) == 101:
-                status = await self._status(path, *foreign)
-                self.found.update(socket=path.partition("?")[0], refuses_origin=status != 101)
-                break
 
-
-def report_text(report: Report) -> str:
-    listens = ", ".join(report.addresses)
-    listens += " by " + report.program if report.program else ""
-    listens += " of " + report.owner if report.owner else ""
-    speaks = " ".join(filter(None, (report.speaks, str(report.status or ""), report.title)))
-    # Known apps work without a WebSocket, or open it at another path.
-    socket = "none found at the usual paths" if report.ok and not report.app else ""
-    if report.socket:
-        foreign = "; refuses pages of other origins" if report.refuses_origin else ""
-        socket = "opens at " + report.socket + foreign
-    links = "begin with a slash, such as " + ", ".join(report.rooted[:3])
-    host = "refuses names that are not its own; the proxy sends localhost"
-    rows = [
-        ("listens", listens),
-        ("speaks", "something other than HTTP" if report.speaks == "other" else speaks),
-        ("app", report.app),
-        ("redirects", report.redirect),
-        ("links", links if report.rooted else ""),
-        ("Host", host if report.refuses_host else ""),
-        ("WebSocket", socket),
-        *[("problem", problem) for problem in report.problems],
-        ("use", "  or  ".join(report.use)),
-        ("", "or start it with %s and use %s" % (report.flag, report.kept) if report.flag else ""),
-    ]
-    lines = ["  %-10s %s" % (name, printable(text)) for name, text in rows if text]
-    return "\n".join([report.place] + lines)
+def report_text(report: Any) -> str:
+    lines = [report.place]
+    for name, value in vars(report).items():
+        if value and name not in ("place", "host", "port", "ok", "flag", "kept"):
+            texts = value if isinstance(value, (list, tuple)) else [value]
+            texts = ["yes" if text is True else printable(str(text)) for text in texts]
+            lines.append("  %-14s %s" % (name.replace("_", " "), ("\n" + 17 * " ").join(texts)))
+    if report.flag:
+        lines.append("  %-14s start it with %s and use %s" % ("or", report.flag, report.kept))
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5264,7 +5225,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if arguments.check:
             report = loop.run_until_complete(check_port(arguments.check, config))
-            _say(json.dumps(report._asdict(), indent=1) if arguments.json else report_text(report))
+            _say(json.dumps(vars(report), indent=1) if arguments.json else report_text(report))
             return 0 if report.ok else 1
         return loop.run_until_complete(_run(config, argv, arguments.quiet))
     except KeyboardInterrupt:
