@@ -1758,41 +1758,15 @@ def find_app(request: Request, gate: Any) -> Request:
     if error is None:
         return request
     prefix = _prefix_of_app(request, gate) if error.status == 404 else ""
-    if not prefix:
-        raise _not_found(error, request, config)
-    route, path, query = find_route(config, prefix + request.target)
-    return request._replace(
-        route=route, path=path, query=query, route_error=None, is_unprefixed=True
-    )
-
-
-def _prefix_of_app(request: Request, gate: Any) -> str:
-    """The prefix of the app to which an unprefixed request belongs; "" if there is none."""
-    headers, base = request.headers, gate.config.base
-    # Below the base, or /absolute if the base is empty, a path without a route is an error.
-    is_served = gate.app_cookie and path_below(base or "/absolute", request.target) is None
-    may_be_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
-    is_from_page = headers.get_all("sec-fetch-site") == ["same-origin"] or not (
-        headers.index.keys().isdisjoint(("origin", "referer"))
-    )
-    if not (is_served and (may_be_typed or is_from_page)) or is_foreign(request):
-        return ""
-    page = rest_of_own_url(headers.get("referer"), request.client.authority) or ""
-    with contextlib.suppress(ProxyError):
-        route = find_route(gate.config, page)[0]
-        if route is not None:
-            return route.prefix
-        if base:  # the ports page; if base is "", it may be an app's unprefixed page
-            return ""
-    return signed_value(headers, gate.app_cookie, gate.key, "app")
-
-
-def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyError:
-    """The error with advice, or a redirect from "/" to the proxy's own page."""
+    if prefix:
+        route, path, query = find_route(config, prefix + request.target)
+        return request._replace(
+            route=route, path=path, query=query, route_error=None, is_unprefixed=True
+        )
     if request.target == "/" and config.whole_origin and request.is_page_visit:
-        return ProxyError(302, "Redirecting.", (("Location", config.base + "/"),))
+        raise ProxyError(302, "Redirecting.", (("Location", config.base + "/"),))
     if error.status != 404:
-        return error
+        raise error
     authority, url = request.client.authority, host_form(8080, request.client, config.domains)
     port, _, domain = host_of(authority).partition(".")
     advice = ""
@@ -1801,7 +1775,28 @@ def _not_found(error: ProxyError, request: Request, config: Config) -> ProxyErro
     elif url:
         advice = "If an app's links begin with a slash, open it at a host of its own, such as "
         advice += url + "."
-    return ProxyError(404, error.detail, (), advice, domain)
+    raise ProxyError(404, error.detail, (), advice, domain)
+
+
+def _prefix_of_app(request: Request, gate: Any) -> str:
+    """The prefix of the app to which an unprefixed request belongs; "" if there is none."""
+    headers, base = request.headers, gate.config.base
+    # Below the base, or /absolute if the base is empty, a path without a route is an error.
+    is_below_base = path_below(base or "/absolute", request.target) is not None
+    if is_below_base or not gate.app_cookie or is_foreign(request):
+        return ""
+    page = rest_of_own_url(headers.get("referer"), request.client.authority)
+    with contextlib.suppress(ProxyError):
+        route = find_route(gate.config, page or "")[0]
+        if route is not None:
+            return route.prefix
+        if base:  # the ports page; if base is "", it may be an app's unprefixed page
+            return ""
+    is_from_page = page is not None or request.is_own_origin
+    is_from_page = is_from_page or headers.get_all("sec-fetch-site") == ["same-origin"]
+    if is_from_page or (request.is_page_visit and request.target != "/"):  # else it is our page
+        return signed_value(headers, gate.app_cookie, gate.key, "app")
+    return ""
 
 
 def cookies_for_unprefixed(
@@ -1809,10 +1804,10 @@ def cookies_for_unprefixed(
 ) -> List[str]:
     """Set-Cookie lines: copies of the app's cookies in `lines`, which are the header lines for the
     client; and if a user opens a page of the app, a cookie that names the app."""
-    route, sets_cookies = request.route, "set-cookie" in response.headers.index
-    if route is None or not route.prefix or not (request.is_page_visit or sets_cookies):
+    route, opens_page = request.route, is_top_level(request)
+    is_concerned = opens_page or "set-cookie" in response.headers.index
+    if route is None or not route.prefix or not is_concerned:
         return []
-    opens_page = is_top_level(request)
     last_app = signed_value(request.headers, gate.app_cookie, gate.key, "app")
     if not opens_page and not last_app:
         return []
@@ -2647,14 +2642,14 @@ ReadForm = Callable[[], Awaitable[bytes]]
 
 def check_route(route: Route, config: Config) -> None:
     """ProxyError 403 if the host of a route is not on the allowlist.  Names are not resolved."""
-    allowlist = config.host_allowlist
+    allowlist, host = config.host_allowlist, route.host
     if callable(allowlist):
-        is_allowed = allowlist(route.host)
+        is_allowed = allowlist(host)
     else:
-        is_allowed = route.is_local or bool(re.fullmatch(host_regex(allowlist), route.host))
+        is_allowed = route.is_local or re.fullmatch(host_regex(allowlist), host) is not None
     if not is_allowed:
-        text = "The host %s is not on the allowlist." % route.host
-        raise ProxyError(403, text, (), "{start} {host_allowlist} {value} to allow it.", route.host)
+        text = "The host %s is not on the allowlist." % host
+        raise ProxyError(403, text, (), "{start} {host_allowlist} {value} to allow it.", host)
 
 
 class Gate:
@@ -2705,13 +2700,11 @@ class Gate:
         machine, it keeps its own cookies.
         """
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
-        if name == self.cookie_name or bare.startswith(self.other_cookies):
-            return True
-        if not bare.startswith(COOKIE_PREFIX):
+        of_app = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
+        is_apps_own = bare == of_app or bare.startswith(of_app + "_app")
+        if is_apps_own and of_app != self.cookie_name:
             return False
-        app_session = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
-        belongs_to_app = bare == app_session or bare.startswith(app_session + "_app")
-        return not belongs_to_app or app_session == self.cookie_name
+        return name == self.cookie_name or bare.startswith((COOKIE_PREFIX,) + self.other_cookies)
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
@@ -2749,15 +2742,14 @@ class Gate:
     def check_origin(self, request: Request) -> None:
         """Raise ProxyError 403 for a request of a foreign page, except for top-level navigation."""
         headers, allowed = request.headers, self.config.allow_origins
-        has_origin = "origin" in headers.index
-        if not is_foreign(request) or "*" in allowed or (is_top_level(request) and not has_origin):
+        is_link = "origin" not in headers.index and is_top_level(request)
+        if not is_foreign(request) or "*" in allowed or is_link:
             return
-        page = "/".join(headers.get("referer").split("/")[:3])
-        page = headers.get("origin") if has_origin else page
+        page = headers.get("origin") or "/".join(headers.get("referer").split("/")[:3])
         origin = ""
         with contextlib.suppress(ValueError):  # not valid, such as "null"
             origin = "" if "*" in page else normal_origin(page)
-        if allows_origin(allowed, origin):
+        if origin and allows_origin(allowed, origin):
             return
         site = ", %s," % origin if origin else ""
         text = "A page of another site%s may not use this address (%s)."
@@ -2831,8 +2823,7 @@ class TokenGate(Gate):
                 self.check_origin(request)
                 form = dict(parse_qsl((await read_form()).decode("latin-1")))
                 target = local_target(self.root, form.get("next", ""))
-                if not self.owns_token(form.get("token", "").strip()):
-                    raise self._sign_in_needed(await self._wrong_token_text(client), target, client)
+                await self._require_token(request, [form.get("token", "").strip()], target)
                 location = ("Location", target)
                 raise ProxyError(303, "Signed in.", (location, self._new_cookie(client)))
             if _PORT_NUMBER.fullmatch(sent.get("open", "")):
@@ -2862,7 +2853,9 @@ class TokenGate(Gate):
             cookies = cookie_values(request.headers, self.cookie_name)
             signed_in = any(is_signed(self.key, "session", host, cookie) for cookie in cookies)
             if not signed_in:
-                await self._check_tokens(request)
+                # One token for each place is looked at: a request is one guess at most.
+                shown = query_tokens(request.target)[:1] + authorization_tokens(request.headers)[:1]
+                await self._require_token(request, shown, public_target(request))
             self.redirect_without_token(request, lambda: (self._new_cookie(request.client),))
             if not signed_in:
                 return  # admitted by the token, which foreign pages do not know
@@ -2878,39 +2871,31 @@ class TokenGate(Gate):
         advice = advice if _PLAIN_HOST.fullmatch(host) else ""
         raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
 
-    async def _check_tokens(self, request: Request) -> None:
-        """Raise ProxyError unless the first token of the query or of Authorization is valid."""
-        in_query, in_field = query_tokens(request.target), authorization_tokens(request.headers)
-        shown = in_query[:1] + in_field[:1]
+    async def _require_token(self, request: Request, shown: List[str], target: str) -> None:
+        """Raise ProxyError unless a shown token is ours.  target: of the sign-in page."""
         if any(map(self.owns_token, shown)):
             return
-        wrong = await self._wrong_token_text(request.client) if shown else ""
+        wrong, client = "", request.client
+        if shown:
+            # So a connection can try one token per second.  A lockout could be used against others.
+            logger.warning("invalid token from %s", client.address or "-")
+            await asyncio.sleep(_WRONG_TOKEN_SECONDS)
+            wrong = "Invalid token. "
         if request.is_websocket:
             text = "A WebSocket needs a signed-in browser, or the proxy's token."
             raise ProxyError(403, wrong + text)
-        if request.is_page_visit:
-            raise self._sign_in_needed(wrong, public_target(request), request.client)
+        if request.is_page_visit or (request.is_navigation and request.method == "POST"):
+            ports = ports_url(client, self.config.base)
+            if client.app_port:  # without a form: the app's own pages could read the token
+                raise SignInNeeded(wrong, "%s?open=%d" % (ports, client.app_port), "")
+            raise SignInNeeded(wrong, target, ports)
         text = "Sign in with a browser, or send the proxy's token as 'Authorization: token TOKEN'."
         raise ProxyError(401, wrong + text, CHALLENGE)
-
-    async def _wrong_token_text(self, client: ClientInfo) -> str:
-        """Log a wrong token, delay the response, and return the error text."""
-        # So a connection can try one token per second.  A lockout could be used against others.
-        logger.warning("invalid token from %s", client.address or "-")
-        await asyncio.sleep(_WRONG_TOKEN_SECONDS)
-        return "Invalid token. "
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
         session = sign(self.key, "session", host_of(client.authority))
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
         return own_cookie(self.cookie_name, session, path, client)
-
-    def _sign_in_needed(self, detail: str, target: str, client: ClientInfo) -> SignInNeeded:
-        """The sign-in page; without a form at an app's host, whose pages could read the token."""
-        base = self.config.base
-        if not client.app_port:
-            return SignInNeeded(detail, target, base + "/")
-        return SignInNeeded(detail, "%s?open=%d" % (ports_url(client, base), client.app_port), "")
 
     def _redirect_to_host(self, port: int, client: ClientInfo) -> ProxyError:
         url = host_form(port, client, self.config.domains)
@@ -2954,12 +2939,9 @@ def normal_origin(origin: str) -> str:
 
 def allows_origin(allowed: Iterable[str], origin: str) -> bool:
     """Whether an allowed origin, or a pattern, matches `origin`.  All are in normal form."""
-    page = _ORIGIN.fullmatch(origin)
-    if not page:
-        return False
-    same = (m for m in map(_ORIGIN.fullmatch, allowed) if m and m.group(1, 3) == page.group(1, 3))
-    regex = host_regex(match.group(2).strip("[]") for match in same)
-    return bool(re.fullmatch(regex, page.group(2).strip("[]")))
+    page, *others = filter(None, map(_ORIGIN.fullmatch, (origin, *allowed)))
+    hosts = [match.group(2) for match in others if match.group(1, 3) == page.group(1, 3)]
+    return bool(re.fullmatch(host_regex(hosts), page.group(2)))
 
 
 def query_tokens(target: str) -> List[str]:

@@ -2467,7 +2467,8 @@ class TestToken:
         """A browser gets a form; a wrong token is called invalid, and is not shown."""
         rows = [
             (401, "GET"), (401, "GET", *VISIT), (401, "GET", *VISIT, "Authorization: token wrong"), (401, "PROPFIND"),
-            (401, "HEAD", *VISIT), (401, "POST", "Content-Length: 0"), (403, "GET", *HANDSHAKE),
+            (401, "HEAD", *VISIT), (401, "POST", "Content-Length: 0"), (401, "POST", "Content-Length: 0", *VISIT),
+            (403, "GET", *HANDSHAKE),
             (403, "GET", *HANDSHAKE, "Authorization: Bearer wrong"), (401, "GET", "Cookie: a=b"),
             (401, "OPTIONS", "Origin: http://evil", "Access-Control-Request-Method: POST"),
         ] + [(401, "GET", "Cookie: port_proxy_%d=%s" % (proxy.port, value)) for value in ("x" * 43, "\xe4")]
