@@ -4289,7 +4289,6 @@ _JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
     for field, option in OPTIONS.items()
 }
 _JUPYTER_TERMS.update(start="set", value="= ['%s']")
-_PLAIN_METHOD = re.compile("[A-Z]+(?:-[A-Z]+)*")
 
 
 class LentConnection(Connection):
@@ -4306,12 +4305,6 @@ class LentConnection(Connection):
         self.transport.pause_reading()
         super().data_received(data)
 
-    def check_deadlines(self, time: float) -> None:
-        super().check_deadlines(time)
-        # Tornado does not detect an EOF after unread data.  Only Linux has POLLRDHUP.
-        if poll(self.transport, "POLLRDHUP"):
-            self.abort()
-
 
 class TornadoTransport(asyncio.Transport):
     """A transport on a Tornado stream, over TCP or TLS.  It reads after `resume_reading`."""
@@ -4320,12 +4313,12 @@ class TornadoTransport(asyncio.Transport):
         context = getattr(stream.socket, "context", None)
         super().__init__({"socket": stream.socket, "peername": address, "sslcontext": context})
         self._stream = stream
+        self._protocol = connection  # type: Any
         self._queued = 0  # bytes that Tornado has not sent yet
         self._reader = None  # type: Optional[asyncio.Task[None]]
         self._is_paused = self._is_closing = False
         stream.set_nodelay(True)  # as asyncio does: small writes are not held back
         stream.set_close_callback(self.resume_reading)  # reads the rest, then `connection_lost`
-        self._protocol = connection  # type: Any
         connection.connection_made(self)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
@@ -4355,7 +4348,7 @@ class TornadoTransport(asyncio.Transport):
             self._protocol.connection_lost(self._stream.error)
 
     def write(self, data: Union[bytes, bytearray, memoryview]) -> None:
-        if not data or self._is_closing or self._stream.closed():  # the close callback follows
+        if self._is_closing or self._stream.closed():  # the close callback follows
             return
         future = self._stream.write(bytes(data))
         if not future.done():
@@ -4405,7 +4398,7 @@ class JupyterGate(Gate):
         self.hub_auth = getattr(provider, "hub_auth", None)  # type: Any
         self.sessions_can_end = self.hub_auth is not None and hasattr(provider, "get_user")
         self.tokens = {handler.token} - {""}
-        if handler.token_authenticated and not self.hub_auth and hasattr(provider, "get_token"):
+        if handler.token_authenticated and hasattr(provider, "get_token"):
             self.tokens.add(provider.get_token(handler))
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
         self.cookie_name = get_name(handler)
@@ -4473,29 +4466,35 @@ class JupyterGate(Gate):
         Every Tornado app may set a cookie of this name.  Jupyter's cookie has the shortest path, so
         it comes last (RFC 6265 section 5.4).
         """
-        pairs = value.split(";")
+        kept = super().strip_cookies(value, route)
+        pairs = kept.split(";")
         names = [cookie_name(pair) for pair in pairs]
-        if "_xsrf" in names and any(self.owns_cookie(name, route) for name in names):
+        if kept != value and "_xsrf" in names:
             del pairs[len(names) - 1 - names[::-1].index("_xsrf")]
-        return super().strip_cookies(";".join(pairs), route)
+        return ";".join(pairs).lstrip(" \t")
 
 
-async def _serve_authenticated(handler: Any, head: bytes, server: Any, proxy: "PortProxy") -> None:
+async def _serve_authenticated(handler: Any, server: Any, proxy: "PortProxy") -> None:
     """Serve a request on the handler's stream, and return the stream to Tornado."""
     gate = JupyterGate(proxy.config, handler)
     if handler.is_page_visit:
         handler.xsrf_token  # noqa: B018  reading it sets its cookie
     if not proxy.is_running:  # not started yet: the event loop was not running
+        from datetime import datetime, timezone
+
+        def note_activity() -> None:
+            server.web_app.settings["api_last_activity"] = datetime.now(timezone.utc)
+
         is_unix = bool(getattr(server, "sock", ""))
         await proxy.start([], [] if is_unix else [("0.0.0.0", server.port)])
-    proxy.deadlines.on_activity = functools.partial(_note_activity, server.web_app.settings)
+        proxy.deadlines.on_activity = note_activity
     connection = LentConnection(proxy.deadlines)
     address = handler.request.connection.context.address
     stream = handler.detach()
     if stream.closed():  # the client has left
         return
     transport = TornadoTransport(stream, address, connection)
-    if not await proxy.serve_one(connection, head, gate):
+    if not await proxy.serve_one(connection, handler.head, gate):
         return
     if transport.is_reading() or transport.is_closing():
         connection.close()
@@ -4503,12 +4502,6 @@ async def _serve_authenticated(handler: Any, head: bytes, server: Any, proxy: "P
     connection.deadlines.connections.discard(connection)
     stream.set_close_callback(None)
     server.http_server.handle_stream(stream, address)
-
-
-def _note_activity(settings: Dict[str, Any]) -> None:
-    from datetime import datetime, timezone
-
-    settings["api_last_activity"] = datetime.now(timezone.utc)
 
 
 def _handler_class(server: Any, proxy: "PortProxy") -> Any:
@@ -4521,11 +4514,15 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
         is_page_visit = False
 
         def initialize(self) -> None:
-            method = self.request.method
-            if _PLAIN_METHOD.fullmatch(method):  # Jupyter looks it up as an attribute
-                self.SUPPORTED_METHODS = (method,)
-                if not hasattr(self, method.lower()):  # `prepare` responds, so it is not called
-                    setattr(self, method.lower(), None)
+            request = self.request
+            lines = ["%s %s %s" % (request.method, request.uri, request.version)]
+            lines += ["%s: %s" % field for field in request.headers.get_all()]
+            self.head = serialise(lines, NO_BODY)  # restored for our stricter parser
+            with contextlib.suppress(ProxyError):  # `serve_one` responds with it
+                parsed = parse_request(self.head, "", "http", proxy.config)
+                self.is_page_visit = parsed.is_page_visit
+            if request.method not in self.SUPPORTED_METHODS:
+                request.method = "POST"  # for Jupyter, which treats unsafe methods alike
 
         def set_default_headers(self) -> None:
             super().set_default_headers()
@@ -4544,11 +4541,6 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
             return str(super().get_login_url())
 
         async def prepare(self) -> None:
-            lines = ["%s %s %s" % (self.request.method, self.request.uri, self.request.version)]
-            lines += ["%s: %s" % field for field in self.request.headers.get_all()]
-            head = serialise(lines, NO_BODY)  # restored for our stricter parser
-            with contextlib.suppress(ProxyError):  # `serve_one` responds with it
-                self.is_page_visit = parse_request(head, "", "http", proxy.config).is_page_visit
             await ensure_async(super().prepare())
             if not self._finished:
                 web.authenticated(lambda handler: None)(self)  # Jupyter's `prepare` may skip this
@@ -4559,26 +4551,20 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                 allowed = authorizer.is_authorized(self, self.current_user, "execute", "proxy")
                 if not await ensure_async(allowed):
                     raise web.HTTPError(403)
-            await _serve_authenticated(self, head, server, proxy)
+            await _serve_authenticated(self, server, proxy)
 
     return PortProxyHandler
 
 
 def _config_value(name: str, value: Any) -> Any:
-    """A value of Jupyter's configuration for a field of Config; `checked_config` checks it.
-
-    Text is parsed as on the command line.  traitlets passes a LazyConfigValue after calls such as
-    `append`, and for a field that was only read.
-    """
-    if name not in OPTIONS:
-        return value
-    option, default = OPTIONS[name], OPTIONS[name].default
+    """A value of Jupyter's configuration, or the value that its text means for this field."""
+    default = getattr(Config(), name, None)
     if isinstance(value, str) and isinstance(default, tuple):
         return tuple(item.strip() for item in value.split(","))
-    if isinstance(value, str) and (isinstance(default, (int, float)) or option.kind is SWITCH):
-        with contextlib.suppress(ValueError):
+    if isinstance(value, str) and isinstance(default, (int, float)):
+        with contextlib.suppress(ValueError):  # `checked_config` then names the option
             return json.loads(value.lower())
-    if type(value).__name__ == "LazyConfigValue":
+    if type(value).__name__ == "LazyConfigValue":  # after `append`, or if it was only read
         return value.get_value(list(default) if isinstance(default, tuple) else default)
     return value
 
@@ -4601,10 +4587,10 @@ def _load_jupyter_server_extension(server: Any) -> None:
         text = "port_proxy: %s/ is not served, because c.PortProxy is not valid: %s"
         server.log.error(text, base, error)
         return
-    rules = [(re.escape(base) + "(?:/.*)?", _handler_class(server, proxy))]
-    server.web_app.add_handlers(".*$", rules)
-    all_rules = server.web_app.default_router.rules
-    all_rules.insert(0, all_rules.pop(-2))  # the new rule, before other extensions' rules
+    from tornado import web
+
+    rule = web.URLSpec(re.escape(base) + "(?:/.*)?", _handler_class(server, proxy))
+    server.web_app.default_router.rules.insert(0, rule)  # before other extensions' rules
     logger.parent = getattr(server.log, "logger", server.log)
     is_debugging = server.log_level in (logging.DEBUG, "DEBUG")  # then Jupyter logs requests
     logger.setLevel(logging.INFO if is_debugging else logging.WARNING)

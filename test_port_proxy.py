@@ -7161,13 +7161,12 @@ class TestJupyter:
 
     def test_requests_arrive_as_sent(self, anything, target, visitor):
         path, lines = "/a%2Fb//c;d?e=%20&token=apps-own", ("X-A: 1", "X-A: 2", "Authorization: Bearer apps-own")
-        handlers_own = ("PREPARE", "REQUEST", "SETTINGS", "APPLICATION", "FINISH", "UI", "LOG", "TOKEN")  # attributes
-        for method in ("GET", "POST", "PROPFIND", "M-SEARCH", "OPTIONS") + handlers_own:
+        handlers_own = ("PREPARE", "REQUEST", "TOKEN", "_NEW_COOKIE", "CURRENT_USER", "XSRF_TOKEN")  # attributes
+        for method in ("GET", "POST", "PROPFIND", "M-SEARCH", "OPTIONS", "get", "X1") + handlers_own:
             assert first_line(visitor.ask(method, target + path, *lines)) == "%s %s HTTP/1.1" % (method, path)
             assert [value for name, value in anything.messages[-1][1] if name == "X-A"] == ["1", "2"]
             assert fields_of(anything.messages[-1])["authorization"] == "Bearer apps-own"
-        for method in ("_NEW_COOKIE", "CURRENT_USER", "XSRF_TOKEN", "get", "X1"):
-            assert visitor.status(method, target + "/?token=" + TOKEN) == 405
+            assert first_line(visitor.ask(method, target + "/?token=" + TOKEN)) == "%s / HTTP/1.1" % method
         absolute = "/nb/proxy/absolute/%d/a" % anything.port
         assert first_line(visitor.ask("GET", absolute)) == "GET %s HTTP/1.1" % absolute
         assert visitor.status("HEAD", target + "/", no_body=True) == 200
@@ -7293,14 +7292,13 @@ class TestJupyter:
         wire.close()
         assert app.let_go.wait(WAIT)
 
-    @pytest.mark.parametrize("body", [b"", b"abc", b"abc\r\n"], ids=["no body", "a body", "bytes behind a body"])
+    @pytest.mark.parametrize("body", [b"", b"abc"], ids=["no body", "a body"])
     def test_client_that_leaves_is_noticed(self, upstream, visitor, wire, body):
         app = upstream(script(read_message, tell, read_to_the_end, lambda wire, app: app.let_go.set()))
-        wire.send(visitor.head("POST", "/nb/proxy/%d/" % app.port, "Content-Length: %d" % len(body[:3])) + body)
+        wire.send(visitor.head("POST", "/nb/proxy/%d/" % app.port, "Content-Length: %d" % len(body)) + body)
         assert app.told.wait(WAIT)
         wire.close()
-        if not body or sys.platform == "linux":
-            assert app.let_go.wait(WAIT)
+        assert app.let_go.wait(WAIT)
 
     def test_clients_that_leave_at_any_moment_leave_no_descriptor_open(self, jupyter, upstream, visitor):
         descriptors = Path("/proc/%d/fd" % jupyter.process.pid)
