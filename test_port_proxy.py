@@ -5546,12 +5546,14 @@ def responding(respond):
 def site(pages, is_fussy=False):
     """An app with these pages by path ("*": any other): HTML, where it redirects to, or the bytes of a response.
 
-    PORT stands for its port, PUBLIC for the host that a browser sees. A fussy app refuses other hosts and origins.
+    PORT stands for its port, PUBLIC for the host that a browser sees. A fussy app refuses other hosts and origins, and
+    proxies on this machine.
     """
 
     def respond(target, fields, app):
         own, path = "localhost:%d" % app.port, target.partition("?")[0].replace(str(app.port), "PORT")
-        if is_fussy and (fields["host"] != own or fields.get("origin", "http://" + own) != "http://" + own):
+        is_own = fields["host"] == own and fields.get("origin", "http://" + own) == "http://" + own
+        if is_fussy and (not is_own or fields.get("x-forwarded-for") == "127.0.0.1"):
             return html_response(b"", "403 Forbidden")
         page = pages.get(path, pages.get("*"))
         if page is None or ("upgrade" in fields and page is not SWITCHING):
@@ -5626,8 +5628,10 @@ class TestCheck:
         app = upstream(site({"/ws": SWITCHING, "/": "Location: /lab?x=secret", "*": page}, is_fussy=True))
         report, flag = check(app.port), 'url_base_pathname="/proxy/absolute/PORT/"'
         links = ["/_dash/a.js", "/b.css", "/c"]
-        self.assert_found(report, redirect="/lab", rooted_links=links, status=200, app="Dash", flag=flag)
-        self.assert_found(report, refuses_host=True, refuses_origin=True)
+        self.assert_found(
+            report, "Add 127.0.0.1 to the trusted proxies", redirect="/lab", rooted_links=links, status=200, app="Dash",
+            flag=flag, refuses_host=True, refuses_origin=True,
+        )  # fmt: skip
         text = port_proxy.report_text(report).replace(str(app.port), "PORT")
         parts = (
             "port PORT of this machine\n", "  redirect       /lab\n", (17 * " ").join("%s\n" % link for link in links),
@@ -5635,18 +5639,6 @@ class TestCheck:
             "/proxy/PORT/\n  or             start it with %s and use /proxy/absolute/PORT/" % flag,
         )  # fmt: skip
         assert [part for part in parts if part not in text] == []
-
-    @pytest.mark.parametrize("name, value, answer, advice", [
-        ("x-forwarded-for", "127.0.0.1", b"400 Bad Request", "Add 127.0.0.1 to the trusted proxies"),
-        ("host", None, b"401 No\r\nWWW-Authenticate: Digest realm=a", "Use the app's own host"),
-        ("x-forwarded-for", "1.2.3.4", b"400 Bad Request", ""),
-    ])
-    def test_app_that_refuses_proxies_or_signs_its_path_is_named(self, check, upstream, name, value, answer, advice):
-        def respond(target, fields, app):
-            is_refused = name in fields and value in (None, fields[name])
-            return b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n" % (answer if is_refused else b"200 OK")
-
-        self.assert_found(check(upstream(responding(respond)).port), advice)
 
     @pytest.mark.parametrize("place, text, advice", [
         ("/", "new WebSocket('ws://localhost:PORT/ws')", "a path, such as /api"), ("/", "ws://[::1]:PORT/", "a path"),
@@ -5671,6 +5663,8 @@ class TestCheck:
         ({"/": "Location: /x", "/x": b""}, True, {"ok": True, "redirect": "/x"}, "No valid HTTP came from port PORT"),
         ({"*": b"HTTP/1.1 103 Early\r\nLink: <a>\r\n\r\n" + html_response(b"<title>A</title>")}, True,
          {"status": 200, "title": "A"}, ""),
+        ({"*": html_response(b"", "401 No", "WWW-Authenticate: Digest realm=a")}, True,
+         {"status": 401, "refuses_host": False}, "Use the app's own host"),
         (BELOW_ITS_BASE, False, NO_LINKS_LOST, ""),
         (dict(BELOW_ITS_BASE, **{"/": "Location: " + PREFIX_IN}), False, NO_LINKS_LOST, ""),
         (dict(BELOW_ITS_BASE, **{"/": BELOW_ITS_BASE[PREFIX_IN]}), False, NO_LINKS_LOST, ""),
@@ -5708,17 +5702,14 @@ class TestCheck:
         self.assert_found(report, problem, ok=False, speaks=speaks, use=[])
         assert problem in port_proxy.report_text(report)
 
-    def test_host_that_does_not_exist_is_a_problem(self, check):
-        report = check("nowhere.invalid:80", host_allowlist=["nowhere.invalid"])
-        self.assert_found(report, "The host nowhere.invalid could not be found.", ok=False, speaks="", use=[])
-
-    def test_trouble_with_tls_is_a_problem(self, check, upstream, tls_app):
+    def test_trouble_with_a_name_or_tls_is_a_problem(self, check, upstream, tls_app):
         plain = upstream(lambda wire, app: (wire.more(), wire.send(OK)))
-        for port, problem in (
-            (tls_app.port, "Start the proxy with --insecure-upstream to accept any"),
-            (plain.port, "Does it speak TLS? See --upstream-tls."),
+        for target, options, problem in (
+            (tls_app.port, {"upstream_tls": (str(tls_app.port),)}, "Start the proxy with --insecure-upstream to"),
+            (plain.port, {"upstream_tls": (str(plain.port),)}, "Does it speak TLS? See --upstream-tls."),
+            ("nowhere.invalid:80", {"host_allowlist": ["nowhere.invalid"]}, "The host nowhere.invalid could not be"),
         ):
-            self.assert_found(check(port, upstream_tls=(str(port),)), problem, ok=False, speaks="", use=[])
+            self.assert_found(check(target, **options), problem, ok=False, speaks="", use=[])
         report = check(tls_app.port, upstream_tls=(str(tls_app.port),), insecure_upstream=True)
         self.assert_found(report, ok=True, speaks="https", status=200)
 
@@ -6079,22 +6070,17 @@ class TestCommandLine:
 
 
 class TestUnderAHub:
-    def test_environment_describes_the_hub(self):
-        hub = port_proxy.hub_in(hub_environment())
-        assert (hub.prefix, hub.user, hub.server_name) == (PREFIX, "al@ice.x+y", "")
-        assert (hub.home, hub.callback_url) == (PREFIX + "/proxy/8080", PREFIX + "/oauth_callback")
-        assert hub.authorize_url == "/jh/hub/api/oauth2/authorize"
-        assert hub.access_scopes == {"access:servers!server=al@ice.x+y/", "access:servers!user=al@ice.x+y"}
-        assert (hub.activity_interval, hub.host_cookies, hub.cookie_options) == (300.0, False, ())
-        older = hub_environment(OAUTH_ACCESS_SCOPES="", OAUTH_SCOPES='["a"]')
-        assert port_proxy.hub_in(older).access_scopes == {"a"}
-
-    @pytest.mark.parametrize("name, text, field, value", [
+    @pytest.mark.parametrize("name, text, field, value", [  # an empty text: as if it were not set
+        ("HOST", "", "authorize_url", "/jh/hub/api/oauth2/authorize"), ("HOST", "", "cookie_options", ()),
         ("HOST", "https://hub.example", "authorize_url", "https://hub.example/jh/hub/api/oauth2/authorize"),
+        ("OAUTH_CALLBACK_URL", "", "callback_url", PREFIX + "/oauth_callback"), ("HOST", "", "prefix", PREFIX),
+        ("OAUTH_ACCESS_SCOPES", '["a", "b"]', "access_scopes", {"a", "b"}),
         ("PUBLIC_URL", "https://hub.example/jh/user/a/", "cookie_options", (("Secure", ""),)),
+        ("COOKIE_HOST_PREFIX_ENABLED", "", "host_cookies", False), ("ACTIVITY_INTERVAL", "", "activity_interval", 300),
         ("COOKIE_HOST_PREFIX_ENABLED", "1", "host_cookies", True), ("ACTIVITY_INTERVAL", "60", "activity_interval", 60),
         ("SERVER_NAME", "gpu", "server_name", "gpu"), ("DEFAULT_URL", "", "home", ""),
-        ("DEFAULT_URL", "proxy/1/?a=b", "home", PREFIX + "/proxy/1/?a=b"), ("DEFAULT_URL", "/", "home", ""),
+        ("DEFAULT_URL", "/proxy/8080", "home", PREFIX + "/proxy/8080"), ("DEFAULT_URL", "/", "home", ""),
+        ("DEFAULT_URL", "proxy/1/?a=b", "home", PREFIX + "/proxy/1/?a=b"),
         ("DEFAULT_URL", "//?x#y", "home", ""),
         ("DEFAULT_URL", "//evil.example/a b\u00e9%2F#/x", "home", PREFIX + "/evil.example/a%20b%C3%A9%2F#/x"),
         ("COOKIE_OPTIONS", '{"SameSite": "None", "Secure": true}', "cookie_options",
@@ -6105,6 +6091,10 @@ class TestUnderAHub:
     ])  # fmt: skip
     def test_variable_sets_its_field(self, name, text, field, value):
         assert getattr(port_proxy.hub_in(hub_environment(**{name: text})), field) == value
+
+    def test_scopes_have_another_name_before_jupyterhub_3(self):
+        older = hub_environment(OAUTH_ACCESS_SCOPES="", OAUTH_SCOPES='["a"]')
+        assert port_proxy.hub_in(older).access_scopes == {"a"}
 
     @pytest.fixture
     def run(self, monkeypatch, capsys):
@@ -6132,22 +6122,16 @@ class TestUnderAHub:
         assert message in errors.strip().split("\n")[-1]
         assert "server-token" not in errors
 
-    @pytest.mark.parametrize("host, shown, address", [
-        ("", "0.0.0.0", "127.0.0.2"), ("127.0.0.1", "127.0.0.1", "127.0.0.1"), ("[::1]", "::1", "::1"),
+    @pytest.mark.parametrize("url, place, address", [
+        ("http://:%d/", "port %d of 0.0.0.0 is in use", "127.0.0.2"),
+        ("http://127.0.0.1:%d/", "port %d of 127.0.0.1 is in use", "127.0.0.1"),
+        ("http://[::1]:%d/", "port %d of ::1 is in use", "::1"), ("https://192.0.2.1/", "port 443 of 192.0.2.1", ""),
     ])  # fmt: skip
-    def test_program_listens_at_the_address_of_the_service(self, run, host, shown, address):
+    def test_program_listens_at_the_address_of_the_service(self, run, url, place, address):
         """A URL without a host means every address. A terminal has the same environment, and needs another port."""
-        with taken_port(address, listens=True) as port:
-            status, _, errors = run(SERVICE_URL="http://%s:%d/" % (host, port))
-        assert (status, "port %d of %s is in use" % (port, shown) in errors, "--port 0" in errors) == (2, True, True)
-
-    def test_service_without_a_port_has_the_default_one(self, run):
-        with socket.socket() as sock:
-            with contextlib.suppress(OSError):  # in use, or needs privileges: the program fails as well
-                sock.bind(("127.0.0.1", 443))
-                sock.listen(1)
-            status, _, errors = run(SERVICE_URL="https://127.0.0.1/")
-        assert (status, "port 443 of 127.0.0.1" in errors) == (2, True)
+        with taken_port(address or "127.0.0.1", listens=True) as port:
+            status, _, errors = run(SERVICE_URL=url.replace("%d", str(port)))
+        assert (status, place.replace("%d", str(port)) in errors, "--port" in errors) == (2, True, True)
 
     def test_program_serves_pages_and_stops_at_once(self, upstream):
         """The Hub, and the user who clicked, wait for a server that stops; it does not wait for requests."""
@@ -6835,11 +6819,6 @@ class TestJupyterHub:
         visitor = Visitor(hub.port).sign_in_at_hub(owner)
         assert first_line(visitor.visit("/jh/")) == "GET / HTTP/1.1"  # the default URL
         assert visitor.trail[-1][1] == target  # with the slash that relative links need
-        answer = user.visit("/jh/user/%s/proxy/%d/" % (quote(owner), anything.port))
-        if owner == JO:  # Jupyter accepts one spelling only
-            assert status_of(answer) == 404
-        else:
-            assert first_line(answer) == "GET / HTTP/1.1"
 
     def test_access_needs_a_sign_in_by_the_owner_or_an_admin(self, hub, anything, user, target):
         assert self.is_sent_to_sign_in(Visitor(hub.port), target)
@@ -6859,12 +6838,9 @@ class TestJupyterHub:
         stranger, several = Visitor(hub.port), "?token=%s&token=apps-own" % tokens[1]
         for visitor, query, lines, arrives in (
             (stranger, "", (by_token,), "/"), (stranger, "", (by_bearer,), "/"),
-            (stranger, "?token=" + tokens[0], (), "/"), (stranger, several, (by_token, referer), "/?token=apps-own"),
+            (stranger, several, (by_token, referer), "/?token=apps-own"),
             (user, several, (referer,), "/?token=apps-own"),
         ):  # fmt: skip
-            if owner == JO and visitor is stranger and not lines:
-                assert visitor.status("GET", target + query) == 403  # JupyterHub takes no tokens in addresses any more
-                continue
             assert visitor.status("GET", target + query, *lines) == 200
             fields = fields_of(anything.messages[-1])
             assert anything.messages[-1][0] == "GET %s HTTP/1.1" % arrives
@@ -6872,12 +6848,10 @@ class TestJupyterHub:
             assert not any(token in repr(anything.messages[-1]) for token in tokens)
         assert user.status("GET", target, "Authorization: Bearer apps-own") == 200
         assert fields_of(anything.messages[-1])["authorization"] == "Bearer apps-own"
-        count = len(anything.messages)
         assert stranger.status("GET", target, "Authorization: token apps-own") == 403
-        many = target + "?" + "&".join("token=%d" % number for number in range(20))
-        assert user.status("GET", many) == 400  # each different token is a question to the Hub
-        assert len(anything.messages) == count
-        if owner != JO:
+        if owner == JO:
+            assert stranger.status("GET", target + several) == 403  # JupyterHub takes no tokens in addresses any more
+        else:
             browser = Visitor(hub.port)
             assert status_of(browser.visit(target + "?token=" + tokens[0])) == 200
             assert browser.trail[-1][1] == target
@@ -6911,9 +6885,7 @@ class TestJupyterHub:
             self.api(hub, "POST", server)
             user.visit("/jh/hub/spawn-pending/%s/gpu-2" % name)  # until it has started
         target = "%s/proxy/%d/" % (home, anything.port)
-        for place in (target, home):
-            page = user.visit(place)
-            assert first_line(page) == "GET / HTTP/1.1", page
+        assert first_line(user.visit(home)) == "GET / HTTP/1.1"
         assert fields_of(anything.messages[-1])["x-forwarded-prefix"] == target[:-1]
         with user.websocket(target + "ws") as wire, user.wire() as events:
             events.send(user.head("GET", target + "events"))
@@ -7135,17 +7107,14 @@ class TestJupyter:
 
     def test_own_pages_are_served(self, jupyter, anything, target, visitor):
         """Apps have no hosts of their own, and nothing outside the prefix is ours."""
-        data = json.loads(visitor.ask("GET", "/nb/proxy/", "Accept: application/json")[2].decode())
+        data = json.loads(visitor.ask("GET", "/nb/proxy/", JSON)[2].decode())
         links = {one["port"]: one["links"] for one in data["ports"]}
         if links:
             absolute = "/nb/proxy/absolute/%d/" % anything.port
             assert links[anything.port] == {"stripped": target + "/", "absolute": absolute}
         assert jupyter.port not in links
-        assert b"Ports of this machine" in visitor.ask("GET", "/nb/proxy/", *VISIT)[2]
-        waiting = visitor.ask("GET", "/nb/proxy/%d/" % free_port(), *VISIT)
-        assert (status_of(waiting), b"Waiting for port" in waiting[2]) == (502, True)
-        answer = visitor.ask("GET", target + "/", *VISIT)
-        assert not any(value.startswith("port_proxy_") for name, value in answer[1] if name == "Set-Cookie")
+        assert_says(visitor.ask("GET", "/nb/proxy/%d/" % free_port(), *VISIT), 502, b"Waiting for port")
+        assert "port_proxy_" not in repr(cookies_set(visitor.ask("GET", target + "/", *VISIT)))
         for place, status in (
             ("", 200), ("nope/", 404), ("a.example.com:80/", 403), ("a.invalid:80/", 502), ("1/../../x", 400),
             ("1", 302), ("%d/" % jupyter.port, 508), ("absolute/localhost:%d/" % jupyter.port, 508),  # endless loops
@@ -7182,7 +7151,7 @@ class TestJupyter:
             visitor.cookies[name, path] = "x"
         referer = "Referer: http://127.0.0.1:%d%s/?token=%s" % (jupyter.port, target, TOKEN)
         for query, *lines in (
-            ("token=%s",), ("token=%s", BY_TOKEN), ("token=%s", "Authorization: bearer " + TOKEN),
+            ("token=%s", BY_TOKEN), ("token=%s", "Authorization: bearer " + TOKEN),
             ("token=%s", referer), ("token=%s", "Authorization: ToKeN\t " + TOKEN),
             # Jupyter reads these loosely, too.
             ("token=%s%%20",), ("token=+%s",), ("token=%%00%s",), ("token=%s%%0a",),
@@ -7191,9 +7160,8 @@ class TestJupyter:
             assert visitor.status("GET", target + "/?a&%s&b" % (query % TOKEN), *lines) == 200
             line, fields, _ = anything.messages[-1]
             assert line == "GET /?a&b HTTP/1.1"
-            assert set(fields_of(anything.messages[-1])["cookie"].split("; ")) == {"_xsrf=x", own + "=x"}
-            assert TOKEN not in repr(fields)
-            assert "username-127" not in repr(fields)
+            assert set(dict(fields)["Cookie"].split("; ")) == {"_xsrf=x", own + "=x"}
+            assert not re.search(TOKEN + "|username-127", repr(fields))
 
     def test_xsrf_cookies_of_jupyter_and_of_an_app_stay_apart(self, upstream, visitor):
         """As of Streamlit and other Tornado apps, in the form that keeps the prefix."""
@@ -7210,8 +7178,7 @@ class TestJupyter:
         (name,) = [name for name, _ in visitor.cookies if name.startswith("username-127-0-0-1-")]
         cookies = (name + "=evil; Path=/", "jupyterhub-session-id=evil", "a=b")
         app = upstream(answering(ok(b"", *["Set-Cookie: " + cookie for cookie in cookies])))
-        answer = visitor.ask("GET", "/nb/proxy/%d/" % app.port)
-        assert [value for name, value in answer[1] if name == "Set-Cookie"] == ["a=b"]
+        assert cookies_set(visitor.ask("GET", "/nb/proxy/%d/" % app.port)) == ["a=b"]
 
     def test_other_sites_are_refused(self, target, visitor):
         """The refusal names options of Jupyter."""
@@ -7234,36 +7201,30 @@ class TestJupyter:
     def test_connection_is_shared_with_jupyter(self, target, visitor, wire):
         """It goes to the proxy and back to Tornado, request by request, with bodies of both framings."""
         chunked = visitor.head("POST", target + "/c", "Transfer-Encoding: chunked")
-        chunked += b"3\r\nabc\r\n100000\r\n%s\r\n0\r\n\r\n" % BLOCK
+        chunked += chunk(b"abc") + chunk(BLOCK) + chunk(b"")
         length = visitor.head("POST", target + "/b", "Content-Length: 100000") + bytes(100000)
         requests = [
             (visitor.head("GET", target + "/a"), b"GET /a "), (visitor.head("GET", "/nb/api/status"), b'{"connections'),
-            (length, b"POST /b HTTP/1.1\n100000"), (chunked, b"POST /c HTTP/1.1\n1048579"),
-            (visitor.head("GET", "/nb/api"), b'{"version'),
+            (visitor.head("GET", "/nb/api"), b'{"version'), (length, b"POST /b HTTP/1.1\n100000"),
+            (chunked, b"POST /c HTTP/1.1\n1048579"),
         ]  # fmt: skip
         for raw, begins in requests * 3:
             assert wire.ask(raw)[2].startswith(begins)
-        requests = [request for request in requests if request[0] not in (length, chunked)]
-        wire.send(*[raw for raw, _ in requests])  # pipelined
-        for _, begins in requests:
+        wire.send(*[raw for raw, _ in requests[:3]])  # pipelined
+        for _, begins in requests[:3]:
             assert wire.message()[2].startswith(begins)
 
-    def test_request_behind_a_body_is_announced_to_be_lost(self, upstream, visitor, wire):
-        """It cannot be given back to Jupyter: the response before it has Connection: close, and comes whole."""
+    def test_request_behind_a_response_on_its_way_is_served_if_it_can_be_given_back(self, upstream, visitor, wire):
+        """Behind a body it cannot: the response before it has Connection: close, and comes whole."""
         app = upstream(answering(ok(bytes(4 << 20))))
-        chunked = visitor.head("POST", "/nb/proxy/%d/" % app.port, "Transfer-Encoding: chunked")
-        wire.send(chunked + b"3\r\nabc\r\n0\r\n\r\n" + visitor.head("GET", "/nb/api"))
-        answer = wire.message()
-        assert (len(answer[2]), fields_of(answer)["connection"]) == (4 << 20, "close")
-
-    def test_connection_that_was_handed_back_stays_open(self, upstream, visitor, wire):
-        """Though part of the response is still on its way to a slow client."""
-        app = upstream(answering(ok(bytes(4 << 20))))
+        target, behind = "/nb/proxy/%d/" % app.port, visitor.head("GET", "/nb/api")
         wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         for _ in range(3):
-            wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port) + visitor.head("GET", "/nb/api"))
-            assert len(wire.message()[2]) == 4 << 20
+            assert len(wire.ask(visitor.head("GET", target) + behind)[2]) == 4 << 20
             assert b"version" in wire.message()[2]
+        chunked = visitor.head("POST", target, "Transfer-Encoding: chunked") + chunk(b"abc") + chunk(b"")
+        answer = wire.ask(chunked + behind)
+        assert (len(answer[2]), fields_of(answer)["connection"]) == (4 << 20, "close")
 
     def test_slow_client_stops_the_app(self, jupyter, upstream, visitor, wire):
         app = upstream(script(read_head, MUCH_HEAD, tell, hold))
@@ -7310,31 +7271,32 @@ class TestJupyter:
                 serve_anything(wire, app)
 
         target = "/nb/proxy/%d" % upstream(serve).port
-        heads = [
-            visitor.head("GET", target + "/much"), visitor.head("GET", target + "/ws", *HANDSHAKE),
-            visitor.head("GET", target + "/"), visitor.head("POST", target + "/", "Content-Length: 3") + b"abcGET /",
-            visitor.head("PUT", target + "/", "Content-Length: 1000") + b"abc",
-            visitor.head("PUT", target + "/", "Transfer-Encoding: chunked") + b"5\r\nab",
-        ]  # fmt: skip
+        heads = [visitor.head(*parts) + body for *parts, body in (
+            ("GET", target + "/much", b""), ("GET", target + "/ws") + HANDSHAKE + (b"",), ("GET", target + "/", b""),
+            ("POST", target + "/", "Content-Length: 3", b"abcGET /"),
+            ("PUT", target + "/", "Content-Length: 1000", b"abc"),  # this and the next are not answered
+            ("PUT", target + "/", "Transfer-Encoding: chunked", b"5\r\nab"),
+        )]  # fmt: skip
         before = len(list(descriptors.iterdir()))
         for at, waits, resets in itertools.product(range(6), (True, False), (True, False)):
             with visitor.wire() as wire:
                 wire.send(heads[at])
-                if at < 4 and waits:
-                    assert wire.more()  # the last two are not answered before they are whole
+                assert at > 3 or not waits or wire.more()
                 if resets and not visitor.context:
                     wire.reset()
         eventually(lambda: len(list(descriptors.iterdir())) <= before + 2)  # idle upstreams close by themselves
         assert visitor.status("GET", target + "/") == 200
 
-    def test_expect_continue_is_answered_by_the_app(self, upstream, visitor, wire):
-        app = upstream(script(read_head, b"HTTP/1.1 100 Continue\r\n\r\n", lambda wire, _: wire.exactly(3), OK))
-        lines = ("Content-Length: 3", "Expect: 100-continue")
-        wire.send(visitor.head("PUT", "/nb/proxy/%d/" % app.port, *lines))
+    def test_bytes_pass_at_once(self, upstream, target, visitor, wire):
+        """Interim responses, events and WebSockets; a response that is cut short is seen to be."""
+        begun = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"
+        app = upstream(script(read_head, b"HTTP/1.1 100 Continue\r\n\r\n", lambda wire, _: wire.exactly(3), begun))
+        wire.send(visitor.head("PUT", "/nb/proxy/%d/" % app.port, "Content-Length: 3", "Expect: 100-continue"))
         assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 100")
-        assert wire.ask(b"abc")[2] == b"ok"
-
-    def test_events_and_websockets_pass_at_once(self, target, visitor):
+        wire.send(b"abc")
+        assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        with contextlib.suppress(ConnectionError, ssl.SSLError):  # a way to see it, too; a timeout is none
+            assert wire.exactly(10) == b"abc"
         with visitor.wire() as wire:
             wire.send(visitor.head("GET", target + "/events"))
             assert wire.until(b"data: 1\n\n").endswith(b"data: 1\n\n")  # the second is sent when the tests are over
@@ -7343,22 +7305,13 @@ class TestJupyter:
                 wire.send(bytes(size))
                 assert wire.exactly(size) == bytes(size)
 
-    def test_response_cut_short_is_seen_to_be(self, upstream, visitor, wire):
-        app = upstream(once(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"))
-        wire.send(visitor.head("GET", "/nb/proxy/%d/" % app.port))
-        assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
-        with contextlib.suppress(ConnectionError, ssl.SSLError):  # a way to see it, too; a timeout is none
-            assert wire.exactly(10) == b"abc"
-
-    @pytest.mark.parametrize("line", [
-        b"X: a\x01b", b"Content-Length: +3", b"Transfer-Encoding: chunked\r\nContent-Length: 3",
-        b"Content-Length: 3\r\nContent-Length: 4", b"Transfer-Encoding: gzip, chunked",
-    ])  # fmt: skip
-    def test_malformed_request_is_refused(self, anything, target, visitor, wire, line):
+    def test_malformed_request_is_refused(self, anything, target, visitor):
         """By Tornado, or by our stricter grammar; nothing of it reaches an app."""
         count = len(anything.messages)
-        wire.send(visitor.head("POST", target + "/")[:-2] + line + b"\r\n\r\nabc")
-        assert re.match(b"HTTP/1.1 (400|501)", wire.until(b"\r\n\r\n"))
+        for line in (b"X: a\x01b", b"Transfer-Encoding: gzip", b"Transfer-Encoding: chunked\r\nContent-Length: 3"):
+            with visitor.wire() as wire:
+                wire.send(visitor.head("POST", target + "/")[:-2] + line + b"\r\n\r\nabc")
+                assert re.match(b"HTTP/1.1 (400|501)", wire.until(b"\r\n\r\n"))
         assert len(anything.messages) == count
 
     def test_activity_is_noted(self, target, visitor):
@@ -7382,8 +7335,7 @@ class TestJupyter:
     def test_page_in_lab_uses_every_feature(self, jupyter, upstream, profile):
         """In a frame whose address is made of Lab's base URL, as extensions make it."""
         app, page = upstream(serve_app_page(b"one", b"./")), Page(profile)
-        scheme = "https" if jupyter.context else "http"
-        page.open("%s://localhost:%d/nb/lab?token=%s" % (scheme, jupyter.port, TOKEN))
+        page.open("https://localhost:%d/nb/lab?token=%s" % (jupyter.port, TOKEN))
         base = page.until("JSON.parse($('#jupyter-config-data').textContent).baseUrl")
         frame = "document.createElement('iframe')"
         page.tell("$('body').append(window.appFrame = %s); appFrame.src = '%sproxy/%d/'" % (frame, base, app.port))
