@@ -28,7 +28,6 @@ connections, header rewriting, unprefixed requests, local sockets, pages, upstre
 jupyterhub, exchange, server, jupyter extension, port check, command line.
 """
 
-import argparse
 import asyncio
 import base64
 import contextlib
@@ -89,9 +88,9 @@ now = time.monotonic  # the clock of all deadlines, in seconds
 # --------------------------------------------------------------------------------------------------
 # Configuration
 # --------------------------------------------------------------------------------------------------
-# `Config` gives the type, the default and the rationale of each option.  `OPTIONS` gives its flag,
-# the kind of its values and its help.  `checked_config` (section Server), the command line,
-# Jupyter's configuration, error messages and a test of the README use this table.
+# `Config` gives the type, the default and the rationale of each option.  The help is the table of
+# flags.  `OPTIONS` joins them for `checked_config` (section Server), the command line, Jupyter's
+# configuration and error messages.
 
 
 class Hub(NamedTuple):
@@ -172,11 +171,90 @@ class Config(NamedTuple):
     idle_upstream_timeout: float = 4.0  # Node and uvicorn close after 5 s, without warning
 
 
-class Kind(NamedTuple):
-    """The values that an option may have, besides None if that is its default."""
+HELP = """\
+usage: {command} [options]
 
-    words: str  # for error messages
+Makes every port of this machine reachable through one HTTP port.
+
+  {command:44}then open http://localhost:8888/proxy/
+  ssh -N -L 8888:localhost:8888 THIS_MACHINE  forwards the port to your own machine
+  {check:44}shows how to open port 8080
+
+options:
+  -h, --help                  show this help and exit
+  --port N                    port to listen on, 0 for any free one (default: {port})
+  --bind ADDRESS              address to listen on, or unix:PATH (default: {bind})
+  --base PATH                 path prefix of all addresses (default: {base})
+  --host-allowlist HOST       also reach this host: name, address or pattern (repeatable)
+  --domain NAME               also reach port 8080 as 8080.NAME (repeatable)
+  --whole-origin yes|no       route requests without the prefix to their app
+  --preserve-host             send the browser's Host to the app, not localhost:PORT
+
+access:
+  --token                     require a token (PORT_PROXY_TOKEN, or a random one)
+  --token-file FILE           require the token in this file
+  --no-token                  never require a token
+  --allow-hostname NAME       accept this name, or pattern, in the Host header (repeatable)
+  --allow-origin ORIGIN       let pages of this origin use the apps; * for any (repeatable)
+  --trusted-proxy ADDRESS     trust the X-Forwarded headers of this server (repeatable)
+  --upstream-tls [HOST:]PORT  connect to this upstream with TLS (repeatable)
+  --insecure-upstream         do not verify certificates of this machine's ports
+  --allow-preflight           let CORS preflights reach the apps without a token
+  --any-owner                 also reach ports of this machine's other users
+  --certfile FILE             serve HTTPS with this certificate (PEM)
+  --keyfile FILE              the key, if --certfile does not contain it
+  --client-ca FILE            require a client certificate signed by one of these
+
+output:
+  --check [HOST:]PORT         check an app, show how to open it
+  --json                      with --check: print JSON
+  --verbose                   log every request
+  --quiet                     print errors only
+  --log-json                  log as JSON, and every request unless --quiet
+  --version                   print the version
+  --help-all                  show this help with limits and timeouts
+"""
+LIMITS_HELP = """
+limits and timeouts:
+  --max-head-bytes BYTES           longest head of a request or response (default: {max_head_bytes})
+  --max-target-bytes BYTES         longest request target (default: {max_target_bytes})
+  --max-fields COUNT               most fields in a head (default: {max_fields})
+  --max-chunk-line-bytes BYTES     longest first line of a chunk (default: {max_chunk_line_bytes})
+  --max-trailer-bytes BYTES        longest trailers (default: {max_trailer_bytes})
+  --max-connections COUNT          most connections of clients (default: {max_connections})
+  --max-tunnels COUNT              most open WebSockets (default: {max_tunnels})
+  --max-idle-upstreams COUNT       most idle connections to apps (default: {max_idle_upstreams})
+  --head-timeout SECONDS           for the whole head of a request (default: {head_timeout})
+  --keep-alive-timeout SECONDS     between requests on a connection (default: {keep_alive_timeout})
+  --connect-timeout SECONDS        for a connection to an app (default: {connect_timeout})
+  --response-timeout SECONDS       for the head of a response (default: {response_timeout})
+  --stall-timeout SECONDS          for a client that stalls a body (default: {stall_timeout})
+  --linger-timeout SECONDS         for a request body after its response (default: {linger_timeout})
+  --idle-upstream-timeout SECONDS  for idle connections to apps (default: {idle_upstream_timeout})
+  --shutdown-timeout SECONDS       for running requests at shutdown (default: {shutdown_timeout})
+"""
+# The options in the help, each with its metavar; "" for a switch.
+METAVARS = dict(re.findall(r"^  (?:-h, )?(--[a-z-]+) ?(\S*)  ", HELP + LIMITS_HELP, re.MULTILINE))
+SWITCH = "True or False"
+
+
+class Option(NamedTuple):
+    """A field of Config."""
+
+    flag: str  # on the command line and in error messages; the field if it has none
+    default: Any
+    kind: str  # of its values, besides None if that is the default
     accepts: Callable[[Any], bool]
+
+    def parsed(self, text: str) -> Any:
+        """The value in a text; the text if it is not valid, so that `checked_config` refuses it."""
+        if isinstance(self.default, tuple):
+            return tuple(item.strip() for item in text.split(","))
+        if self.kind == SWITCH:
+            return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
+        with contextlib.suppress(ValueError):
+            return type(self.default)(text) if isinstance(self.default, (int, float)) else text
+        return text
 
 
 def _is_strings(value: Any) -> bool:
@@ -184,87 +262,33 @@ def _is_strings(value: Any) -> bool:
     return is_sequence and all(isinstance(item, str) for item in value)
 
 
-STRING = Kind("a string", lambda value: isinstance(value, str))
-_FILE = Kind("a path", lambda value: isinstance(value, (str, os.PathLike)))
-SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
-_PORT = Kind(
-    "a number from 0 to 65535", lambda value: isinstance(value, int) and 0 <= value < 65536
-)
-_COUNT = Kind("a whole number above 0", lambda value: isinstance(value, int) and value > 0)
-_SECONDS = Kind("a number above 0", lambda value: isinstance(value, (int, float)) and value > 0)
-_STRINGS = Kind("a sequence of strings", _is_strings)
-_HOSTS = Kind(_STRINGS.words, lambda value: callable(value) or _is_strings(value))
-_KINDS = {str: STRING, bool: SWITCH, int: _COUNT, float: _SECONDS, tuple: _STRINGS}
+_KINDS = {  # by field, or else by the type of the default; in Python, True is a number
+    str: ("a string", lambda value: isinstance(value, str)),
+    bool: (SWITCH, lambda value: isinstance(value, bool)),
+    int: ("a whole number above 0", lambda value: type(value) is int and value > 0),
+    float: ("a number above 0", lambda value: type(value) in (int, float) and value > 0),
+    tuple: ("a sequence of strings", _is_strings),
+    type(None): ("a path", lambda value: isinstance(value, (str, os.PathLike))),
+    "port": ("a number from 0 to 65535", lambda value: type(value) is int and -1 < value < 65536),
+    "host_allowlist": (
+        "a sequence of strings",
+        lambda value: callable(value) or _is_strings(value),
+    ),
+    "whole_origin": (SWITCH, lambda value: isinstance(value, bool)),
+    "token": ("a string", lambda value: isinstance(value, str)),
+    "authorize": ("an asynchronous callable", callable),
+    "hub": ("a Hub", lambda value: isinstance(value, Hub)),
+}  # type: Dict[Any, Tuple[str, Callable[[Any], bool]]]
 
 
-class Option(NamedTuple):
-    """A field of Config on the command line."""
-
-    flag: str  # also its name in error messages
-    field: str
-    default: Any
-    kind: Kind
-    metavar: str
-    help: str
+def _option(field: str, default: Any) -> Option:
+    name = "--" + field.replace("_", "-")
+    flags = (name, name[:-1], name[:-3] + "y")  # a repeatable option sets a field in the plural
+    flag = next((flag for flag in flags if flag in METAVARS), field)
+    return Option(flag, default, *(_KINDS.get(field) or _KINDS[type(default)]))
 
 
-def _option(flag: str, metavar: str, text: str, kind: Optional[Kind] = None) -> Option:
-    """kind: only if it does not follow from the default."""
-    name = flag.lstrip("-").replace("-", "_")
-    names = (name, name + "s", name[:-1] + "ies")  # a repeatable option sets a field in the plural
-    field = next(name for name in names if name in Config._fields)
-    default = getattr(Config(), field)
-    return Option(flag, field, default, kind or _KINDS[type(default)], metavar, text)
-
-
-GENERAL_OPTIONS = (
-    _option("--port", "N", "port to listen on, 0 for any free one", _PORT),
-    _option("--bind", "ADDRESS", "address to listen on, or unix:PATH"),
-    _option("--base", "PATH", "path prefix of all addresses"),
-    _option("--host-allowlist", "HOST", "also reach this host: name, address or pattern", _HOSTS),
-    _option("--domain", "NAME", "also reach port 8080 as 8080.NAME"),
-    _option("--whole-origin", "", "route requests without the prefix to their app", SWITCH),
-    _option("--preserve-host", "", "send the browser's Host to the app, not localhost:PORT"),
-)
-ACCESS_OPTIONS = (
-    _option("--allow-hostname", "NAME", "accept this name, or pattern, in the Host header"),
-    _option("--allow-origin", "ORIGIN", "let pages of this origin use the apps; * for any"),
-    _option("--trusted-proxy", "ADDRESS", "trust the X-Forwarded headers of this server"),
-    _option("--upstream-tls", "[HOST:]PORT", "connect to this upstream with TLS"),
-    _option("--insecure-upstream", "", "do not verify certificates of this machine's ports"),
-    _option("--allow-preflight", "", "let CORS preflights reach the apps without a token"),
-    _option("--any-owner", "", "also reach ports of this machine's other users"),
-    _option("--certfile", "FILE", "serve HTTPS with this certificate (PEM)", _FILE),
-    _option("--keyfile", "FILE", "the key, if --certfile does not contain it", _FILE),
-    _option("--client-ca", "FILE", "require a client certificate signed by one of these", _FILE),
-)
-LIMIT_OPTIONS = (
-    _option("--max-head-bytes", "BYTES", "longest head of a request or response"),
-    _option("--max-target-bytes", "BYTES", "longest request target"),
-    _option("--max-fields", "COUNT", "most fields in a head"),
-    _option("--max-chunk-line-bytes", "BYTES", "longest first line of a chunk"),
-    _option("--max-trailer-bytes", "BYTES", "longest trailers"),
-    _option("--max-connections", "COUNT", "most connections of clients"),
-    _option("--max-tunnels", "COUNT", "most open WebSockets"),
-    _option("--max-idle-upstreams", "COUNT", "most idle connections kept to apps"),
-    _option("--head-timeout", "SECONDS", "for the whole head of a request"),
-    _option("--keep-alive-timeout", "SECONDS", "between requests on a connection"),
-    _option("--connect-timeout", "SECONDS", "for a connection to an app"),
-    _option("--response-timeout", "SECONDS", "for the head of a response"),
-    _option("--stall-timeout", "SECONDS", "for a client that stalls a body"),
-    _option("--linger-timeout", "SECONDS", "for a request body after its response"),
-    _option("--idle-upstream-timeout", "SECONDS", "for an idle connection to an app"),
-    _option("--shutdown-timeout", "SECONDS", "for running requests at shutdown"),
-)
-_FIELDS_WITHOUT_FLAG = (  # error messages name the field
-    _option("token", "", "", STRING),
-    _option("authorize", "", "", Kind("an asynchronous callable", callable)),
-    _option("hub", "", "", Kind("a Hub", lambda value: isinstance(value, Hub))),
-)
-OPTIONS = {
-    option.field: option
-    for option in GENERAL_OPTIONS + ACCESS_OPTIONS + LIMIT_OPTIONS + _FIELDS_WITHOUT_FLAG
-}
+OPTIONS = {field: _option(field, default) for field, default in zip(Config._fields, Config())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -275,7 +299,7 @@ OPTIONS = {
 
 # The names of options in error messages.  The Jupyter extension has terms of its own.
 COMMAND_LINE_TERMS = dict(
-    {option.field: option.flag for option in OPTIONS.values()},
+    {field: option.flag for field, option in OPTIONS.items()},
     start="start the proxy with",
     value="%s",  # how to write the value of an option
 )
@@ -360,8 +384,7 @@ _UNSPECIFIED = ("0.0.0.0", "::")  # some apps put these into their own URLs
 _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end the Path of a cookie
 _BELOW_BASE = re.compile(
     r"(/absolute)?/(?:([1-9][0-9]{0,4})|"
-    r"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):([1-9][0-9]{0,4}))"
-    r"(/[^?\r\n]*)?(\?.*)?"
+    r"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):([1-9][0-9]{0,4}))(/[^\r\n]*)?"
 )
 _HOST_PATTERN = re.compile(r"[a-z0-9_.*?-]+|[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
@@ -375,35 +398,43 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 
 
-class Route(NamedTuple):
-    """The upstream for requests with a certain prefix."""
+class Route:
+    """The upstream for requests with a certain prefix.  Routes are cached, so they never change.
 
-    host: str  # in lower case and without brackets; "localhost" by default
-    port: int
-    prefix: str  # such as /proxy/8080, as the client spelled it; "" if the host names the port
-    absolute: bool  # the prefix is not stripped
-    scheme: str  # "http" or "https", for the upstream
-    authority: str  # host:port, for the Host header
-    app_authorities: FrozenSet[str]  # what the app may use in its own URLs, in lower case
-    prefix_lines: Tuple[str, ...]  # header lines with the stripped prefix
+    host: a name, an address, an IPv6 address in brackets, or "" for this machine.  prefix: such as
+    /proxy/8080, as the client spelled it; "" if the host names the port.  absolute: the prefix is
+    not stripped.  Raises ProxyError 400 or 404.
+    """
 
-    @property
-    def is_local(self) -> bool:
-        return self.host in LOOPBACK_NAMES
+    def __init__(
+        self, prefix: str, host: str, port: int, absolute: bool, upstream_tls: Sequence[str]
+    ) -> None:
+        if port > 65535:
+            raise ProxyError(404, "There is no port %d; the highest is 65535." % port)
+        if host.startswith("["):
+            host = host[1:-1]
+            try:
+                ipaddress.IPv6Address(host)
+            except ValueError:
+                raise ProxyError(400, "The text in brackets is not an IPv6 address.")
+        self.prefix, self.port, self.absolute = prefix, port, absolute
+        self.host = host.lower() or "localhost"  # without brackets
+        self.is_local = self.host in LOOPBACK_NAMES
+        self.authority = authority_of(self.host, port)  # host:port, for the Host header
+        self.name = str(port) if self.is_local else self.authority  # as options take it
+        self.place = "port %d of %s" % (port, "this machine" if self.is_local else self.host)
+        is_plain = {self.name, self.authority}.isdisjoint(upstream_tls)
+        self.scheme = "http" if is_plain else "https"
+        self.origin = "%s://%s" % (self.scheme, self.authority)
+        home = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),)
+        names = home if self.is_local else (self.host,)
+        # What the app may use in its own URLs.
+        self.app_authorities = frozenset(authority_of(name, port) for name in names)
+        fields = _PREFIX_FIELDS if prefix and not absolute else ()
+        self.prefix_lines = ["%s: %s" % (field, prefix) for field in fields]
 
-    @property
-    def origin(self) -> str:
-        return "%s://%s" % (self.scheme, self.authority)
 
-    @property
-    def name(self) -> str:
-        """PORT or HOST:PORT, as options take it."""
-        return str(self.port) if self.is_local else self.authority
-
-    @property
-    def place(self) -> str:
-        """The upstream, for messages to users."""
-        return "port %d of %s" % (self.port, "this machine" if self.is_local else self.host)
+_route = functools.lru_cache(maxsize=1024)(Route)
 
 
 def find_route(config: Config, target: str, app_port: int = 0) -> Tuple[Optional[Route], str, str]:
@@ -413,53 +444,28 @@ def find_route(config: Config, target: str, app_port: int = 0) -> Tuple[Optional
     itself.  The path is "" if the slash after the port is missing.  The query includes its "?".
     Raises ProxyError 400 or 404.
     """
+    whole_path, mark, query = target.partition("?")
+    query = mark + query
     if app_port:
-        path, mark, query = target.partition("?")
-        return _make_route("", "", app_port, False, config.upstream_tls), path, mark + query
-    rest = path_below(config.base, target)
-    match = _BELOW_BASE.fullmatch(rest or "")
+        return _route("", "", app_port, False, config.upstream_tls), whole_path, query
+    below = path_below(config.base, whole_path)
+    if below in ("", "/"):
+        return None, below, query
+    match = _BELOW_BASE.fullmatch(below or "")
     if not match:
-        path, mark, query = (rest or "").partition("?")
-        if rest is not None and path in ("", "/"):
-            return None, path, mark + query
         text = (
             "No port is named here. The forms are {0}/<port>/, {0}/<host>:<port>/,"
             " {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/."
         )
         raise ProxyError(404, text.format(config.base))
-    absolute, bare_port, host, port, path, query = match.groups("")
-    prefix = target[: len(target) - len(path + query)]
-    route = _make_route(prefix, host, int(bare_port or port), bool(absolute), config.upstream_tls)
+    absolute, bare_port, host, port, path = match.groups("")
+    prefix = whole_path[: len(whole_path) - len(path)]
+    route = _route(prefix, host, int(bare_port or port), bool(absolute), config.upstream_tls)
     if "/." in path or "/%" in path:  # RFC 3986 section 5.2.4
         steps = ({".": 0, "..": -1}.get(unquote(part), 1) for part in path.split("/")[1:])
         if any(depth < 0 for depth in itertools.accumulate(steps)):
             raise ProxyError(400, "The dot segments of this path lead out of the app.")
     return route, path, query
-
-
-@functools.lru_cache(maxsize=1024)
-def _make_route(
-    prefix: str, host: str, port: int, absolute: bool, upstream_tls: Sequence[str]
-) -> Route:
-    """The route to a host, which may be "" or an IPv6 address in brackets; ProxyError 400, 404."""
-    if port > 65535:
-        raise ProxyError(404, "There is no port %d; the highest is 65535." % port)
-    if host.startswith("["):
-        host = host[1:-1]
-        try:
-            ipaddress.IPv6Address(host)
-        except ValueError:
-            raise ProxyError(400, "The text in brackets is not an IPv6 address.")
-    host = host.lower() or "localhost"
-    authority, is_local = authority_of(host, port), host in LOOPBACK_NAMES
-    is_tls = authority in upstream_tls or (is_local and str(port) in upstream_tls)
-    home = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),)
-    names = home if is_local else (host,)
-    app_authorities = frozenset(authority_of(name, port) for name in names)
-    scheme = "https" if is_tls else "http"
-    fields = _PREFIX_FIELDS if prefix and not absolute else ()
-    lines = tuple("%s: %s" % (field, prefix) for field in fields)
-    return Route(host, port, prefix, absolute, scheme, authority, app_authorities, lines)
 
 
 def authority_of(host: str, port: int) -> str:
@@ -486,12 +492,13 @@ def path_below(base: str, reference: str) -> Optional[str]:
     if not reference.startswith(base) and ("%" in base or "%" in reference):
         path = re.split("[?#]", reference, maxsplit=1)[0]
         start = "/".join(path.split("/")[: base.count("/") + 1])
-        found, wanted = (
-            [unquote(segment, "latin-1") for segment in text.split("/")] for text in (start, base)
-        )
-        base = start if found == wanted else base
+        base = start if _segments(start) == _segments(base) else base
     is_below = reference.startswith(base) and reference[len(base) : len(base) + 1] in "/?#"
     return reference[len(base) :] if is_below else None
+
+
+def _segments(path: str) -> List[str]:
+    return [unquote(segment, "latin-1") for segment in path.split("/")]
 
 
 def is_base(base: str, target: str) -> bool:
@@ -2597,7 +2604,7 @@ async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
     with contextlib.suppress(ssl.SSLWantReadError):
         context.wrap_bio(received, hello, server_hostname="localhost").do_handshake()
     with contextlib.suppress(ProxyError, TimedOut, OSError):
-        connection = await upstreams.connect(route._replace(scheme="http"))
+        connection = await upstreams.connect(Route("", route.host, route.port, False, ()))
         with contextlib.closing(connection):
             connection.write(hello.read())
             connection.read_deadline = now() + _FETCH_SECONDS
@@ -3038,13 +3045,13 @@ def _cookie_options(text: str) -> Fields:
 
 
 def _config_under_hub(
-    config: Config, arguments: argparse.Namespace, environment: Mapping[str, str]
+    config: Config, flags: Iterable[str], environment: Mapping[str, str]
 ) -> Config:
     """The configuration of a server that a JupyterHub starts.  Raises ValueError."""
-    for field in ("token", "token_file", "no_token", "certfile", "keyfile", "client_ca"):
-        if getattr(arguments, field, None):
-            text = "JupyterHub started this server (JUPYTERHUB_SERVICE_URL is set): remove --%s"
-            raise ValueError(text % field.replace("_", "-"))
+    for flag in "--token --token-file --no-token --certfile --keyfile --client-ca".split():
+        if flag in flags:
+            text = "JupyterHub started this server (JUPYTERHUB_SERVICE_URL is set): remove %s"
+            raise ValueError(text % flag)
     hub = hub_in(environment)
     url = urlsplit(hub.service_url)
     return config._replace(
@@ -4246,25 +4253,23 @@ def checked_config(config: Config) -> Config:
 
     For a wrong type or a bad token, the message does not contain the value: it may be a secret.
     """
-    for option in OPTIONS.values():
-        value = getattr(config, option.field)  # type: Any
-        if value is None and option.default is None:
+    for field, option in OPTIONS.items():
+        value = getattr(config, field)  # type: Any
+        if value is option.default is None:
             continue
-        # In Python, True is a number.
-        may_be_right = isinstance(value, bool) == (option.kind is SWITCH)
-        if not (may_be_right and option.kind.accepts(value)):
-            raise ValueError("%s must be %s" % (option.flag, option.kind.words))
-        normalise = _NORMALISERS.get(option.field)
+        if not option.accepts(value):
+            raise ValueError("%s must be %s" % (option.flag, option.kind))
+        normalise = _NORMALISERS.get(field)
         if normalise is None or callable(value):
             continue
         try:
             value = normalise(value) if isinstance(value, str) else tuple(map(normalise, value))
         except ValueError as error:
             raise ValueError("%s: %s" % (option.flag, error))
-        config = config._replace(**{option.field: value})
-    for option in (OPTIONS["keyfile"], OPTIONS["client_ca"]):
-        if getattr(config, option.field) and not config.certfile:
-            raise ValueError("%s needs --certfile" % option.flag)
+        config = config._replace(**{field: value})
+    for flag, path in (("--keyfile", config.keyfile), ("--client-ca", config.client_ca)):
+        if path and not config.certfile:
+            raise ValueError("%s needs --certfile" % flag)
     if not re.fullmatch("[!-~]{16,}|any|", config.token or ""):
         raise ValueError("the token must consist of visible ASCII characters, at least 16")
     if config.hub:  # which shares its origin with the proxy
@@ -4285,7 +4290,7 @@ def checked_config(config: Config) -> Config:
 
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
-    field: "c.PortProxy.%s%s" % (field, " = True" if option.kind is SWITCH else "")
+    field: "c.PortProxy.%s%s" % (field, " = True" if option.kind == SWITCH else "")
     for field, option in OPTIONS.items()
 }
 _JUPYTER_TERMS.update(start="set", value="= ['%s']")
@@ -4558,13 +4563,10 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
 
 def _config_value(name: str, value: Any) -> Any:
     """A value of Jupyter's configuration, or the value that its text means for this field."""
-    default = getattr(Config(), name, None)
-    if isinstance(value, str) and isinstance(default, tuple):
-        return tuple(item.strip() for item in value.split(","))
-    if isinstance(value, str) and isinstance(default, (int, float)):
-        with contextlib.suppress(ValueError):  # `checked_config` then names the option
-            return json.loads(value.lower())
+    if isinstance(value, str) and name in OPTIONS:
+        return OPTIONS[name].parsed(value)
     if type(value).__name__ == "LazyConfigValue":  # after `append`, or if it was only read
+        default = getattr(Config(), name, None)
         return value.get_value(list(default) if isinstance(default, tuple) else default)
     return value
 
@@ -4857,129 +4859,79 @@ def report_text(report: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
-# The parser is built from the table of options.  The arguments, and the environment that a
-# JupyterHub sets, become a Config; `main` then runs the proxy until a signal stops it, or checks
-# one port.  Messages for users go to stdout, errors and the log go to stderr.
+# The arguments, and the environment that a JupyterHub sets, become a Config; `main` then runs the
+# proxy until a signal stops it, or checks one port.  Errors and the log go to stderr.
 
-_INTRODUCTION = """\
-Makes every port of this machine reachable through one HTTP port.
-
-  {0:44}then open http://localhost:8888/proxy/
-  ssh -N -L 8888:localhost:8888 THIS_MACHINE  forwards the port to your own machine
-  {1:44}shows how to open port 8080
-"""
 _STRAY_VALUE = (
     "a value needs its option, such as --port N, --check N or --token-file FILE. To open the app on"
     " port N, start the proxy and go to http://localhost:8888/proxy/N/"
 )
+_EXCLUSIVE = (("--token", "--token-file", "--no-token"), ("--verbose", "--quiet"))
+
+Arguments = Dict[str, List[str]]  # the values of the given options, by flag; "yes" for a switch
 
 
-def _parser(show_limits: bool) -> argparse.ArgumentParser:
-    command = own_command()
-    parser = argparse.ArgumentParser(
-        prog=command,
-        usage="%(prog)s [options]",
-        description=_INTRODUCTION.format(command, command + " --check 8080"),
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100
-        ),
-        allow_abbrev=False,
-    )
-    _add_options(parser, GENERAL_OPTIONS)
-    access = parser.add_argument_group("access")
-    token = access.add_mutually_exclusive_group()
-    text = "require a token (PORT_PROXY_TOKEN, or a random one)"
-    token.add_argument("--token", action="store_true", help=text)
-    token.add_argument("--token-file", metavar="FILE", help="require the token in this file")
-    token.add_argument("--no-token", action="store_true", help="never require a token")
-    _add_options(access, ACCESS_OPTIONS)
-    output = parser.add_argument_group("output")
-    add = output.add_argument
-    add("--check", metavar="[HOST:]PORT", help="check an app, show how to open it")
-    add("--json", action="store_true", help="with --check: print JSON")
-    volume = output.add_mutually_exclusive_group()
-    volume.add_argument("--verbose", action="store_true", help="log every request")
-    volume.add_argument("--quiet", action="store_true", help="print errors only")
-    add("--log-json", action="store_true", help="log as JSON, and every request unless --quiet")
-    version = "port_proxy " + __version__
-    add("--version", action="version", version=version, help="print the version")
-    add("--help-all", action="help", help="show --help with limits and timeouts")
-    _add_options(parser.add_argument_group("limits and timeouts"), LIMIT_OPTIONS, show_limits)
-    return parser
+def _parse(argv: Sequence[str]) -> Arguments:
+    """The arguments.  Raises ValueError for mistakes, and suggests the right form."""
+    arguments = {}  # type: Arguments
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or (equals and METAVARS.get(flag) == ""):
+            raise ValueError(_STRAY_VALUE)  # the word is not repeated, because it may be a token
+        if flag not in METAVARS:
+            import difflib  # here, because it takes memory
 
-
-def _add_options(group: Any, options: Sequence[Option], show: bool = True) -> None:
-    """Add options to a parser or group.  Only options that are given are in the parsed result."""
-    for option in options:
-        default, text = option.default, option.help
-        settings = {"metavar": option.metavar}  # type: Dict[str, Any]
-        if option.kind is SWITCH:
-            settings = {"choices": ("yes", "no")} if default is None else {"action": "store_true"}
-        elif isinstance(default, tuple):
-            settings["action"] = "append"
-            text += " (repeatable)"
-        elif default is not None:
-            text += " (default: %s)" % default
-        settings["help"] = text if show else argparse.SUPPRESS
-        group.add_argument(option.flag, dest=option.field, default=argparse.SUPPRESS, **settings)
-
-
-def _parse_arguments(parser: argparse.ArgumentParser, argv: List[str]) -> argparse.Namespace:
-    """The arguments.  Exits with status 2 for mistakes, and suggests the right form."""
-    argv = [re.sub("^--token=.*", "TOKEN", word) for word in argv]  # this leads to _STRAY_VALUE
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        if not name.startswith("--"):  # it is not repeated, because it may be a token
-            parser.error(_STRAY_VALUE)
-        import difflib  # here, because it takes memory
-
-        flags = re.findall("--[a-z-]+", _parser(show_limits=True).format_help())
-        similar = difflib.get_close_matches(name, flags, 1)
-        hint = "did you mean %s?" % similar[0] if similar else "see --help"
-        parser.error("there is no option %s; %s" % (name, hint))
-    if arguments.json and not arguments.check:
-        parser.error("--json prints what --check finds: type --check PORT --json")
+            similar = difflib.get_close_matches(flag, METAVARS, 1)
+            hint = "did you mean %s?" % similar[0] if similar else "see --help"
+            raise ValueError("there is no option %s; %s" % (flag, hint))
+        if not equals:
+            value = next(words, "--") if METAVARS[flag] else "yes"
+            if value.startswith("--"):
+                raise ValueError("%s needs a value: type %s %s" % (flag, flag, METAVARS[flag]))
+        arguments.setdefault(flag, []).append(value)
+    for flags in _EXCLUSIVE:
+        given = [flag for flag in flags if flag in arguments]
+        if len(given) > 1:
+            raise ValueError("%s is not allowed with %s" % (given[1], given[0]))
+    if "--json" in arguments and "--check" not in arguments:
+        raise ValueError("--json prints what --check finds: type --check PORT --json")
     return arguments
 
 
-def _config(arguments: argparse.Namespace) -> Config:
+def _config(arguments: Arguments) -> Config:
     """The configuration from arguments and environment.  Raises ValueError or OSError."""
-    options = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
-    for name, value in options.items():
-        default = OPTIONS[name].default
-        if isinstance(value, list):
-            values = tuple(item.strip() for entry in value for item in entry.split(","))
-            options[name] = default + values
-        elif isinstance(value, str) and isinstance(default, (int, float)):
-            with contextlib.suppress(ValueError):  # `checked_config` then names the option
-                options[name] = type(default)(value)
-    if "whole_origin" in options:
-        options["whole_origin"] = options["whole_origin"] == "yes"
-    options["token"] = _token(arguments)
+    fields = {}  # type: Dict[str, Any]
+    for field, option in OPTIONS.items():
+        texts = arguments.get(option.flag)
+        if texts and isinstance(option.default, tuple):
+            fields[field] = option.default + option.parsed(",".join(texts))
+        elif texts:
+            fields[field] = option.parsed(texts[-1])
+    fields["token"] = _token(arguments)
     # A terminal in a Hub's server has the same environment.  A user who starts a proxy there must
     # set --port or --bind.
-    has_address = "port" in options or "bind" in options
+    has_address = "--port" in arguments or "--bind" in arguments
     if "JUPYTERHUB_SERVICE_URL" in os.environ and not has_address:
-        return _config_under_hub(Config(**options), arguments, os.environ)
-    return Config(**options)
+        return _config_under_hub(Config(**fields), arguments, os.environ)
+    return Config(**fields)
 
 
-def _token(arguments: argparse.Namespace) -> Optional[str]:
+def _token(arguments: Arguments) -> Optional[str]:
     """The value of Config.token.  Removes PORT_PROXY_TOKEN from the environment."""
     token = os.environ.pop("PORT_PROXY_TOKEN", "")
-    if arguments.no_token:
+    if "--no-token" in arguments:
         return ""
-    if arguments.token_file:
+    for path in arguments.get("--token-file", ())[-1:]:
         # latin-1 can decode every file; `checked_config` then refuses characters outside of ASCII.
-        with open(arguments.token_file, encoding="latin-1") as file:
+        with open(path, encoding="latin-1") as file:
             token = file.read().strip()
         if not token:
-            raise ValueError("there is no token in %s" % arguments.token_file)
-    return token or (ANY_TOKEN if arguments.token else None)
+            raise ValueError("there is no token in %s" % path)
+    return token or (ANY_TOKEN if "--token" in arguments else None)
 
 
-async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
+async def _run(config: Config, argv: Sequence[str], is_quiet: bool) -> int:
     """Serve until SIGINT, SIGTERM or SIGHUP.  A second signal cancels running requests."""
     loop = asyncio.get_event_loop()
     stop = asyncio.Event()
@@ -4988,34 +4940,32 @@ async def _run(config: Config, argv: Sequence[str], quiet: bool) -> int:
         name = sockets[0].getsockname()
         # The name of an abstract Unix socket begins with NUL, which people write as "@".
         path = "" if isinstance(name, tuple) else os.fsdecode(name).replace("\0", "@")
-        bind = _UNIX_PREFIX + path if path else name[0]
-        config = config._replace(bind=bind)
+        config = config._replace(bind=_UNIX_PREFIX + path if path else name[0])
     proxy = PortProxy(config)
+    try:
+        await proxy.start(sockets or None)
+    except (OSError, ValueError) as error:
+        return _failed(error, config, argv)
 
     def interrupt() -> None:
         if stop.is_set():
             proxy.cut()
         stop.set()
 
-    try:
-        await proxy.start(sockets or None)
-    except (OSError, ValueError) as error:
-        _say("port_proxy: " + _start_failure(error, config, argv), sys.stderr)
-        return 2
     # nohup ignores SIGHUP, which Windows does not have.
     signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
     signals = {number for number in signals if signal.getsignal(number) != signal.SIG_IGN}
     for number in signals:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     has_new_token = proxy.token != (config.token or "")  # it must be printed, even with --quiet
-    if not quiet or has_new_token:
+    if not is_quiet or has_new_token:
         _say(_banner(proxy, has_new_token))
     if config.token == "" and not proxy.is_private and not config.hub:
-        text = "no token is required (--no-token): all clients of %s can use every port"
-        _say("port_proxy: " + text % config.bind, sys.stderr)
+        text = "port_proxy: no token is required (--no-token): all clients of %s can use every port"
+        _say(text % config.bind, sys.stderr)
     await stop.wait()
     count = proxy.active_requests
-    if count and not quiet:
+    if count and not is_quiet:
         text = "waiting up to %g seconds for running requests (%d), Ctrl-C ends them now"
         _say("port_proxy: " + text % (config.shutdown_timeout, count))
     await proxy.close()
@@ -5036,24 +4986,28 @@ def _inherited_sockets() -> List[socket.socket]:
     return sockets
 
 
-def _start_failure(error: Exception, config: Config, argv: Sequence[str]) -> str:
-    # The IDNA codec raises UnicodeError, a ValueError, for a name that is not valid.
-    if not isinstance(error, (OSError, UnicodeError)):
-        return str(error)
-    if isinstance(error, OSError) and error.filename:
-        return "cannot read %s: %s" % (error.filename, error.strerror)
+def _failed(error: Exception, config: Config, argv: Sequence[str]) -> int:
+    """Report an error of the user or of the start; returns the exit status."""
+    reason = getattr(error, "strerror", None) or error
     is_unix = config.bind.startswith(_UNIX_PREFIX)
     where = config.bind if is_unix else "port %d of %s" % (config.port, config.bind)
-    if getattr(error, "errno", None) == errno.EADDRINUSE and not is_unix:
+    file = getattr(error, "filename", None)
+    if not isinstance(error, (OSError, UnicodeError)):
+        text = str(error)
+    elif file is not None:
+        text = "cannot read %s: %s" % (file, reason)
+    elif getattr(error, "errno", None) == errno.EADDRINUSE and not is_unix:
         import shlex
 
         # The same command line with another port.
         command = " ".join([own_command()] + list(map(shlex.quote, argv)))
         command = re.sub(r" --port[ =][0-9]+", "", command)
         text = "%s is in use by %s. To take a free port, type:\n  %s --port 0"
-        return text % (where, _holder(config.port), command)
-    reason = getattr(error, "strerror", None) or error
-    return "cannot listen on %s: %s; choose another --bind or --port" % (where, reason)
+        text %= where, _holder(config.port), command
+    else:  # the IDNA codec raises UnicodeError, a ValueError, for a name that is not valid
+        text = "cannot listen on %s: %s; choose another --bind or --port" % (where, reason)
+    _say("port_proxy: " + text, sys.stderr)
+    return 2
 
 
 def _holder(port: int) -> str:
@@ -5147,12 +5101,11 @@ def _raise_descriptor_limit(config: Config) -> Config:
         import resource
     except ImportError:  # Windows has no such limit
         return config
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return config
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if n == resource.RLIM_INFINITY else n for n in limits)
     if soft < 65536:
-        soft = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = min(hard, 65536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
     most = max(8, (soft - 32) // 2)  # a client may need an upstream connection, too
     return config._replace(
         max_connections=min(config.max_connections, most),
@@ -5165,24 +5118,29 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; `argv` is sys.argv[1:] by default.
 
     Returns the exit status: 0 after a signal, or if the checked port can be reached; 1 if it
-    cannot, 130 if Ctrl-C ends the check; 2 if the proxy cannot listen.  Raises SystemExit(2) for
-    mistakes in the arguments.
+    cannot, 130 if Ctrl-C ends the check; 2 for a mistake, or if the proxy cannot listen.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser(show_limits="--help-all" in argv)
-    arguments = _parse_arguments(parser, argv)
+    if not {"-h", "--help", "--help-all"}.isdisjoint(argv):
+        text, command = HELP + LIMITS_HELP * ("--help-all" in argv), own_command()
+        values = dict(Config()._asdict(), command=command, check=command + " --check 8080")
+        _say(text.format(**values).rstrip())
+        return 0
     try:
+        arguments = _parse(argv)
         config = checked_config(_config(arguments))
-        if arguments.check is not None:
-            _normal_upstream(arguments.check)
+        checked = [_normal_upstream(upstream) for upstream in arguments.get("--check", ())]
     except (OSError, ValueError) as error:
-        parser.error(_start_failure(error, Config(), argv))
-    is_detailed = arguments.verbose or arguments.log_json
-    level = logging.INFO if is_detailed else logging.WARNING
+        return _failed(error, Config(), argv)
+    if "--version" in arguments:
+        _say("port_proxy " + __version__)
+        return 0
     handler = logging.StreamHandler()
     plain = logging.Formatter("%(asctime)s %(message)s")
-    handler.setFormatter(_JsonFormatter() if arguments.log_json else plain)
-    logging.basicConfig(level=logging.ERROR if arguments.quiet else level, handlers=[handler])
+    handler.setFormatter(_JsonFormatter() if "--log-json" in arguments else plain)
+    is_quiet, is_detailed = "--quiet" in arguments, {"--verbose", "--log-json"} & arguments.keys()
+    level = logging.ERROR if is_quiet else logging.INFO if is_detailed else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler])
     config = _raise_descriptor_limit(config)
     # Freeing this block makes glibc keep freed blocks of up to its size.  Otherwise, glibc returns
     # those of 128 KiB and more to the kernel after each read (mallopt(3), M_MMAP_THRESHOLD).
@@ -5191,13 +5149,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     asyncio.set_event_loop(loop)
     loop.set_exception_handler(_LoopErrors())
     try:
-        if arguments.check:
-            report = loop.run_until_complete(check_port(arguments.check, config))
-            _say(json.dumps(vars(report), indent=1) if arguments.json else report_text(report))
-            return 0 if report.ok else 1
-        return loop.run_until_complete(_run(config, argv, arguments.quiet))
+        if not checked:
+            return loop.run_until_complete(_run(config, argv, is_quiet))
+        report = loop.run_until_complete(check_port(checked[-1], config))
+        has_json = "--json" in arguments
+        _say(json.dumps(vars(report), indent=1) if has_json else report_text(report))
+        return 0 if report.ok else 1
     except KeyboardInterrupt:
-        return 130 if arguments.check else 0
+        return 130 if checked else 0
     finally:
         loop.close()
 
