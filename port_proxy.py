@@ -4403,7 +4403,7 @@ class JupyterGate(Gate):
         self.hub_auth = getattr(provider, "hub_auth", None)  # type: Any
         self.sessions_can_end = self.hub_auth is not None and hasattr(provider, "get_user")
         self.tokens = {handler.token} - {""}
-        if handler.token_authenticated and hasattr(provider, "get_token"):
+        if handler.token_authenticated and not self.hub_auth and hasattr(provider, "get_token"):
             self.tokens.add(provider.get_token(handler))
         get_name = getattr(provider, "get_cookie_name", lambda handler: handler.cookie_name)
         self.cookie_name = get_name(handler)
