@@ -2429,7 +2429,7 @@ class Upstreams:
     listening: the proxy's own addresses.  Connections to them are refused: they could form a loop.
     """
 
-    def __init__(self, config: Config, deadlines: Deadlines, listening: Sequence[Address]) -> None:
+    def __init__(self, config: Config, deadlines: Deadlines, listening: List[Address]) -> None:
         self.config = config
         self.deadlines = deadlines
         self.listening = listening
@@ -2466,21 +2466,20 @@ class Upstreams:
 
     def give(self, route: Route, connection: Connection) -> None:
         """Pool a connection after a complete exchange; any data or EOF then closes it."""
-        if not connection.is_quiet() or len(self._idle) >= self.config.max_idle_upstreams:
+        if connection.is_quiet() and len(self._idle) < self.config.max_idle_upstreams:
+            self._idle[connection] = route.authority, now()
+            connection.read_deadline = now() + self.config.idle_upstream_timeout
+            connection.watcher = self._drop
+        else:
             connection.close()
-            return
-        self._idle[connection] = route.authority, now()
-        connection.read_deadline = now() + self.config.idle_upstream_timeout
-        connection.watcher = self._drop
 
     def _drop(self, connection: Connection) -> None:
-        del self._idle[connection]
-        connection.watcher = None
-        connection.abort()
+        if self._idle.pop(connection, None):
+            connection.abort()
 
     def close(self) -> None:
         for connection in list(self._idle):
-            self._drop(connection)
+            connection.abort()  # its watcher is `_drop`
 
     async def lookup(self, function: Callable[[], Any]) -> Any:
         """The result of a function that looks up sockets, in a thread; valid for a second."""
@@ -3801,18 +3800,12 @@ class PortProxy:
         self._sockets = []  # type: List[socket.socket]
         self._cleanup = contextlib.ExitStack()  # ends what `start` has begun
 
-    async def start(
-        self,
-        sockets: Optional[Sequence[socket.socket]] = None,
-        front_servers: Sequence[Address] = (),
-    ) -> "PortProxy":
+    async def start(self, sockets: Optional[Sequence[socket.socket]] = None) -> "PortProxy":
         """Listen, and begin to accept connections.
 
         sockets: bound stream sockets to use in place of `bind` and `port`; they are closed with the
-        proxy.  With an empty sequence, requests come through `serve_one` only.  front_servers:
-        addresses of servers that forward requests to this proxy; they are refused as upstreams.
-        Raises OSError if a file cannot be read or an address is not available, ValueError for bad
-        certificates or an invalid host name.
+        proxy.  With an empty sequence, requests come through `serve_one` only.  Raises OSError if a
+        file or an address is not available, ValueError for bad certificates or an invalid name.
         """
         loop = asyncio.get_event_loop()
         tls = server_context(self.config) if self.config.certfile else None
@@ -3822,14 +3815,14 @@ class PortProxy:
             if sockets is None and sock.family == _UNIX:
                 self._cleanup.enter_context(contextlib.suppress(OSError))
                 self._cleanup.callback(os.unlink, sock.getsockname())
-        addresses = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
+        listening = [sock.getsockname()[:2] for sock in self._sockets if sock.family != _UNIX]
         self.is_running = True
         self.deadlines = Deadlines(self.config)
         self.deadlines.run(close_ended_sessions(self.deadlines))
         self.gate = TokenGate(self.config, self.is_private, self.port)  # type: Gate
         if self.config.hub:
             self.gate = HubGate(self.config, self.deadlines)
-        self.upstreams = Upstreams(self.config, self.deadlines, addresses + list(front_servers))
+        self.upstreams = Upstreams(self.config, self.deadlines, listening)
         protocol = functools.partial(Connection, self.deadlines, self._accepted)
         try:
             for sock in self._sockets:
@@ -3998,15 +3991,21 @@ class PortProxy:
         self, client: Connection, sock: socket.socket, tls: ssl.SSLContext
     ) -> None:
         """Do the TLS handshake, except with plain HTTP, which `_read_request` refuses."""
-        loop = self.deadlines.loop
+        loop, is_ready, is_plain = self.deadlines.loop, asyncio.Event(), False
         assert client.task is not None
         timer = loop.call_later(self.config.head_timeout, client.task.cancel)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(sock)
-                first = await _first_byte(loop, sock)
+                with contextlib.suppress(NotImplementedError):  # on Windows
+                    loop.add_reader(sock.fileno(), is_ready.set)
+                    try:
+                        await is_ready.wait()
+                    finally:
+                        loop.remove_reader(sock.fileno())
+                    # Plain HTTP begins with a letter, TLS does not.
+                    is_plain = sock.recv(1, socket.MSG_PEEK).isalpha()
                 stack.pop_all()  # from here on, asyncio closes the socket
-            is_plain = first.isalpha()  # plain HTTP begins with a letter, TLS does not
             await loop.connect_accepted_socket(lambda: client, sock, ssl=None if is_plain else tls)
         except OSError:
             pass  # the client has left
@@ -4172,20 +4171,6 @@ def _is_private(sock: socket.socket) -> bool:
         return not os.stat(name).st_mode & 0o077
     except (OSError, ValueError):  # ValueError: an abstract socket, whose name begins with NUL
         return False
-
-
-async def _first_byte(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes:
-    """Peek at the first byte; b"" at EOF or on Windows.  Raises OSError."""
-    is_ready = asyncio.Event()
-    try:
-        loop.add_reader(sock.fileno(), is_ready.set)
-    except NotImplementedError:
-        return b""
-    try:
-        await is_ready.wait()
-    finally:
-        loop.remove_reader(sock.fileno())
-    return sock.recv(1, socket.MSG_PEEK)
 
 
 def server_context(config: Config) -> ssl.SSLContext:
@@ -4490,8 +4475,9 @@ async def _serve_authenticated(handler: Any, server: Any, proxy: "PortProxy") ->
         def note_activity() -> None:
             server.web_app.settings["api_last_activity"] = datetime.now(timezone.utc)
 
-        is_unix = bool(getattr(server, "sock", ""))
-        await proxy.start([], [] if is_unix else [("0.0.0.0", server.port)])
+        await proxy.start([])
+        if not getattr(server, "sock", ""):  # Jupyter does not listen on a Unix socket
+            proxy.upstreams.listening.append(("0.0.0.0", server.port))
         proxy.deadlines.on_activity = note_activity
     connection = LentConnection(proxy.deadlines)
     address = handler.request.connection.context.address
