@@ -4495,7 +4495,7 @@ async def _serve_authenticated(handler: Any, server: Any, proxy: "PortProxy") ->
     server.http_server.handle_stream(stream, address)
 
 
-def _handler_class(server: Any, proxy: "PortProxy") -> Any:
+def _tornado_rule(base: str, server: Any, proxy: "PortProxy") -> Any:
     from jupyter_server.base.handlers import JupyterHandler
     from jupyter_server.utils import ensure_async
     from tornado import web
@@ -4544,7 +4544,7 @@ def _handler_class(server: Any, proxy: "PortProxy") -> Any:
                     raise web.HTTPError(403)
             await _serve_authenticated(self, server, proxy)
 
-    return PortProxyHandler
+    return web.URLSpec(re.escape(base) + "(?:/.*)?", PortProxyHandler)
 
 
 def _config_value(name: str, value: Any) -> Any:
@@ -4575,15 +4575,13 @@ def _load_jupyter_server_extension(server: Any) -> None:
         text = "port_proxy: %s/ is not served, because c.PortProxy is not valid: %s"
         server.log.error(text, base, error)
         return
-    from tornado import web
-
-    rule = web.URLSpec(re.escape(base) + "(?:/.*)?", _handler_class(server, proxy))
-    server.web_app.default_router.rules.insert(0, rule)  # before other extensions' rules
+    # Other extensions' rules come after this one.
+    server.web_app.default_router.rules.insert(0, _tornado_rule(base, server, proxy))
     logger.parent = getattr(server.log, "logger", server.log)
     is_debugging = server.log_level in (logging.DEBUG, "DEBUG")  # then Jupyter logs requests
     logger.setLevel(logging.INFO if is_debugging else logging.WARNING)
-    extensions = getattr(getattr(server, "extension_manager", None), "extensions", {})
-    if getattr(extensions.get("jupyter_server_proxy"), "enabled", False):
+    other = server.extension_manager.extensions.get("jupyter_server_proxy")
+    if getattr(other, "enabled", False):
         text = "port_proxy: jupyter_server_proxy is enabled too; port_proxy serves %s/."
         server.log.warning(text + " The named servers of jupyter_server_proxy still work.", base)
     server.log.info("port_proxy: every port of this machine is at %s/<port>/", base)
