@@ -1850,7 +1850,7 @@ REACHED = {  # for each loopback name, the listening addresses that it reaches
     "127.0.0.1": {"127.0.0.1", "0.0.0.0", "::"},
     "::1": {"::1", "::"},
 }
-_TRUST_ADVICE = "If you trust it, {start} {any_owner}."
+_TRUST_ADVICE = "Its pages could use your other apps as you. If you trust it, {start} {any_owner}."
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
 # An interpreter and its script or module.  Other flags than these may be followed by code.
 _SCRIPT = re.compile(
@@ -1927,9 +1927,8 @@ def has_known_owner(address: Address, peer: Optional[Address] = None) -> bool:
     users = _socket_users(address, peer)
     others = [user for user in users if user >= _FIRST_ORDINARY_USER and user != os.geteuid()]
     if others:
-        text = "Port %d of this machine belongs to another user, %s. Its pages could use your other"
-        text = (text + " apps as you.") % (address[1], user_name(others[0]))
-        raise ProxyError(403, text, (), _TRUST_ADVICE)
+        text = "Port %d of this machine belongs to another user, %s."
+        raise ProxyError(403, text % (address[1], user_name(others[0])), (), _TRUST_ADVICE)
     return bool(users)
 
 

@@ -3026,7 +3026,7 @@ class TestPortOwner:
             patch.setattr("builtins.open", Mock(side_effect=FileNotFoundError))
             response, open_response = start().ask(to(app)), start(any_owner=True).ask(to(app))
         assert (status_of(response), status_of(open_response)) == (403, 200)
-        assert b"could not be determined. If you trust it, start the proxy with --any-owner." in response[2]
+        assert b"could not be determined. Its pages could use your other apps as you. If you trust it, " in response[2]
 
 
 # ------ Pages --------------------------------------------------------------------------------------------------------
