@@ -2705,11 +2705,11 @@ class Gate:
         machine, it keeps its own cookies.
         """
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
+        if not bare.startswith((COOKIE_PREFIX,) + self.other_cookies):
+            return name == self.cookie_name
         of_app = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
         is_apps_own = bare == of_app or bare.startswith(of_app + "_app")
-        if is_apps_own and of_app != self.cookie_name:
-            return False
-        return name == self.cookie_name or bare.startswith((COOKIE_PREFIX,) + self.other_cookies)
+        return not is_apps_own or of_app == self.cookie_name
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
@@ -2756,9 +2756,8 @@ class Gate:
             origin = "" if "*" in page else normal_origin(page)
         if origin and allows_origin(allowed, origin):
             return
-        site = ", %s," % origin if origin else ""
-        text = "A page of another site%s may not use this address (%s)."
-        text %= site, request.client.authority or "no Host"
+        parties = origin or "another site", request.client.authority or "no Host"
+        text = "A page of %s may not use this address (%s)." % parties
         advice = "{start} {allow_origins} {value} to allow it." if origin else self.no_origin_advice
         if origin and self.config.trusted_proxies:
             advice += " If %s is this proxy, the server in front must pass Host unchanged." % origin
@@ -2950,8 +2949,9 @@ def allows_origin(allowed: Iterable[str], origin: str) -> bool:
 
 
 def query_tokens(target: str) -> List[str]:
-    """The values of all `token` parameters in the query of a target."""
-    parameters = [pair.partition("=") for pair in target.partition("?")[2].split("&")]
+    """The values of all `token` parameters in the query of a URL or target."""
+    query = target.partition("#")[0].partition("?")[2]
+    parameters = [pair.partition("=") for pair in query.split("&")]
     return [unquote(value) for name, _, value in parameters if unquote(name) == "token"]
 
 
@@ -3021,9 +3021,8 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
 
 
 def _http_url(text: str) -> str:
-    url = urlsplit(text)
-    if url.scheme not in _DEFAULT_PORTS or not url.netloc:
-        raise ValueError("an HTTP URL is expected, not %r" % text)
+    if not urlsplit(text).netloc or urlsplit(text).scheme not in _DEFAULT_PORTS:
+        raise ValueError
     return text
 
 
@@ -3103,7 +3102,7 @@ class HubGate(Gate):
         # By session: its token, and `_hub_session` at the sign-in.  If a later request has another
         # value, the browser has signed out at the Hub.
         self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: Dict[str, Tuple[str, str]]
-        self._version = None  # type: Optional[str]  # of the Hub
+        self._version = ""  # of the Hub, which compares it with its own
         self._last_activity = ""
         deadlines.on_activity = self._note_activity
         deadlines.run(self._report_activity())
@@ -3112,11 +3111,7 @@ class HubGate(Gate):
         if request.method not in ("GET", "HEAD"):
             return
         if is_base(self.hub.prefix + "/api", request.target):  # a poll of the Hub
-            if self._version is None:
-                self._version = ""  # requested only once
-                response, _ = await self._call("GET", self.hub.api_url + "/", [])
-                self._version = response.headers.get("x-jupyterhub-version")
-            # The Hub compares the version with its own.
+            await self._user_of(self.hub.api_token, is_known=True)  # this sets `_version`
             raise ProxyError(200, "Ready.", (("X-JupyterHub-Version", self._version),))
         if is_base(self.callback_path, request.target):
             await self._end_login(request)
@@ -3189,15 +3184,16 @@ class HubGate(Gate):
             "code_challenge_method": "S256",
         }
         location = self.hub.authorize_url + "?" + urlencode(parameters)
+        name = "%s_%s" % (self.cookie_name, short_hash(state))  # several tabs can sign in at once
         options = self.hub.cookie_options + (("Max-Age", str(_LOGIN_SECONDS)),)
-        cookie = own_cookie(self._login_name(state), value, self.callback_path, client, options)
+        cookie = own_cookie(name, value, self.callback_path, client, options)
         return ProxyError(302, "Sign in at the Hub.", (("Location", location), cookie))
 
     async def _end_login(self, request: Request) -> None:
         """Handle the redirect from the Hub: redirect to the page first requested, or 403."""
         sent = dict(parse_qsl(request.target.partition("?")[2]))
         state, again = sent.get("state", ""), " Open %s/ again." % self.hub.prefix
-        name, purpose = self._login_name(state), "login " + state
+        name, purpose = "%s_%s" % (self.cookie_name, short_hash(state)), "login " + state
         deadline, _, target = signed_value(request.headers, name, self._key, purpose).partition(".")
         if not deadline or now() > int(deadline):
             text = "This sign-in was used or has expired, began in another browser, or cookies are"
@@ -3221,10 +3217,6 @@ class HubGate(Gate):
         options = self.hub.cookie_options + (("Max-Age", "0"),)
         used = own_cookie(name, "", self.callback_path, request.client, options)
         raise ProxyError(302, "Signed in.", (location, session, used))
-
-    def _login_name(self, state: str) -> str:
-        """The name of the cookie of one sign-in; several tabs can sign in at once."""
-        return "%s_%s" % (self.cookie_name, short_hash(state))
 
     def _new_session(self, token: str, request: Request) -> Tuple[str, str]:
         session, path = secrets.token_urlsafe(32), self.hub.prefix + "/"
@@ -3281,6 +3273,7 @@ class HubGate(Gate):
         try:
             await asyncio.wait_for(opening, _HUB_TIMEOUT)
             response = await fetch(connection, head, body.encode(), _HUB_TIMEOUT, self.config)
+            self._version = response.headers.get("x-jupyterhub-version")
             is_json = response.status < 400 and response.body
             data = json.loads(response.body.decode()) if is_json else {}
         except (
@@ -3314,7 +3307,7 @@ def all_tokens(request: Request) -> List[str]:
     headers = request.headers
     found = authorization_tokens(headers) + query_tokens(request.target)
     for value in headers.get_all("referer"):
-        found += query_tokens(value.partition("#")[0])
+        found += query_tokens(value)
     tokens = list(dict.fromkeys(found))
     if len(tokens) > _MAX_TOKENS:
         text = "There are more than %d different tokens in this request." % _MAX_TOKENS
