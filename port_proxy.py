@@ -89,8 +89,7 @@ now = time.monotonic  # the clock of all deadlines, in seconds
 # Configuration
 # --------------------------------------------------------------------------------------------------
 # `Config` gives the type, the default and the rationale of each option.  The help is the table of
-# flags.  `OPTIONS` joins them for `checked_config` (section Server), the command line, Jupyter's
-# configuration and error messages.
+# flags.  `checked_config` (section Server), the command line and Jupyter's configuration use both.
 
 
 class Hub(NamedTuple):
@@ -213,8 +212,7 @@ output:
   --log-json                  log as JSON, and every request unless --quiet
   --version                   print the version
   --help-all                  show this help with limits and timeouts
-"""
-LIMITS_HELP = """
+
 limits and timeouts:
   --max-head-bytes BYTES           longest head of a request or response (default: {max_head_bytes})
   --max-target-bytes BYTES         longest request target (default: {max_target_bytes})
@@ -233,28 +231,19 @@ limits and timeouts:
   --idle-upstream-timeout SECONDS  for idle connections to apps (default: {idle_upstream_timeout})
   --shutdown-timeout SECONDS       for running requests at shutdown (default: {shutdown_timeout})
 """
+
 # The options in the help, each with its metavar; "" for a switch.
-METAVARS = dict(re.findall(r"^  (?:-h, )?(--[a-z-]+) ?(\S*)  ", HELP + LIMITS_HELP, re.MULTILINE))
-SWITCH = "True or False"
+METAVARS = dict(re.findall(r"^  (?:-h, )?(--[a-z-]+) ?(\S*)  ", HELP, re.MULTILINE))
 
 
-class Option(NamedTuple):
-    """A field of Config."""
+def _flag(field: str) -> str:
+    name = "--" + field.replace("_", "-")
+    names = (name, name[:-1], name[:-3] + "y")  # a repeatable option sets a field in the plural
+    return next((flag for flag in names if flag in METAVARS), field)
 
-    flag: str  # on the command line and in error messages; the field if it has none
-    default: Any
-    kind: str  # of its values, besides None if that is the default
-    accepts: Callable[[Any], bool]
 
-    def parsed(self, text: str) -> Any:
-        """The value in a text; the text if it is not valid, so that `checked_config` refuses it."""
-        if isinstance(self.default, tuple):
-            return tuple(item.strip() for item in text.split(","))
-        if self.kind == SWITCH:
-            return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
-        with contextlib.suppress(ValueError):
-            return type(self.default)(text) if isinstance(self.default, (int, float)) else text
-        return text
+DEFAULTS = Config()
+FLAGS = {field: _flag(field) for field in Config._fields}  # the names of options in messages
 
 
 def _is_strings(value: Any) -> bool:
@@ -262,9 +251,9 @@ def _is_strings(value: Any) -> bool:
     return is_sequence and all(isinstance(item, str) for item in value)
 
 
-_KINDS = {  # by field, or else by the type of the default; in Python, True is a number
+_KINDS = {  # of values, by field or else by the type of the default; in Python, True is a number
     str: ("a string", lambda value: isinstance(value, str)),
-    bool: (SWITCH, lambda value: isinstance(value, bool)),
+    bool: ("True or False", lambda value: isinstance(value, bool)),
     int: ("a whole number above 0", lambda value: type(value) is int and value > 0),
     float: ("a number above 0", lambda value: type(value) in (int, float) and value > 0),
     tuple: ("a sequence of strings", _is_strings),
@@ -274,21 +263,31 @@ _KINDS = {  # by field, or else by the type of the default; in Python, True is a
         "a sequence of strings",
         lambda value: callable(value) or _is_strings(value),
     ),
-    "whole_origin": (SWITCH, lambda value: isinstance(value, bool)),
+    "whole_origin": ("True or False", lambda value: isinstance(value, bool)),
     "token": ("a string", lambda value: isinstance(value, str)),
     "authorize": ("an asynchronous callable", callable),
     "hub": ("a Hub", lambda value: isinstance(value, Hub)),
 }  # type: Dict[Any, Tuple[str, Callable[[Any], bool]]]
 
 
-def _option(field: str, default: Any) -> Option:
-    name = "--" + field.replace("_", "-")
-    flags = (name, name[:-1], name[:-3] + "y")  # a repeatable option sets a field in the plural
-    flag = next((flag for flag in flags if flag in METAVARS), field)
-    return Option(flag, default, *(_KINDS.get(field) or _KINDS[type(default)]))
+def check_kind(field: str, value: Any) -> None:
+    """ValueError if a value of another kind is given for a field of Config."""
+    default = getattr(DEFAULTS, field)
+    words, accepts = _KINDS.get(field) or _KINDS[type(default)]
+    if not (accepts(value) or value is default is None):
+        raise ValueError("%s must be %s" % (FLAGS[field], words))
 
 
-OPTIONS = {field: _option(field, default) for field, default in zip(Config._fields, Config())}
+def parsed_value(field: str, text: str) -> Any:
+    """The value in a text; the text itself if it is not valid, which `check_kind` refuses."""
+    default = getattr(DEFAULTS, field)
+    if isinstance(default, tuple):
+        return tuple(item.strip() for item in text.split(","))
+    if isinstance(default, bool) or field == "whole_origin":
+        return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
+    with contextlib.suppress(ValueError):
+        return type(default)(text) if isinstance(default, (int, float)) else text
+    return text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,12 +296,9 @@ OPTIONS = {field: _option(field, default) for field, default in zip(Config._fiel
 # `Exchange` turns a ProxyError into the response.  The other exceptions are failures of
 # connections.
 
-# The names of options in error messages.  The Jupyter extension has terms of its own.
-COMMAND_LINE_TERMS = dict(
-    {field: option.flag for field, option in OPTIONS.items()},
-    start="start the proxy with",
-    value="%s",  # how to write the value of an option
-)
+# The names of options in advice.  "value" is how to write the value of an option.  The Jupyter
+# extension has terms of its own.
+COMMAND_LINE_TERMS = dict(FLAGS, start="start the proxy with", value="%s")
 
 
 def own_command() -> str:
@@ -4230,19 +4226,16 @@ def checked_config(config: Config) -> Config:
 
     For a wrong type or a bad token, the message does not contain the value: it may be a secret.
     """
-    for field, option in OPTIONS.items():
+    for field in Config._fields:
         value = getattr(config, field)  # type: Any
-        if value is option.default is None:
-            continue
-        if not option.accepts(value):
-            raise ValueError("%s must be %s" % (option.flag, option.kind))
+        check_kind(field, value)
         normalise = _NORMALISERS.get(field)
         if normalise is None or callable(value):
             continue
         try:
             value = normalise(value) if isinstance(value, str) else tuple(map(normalise, value))
         except ValueError as error:
-            raise ValueError("%s: %s" % (option.flag, error))
+            raise ValueError("%s: %s" % (FLAGS[field], error))
         config = config._replace(**{field: value})
     for flag, path in (("--keyfile", config.keyfile), ("--client-ca", config.client_ca)):
         if path and not config.certfile:
@@ -4267,8 +4260,8 @@ def checked_config(config: Config) -> Config:
 
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
-    field: "c.PortProxy.%s%s" % (field, " = True" if option.kind == SWITCH else "")
-    for field, option in OPTIONS.items()
+    field: "c.PortProxy.%s%s" % (field, " = True" if default is False else "")
+    for field, default in DEFAULTS._asdict().items()
 }
 _JUPYTER_TERMS.update(start="set", value="= ['%s']")
 
@@ -4541,10 +4534,10 @@ def _tornado_rule(base: str, server: Any, proxy: "PortProxy") -> Any:
 
 def _config_value(name: str, value: Any) -> Any:
     """A value of Jupyter's configuration, or the value that its text means for this field."""
-    if isinstance(value, str) and name in OPTIONS:
-        return OPTIONS[name].parsed(value)
+    if isinstance(value, str) and name in FLAGS:
+        return parsed_value(name, value)
     if type(value).__name__ == "LazyConfigValue":  # after `append`, or if it was only read
-        default = getattr(Config(), name, None)
+        default = getattr(DEFAULTS, name, None)
         return value.get_value(list(default) if isinstance(default, tuple) else default)
     return value
 
@@ -4878,12 +4871,12 @@ def _parse(argv: Sequence[str]) -> Arguments:
 def _config(arguments: Arguments) -> Config:
     """The configuration from arguments and environment.  Raises ValueError or OSError."""
     fields = {}  # type: Dict[str, Any]
-    for field, option in OPTIONS.items():
-        texts = arguments.get(option.flag)
-        if texts and isinstance(option.default, tuple):
-            fields[field] = option.default + option.parsed(",".join(texts))
+    for field, default in DEFAULTS._asdict().items():
+        texts = arguments.get(FLAGS[field])
+        if texts and isinstance(default, tuple):
+            fields[field] = default + parsed_value(field, ",".join(texts))
         elif texts:
-            fields[field] = option.parsed(texts[-1])
+            fields[field] = parsed_value(field, texts[-1])
     fields["token"] = _token(arguments)
     # A terminal in a Hub's server has the same environment.  A user who starts a proxy there must
     # set --port or --bind.
@@ -4909,8 +4902,7 @@ def _token(arguments: Arguments) -> Optional[str]:
 
 async def _run(config: Config, argv: Sequence[str], is_quiet: bool) -> int:
     """Serve until SIGINT, SIGTERM or SIGHUP.  A second signal cancels running requests."""
-    loop = asyncio.get_event_loop()
-    stop = asyncio.Event()
+    loop, stop = asyncio.get_event_loop(), asyncio.Event()
     sockets = _inherited_sockets()
     if sockets:  # the banner names the address of the first one
         name = sockets[0].getsockname()
@@ -4929,10 +4921,11 @@ async def _run(config: Config, argv: Sequence[str], is_quiet: bool) -> int:
         stop.set()
 
     # nohup ignores SIGHUP, which Windows does not have.
-    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
-    signals = {number for number in signals if signal.getsignal(number) != signal.SIG_IGN}
-    for number in signals:
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(
+                number, lambda *_: loop.is_closed() or loop.call_soon_threadsafe(interrupt)
+            )
     has_new_token = proxy.token != (config.token or "")  # it must be printed, even with --quiet
     if not is_quiet or has_new_token:
         _say(_banner(proxy, has_new_token))
@@ -4945,8 +4938,6 @@ async def _run(config: Config, argv: Sequence[str], is_quiet: bool) -> int:
         text = "waiting up to %g seconds for running requests (%d), Ctrl-C ends them now"
         _say("port_proxy: " + text % (config.shutdown_timeout, count))
     await proxy.close()
-    for number in signals:  # none may interrupt the exit
-        signal.signal(number, signal.SIG_IGN)
     return 0
 
 
@@ -5098,8 +5089,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if not {"-h", "--help", "--help-all"}.isdisjoint(argv):
-        text, command = HELP + LIMITS_HELP * ("--help-all" in argv), own_command()
-        values = dict(Config()._asdict(), command=command, check=command + " --check 8080")
+        text = HELP if "--help-all" in argv else HELP.partition("\nlimits")[0]
+        command = own_command()
+        values = dict(DEFAULTS._asdict(), command=command, check=command + " --check 8080")
         _say(text.format(**values).rstrip())
         return 0
     try:
@@ -5107,7 +5099,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         config = checked_config(_config(arguments))
         checked = [_normal_upstream(upstream) for upstream in arguments.get("--check", ())]
     except (OSError, ValueError) as error:
-        return _failed(error, Config(), argv)
+        return _failed(error, DEFAULTS, argv)
     if "--version" in arguments:
         _say("port_proxy " + __version__)
         return 0
