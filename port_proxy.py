@@ -137,10 +137,9 @@ class Config(NamedTuple):
     allow_hostnames: Sequence[str] = ()  # Host names and patterns to accept without a token
     allow_origins: Sequence[str] = ()  # whose pages may use apps: "https://a.example.org", "*"
     allow_preflight: bool = False  # CORS preflights reach the apps without credentials
-    # Replaces the token and allow_hostnames.  `await authorize(request, client, route)` is called
-    # once per request and Upgrade, before the proxy connects.  Return None to admit; raise
-    # ProxyError(status, detail) to refuse, or ProxyError(302, "", (("Location", url),)) to
-    # redirect.  `route` is None for the proxy's own pages.
+    # `await authorize(request, client, route)` replaces the token and allow_hostnames.  It runs once
+    # per request and Upgrade, before the proxy connects.  It returns None to admit a request, or
+    # raises ProxyError.  `route` is None for the proxy's own pages.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
     hub: Optional[Hub] = None  # sign-in at the Hub replaces the token and allow_hostnames
     trusted_proxies: Sequence[str] = ()  # addresses, networks, "unix": trust X-Forwarded
@@ -296,8 +295,7 @@ def parsed_value(field: str, text: str) -> Any:
 # `Exchange` turns a ProxyError into the response.  The other exceptions are failures of
 # connections.
 
-# The names of options in advice.  "value" is how to write the value of an option.  The Jupyter
-# extension has terms of its own.
+# How advice names options and their values.  The Jupyter extension has terms of its own.
 COMMAND_LINE_TERMS = dict(FLAGS, start="start the proxy with", value="%s")
 
 
@@ -326,11 +324,9 @@ class ProxyError(Exception):
     """Ends a request with a response of the proxy itself, such as an error or a redirect.
 
     status: the HTTP status code.  detail: the explanation for the user, in plain text; the advice
-    is appended to it.  fields: additional response headers.  advice: a sentence that names an
-    option, as a `str.format` template with the keys of COMMAND_LINE_TERMS.  value: the option's
-    value, for "{value}" in the advice.
-
-    Raises ValueError for an invalid header, such as a value with a line break.
+    is appended to it.  fields: additional response headers; ValueError if one is not valid.
+    advice: a sentence that names an option, as a `str.format` template with the keys of
+    COMMAND_LINE_TERMS, where "{value}" stands for `value`.
     """
 
     def __init__(
@@ -340,8 +336,7 @@ class ProxyError(Exception):
         for name, content in fields:
             if not _FIELD_LINE.fullmatch("%s:%s" % (name, content)):
                 raise ValueError("the header %s is not valid" % ascii(name))
-        self.status = status
-        self.fields = fields
+        self.status, self.fields = status, fields
         self._texts = detail, advice, value
         self.phrase_advice(COMMAND_LINE_TERMS)
 
@@ -379,8 +374,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _UNSPECIFIED = ("0.0.0.0", "::")  # some apps put these into their own URLs
 _BASE = re.compile(r"(?:/[A-Za-z0-9\-._~!$&'()*+,=:@%]+)*")  # a ";" would end the Path of a cookie
 _BELOW_BASE = re.compile(
-    r"(/absolute)?/(?:([1-9][0-9]{0,4})|"
-    r"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):([1-9][0-9]{0,4}))(/[^\r\n]*)?"
+    r"(/absolute)?/(?:([A-Za-z0-9_][A-Za-z0-9_.\-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):)?"
+    r"([1-9][0-9]{0,4})(/[^\r\n]*)?"
 )
 _HOST_PATTERN = re.compile(r"[a-z0-9_.*?-]+|[0-9a-f.*?]*:[0-9a-f.*?]*[:*?][0-9a-f:.*?]*")
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
@@ -454,9 +449,9 @@ def find_route(config: Config, target: str, app_port: int = 0) -> Tuple[Optional
             " {0}/absolute/<port>/ and {0}/absolute/<host>:<port>/."
         )
         raise ProxyError(404, text.format(config.base))
-    absolute, bare_port, host, port, path = match.groups("")
+    absolute, host, port, path = match.groups("")
     prefix = whole_path[: len(whole_path) - len(path)]
-    route = _route(prefix, host, int(bare_port or port), bool(absolute), config.upstream_tls)
+    route = _route(prefix, host, int(port), bool(absolute), config.upstream_tls)
     if "/." in path or "/%" in path:  # RFC 3986 section 5.2.4
         steps = ({".": 0, "..": -1}.get(unquote(part), 1) for part in path.split("/")[1:])
         if any(depth < 0 for depth in itertools.accumulate(steps)):
@@ -4955,10 +4950,9 @@ def _inherited_sockets() -> List[socket.socket]:
 
 def _failed(error: Exception, config: Config, argv: Sequence[str]) -> int:
     """Report an error of the user or of the start; returns the exit status."""
-    reason = getattr(error, "strerror", None) or error
+    reason, file = getattr(error, "strerror", None) or error, getattr(error, "filename", None)
     is_unix = config.bind.startswith(_UNIX_PREFIX)
     where = config.bind if is_unix else "port %d of %s" % (config.port, config.bind)
-    file = getattr(error, "filename", None)
     if not isinstance(error, (OSError, UnicodeError)):
         text = str(error)
     elif file is not None:
@@ -4979,19 +4973,19 @@ def _failed(error: Exception, config: Config, argv: Sequence[str]) -> int:
 
 def _holder(port: int) -> str:
     for listener in find_listeners():
+        if listener.port == port and listener.program:
+            return "%s (process %d)" % (printable(listener.program), listener.pid)
         if listener.port == port:
-            program = "%s (process %d)" % (printable(listener.program), listener.pid)
-            return program if listener.program else "a program of " + user_name(listener.user)
+            return "a program of " + user_name(listener.user)
     return "another program"
 
 
 def _banner(proxy: PortProxy, has_new_token: bool) -> str:
-    config, url = proxy.config, proxy.url
-    name = "port_proxy %s: " % __version__
+    config, url, name = proxy.config, proxy.url, "port_proxy %s:" % __version__
     if config.hub:
-        text = "%sreaches every port of this machine as %s/<port>/, for %s"
+        text = "%s reaches every port of this machine as %s/<port>/, for %s"
         return text % (name, config.base, config.hub.user or "users with access at the Hub")
-    remote = _ssh_destination()
+    start, remote = name + " open ", _ssh_destination()
     port, destination = proxy.port, "localhost:%d" % proxy.port
     if config.bind.startswith(_UNIX_PREFIX):
         port, destination = 8888, os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
@@ -5000,15 +4994,13 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
         destination = authority_of(config.bind, port)
     if remote:  # ssh -L forwards it to localhost
         url = urlsplit(url)._replace(netloc="localhost:%d" % port).geturl()
-    page = url + "?token=" + proxy.token if has_new_token else url
-    lines = ["%sopen %s" % (name, page)]
-    if remote:
-        text = "%son your own machine, run  ssh -N -L %d:%s %s"
-        lines = [text % (name, port, destination, remote), "and open " + page]
-    parts = urlsplit(url)
-    own = host_form(8080, ClientInfo("", parts.scheme, parts.netloc), config.domains)
-    text = "It reaches every port of this machine as %s<port>/" % url
-    lines.append(text + (own and " or " + own.replace("8080", "<port>", 1)))
+        start = "%s on your own machine, run  ssh -N -L %d:%s %s\nand open "
+        start %= name, port, destination, remote
+    scheme, authority = urlsplit(url)[:2]
+    own = host_form(8080, ClientInfo("", scheme, authority), config.domains)
+    own = own and " or " + own.replace("8080", "<port>", 1)
+    lines = [start + url + ("?token=" + proxy.token if has_new_token else "")]
+    lines.append("It reaches every port of this machine as %s<port>/%s" % (url, own))
     if proxy.token and not has_new_token:
         lines.append("It requires the token that you set.")
     return "\n".join(lines)
