@@ -137,8 +137,8 @@ class Config(NamedTuple):
     allow_hostnames: Sequence[str] = ()  # Host names and patterns to accept without a token
     allow_origins: Sequence[str] = ()  # whose pages may use apps: "https://a.example.org", "*"
     allow_preflight: bool = False  # CORS preflights reach the apps without credentials
-    # `await authorize(request, client, route)` replaces the token and allow_hostnames.  It runs once
-    # per request and Upgrade, before the proxy connects.  It returns None to admit a request, or
+    # `await authorize(request, client, route)` replaces the token and allow_hostnames: once for
+    # each request and Upgrade, before the proxy connects.  It returns None to admit a request, or
     # raises ProxyError.  `route` is None for the proxy's own pages.
     authorize: Optional[Callable[..., Awaitable[None]]] = None
     hub: Optional[Hub] = None  # sign-in at the Hub replaces the token and allow_hostnames
