@@ -2028,7 +2028,7 @@ def _started(pid: int) -> float:
 # Pages
 # --------------------------------------------------------------------------------------------------
 # The responses of the proxy itself: HTML for people, JSON and plain text for programs.  Pages load
-# nothing from elsewhere: a Content-Security-Policy allows only their own style and script, by hash.
+# nothing from elsewhere: a Content-Security-Policy allows only their own style and script.
 # They work without the script.  The ports page shows the same rows that programs get as JSON.
 
 # System colours suit light and dark; lines and shades are half transparent for the same reason.
@@ -2054,25 +2054,20 @@ td{padding:.2rem 1.2rem .2rem 0;vertical-align:top}
 _PAGE = """\
 <!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
-<link rel="icon" href="data:,"><title>{title}</title><style>{style}</style></head>
-<body><main>{body}</main>{script}</body></html>
+<link rel="icon" href="data:,"><title>%s</title><style nonce="%s">%s</style></head>
+<body><main>%s</main>%s</body></html>
 """
-_POLICY = (
-    "default-src 'none'; img-src data:; style-src %s; script-src %s; connect-src 'self';"
-    " base-uri 'none'; frame-ancestors %s"
-)
 _PORTS_PAGE = """\
 <h1>Ports of this machine</h1><p class="soft" role="status"></p>
 <label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>
-<ul class="ports">{items}</ul>\
-<p id="none"{hidden}>No port to show. On Linux, the ports of your programs appear here.</p>
-<form action="{base}/"><label>Another port <input name="port" required \
-placeholder="8080 or localhost:8080" autocomplete="off"></label><button>Open</button></form>
-<details><summary>Forms of an address</summary><table>{forms}</table></details>"""
+%s<p id="none"%s>No port to show. On Linux, the ports of your programs appear here.</p>
+<form><label>Another port <input name="port" required placeholder="8080 or localhost:8080" \
+autocomplete="off"></label><button>Open</button></form>
+<details><summary>Forms of an address</summary><table>%s</table></details>"""
 _PORT_ITEM = """\
 <li id="p{port}"><div><a class="port" href="{best}">{port}</a>{title}\
-<div class="soft">{about}</div></div><div class="ways">{links}</div></li>
-"""
+<div class="soft">{about}</div></div><div class="ways">"""
+_PORT_LINK = '<a href="{url}" aria-label="port {port}, {name}">{name}</a> '
 _LINK_NAMES = {
     "host": "Open",
     "stripped": "Open under {}",
@@ -2094,18 +2089,18 @@ function sift() {
 }
 function merge(fresh) {
   for (const gone of list.querySelectorAll('.gone')) gone.remove()
-  for (const old of list.children) {
-    if (fresh.querySelector('#' + old.id)) continue
-    old.className = 'gone'
-    notice.textContent = 'Gone: port ' + portOf(old)
-  }
-  for (const item of [...fresh.children]) {
-    const old = list.querySelector('#' + item.id)
-    if (!old) {
-      notice.textContent = 'New: port ' + portOf(item)
-      list.insertBefore(item, [...list.children].find(other => portOf(other) > portOf(item)))
+  for (const old of [...list.children]) {
+    const item = fresh.querySelector('#' + old.id)
+    if (!item) {
+      old.className = 'gone'
+      notice.textContent = 'Gone: port ' + portOf(old)
     } else if (old.innerHTML !== item.innerHTML && !old.contains(document.activeElement))
       old.replaceWith(item)
+    else item.remove()
+  }
+  for (const item of [...fresh.children]) {
+    notice.textContent = 'New: port ' + portOf(item)
+    list.insertBefore(item, [...list.children].find(other => portOf(other) > portOf(item)))
   }
   sift()
 }
@@ -2130,14 +2125,13 @@ _ERROR_PAGE = """\
 _WAITING = """\
 <noscript><meta http-equiv="refresh" content="5"></noscript>
 <p class="pulse">This page opens the app as soon as it responds.</p>
-<div id="help"><p>If nothing happens:</p><ul>
+<p>If nothing happens:</p><ul>
 <li>Does the log of the app show an error, or another port?</li>
 <li>Does the app listen on 127.0.0.1 or 0.0.0.0, and not only on another address?</li>
 <li>On the machine, run <code>{command}</code> to examine the port.</li>
-</ul></div>"""
+</ul>"""
 # Sends HEAD requests for this page until the app responds.
 _WAITING_SCRIPT = """
-const help = document.querySelector('#help')
 async function look() {
   try {
     const options = {method: 'HEAD', cache: 'no-store', redirect: 'manual'}
@@ -2146,8 +2140,6 @@ async function look() {
   } catch (error) {}  // the proxy does not answer
   setTimeout(look, 3000)
 }
-help.hidden = true
-setTimeout(() => { help.hidden = false }, 5000)
 setTimeout(look, 1000)
 """
 _SIGN_IN_FORM = """\
@@ -2168,7 +2160,7 @@ _FORMS = (
 # What people write before a port, in the box of the ports page or in an address.
 _NEEDLESS = re.compile(r"(?:/|https?:/|proxy/|ports?/|(?:localhost|127\.0\.0\.1)[:/])*")
 _OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
-_TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,1000})</title", re.IGNORECASE)
+_TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,600})</title", re.IGNORECASE)
 _TITLE_BYTES = 65536  # how much of a page is searched for its title
 REASON_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 CHALLENGE = (("WWW-Authenticate", "Bearer"),)  # browsers show no password dialog for this scheme
@@ -2192,14 +2184,13 @@ class NotListening(ProxyError):
         text = "Nothing listens on %s. Is the app running, and is this its port?" % route.place
         advice = address = ""
         if addresses and route.is_local and REACHED[route.host].isdisjoint(addresses):
+            address = addresses[0]
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(addresses), route.host
-            if REACHED["localhost"].isdisjoint(addresses):  # else the form /<port>/ reaches it
-                address = addresses[0]
-                advice = (
-                    "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist}"
-                    " {value} and open %s instead of %d."
-                ) % (authority_of(address, route.port), route.port)
+            advice = (
+                "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value}"
+                " and open %s instead of %d."
+            ) % (authority_of(address, route.port), route.port)
         fields = (("Retry-After", "2"), ("Port-Proxy", "waiting"))
         super().__init__(502, text, fields, advice, address)
         self.route = route
@@ -2213,7 +2204,8 @@ class SignInNeeded(ProxyError):
     """
 
     def __init__(self, detail: str, target: str, action: str) -> None:
-        super().__init__(401, detail, CHALLENGE)
+        unframed = (("Content-Security-Policy", "frame-ancestors 'none'"),)
+        super().__init__(401, detail, CHALLENGE + unframed)
         self.target = target
         self.action = action
 
@@ -2222,14 +2214,10 @@ def title_in(headers: Headers, data: bytes) -> str:
     """The title of an HTML page that begins with `data`; "" if it cannot be read."""
     if "html" not in headers.get("content-type").lower():
         return ""
-    try:
-        if headers.get("content-encoding").lower() in ("gzip", "x-gzip", "deflate"):
-            # 47: zlib detects gzip or deflate itself.
-            data = zlib.decompressobj(47).decompress(data, _TITLE_BYTES)
-        match = _TITLE.search(data[:_TITLE_BYTES].decode("utf-8", "replace"))
-        title = html.unescape(match.group(1)) if match else ""
-    except (zlib.error, ValueError):  # ValueError: a character reference of thousands of digits
-        return ""
+    with contextlib.suppress(zlib.error):  # the page is not compressed
+        data = zlib.decompressobj(47).decompress(data, _TITLE_BYTES)  # 47: gzip or deflate
+    match = _TITLE.search(data[:_TITLE_BYTES].decode("utf-8", "replace"))
+    title = html.unescape(match.group(1)) if match else ""
     return printable(" ".join(title.split())[:100])
 
 
@@ -2250,15 +2238,14 @@ def port_row(base: str, listener: Listener, title: str, host_url: str) -> Dict[s
 
 def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) -> LocalResponse:
     """The response at the base: the list of ports, and the forms of an address."""
-    if request.is_navigation or request.target.endswith("?list"):  # by the script of the page
-        form = "<tr><td><code>%s</code><td>%s"
-        body = _PORTS_PAGE.format(
-            items="".join(map(_port_item, rows)),
-            hidden=" hidden" if rows else "",
-            base=html.escape(base),
-            forms="".join(form % (html.escape(base + path), text) for path, text in _FORMS),
-        )
-        return _page(200, "Ports of this machine", body, (), _PORTS_SCRIPT)
+    items = '<ul class="ports">%s</ul>' % "".join(map(_port_item, rows))
+    if request.is_navigation:
+        form = "<tr><td><code>{path}</code><td>{meaning}"
+        forms = [_fill(form, path=base + path, meaning=meaning) for path, meaning in _FORMS]
+        body = _PORTS_PAGE % (items, " hidden" if rows else "", "".join(forms))
+        return _page(200, "Ports of this machine", body, _PORTS_SCRIPT)
+    if request.target.endswith("?list"):  # from the script of the page
+        return _response(200, "text/html", items)
     if any("application/json" in value.lower() for value in request.headers.get_all("accept")):
         text = json.dumps({"ports": rows}, indent=1) + "\n"
         return _response(200, "application/json", text)
@@ -2270,18 +2257,12 @@ def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) 
 
 
 def _port_item(row: Dict[str, Any]) -> str:
-    links = []
-    for form, url in row["links"].items():
-        name = _LINK_NAMES[form].format(html.escape(url))
-        link = '<a href="%s" aria-label="port %d, %s">%s</a> '
-        links.append(link % (html.escape(url), row["port"], name, name))
-    return _PORT_ITEM.format(
-        port=row["port"],
-        best=html.escape(next(iter(row["links"].values()))),
-        title=html.escape(row["title"] or ""),
-        about=html.escape(_summary(row)),
-        links="".join(links),
-    )
+    port, links, title = row["port"], row["links"], row["title"] or ""
+    best = next(iter(links.values()))
+    item = _fill(_PORT_ITEM, port=port, best=best, title=title, about=_summary(row))
+    for form, url in links.items():
+        item += _fill(_PORT_LINK, url=url, port=port, name=_LINK_NAMES[form].format(url))
+    return item + "</div></li>\n"
 
 
 def _summary(row: Dict[str, Any]) -> str:
@@ -2304,46 +2285,34 @@ def error_response(
     error: ProxyError, request: Optional[Request] = None, config: Config = Config()
 ) -> LocalResponse:
     """A page for a person, plain text for a program.  request: None if it could not be parsed."""
-    phrase = title = REASON_PHRASES.get(error.status, "Error")
-    path = _probable_path(error, request, config) if request else ""
+    title, meant = REASON_PHRASES.get(error.status, "Error"), ""
+    if error.status == 404 and request and request.route is None:  # the path may be mistyped
+        with contextlib.suppress(ProxyError):
+            typed = path_below(config.base, request.target) or request.target
+            meant = typed_route(typed, config).prefix + "/"
     if not (request and request.is_navigation and request.method in ("GET", "HEAD", "POST")):
-        meant = " Did you mean %s?" % path if path else ""
-        text = "%d %s\n%s%s\n" % (error.status, phrase, error.detail, meant)
+        text = "%d %s\n%s" % (error.status, title, error.detail)
+        text += " Did you mean %s?\n" % meant if meant else "\n"
         return _response(error.status, "text/plain", text, error.fields)
-    more, script, frames = "", "", "'self'"
+    more = script = ""
     if isinstance(error, SignInNeeded):
-        title, frames = "Sign in", "'none'"
-        template = _SIGN_IN_FORM if error.action else _SIGN_IN_LINK
-        more = template.format(target=html.escape(error.target), action=html.escape(error.action))
+        title, template = "Sign in", _SIGN_IN_FORM if error.action else _SIGN_IN_LINK
+        more = _fill(template, target=error.target, action=error.action)
     elif isinstance(error, NotListening) and request.is_page_visit:
         title, script = "Waiting for port %d" % error.route.port, _WAITING_SCRIPT
-        command = "%s --check %s" % (own_command(), error.route.name)
-        more = _WAITING.format(command=command)
-    elif path:
-        more = '<p>Did you mean <a href="{0}">{0}</a>?</p>'.format(html.escape(path))
+        more = _fill(_WAITING, command="%s --check %s" % (own_command(), error.route.name))
+    elif meant:
+        more = _fill('<p>Did you mean <a href="{path}">{path}</a>?</p>', path=meant)
     detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
     ports = html.escape(ports_url(request.client, config.base))
     body = _ERROR_PAGE % (title, detail, more, ports, error.status)
-    return _page(error.status, title, body, error.fields, script, frames)
-
-
-def _probable_path(error: ProxyError, request: Request, config: Config) -> str:
-    """The path that a mistyped path probably stands for, or ""."""
-    if error.status != 404 or request.route is not None:
-        return ""
-    with contextlib.suppress(ProxyError):
-        typed = path_below(config.base, request.target) or request.target
-        return typed_route(typed, config).prefix + "/"
-    return ""
+    return _page(error.status, title, body, script, error.fields)
 
 
 def ports_url(client: ClientInfo, base: str) -> str:
     """The URL of the ports page; a full URL if the client is at an app's own host."""
-    if not client.app_port:
-        return base + "/"
-    host = host_of(client.authority)
-    authority = host.partition(".")[2] + client.authority[len(host) :]
-    return "%s://%s%s/" % (client.scheme, authority, base)
+    domain = client.authority.partition(".")[2]
+    return "%s://%s%s/" % (client.scheme, domain, base) if client.app_port else base + "/"
 
 
 def typed_route(text: str, config: Config) -> Route:
@@ -2355,24 +2324,25 @@ def typed_route(text: str, config: Config) -> Route:
     return route
 
 
+def _fill(template: str, **texts: Any) -> str:
+    """Insert texts into HTML."""
+    return template.format(**{name: html.escape(str(text)) for name, text in texts.items()})
+
+
+# The policy has no form-action.  Browsers check it for every redirect after a form, and an app may
+# redirect to a login at another site.
 def _page(
-    status: int, title: str, body: str, fields: Fields, script: str = "", frames: str = "'self'"
+    status: int, title: str, body: str, script: str = "", fields: Fields = ()
 ) -> LocalResponse:
-    """A page with its Content-Security-Policy.  frames: which pages may frame it.
-
-    The policy has no form-action.  Browsers check it for every redirect after a form, and an app
-    may redirect to a login at another site.
-    """
-    element = "<script>%s</script>" % script if script else ""
-    text = _PAGE.format(title=html.escape(title), style=_STYLE, body=body, script=element)
-    policy = _POLICY % (_hash_source(_STYLE), _hash_source(script), frames)
-    return _response(status, "text/html", text, fields + (("Content-Security-Policy", policy),))
-
-
-def _hash_source(text: str) -> str:
-    """The source expression of an inline style or script."""
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return "'sha256-%s'" % digest if text else "'none'"
+    nonce = secrets.token_urlsafe(16)
+    policy = (
+        "default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none';"
+        " frame-ancestors 'self'; style-src 'nonce-%s'; script-src "
+    ) % nonce
+    policy += "'nonce-%s'" % nonce if script else "'none'"
+    element = '<script nonce="%s">%s</script>' % (nonce, script) if script else ""
+    text = _PAGE % (html.escape(title), nonce, _STYLE, body, element)
+    return _response(status, "text/html", text, (("Content-Security-Policy", policy), *fields))
 
 
 def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> LocalResponse:
