@@ -848,26 +848,21 @@ class TestRoutes:
             route, found, query = find_route(DEFAULT, form + path)
             assert (route.prefix, found + query) == (form, path)
 
-    @pytest.mark.parametrize("upstream, authority, place, is_local", [
-        ("8080", "localhost:8080", "port 8080 of this machine", True),
-        ("LocalHost:80", "localhost:80", "port 80 of this machine", True),
-        ("127.0.0.1:80", "127.0.0.1:80", "port 80 of this machine", True),
-        ("[::1]:80", "[::1]:80", "port 80 of this machine", True),
-        ("127.0.0.2:80", "127.0.0.2:80", "port 80 of 127.0.0.2", False),
-        ("DB.example.org:80", "db.example.org:80", "port 80 of db.example.org", False),
-        ("[FE80::1]:80", "[fe80::1]:80", "port 80 of fe80::1", False),
+    @pytest.mark.parametrize("upstream, authority, place, scheme", [
+        ("8080", "localhost:8080", "port 8080 of this machine", "http"),
+        ("LocalHost:8443", "localhost:8443", "port 8443 of this machine", "https"),
+        ("127.0.0.1:80", "127.0.0.1:80", "port 80 of this machine", "http"),
+        ("[::1]:8443", "[::1]:8443", "port 8443 of this machine", "https"),
+        ("127.0.0.2:80", "127.0.0.2:80", "port 80 of 127.0.0.2", "http"),
+        ("DB:8444", "db:8444", "port 8444 of db", "https"), ("db:8443", "db:8443", "port 8443 of db", "http"),
+        ("8445", "localhost:8445", "port 8445 of this machine", "https"),
+        ("8446", "localhost:8446", "port 8446 of this machine", "http"),
+        ("[FE80::1]:8447", "[fe80::1]:8447", "port 8447 of fe80::1", "https"),
     ])
-    def test_route_names_its_upstream(self, upstream, authority, place, is_local):
-        route = route_of(upstream)
-        assert (route.authority, route.place, route.is_local) == (authority, place, is_local)
-
-    @pytest.mark.parametrize("upstream_tls, upstream, scheme", [
-        ("8443", "8443", "https"), ("8443", "[::1]:8443", "https"), ("8443", "8444", "http"),
-        ("8443", "db:8443", "http"), ("db:8443", "DB:8443", "https"), ("localhost:8443", "8443", "https"),
-        ("127.0.0.1:8443", "8443", "http"), ("[fe80::1]:8443", "[FE80::1]:8443", "https"),
-    ])
-    def test_scheme_is_https_if_the_upstream_speaks_tls(self, upstream_tls, upstream, scheme):
-        assert route_of(upstream, (upstream_tls,)).scheme == scheme
+    def test_route_names_its_upstream_and_how_it_speaks(self, upstream, authority, place, scheme):
+        route = route_of(upstream, ("8443", "db:8444", "localhost:8445", "127.0.0.1:8446", "[fe80::1]:8447"))
+        assert (route.authority, route.place, route.scheme) == (authority, place, scheme)
+        assert route.is_local is place.endswith("this machine")
 
     @pytest.mark.parametrize("base, path, below", [
         ("/proxy", "/proxy", ""), ("/proxy", "/proxy/", "/"), ("/proxy", "/proxy//a", "//a"), ("/proxy", "*", None),
@@ -917,10 +912,12 @@ class TestRoutes:
     def test_missing_slash_is_added_by_a_redirect(self, proxy, app):
         """But not to a POST, nor in the absolute forms."""
         for method, form, query in (
-            ("GET", "/proxy/%d", ""), ("HEAD", "/proxy/%d", "?a=%2F&b"), ("GET", "/proxy/localhost:%d", "?\xe4"),
+            ("GET", "/proxy/%d", "?<b>"), ("HEAD", "/proxy/%d", "?a=%2F&b"), ("GET", "/proxy/localhost:%d", "?\xe4"),
+            ("GET", "/proxy/%d", ""),
         ):
             answer = proxy.ask(to(app, method=method, form=form, path=query), no_body=method == "HEAD")
             assert result_of(answer) == (302, form % app.port + "/" + query)
+            assert b"<b>" not in answer[2]
         assert status_of(proxy.ask(to(app, "Content-Length: 1", path=""))) == 302  # the body never comes
         assert app.connections == 0
         assert status_of(proxy.ask(to(app, "Content-Length: 0", method="POST", path="?a"))) == 200
@@ -3098,14 +3095,20 @@ def row_of(program="app", addresses=("127.0.0.1",), age=0, title="", host_url=""
 
 
 class TestPages:
-    def test_error_is_html_only_for_a_navigation(self, proxy):
-        for method, lines, is_page in (
-            ("GET", VISIT, True), ("POST", VISIT, True), ("GET", (), False), ("PUT", VISIT[:1], False),
-        ):  # fmt: skip
-            response = proxy.ask(request(method, "/nothing", *lines))
-            media_type = "text/%s; charset=utf-8" % ("html" if is_page else "plain")
-            assert (status_of(response), fields_of(response)["content-type"]) == (404, media_type), (method, lines)
-            assert (b'<a href="/proxy/">All ports</a>' in response[2]) is is_page
+    def test_error_is_a_page_for_a_navigation_and_repeats_nothing_of_the_request(self, proxy):
+        forms = "/proxy/<port>/, /proxy/<host>:<port>/, /proxy/absolute/<port>/ and /proxy/absolute/<host>:<port>/."
+        for target, status, says in (
+            ("/EVIL", 404, forms), ("/proxy/EVIL", 404, forms), ("/proxy/EVIL:80/", 404, forms),
+            ("/proxy/1/../EVIL", 400, ""),
+        ):
+            for method, lines, kind in (
+                ("GET", VISIT, "html"), ("POST", VISIT, "html"), ("GET", (), "plain"), ("PUT", VISIT[:1], "plain"),
+            ):
+                response = proxy.ask(request(method, target.replace("EVIL", "<script>alert(1)</script>"), *lines))
+                text = '<a href="/proxy/">All ports</a>' if kind == "html" else says
+                assert_says(response, status, text.encode())
+                assert fields_of(response)["content-type"] == "text/%s; charset=utf-8" % kind, (method, lines)
+                assert b"<script" not in response[2], target
 
     def test_page_at_the_host_of_an_app_leads_to_all_ports(self, proxy):
         with taken_port() as port:
@@ -3137,17 +3140,6 @@ class TestPages:
         nonce = re.search('<style nonce="([^"]{22})">', page.body.decode()).group(1)
         for directive in ("default-src 'none'", "script-src 'none'", "style-src 'nonce-%s'" % nonce):
             assert directive in fields["Content-Security-Policy"]
-
-    def test_response_repeats_nothing_of_the_request(self, proxy):
-        forms = "/proxy/<port>/, /proxy/<host>:<port>/, /proxy/absolute/<port>/ and /proxy/absolute/<host>:<port>/."
-        for target, status, says in (
-            ("/EVIL", 404, forms), ("/proxy/EVIL", 404, forms), ("/proxy/EVIL:80/", 404, forms),
-            ("/proxy/1/../EVIL", 400, ""), ("/proxy/1?EVIL", 302, ""),
-        ):
-            for lines in ((), VISIT):
-                response = proxy.get(target.replace("EVIL", "<script>alert(1)</script>"), *lines)
-                assert_says(response, status, b"" if lines else says.encode())
-                assert b"<script" not in response[2], target
 
     def test_response_at_the_base_names_the_forms_of_an_address(self, proxy):
         for lines, kind in (((), "text/plain"), (VISIT, "text/html")):
