@@ -2224,7 +2224,6 @@ class TestUnprefixedRequests:
 
     def test_root_is_redirected_to_the_ports_page_or_the_app_of_the_referer(self, proxy, upstream):
         cookie = cookie_of(proxy.ask(to(upstream(answering(OK)), *VISIT)))
-        assert result_of(proxy.get("/", *VISIT)) == (302, "/proxy/")
         assert result_of(proxy.get("/", cookie, "Sec-Fetch-Site: none", *VISIT)) == (302, "/proxy/")
         assert result_of(proxy.get("/", "Referer: %s/proxy/80/x" % US, *VISIT)) == (307, "/proxy/80/")
 
@@ -2330,7 +2329,7 @@ def session_of(gate, host="here:8888"):
 
 class TestHostCheck:
     NAMES = {
-        "allow_hostnames": ["mine.example.org", "*.example.net", "node*", "10.*", "[2001:db8::7]"],
+        "allow_hostnames": ["mine.example.org", "*.example.net", "[2001:db8::7]"],
         "domains": ["apps.example.com"],
     }
     OPEN = {"is_private": False, "token": "", "allow_hostnames": ()}  # nobody can point an address elsewhere
@@ -2338,13 +2337,12 @@ class TestHostCheck:
 
     @pytest.mark.parametrize("is_known, options, forwarded, hosts", [
         (True, NAMES, "", "localhost localhost:8888 LOCALHOST:1 a.localhost:8888 127.0.0.1:8888 127.9.9.9 [::1]:8888"),
-        (True, NAMES, "", "mine.example.org a.b.example.net:80 node7:8888 10.1.2.3 [2001:db8::7]:1"),
+        (True, NAMES, "", "mine.example.org a.b.example.net:80 [2001:db8::7]:1"),
         (True, NAMES, "", "80.localhost:8888 80.APPS.example.com:1 apps.example.com other.80.apps.example.com"),
         (False, NAMES, "", "80apps.example.com 80.example.com 80.localhost.evil.example 80.apps.example.com."),
         (False, NAMES, "", "evil.example evil.example:8888 localhost.evil.example xlocalhost localhost. 192.0.2.1"),
         (False, NAMES, "", "0.0.0.0 [::]:8888 [2001:db8::1] 127.0.0.1.evil.example mine.example.org."),
-        (False, NAMES, "", "node7.evil.example 10.evil.example"), (False, OPEN, "", "evil.a"),
-        (True, OPEN, "", "192.0.2.1:8888 [2001:db8::1] " + socket.gethostname()),
+        (False, OPEN, "", "evil.a"), (True, OPEN, "", "192.0.2.1:8888 [2001:db8::1] " + socket.gethostname()),
         (False, BEHIND, "pub.a", "evil.a"), (False, BEHIND, "evil.a", "pub.a"), (True, BEHIND, "pub.a", "localhost"),
     ])
     def test_name_that_may_lead_elsewhere_is_refused(self, is_known, options, forwarded, hosts):
@@ -3258,9 +3256,7 @@ class TestPages:
         response = proxy.get("/proxy/%d/" % port, *lines)
         page = re.sub("<[^>]*>", "", response[2].decode())
         assert (status_of(response), text.replace("PORT", str(port)) in page) == (502, True)
-        assert [option in page for option in ("--upstream-tls", "If it speaks")] == [
-            option in text for option in ("--upstream-tls", "If it speaks")
-        ]
+        assert ("--upstream-tls" in page) is (says is not None)
 
     def test_response_to_head_has_no_body(self, proxy):
         with proxy.wire() as wire:
