@@ -1692,19 +1692,17 @@ def sign(key: bytes, purpose: str, text: str) -> str:
     return base64url(hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest())
 
 
-def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
-    right = sign(key, purpose, text)
-    return hmac.compare_digest(signature.encode("latin-1"), right.encode())
+def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> Optional[str]:
+    """The text in the cookie `name`, of the form TEXT.SIGNATURE, or None.
 
-
-def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
-    """The text in the cookie `name`, of the form TEXT.SIGNATURE; "" if it is not valid.
-
-    If there are several, none is used: pages of apps and of other ports can set such a cookie.
+    If there are several texts, none is used: pages of apps and of other ports can set cookies.
     """
-    values = cookie_values(headers, name)
-    text, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
-    return text if text and is_signed(key, purpose, text, signature) else ""
+    texts = set()
+    for value in cookie_values(headers, name):
+        text, _, signature = value.rpartition(".")
+        if hmac.compare_digest(signature.encode("latin-1"), sign(key, purpose, text).encode()):
+            texts.add(text)
+    return texts.pop() if len(texts) == 1 else None
 
 
 def own_cookie(
@@ -1738,16 +1736,13 @@ def is_foreign(request: Request) -> bool:
         # With "Referrer-Policy: no-referrer", forms on our own pages send "Origin: null".
         is_own_form = headers.get("origin") == "null" and sites == ["same-origin"]
         return not (request.is_own_origin or is_own_form)
-    authority = request.client.authority
-    return not sites and any(
-        rest_of_own_url(page, authority) is None for page in headers.get_all("referer")
-    )
+    authority, pages = request.client.authority, () if sites else headers.get_all("referer")
+    return None in [rest_of_own_url(page, authority) for page in pages]
 
 
 def is_top_level(request: Request) -> bool:
     """Whether a page visit is in a tab or window, not in a frame."""
-    frames = request.headers.get_all("sec-fetch-dest")
-    return request.is_page_visit and {"document"}.issuperset(frames)
+    return request.is_page_visit and request.headers.tokens("sec-fetch-dest") <= {"document"}
 
 
 def find_app(request: Request, gate: Any) -> Request:
@@ -1790,11 +1785,11 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
             return route.prefix
         if base:  # the ports page; if base is "", it may be an app's unprefixed page
             return ""
-    is_from_page = page is not None or request.is_own_origin
-    is_from_page = is_from_page or headers.get_all("sec-fetch-site") == ["same-origin"]
-    if is_from_page or (request.is_page_visit and request.target != "/"):  # else it is our page
-        return signed_value(headers, gate.app_cookie, gate.key, "app")
-    return ""
+    is_same_origin = request.is_own_origin or headers.get_all("sec-fetch-site") == ["same-origin"]
+    is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
+    if page is None and not is_same_origin and not is_typed:
+        return ""
+    return signed_value(headers, gate.app_cookie, gate.key, "app") or ""
 
 
 def cookies_for_unprefixed(
@@ -2584,8 +2579,7 @@ def unexpected_tls(route: Route) -> ProxyError:
 # --------------------------------------------------------------------------------------------------
 # A gate admits or refuses each request before an upstream is contacted, whatever its method.
 # `authorize` returns, or raises the ProxyError to respond with.  A gate also removes our own
-# credentials from requests to apps.  `TokenGate` protects a proxy that stands alone; JupyterHub and
-# Jupyter have gates of their own below.  Connections of ended sessions are closed.
+# credentials from requests to apps.  Connections of ended sessions are closed.
 
 _SAFE = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))  # RFC 9110 section 9.2.1
 _TOKEN_FIELD = re.compile(r"(?:token|bearer)[ \t]+(.+)", re.IGNORECASE)
@@ -2814,15 +2808,14 @@ class TokenGate(Gate):
             for authority in {request.authority, request.client.authority}:
                 self._check_host(authority)
         elif not preflight:
-            host = host_of(request.client.authority)
-            cookies = cookie_values(request.headers, self.cookie_name)
-            signed_in = any(is_signed(self.key, "session", host, cookie) for cookie in cookies)
-            if not signed_in:
+            purpose = "session " + host_of(request.client.authority)
+            session = signed_value(request.headers, self.cookie_name, self.key, purpose)
+            if session is None:
                 # One token for each place is looked at: a request is one guess at most.
                 shown = query_tokens(request.target)[:1] + authorization_tokens(request.headers)[:1]
                 await self._require_token(request, shown, public_target(request))
             self.redirect_without_token(request, lambda: (self._new_cookie(request.client),))
-            if not signed_in:
+            if session is None:
                 return  # admitted by the token, which foreign pages do not know
         if not preflight:
             self.check_origin(request)
@@ -2858,7 +2851,7 @@ class TokenGate(Gate):
         raise ProxyError(401, wrong + text, CHALLENGE)
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
-        session = sign(self.key, "session", host_of(client.authority))
+        session = sign(self.key, "session " + host_of(client.authority), "")
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
         return own_cookie(self.cookie_name, session, path, client)
 
@@ -3032,10 +3025,7 @@ HubUser = Tuple[str, bool]  # the name, and whether the scopes give access to th
 
 
 class HubGate(Gate):
-    """The gate of a server that a JupyterHub started: the Hub's scopes decide about access.
-
-    The state of a sign-in is kept in a signed cookie, so other clients cannot evict it.
-    """
+    """The gate of a server that a JupyterHub started: the Hub's scopes decide about access."""
 
     sessions_can_end = True
     other_cookies = (_HUB_COOKIES,)
@@ -3128,7 +3118,10 @@ class HubGate(Gate):
         return token in self._tokens or token == self.hub.api_token
 
     def _begin_login(self, target: str, client: ClientInfo) -> ProxyError:
-        """The redirect to the Hub, which redirects back to `_end_login`."""
+        """The redirect to the Hub, which redirects back to `_end_login`.
+
+        Its state is in a signed cookie, so that other clients cannot evict it.
+        """
         state = secrets.token_urlsafe(32)
         target = local_target(self.root, target)
         if len(quote(target)) > _MAX_LOGIN_TARGET:
@@ -3155,7 +3148,8 @@ class HubGate(Gate):
         sent = dict(parse_qsl(request.target.partition("?")[2]))
         state, again = sent.get("state", ""), " Open %s/ again." % self.hub.prefix
         name, purpose = "%s_%s" % (self.cookie_name, short_hash(state)), "login " + state
-        deadline, _, target = signed_value(request.headers, name, self._key, purpose).partition(".")
+        login = signed_value(request.headers, name, self._key, purpose) or ""
+        deadline, _, target = login.partition(".")
         if not deadline or now() > int(deadline):
             text = "This sign-in was used or has expired, began in another browser, or cookies are"
             raise ProxyError(403, text + " blocked." + again)
