@@ -384,7 +384,6 @@ _LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 # Browsers parse 1.2.3 as an IPv4 address.
 _DOMAIN = re.compile(r"(?!(?:.*\.)?[0-9]+\Z)%s(?:\.%s)*" % (_LABEL, _LABEL))
 _PORT_NUMBER = re.compile(r"[1-9][0-9]{0,4}")
-_PORT_PART = re.compile(r":[0-9]*\Z")  # of an authority
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 
@@ -472,7 +471,8 @@ def port_in_host(authority: str, domains: Sequence[str]) -> int:
 
 def host_of(authority: str) -> str:
     """The host in an authority, in lower case and without its port."""
-    return _PORT_PART.sub("", authority).lower()
+    host, colon, port = authority.lower().rpartition(":")
+    return host if colon and not port.endswith("]") else authority.lower()
 
 
 def path_below(base: str, reference: str) -> Optional[str]:
@@ -878,8 +878,9 @@ def rest_of_own_url(url: str, authority: str) -> Optional[str]:
 
 def with_port(authority: str, scheme: str) -> str:
     """The authority in lower case, with the default port of the scheme if it has none."""
-    port = "" if _PORT_PART.search(authority) else _DEFAULT_PORTS[scheme.lower()]
-    return authority.lower() + port
+    authority = authority.lower()
+    has_port = host_of(authority) != authority
+    return authority if has_port else authority + _DEFAULT_PORTS[scheme.lower()]
 
 
 def cookie_name(cookie: str) -> str:
