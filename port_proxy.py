@@ -4625,14 +4625,13 @@ class PortCheck:
         """ProxyError if the app cannot be reached."""
         route, config, report = self.route, self.config, self.report
         for listener in find_listeners():
-            is_here = route.is_local or route.host in listener.addresses
-            if listener.port == route.port and is_here:
+            if listener.port == route.port and (route.is_local or route.host in listener.addresses):
                 report.addresses, report.program = listener.addresses, listener.program
                 report.owner = user_name(listener.user)
         check_route(route, config)
         page = await self._open("/")
-        is_absolute = page.status == 404 or self.absolute_path.encode() in page.body
-        if is_absolute and await self._status(report.kept) not in (0, 404):
+        may_be_absolute = page.status == 404 or self.absolute_path.encode() in page.body
+        if may_be_absolute and await self._status(report.kept) not in (0, 404):
             page = await self._open(report.kept)
         base_path = "" if path_below(self.absolute_path, self.path) is None else self.absolute_path
         scheme, authority = "https" if config.certfile else "http", "localhost:%d" % config.port
@@ -4640,6 +4639,7 @@ class PortCheck:
         host = host_form(route.port, ClientInfo("", scheme, authority), config.domains)
         if host and route.host == "localhost" and not base_path:
             report.use.insert(0, host)
+        report.ok, report.speaks = True, route.scheme
         report.status, report.title = page.status, title_in(page.headers, page.body)
         await self._examine_links(page.body.decode("latin-1"), base_path)
         status = await self._status(self.path, host=_FOREIGN_HOST)
@@ -4678,7 +4678,7 @@ class PortCheck:
         try:
             return await fetch(connection, lines, b"", timeout, self.config)
         except (ProxyError, TimedOut, Truncated, OSError):
-            is_first = not self.report.ok
+            is_first = not (self.report.ok or self.report.redirect)
             if is_first and route.scheme == "http" and await accepts_tls(self.upstreams, route):
                 self.report.speaks = "https"
                 raise unexpected_tls(route)
@@ -4692,35 +4692,26 @@ class PortCheck:
         except ProxyError:
             return 0
 
-    async def _open(self, path: str) -> Response:
-        """The page at a path, after the app's redirects to itself."""
-        report = self.report
-        page, self.path = await self._get(path), path
-        report.ok, report.speaks = True, self.route.scheme
-        for _ in range(_MAX_REDIRECTS):
+    async def _open(self, target: str) -> Response:
+        """The page at a path, after the app's redirects to itself; ProxyError if none comes."""
+        for _ in range(_MAX_REDIRECTS + 1):
+            page, self.path = await self._get(target), target.partition("?")[0]
             location = page.headers.get("location")
             if not location or not 300 <= page.status < 400:
                 return page
             origin, target = self._resolve(location)
-            path = target.partition("?")[0]
-            if origin not in self.own_origins:
-                report.redirect = origin + path
+            is_own = origin in self.own_origins
+            self.report.redirect = ("" if is_own else origin) + target.partition("?")[0]
+            if not is_own:
                 if origin.replace("https", "http", 1) in self.own_origins:
-                    report.problems.append(
+                    self.report.problems.append(
                         "It redirects to https at its own address. Behind the proxy, this is an"
                         " endless loop. Switch the redirect off in the app; or serve HTTPS"
                         " (--certfile), if the app obeys X-Forwarded-Proto."
                     )
                 return page
-            report.redirect = path
-            try:
-                page, self.path = await self._get(target), path
-            except ProxyError as error:
-                report.problems.append(error.detail)
-                return page
-        if 300 <= page.status < 400:
-            text = "It redirected %d times in a row and showed no page. A browser, which keeps"
-            report.problems.append(text % _MAX_REDIRECTS + " cookies, may get a page.")
+        text = "It redirected %d times in a row and showed no page. A browser, which keeps cookies,"
+        self.report.problems.append(text % _MAX_REDIRECTS + " may get a page.")
         return page
 
     def _resolve(self, reference: str) -> Tuple[str, str]:
@@ -4759,18 +4750,15 @@ class PortCheck:
                 with contextlib.suppress(ProxyError):
                     texts[target] = (await self._get(target)).body.decode("latin-1")
         address = _APP_ADDRESS % (re.escape(self.route.host), self.route.port)
-        for path, text in texts.items():
-            if re.search(address, text):
-                advice = "set the address in the app's configuration to a path, such as /api."
-                if "webpack-dev-server" in text:
-                    option = "--client-web-socket-url auto://0.0.0.0:0/ws"
-                    advice = "start webpack-dev-server with %s." % option
-                problem = (
-                    "%s contains an address with port %d. This address bypasses the proxy and works"
-                    " only on this machine. If the app does not work from other machines, %s"
-                )
-                report.problems.append(problem % (path, self.route.port, advice))
-                return
+        found = [path for path, text in texts.items() if re.search(address, text)]
+        if found:
+            report.problems.append(
+                "%s contains an address with port %d. This address bypasses the proxy and works"
+                " only on this machine. If the app does not work from other machines, set the"
+                " address in the app's configuration to a path, such as /api. (For"
+                " webpack-dev-server: --client-web-socket-url auto://0.0.0.0:0/ws.)"
+                % (found[0], self.route.port)
+            )
 
 
 def report_text(report: Any) -> str:

@@ -5434,7 +5434,7 @@ class TestCheck:
     @pytest.mark.parametrize("pages, whole_origin, found, problem", [
         (dict({"/%s" % (at or ""): "Location: /%d" % (at + 1) for at in range(5)}, **{"/5": "<title>A</title>"}), True,
          {"redirect": "/5", "title": "A"}, ""),
-        ({"/": "Location: /x", "/x": b""}, True, {"ok": True, "redirect": "/x"}, "No valid HTTP came from port PORT"),
+        ({"/": "Location: /x", "/x": b""}, True, {"ok": False, "redirect": "/x"}, "No valid HTTP came from port PORT"),
         ({"*": b"HTTP/1.1 103 Early\r\nLink: <a>\r\n\r\n" + html_response(b"<title>A</title>")}, True,
          {"status": 200, "title": "A"}, ""),
         ({"*": html_response(b"", "401 No", "WWW-Authenticate: Digest realm=a")}, True,
