@@ -4283,7 +4283,7 @@ class TornadoTransport(asyncio.Transport):
             self._protocol.connection_lost(self._stream.error)
 
     def write(self, data: Union[bytes, bytearray, memoryview]) -> None:
-        if self._is_closing or self._stream.closed():  # the close callback follows
+        if not data or self._is_closing or self._stream.closed():  # the close callback follows
             return
         future = self._stream.write(bytes(data))
         if not future.done():
