@@ -3831,7 +3831,8 @@ class PortProxy:
         self.is_running = False
         await cancel(self._acceptors)
         self._cleanup.close()
-        until = now() + self.config.shutdown_timeout
+        timeout = self.config.shutdown_timeout
+        timer = self.deadlines.loop.call_later(timeout, self.cut)
         for client in list(self._clients):
             if client.state is HANDSHAKE and client.task:
                 client.task.cancel()
@@ -3839,25 +3840,24 @@ class PortProxy:
                 client.close()
         for tunnel in list(self.tunnels):
             tunnel.close()
-        tasks = self._tasks()
-        if tasks:
-            await asyncio.wait(tasks, timeout=self.config.shutdown_timeout)
-        await cancel(self._tasks())
+        while self._tasks():
+            await asyncio.wait(self._tasks())
         self.upstreams.close()
-        # Tunnels have the rest of the time to send queued data, other connections one second.
-        left = until - now() if self.tunnels else 0.0
-        await self.deadlines.close(max(left, min(1.0, self.config.shutdown_timeout)))
+        await self.deadlines.close(timeout if self.tunnels else 1.0)
+        timer.cancel()
         self._sockets.clear()
+        self._clients.clear()
 
     def _tasks(self) -> "List[asyncio.Future[None]]":
-        return [client.task for client in self._clients if client.task is not None]
+        tasks = [client.task for client in self._clients if client.task is not None]
+        return [task for task in tasks if not task.done()]
 
     def cut(self) -> None:
-        """Cancel all running requests and abort all tunnels; `close` then returns sooner."""
+        """Cut off all requests, tunnels and queued data; `close` then returns soon."""
         for task in self._tasks():
             task.cancel()
-        for tunnel in list(self.tunnels):
-            tunnel.abort()
+        for connection in list(self.deadlines.connections):
+            connection.abort()
 
     async def serve_one(self, client: Connection, head: bytes, gate: Gate) -> bool:
         """Serve a request; `gate` controls access.
