@@ -3834,8 +3834,8 @@ class PortProxy:
         timeout = self.config.shutdown_timeout
         timer = self.deadlines.loop.call_later(timeout, self.cut)
         for client in list(self._clients):
-            if client.state is HANDSHAKE and client.task:
-                client.task.cancel()
+            if client.state is HANDSHAKE:
+                client.end()
             elif client.state is not ACTIVE:
                 client.close()
         for tunnel in list(self.tunnels):
@@ -3907,8 +3907,8 @@ class PortProxy:
         victims = [client for client in living if not client.is_admitted]
         victims += [client for client in living if client.state is IDLE and client.is_quiet()]
         for victim in victims[:1]:
-            if victim.state is HANDSHAKE and victim.task:
-                victim.task.cancel()
+            if victim.state is HANDSHAKE:
+                victim.end()
             else:
                 victim.abort()
         return bool(victims)
@@ -3926,11 +3926,12 @@ class PortProxy:
                 if self._make_room():
                     client = Connection(self.deadlines, self._set_idle)
                     client.state = HANDSHAKE
+                    client.watcher = functools.partial(_hang_up, sock)
                     self._clients[client] = None
                     client.task = loop.create_task(self._shake_hands(client, sock, tls))
                 else:
                     sock.close()
-                await asyncio.sleep(0)  # yield: cancelled handshakes then close their sockets
+                await asyncio.sleep(0)  # yield: ended handshakes then close their sockets
         finally:
             with contextlib.suppress(NotImplementedError):  # on Windows
                 loop.remove_reader(listener.fileno())  # Python 3.6 does not remove it
@@ -3940,8 +3941,7 @@ class PortProxy:
     ) -> None:
         """Do the TLS handshake, except with plain HTTP, which `_read_request` refuses."""
         loop, is_ready, is_plain = self.deadlines.loop, asyncio.Event(), False
-        assert client.task is not None
-        timer = loop.call_later(self.config.head_timeout, client.task.cancel)
+        timer = loop.call_later(self.config.head_timeout, client.end)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(sock)
@@ -3961,8 +3961,7 @@ class PortProxy:
             timer.cancel()
             if client.state is HANDSHAKE:  # it has failed
                 self._clients.pop(client, None)
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)  # in 3.6, asyncio waits for EOF
+                client.end()  # if cancelled: in 3.6, asyncio waits for EOF
 
     def _set_idle(self, client: Connection) -> None:
         client.task = None
@@ -4119,6 +4118,12 @@ def _is_private(sock: socket.socket) -> bool:
         return not os.stat(name).st_mode & 0o077
     except (OSError, ValueError):  # ValueError: an abstract socket, whose name begins with NUL
         return False
+
+
+def _hang_up(sock: socket.socket, _: Connection) -> None:
+    """End a TLS handshake: it reads EOF.  A task that has not started could not be cancelled."""
+    with contextlib.suppress(OSError):  # the client has left
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def server_context(config: Config) -> ssl.SSLContext:

@@ -4597,6 +4597,23 @@ class TestTls:
             wire.send(sent)
             assert wire.ends()
 
+    def test_handshake_that_has_not_begun_yet_makes_room_once(self, background, start, certificate):
+        """Clients of two listeners come at once, and then others."""
+        config = Config(certfile=str(certificate / "both.pem"), max_connections=1, head_timeout=4 * WAIT)
+        listeners, poll, proxy = [socket.socket() for _ in range(2)], select.poll(), PortProxy(config)
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        ports = [listener.getsockname()[1] for listener in listeners]
+        background.do(proxy.start(listeners))
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: background.do(proxy.close()))
+            with start().held():
+                wires = [stack.enter_context(Wire.to(port)) for port in ports]
+            wires += [stack.enter_context(Wire.to(ports[0])) for _ in range(5)]
+            for wire in wires:
+                poll.register(wire.sock, getattr(select, "POLLRDHUP", 0))
+            eventually(lambda: len(poll.poll(0)) == len(wires) - 1)
+
     def test_tunnel_is_cut_though_its_client_does_not_close(self, background, secure, upstream):
         """asyncio's own timeout for it is 30 seconds."""
         app, proxy = upstream(script(read_head, SWITCHING, read_to_the_end, tell)), secure(shutdown_timeout=WAIT)
