@@ -250,18 +250,16 @@ def _is_strings(value: Any) -> bool:
     return is_sequence and all(isinstance(item, str) for item in value)
 
 
+_STRINGS = "a sequence of strings"
 _KINDS = {  # of values, by field or else by the type of the default; in Python, True is a number
     str: ("a string", lambda value: isinstance(value, str)),
     bool: ("True or False", lambda value: isinstance(value, bool)),
     int: ("a whole number above 0", lambda value: type(value) is int and value > 0),
     float: ("a number above 0", lambda value: type(value) in (int, float) and value > 0),
-    tuple: ("a sequence of strings", _is_strings),
+    tuple: (_STRINGS, _is_strings),
     type(None): ("a path", lambda value: isinstance(value, (str, os.PathLike))),
     "port": ("a number from 0 to 65535", lambda value: type(value) is int and -1 < value < 65536),
-    "host_allowlist": (
-        "a sequence of strings",
-        lambda value: callable(value) or _is_strings(value),
-    ),
+    "host_allowlist": (_STRINGS, lambda value: callable(value) or _is_strings(value)),
     "whole_origin": ("True or False", lambda value: isinstance(value, bool)),
     "token": ("a string", lambda value: isinstance(value, str)),
     "authorize": ("an asynchronous callable", callable),
@@ -4844,7 +4842,8 @@ def _token(arguments: Arguments) -> Optional[str]:
     token = os.environ.pop("PORT_PROXY_TOKEN", "")
     if "--no-token" in arguments:
         return ""
-    for path in arguments.get("--token-file", ())[-1:]:
+    if "--token-file" in arguments:
+        path = arguments["--token-file"][-1]
         # latin-1 can decode every file; `checked_config` then refuses characters outside of ASCII.
         with open(path, encoding="latin-1") as file:
             token = file.read().strip()
@@ -5054,8 +5053,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _say("port_proxy " + __version__)
         return 0
     handler = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(message)s")
-    handler.setFormatter(_JsonFormatter() if "--log-json" in arguments else plain)
+    formatter = _JsonFormatter if "--log-json" in arguments else logging.Formatter
+    handler.setFormatter(formatter("%(asctime)s %(message)s"))
     is_quiet, is_detailed = "--quiet" in arguments, {"--verbose", "--log-json"} & arguments.keys()
     level = logging.ERROR if is_quiet else logging.INFO if is_detailed else logging.WARNING
     logging.basicConfig(level=level, handlers=[handler])
