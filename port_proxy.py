@@ -1691,17 +1691,24 @@ def sign(key: bytes, purpose: str, text: str) -> str:
     return base64url(hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest())
 
 
-def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> Optional[str]:
-    """The text in the cookie `name`, of the form TEXT.SIGNATURE, or None.
-
-    If there are several texts, none is used: pages of apps and of other ports can set cookies.
-    """
-    texts = set()
+def signed_texts(headers: Headers, name: str, key: bytes, purpose: str) -> List[Optional[str]]:
+    """The texts of the cookies `name`, of the form TEXT.SIGNATURE; None for each invalid one."""
+    texts = []  # type: List[Optional[str]]
     for value in cookie_values(headers, name):
         text, _, signature = value.rpartition(".")
-        if hmac.compare_digest(signature.encode("latin-1"), sign(key, purpose, text).encode()):
-            texts.add(text)
-    return texts.pop() if len(texts) == 1 else None
+        right = sign(key, purpose, text)
+        is_valid = hmac.compare_digest(signature.encode("latin-1"), right.encode())
+        texts.append(text if is_valid else None)
+    return texts
+
+
+def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
+    """The text of the only cookie `name`, or "" if it is invalid.
+
+    If there are several, none is used: pages of apps and of other ports can set such a cookie.
+    """
+    texts = signed_texts(headers, name, key, purpose)
+    return (texts[0] or "") if len(texts) == 1 else ""
 
 
 def own_cookie(
@@ -1788,7 +1795,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
     is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
     if page is None and not is_same_origin and not is_typed:
         return ""
-    return signed_value(headers, gate.app_cookie, gate.key, "app") or ""
+    return signed_value(headers, gate.app_cookie, gate.key, "app")
 
 
 def cookies_for_unprefixed(
@@ -2808,13 +2815,13 @@ class TokenGate(Gate):
                 self._check_host(authority)
         elif not preflight:
             purpose = "session " + host_of(request.client.authority)
-            session = signed_value(request.headers, self.cookie_name, self.key, purpose)
-            if session is None:
+            signed_in = "" in signed_texts(request.headers, self.cookie_name, self.key, purpose)
+            if not signed_in:
                 # One token for each place is looked at: a request is one guess at most.
                 shown = query_tokens(request.target)[:1] + authorization_tokens(request.headers)[:1]
                 await self._require_token(request, shown, public_target(request))
             self.redirect_without_token(request, lambda: (self._new_cookie(request.client),))
-            if session is None:
+            if not signed_in:
                 return  # admitted by the token, which foreign pages do not know
         if not preflight:
             self.check_origin(request)
@@ -3147,7 +3154,7 @@ class HubGate(Gate):
         sent = dict(parse_qsl(request.target.partition("?")[2]))
         state, again = sent.get("state", ""), " Open %s/ again." % self.hub.prefix
         name, purpose = "%s_%s" % (self.cookie_name, short_hash(state)), "login " + state
-        login = signed_value(request.headers, name, self._key, purpose) or ""
+        login = signed_value(request.headers, name, self._key, purpose)
         deadline, _, target = login.partition(".")
         if not deadline or now() > int(deadline):
             text = "This sign-in was used or has expired, began in another browser, or cookies are"
