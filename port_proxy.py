@@ -2337,10 +2337,9 @@ def _page(
 ) -> LocalResponse:
     nonce = secrets.token_urlsafe(16)
     policy = (
-        "default-src 'none'; img-src data:; connect-src 'self'; base-uri 'none';"
-        " frame-ancestors 'self'; style-src 'nonce-%s'; script-src "
-    ) % nonce
-    policy += "'nonce-%s'" % nonce if script else "'none'"
+        "default-src 'none'; img-src data:; style-src 'nonce-{0}'; script-src 'nonce-{0}';"
+        " connect-src 'self'; base-uri 'none'; frame-ancestors 'self'"
+    ).format(nonce)
     element = '<script nonce="%s">%s</script>' % (nonce, script) if script else ""
     text = _PAGE % (html.escape(title), nonce, _STYLE, body, element)
     return _response(status, "text/html", text, (("Content-Security-Policy", policy), *fields))

@@ -3136,7 +3136,7 @@ class TestPages:
         assert b"<script" not in page.body
         assert fields["X-Content-Type-Options"] == "nosniff"
         nonce = re.search('<style nonce="([^"]{22})">', page.body.decode()).group(1)
-        for directive in ("default-src 'none'", "script-src 'none'", "style-src 'nonce-%s'" % nonce):
+        for directive in ("default-src 'none'", "script-src 'nonce-%s'" % nonce, "style-src 'nonce-%s'" % nonce):
             assert directive in fields["Content-Security-Policy"]
 
     def test_response_at_the_base_names_the_forms_of_an_address(self, proxy):
