@@ -276,15 +276,17 @@ def check_kind(field: str, value: Any) -> None:
 
 
 def parsed_value(field: str, text: str) -> Any:
-    """The value in a text; the text itself if it is not valid, which `check_kind` refuses."""
-    default = getattr(DEFAULTS, field)
+    """The value that a text means for a field of Config.  ValueError if it has none."""
+    default, value = getattr(DEFAULTS, field), text  # type: Any, Any
     if isinstance(default, tuple):
-        return tuple(item.strip() for item in text.split(","))
-    if isinstance(default, bool) or field == "whole_origin":
-        return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
-    with contextlib.suppress(ValueError):
-        return type(default)(text) if isinstance(default, (int, float)) else text
-    return text
+        value = tuple(item.strip() for item in text.split(","))
+    elif isinstance(default, bool) or field == "whole_origin":
+        value = {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
+    elif isinstance(default, (int, float)):
+        with contextlib.suppress(ValueError):
+            value = type(default)(text)
+    check_kind(field, value)
+    return value
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5897,6 +5897,7 @@ class TestUnderAHub:
 
     @pytest.mark.parametrize("changes, options, message", [
         ({}, "--no-token", "remove --no-token"), ({}, "--token", "remove --token"), ({}, "--certfile x", "--certfile"),
+        ({}, "--shutdown-timeout x", "--shutdown-timeout must be a number above 0"),
         ({"SERVICE_URL": "unix:/a"}, "", "JUPYTERHUB_SERVICE_URL is not valid: unix:/a"),
         ({"COOKIE_OPTIONS": "["}, "", "JUPYTERHUB_COOKIE_OPTIONS"), ({"API_URL": "unix://a"}, "", "JUPYTERHUB_API_URL"),
         ({"OAUTH_ACCESS_SCOPES": "7"}, "", "JUPYTERHUB_OAUTH_ACCESS_SCOPES"),
