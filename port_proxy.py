@@ -2806,10 +2806,8 @@ class TokenGate(Gate):
         if authorize is not None:
             result = await authorize(request, request.client, request.route)
             if result is not None:  # such as False, which must not admit the request
-                text = "authorize must return None to admit a request, and raise ProxyError to"
-                text += " refuse it; it returned %s." % type(result).__name__
-                logger.error(text)
-                raise ProxyError(500, "This proxy has a mistake: " + text)
+                text = "authorize must return None to admit a request, or raise ProxyError, not %s"
+                raise TypeError(text % type(result).__name__)
         elif not self.token:
             # After DNS rebinding, a page can set X-Forwarded-Host, but not Host: check both.
             for authority in {request.authority, request.client.authority}:
@@ -3069,7 +3067,10 @@ class HubGate(Gate):
         if request.method not in ("GET", "HEAD"):
             return
         if is_base(self.hub.prefix + "/api", request.target):  # a poll of the Hub
-            await self._user_of(self.hub.api_token, is_known=True)  # this sets `_version`
+            if not self._version:
+                # A Hub that starts polls before it responds, and stops a server that is not ready.
+                with contextlib.suppress(ProxyError):
+                    await self._user_of(self.hub.api_token, is_known=True)
             raise ProxyError(200, "Ready.", (("X-JupyterHub-Version", self._version),))
         if is_base(self.callback_path, request.target):
             await self._end_login(request)
@@ -3115,7 +3116,6 @@ class HubGate(Gate):
     def _check_access(self, user: HubUser) -> None:
         name, has_access = user
         if not has_access:
-            logger.info("refused: %r has no access to %s", name, self.hub.prefix)
             owner = " of " + self.hub.user if self.hub.user else ""  # a service has no owner
             text = "You are signed in as %s, but have no access to this server%s. Sign in at the"
             text += " Hub as another user, or ask for access."
