@@ -2187,13 +2187,14 @@ class NotListening(ProxyError):
         text = "Nothing listens on %s. Is the app running, and is this its port?" % route.place
         advice = address = ""
         if addresses and route.is_local and REACHED[route.host].isdisjoint(addresses):
-            address = addresses[0]
             text = "The app on port %d listens on %s only, not on %s."
             text %= route.port, " and ".join(addresses), route.host
-            advice = (
-                "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value}"
-                " and open %s instead of %d."
-            ) % (authority_of(address, route.port), route.port)
+            if REACHED["localhost"].isdisjoint(addresses):  # else the form /<port>/ reaches it
+                address = addresses[0]
+                advice = (
+                    "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist}"
+                    " {value} and open %s instead of %d."
+                ) % (authority_of(address, route.port), route.port)
         fields = (("Retry-After", "2"), ("Port-Proxy", "waiting"))
         super().__init__(502, text, fields, advice, address)
         self.route = route

@@ -3188,11 +3188,11 @@ class TestPages:
         assert (rows[8081]["seconds"], rows[8081]["title"]) == (None, None)
 
     @pytest.mark.parametrize("upstream, addresses, advice", [
-        ("127.0.0.1:80", ["127.0.0.2", "::1"], "127.0.0.2 and ::1 only, not on 127.0.0.1. Start it with 127.0.0.1 as"),
+        ("127.0.0.1:80", ["127.0.0.2", "::1"], "listens on 127.0.0.2 and ::1 only, not on 127.0.0.1."),
         ("80", ["2001:db8::7"], " with --host-allowlist 2001:db8::7 and open [2001:db8::7]:80 instead of 80."),
     ])
     def test_address_that_an_app_listens_on_is_named_as_it_is_opened(self, upstream, addresses, advice):
-        assert advice in port_proxy.NotListening(route_of(upstream), addresses).detail
+        assert port_proxy.NotListening(route_of(upstream), addresses).detail.endswith(advice)
 
     def test_title_is_forgotten_once_another_program_has_started(self, listing):
         port, folder, rows_now = listing
