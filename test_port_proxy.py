@@ -4010,6 +4010,13 @@ CHUNKED_HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 UNTIL_CLOSE_HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 
 
+def send_until_closed(wire, app=None):
+    """Send until the peer has closed the connection."""
+    with contextlib.suppress(OSError):
+        while True:
+            wire.sock.sendall(bytes(1 << 16))
+
+
 @pytest.fixture
 def records(caplog):
     """What the access log says of each request, in order: dictionaries."""
@@ -4094,12 +4101,8 @@ class TestResponses:
     def test_body_until_close_is_reset_if_the_proxy_gives_up(self, start, upstream, cause):
         """A client of HTTP/1.0 takes EOF for the end of the body, so it must not see one before that end."""
 
-        def send(wire, app):
-            with contextlib.suppress(OSError):
-                wire.send(*[bytes(1 << 20) if cause == "stall" else b"x"] * 50)
-                hold(wire, app)
-
-        app = upstream(script(read_head, b"HTTP/1.0 200 OK\r\n\r\nabc", send))
+        more = send_until_closed if cause == "stall" else hold
+        app = upstream(script(read_head, b"HTTP/1.0 200 OK\r\n\r\nabc", more))
         proxy = start(stall_timeout=0.3 if cause == "stall" else 60, shutdown_timeout=0.1)
         with proxy.sent(to(app, version="1.0")) as wire:
             wire.until(b"abc")
@@ -4217,12 +4220,6 @@ class TestRequests:
     @pytest.mark.parametrize("last", [b"", hold], ids=["closes", "holds"])
     def test_early_response_reaches_the_client(self, proxy, upstream, last):
         """The app refuses in the middle of an upload, and may close at once, which resets the connection."""
-
-        def send_until_closed(wire):
-            with contextlib.suppress(OSError):
-                for _ in range(10000):
-                    wire.sock.send(bytes(65536))
-
         answer = b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig"
         app = upstream(script(read_head, lambda wire, app: wire.exactly(100000), answer, last))
         for _ in range(5):
@@ -4677,12 +4674,7 @@ class TestTls:
     def test_client_that_resets_a_body_until_close_is_no_error(self, secure, upstream):
         """asyncio forgets the socket of a lost TLS connection, whether reading or writing has failed."""
 
-        def send_to_the_end(wire, app):
-            with contextlib.suppress(OSError):
-                while True:
-                    wire.send(bytes(1 << 16))
-
-        app, proxy = upstream(script(read_head, UNTIL_CLOSE_HEAD + b"abc", send_to_the_end)), secure()
+        app, proxy = upstream(script(read_head, UNTIL_CLOSE_HEAD + b"abc", send_until_closed)), secure()
         for _ in range(10):
             wire = proxy.wire()
             wire.send(to(app, version="1.0"))
@@ -5486,21 +5478,12 @@ class TestCheck:
         report = check(tls_app.port, upstream_tls=(str(tls_app.port),), insecure_upstream=True)
         self.assert_found(report, ok=True, speaks="https", status=200)
 
-    def test_own_port_is_a_problem_at_its_own_address_alone(self, check, upstream):
+    def test_own_port_is_a_problem_at_its_own_address_alone(self, check, app):
         """The number alone does not tell: another program may have it at another address."""
-
-        def serve(wire, app):
-            with contextlib.suppress(OSError):  # the connection is closed without a request
-                if wire.more():
-                    app.happened.set()
-                    wire.send(OK)
-
-        app = upstream(serve)
         for bind in ("127.0.0.1", "0.0.0.0", "", "LOCALHOST", "127.1"):
             report = check(app.port, port=app.port, bind=bind)
-            assert (report.ok, report.use, app.happened.is_set()) == (False, [], False)
-            problem = "Port %d is the proxy's own: .* set the proxy's port with --port" % app.port
-            assert re.match(problem, report.problems[0])
+            assert (report.ok, report.use, app.messages) == (False, [], [])
+            assert re.match("Port %d is the proxy's own: .* set the proxy's port" % app.port, report.problems[0])
         for bind in ("unix:/a", "127.0.0.5", "nowhere.invalid", "a..b"):
             assert check(app.port, port=app.port, bind=bind).ok
 
@@ -5645,10 +5628,8 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("environment, options, lines", [
         ({}, "--domain d --no-token",
-         r"port_proxy [0-9.]+: open (http://localhost:[0-9]+/proxy/)\n"
-         r"It reaches every port of this machine as \1<port>/ or http://<port>\.localhost:[0-9]+/"),
-        ({"SSH_CONNECTION": "x"}, "--token",
-         r"port_proxy [0-9.]+: open http://localhost:\d+/proxy/\?token=\S{32,}\n.*"),
+         r".*: open (http://localhost:\d+/proxy/)\nIt reaches .* \1<port>/ or http://<port>\.localhost:\d+/"),
+        ({"SSH_CONNECTION": "x"}, "--token", r".*: open http://localhost:\d+/proxy/\?token=\S{32,}\n.*"),
         ({}, "--token --quiet", r".*\?token=\S+\n.*"), ({}, "--bind 0.0.0.0 --quiet", r".*\?token=\S+\n.*"),
         # A given token is not printed: the output may end in a log.
         ({"PORT_PROXY_TOKEN": TOKEN}, "", TOKEN_REQUIRED), ({}, "--token-file token", TOKEN_REQUIRED),
@@ -5733,14 +5714,10 @@ class TestCommandLine:
     def test_port_in_use_names_its_program_and_a_command_that_works(self, capsys):
         with taken_port(listens=True) as port:
             status, output, errors = run_main(capsys, "--port=%d" % port, "--base", "/(b)", "--no-token")
-            assert (status, output) == (2, "")
-            pattern = (
-                r"port_proxy: port %d of 127\.0\.0\.1 is in use by .+ \(process %d\)\. To take a free port, type:\n"
-                r"  python3 port_proxy\.py --base '/\(b\)' --no-token --port (\d+)\n"
-            )
-            free = int(re.fullmatch(pattern % (port, os.getpid()), errors).group(1))
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", free))
+        assert (status, output) == (2, "")
+        pattern = r"port_proxy: port %d of 127\.0\.0\.1 is in use by .+ \(process %d\)\. .*:\n"
+        pattern += r"  python3 port_proxy\.py --base '/\(b\)' --no-token --port 0\n"
+        assert re.fullmatch(pattern % (port, os.getpid()), errors)
 
     @pytest.mark.parametrize("path, command", [
         ("/opt/bin/port-proxy", "port-proxy"), ("/srv/port_proxy.py", "python3 port_proxy.py"),
@@ -5772,9 +5749,8 @@ class TestCommandLine:
         assert run_main(capsys, "--version")[:2] == (0, "port_proxy %s\n" % port_proxy.__version__)
 
     def test_public_address_without_a_token_is_warned_of(self):
-        warning = "port_proxy: no token is required .*: all clients of 0.0.0.0 can use every port\n"
         output, errors = banner_of("--no-token", "--bind", "0.0.0.0", "--quiet")
-        assert (output, bool(re.fullmatch(warning, errors))) == ("", True)
+        assert (output, "no token is required" in errors) == ("", True)
 
     def test_mistake_without_stderr_still_sets_the_exit_status(self):
         pytest.importorskip("resource")  # and so no Windows
@@ -5810,22 +5786,13 @@ class TestCommandLine:
 
     def test_stop_with_everything_under_way_is_quiet(self, upstream):
         """With requests, uploads, tunnels and half heads the exit status is 0, and nothing is logged."""
-
-        def serve(wire, app):
-            wire.until(b"\r\n\r\n")
-            wire.send(SWITCHING if app.connections % 2 else b"")
-            app.let_go.wait(4 * WAIT)
-
-        app = upstream(serve)
-        with program("--shutdown-timeout", "0.2") as (_, _, port):
-            wires = [Wire.to(port) for _ in range(12)]
-            for number, wire in enumerate(wires):
+        app = upstream(in_turn(*[script(read_head, hold), script(read_head, SWITCHING, hold)] * 5))
+        with contextlib.ExitStack() as stack, program("--shutdown-timeout", "0.2") as (_, _, port):
+            for number in range(12):
                 lines = HANDSHAKE if number % 2 else ("Content-Length: 10",)
-                data = request("GET", "/proxy/%d/" % app.port, *lines) + b"abc"
-                wire.send(data[: 20 if number % 5 == 0 else None])
+                data = to(app, *lines, body=b"abc")
+                stack.enter_context(Wire.to(port)).send(data[: 20 if number % 5 == 0 else None])
             eventually(lambda: app.connections == 9)
-        for wire in wires:
-            wire.close()
 
     def test_limit_of_descriptors_is_never_lowered(self, capsys, monkeypatch):
         """Here a high one, without a hard limit, as on macOS."""
