@@ -389,7 +389,7 @@ _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPa
 
 
 class Route:
-    """The upstream for requests with a certain prefix.  Routes are cached, so they never change.
+    """The upstream for requests with a certain prefix.  Immutable, because routes are cached.
 
     host: a name, an address, an IPv6 address in brackets, or "" for this machine.  prefix: such as
     /proxy/8080, as the client spelled it; "" if the host names the port.  absolute: the prefix is
@@ -421,7 +421,12 @@ class Route:
         # What the app may use in its own URLs.
         self.app_authorities = frozenset(authority_of(name, port) for name in names)
         fields = _PREFIX_FIELDS if prefix and not absolute else ()
-        self.prefix_lines = ["%s: %s" % (field, prefix) for field in fields]
+        self.prefix_lines = tuple("%s: %s" % (field, prefix) for field in fields)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(self, "prefix_lines"):  # set last
+            raise AttributeError("a route cannot be changed")
+        super().__setattr__(name, value)
 
 
 _route = functools.lru_cache(maxsize=1024)(Route)
