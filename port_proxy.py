@@ -1698,24 +1698,19 @@ def sign(key: bytes, purpose: str, text: str) -> str:
     return base64url(hmac.new(key, ("%s %s" % (purpose, text)).encode(), "sha256").digest())
 
 
-def signed_texts(headers: Headers, name: str, key: bytes, purpose: str) -> List[Optional[str]]:
-    """The texts of the cookies `name`, of the form TEXT.SIGNATURE; None for each invalid one."""
-    texts = []  # type: List[Optional[str]]
-    for value in cookie_values(headers, name):
-        text, _, signature = value.rpartition(".")
-        right = sign(key, purpose, text)
-        is_valid = hmac.compare_digest(signature.encode("latin-1"), right.encode())
-        texts.append(text if is_valid else None)
-    return texts
+def is_signed(key: bytes, purpose: str, text: str, signature: str) -> bool:
+    right = sign(key, purpose, text)
+    return hmac.compare_digest(signature.encode("latin-1"), right.encode())
 
 
 def signed_value(headers: Headers, name: str, key: bytes, purpose: str) -> str:
-    """The text of the only cookie `name`, or "" if it is invalid.
+    """The text in the cookie `name`, of the form TEXT.SIGNATURE; "" if it is not valid.
 
     If there are several, none is used: pages of apps and of other ports can set such a cookie.
     """
-    texts = signed_texts(headers, name, key, purpose)
-    return (texts[0] or "") if len(texts) == 1 else ""
+    values = cookie_values(headers, name)
+    text, _, signature = values[0].rpartition(".") if len(values) == 1 else ("", "", "")
+    return text if text and is_signed(key, purpose, text, signature) else ""
 
 
 def own_cookie(
@@ -2819,8 +2814,9 @@ class TokenGate(Gate):
             for authority in {request.authority, request.client.authority}:
                 self._check_host(authority)
         elif not preflight:
-            purpose = "session " + host_of(request.client.authority)
-            signed_in = "" in signed_texts(request.headers, self.cookie_name, self.key, purpose)
+            host = host_of(request.client.authority)
+            cookies = cookie_values(request.headers, self.cookie_name)
+            signed_in = any(is_signed(self.key, "session", host, cookie) for cookie in cookies)
             if not signed_in:
                 # One token for each place is looked at: a request is one guess at most.
                 shown = query_tokens(request.target)[:1] + authorization_tokens(request.headers)[:1]
@@ -2862,7 +2858,7 @@ class TokenGate(Gate):
         raise ProxyError(401, wrong + text, CHALLENGE)
 
     def _new_cookie(self, client: ClientInfo) -> Tuple[str, str]:
-        session = sign(self.key, "session " + host_of(client.authority), "")
+        session = sign(self.key, "session", host_of(client.authority))
         path = "/" if client.app_port or self.config.whole_origin else self.config.base or "/"
         return own_cookie(self.cookie_name, session, path, client)
 
@@ -3161,8 +3157,7 @@ class HubGate(Gate):
         sent = dict(parse_qsl(request.target.partition("?")[2]))
         state, again = sent.get("state", ""), " Open %s/ again." % self.hub.prefix
         name, purpose = "%s_%s" % (self.cookie_name, short_hash(state)), "login " + state
-        login = signed_value(request.headers, name, self._key, purpose)
-        deadline, _, target = login.partition(".")
+        deadline, _, target = signed_value(request.headers, name, self._key, purpose).partition(".")
         if not deadline or now() > int(deadline):
             text = "This sign-in was used or has expired, began in another browser, or cookies are"
             raise ProxyError(403, text + " blocked." + again)
