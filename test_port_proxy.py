@@ -868,6 +868,8 @@ class TestRoutes:
         route = route_of(upstream, ("8443", "db:8444", "localhost:8445", "127.0.0.1:8446", "[fe80::1]:8447"))
         assert (route.authority, route.place, route.scheme) == (authority, place, scheme)
         assert route.is_local is place.endswith("this machine")
+        with pytest.raises(AttributeError):  # it is cached, and `authorize` gets it
+            route.host = "elsewhere"
 
     @pytest.mark.parametrize("base, path, below", [
         ("/proxy", "/proxy", ""), ("/proxy", "/proxy/", "/"), ("/proxy", "/proxy//a", "//a"), ("/proxy", "*", None),
