@@ -3979,23 +3979,25 @@ class PortProxy:
         client.state = IDLE
         client.read_deadline = now() + self.config.keep_alive_timeout
         client.watcher = self._wake
-        if client.ended or client.buffer or client.unread:
+        if client.ended or _has_request(client):
             self._wake(client)
 
     def _wake(self, client: Connection) -> None:
         client.watcher = None
         client.read_deadline = FOREVER
         client.state = READING_HEAD
-        if client.buffer or client.unread:
+        if _has_request(client):
             client.task = client.deadlines.loop.create_task(self._serve(client))
         else:
             self._clients.pop(client, None)
             client.close()
 
     async def _serve(self, client: Connection) -> None:
-        # Some clients send a CRLF after a body (RFC 9112 section 2.2).
-        client.buffer = (await client.read()).lstrip(b"\r\n")
-        if not client.buffer or await self.serve_one(client, b"", self.gate):
+        data = await client.read()
+        if client.unread:  # `data` was a part of an empty line
+            data += await client.read()
+        client.buffer = _EMPTY_LINES.sub(b"", data, 1)
+        if not _has_request(client) or await self.serve_one(client, b"", self.gate):
             self._set_idle(client)
 
     async def _read_request(self, client: Connection, head: bytes) -> Optional[Request]:
@@ -4067,6 +4069,16 @@ class PortProxy:
             record["error"] = exchange.failure
             line += ": %(error)s"
         logger.info(line, record, extra={"request": record})
+
+
+# Some clients send a CRLF after a body: empty lines before a request are skipped (RFC 9112 section
+# 2.2).
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
+
+
+def _has_request(client: Connection) -> bool:
+    """Whether more than a part of an empty line has come."""
+    return client.unread > 0 or not b"\r\n".startswith(client.buffer)
 
 
 _UNIX_PREFIX = "unix:"
