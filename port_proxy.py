@@ -2031,11 +2031,14 @@ def _started(pid: int) -> float:
 # Pages
 # --------------------------------------------------------------------------------------------------
 # The responses of the proxy itself: HTML for people, JSON and plain text for programs.  Pages load
-# nothing from elsewhere: a Content-Security-Policy allows only their own style and script.
-# They work without the script.  The ports page shows the same rows that programs get as JSON.
+# nothing from elsewhere: a Content-Security-Policy allows only their own style and script.  They
+# work without the script.  The ports page shows the same rows that programs get as JSON.
 
 # System colours suit light and dark; lines and shades are half transparent for the same reason.
-_STYLE = """\
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
+<link rel="icon" href="data:,"><title>%s</title><style nonce="%s">
 :root{color-scheme:light dark}*{box-sizing:border-box}
 body{max-width:46rem;margin:0 auto;padding:2rem .6rem;font:16px/1.5 system-ui,sans-serif;
 color:CanvasText;background:Canvas;overflow-wrap:anywhere}
@@ -2044,24 +2047,18 @@ code{font-family:ui-monospace,monospace}.option{white-space:nowrap}
 .soft,summary,label{opacity:.8}summary{cursor:pointer}
 form{display:flex;flex-wrap:wrap;gap:.5rem;align-items:end;margin:1rem 0}label{flex:1 1 12rem}
 input,button{font:inherit;border:1px solid #888;border-radius:.4rem;padding:.4rem .7rem}
-input{display:block;width:100%}
+input{display:block;width:100%%}
 .ports{list-style:none;padding:0;margin:1rem 0}
 .ports li{border:1px solid #8886;border-radius:.5rem;background:#88888812;padding:.7rem 1rem;
 margin:.5rem 0;transition:opacity .6s}.ports .gone{opacity:.35}
 .port{font-weight:600;font-size:1.15rem;margin-right:.6rem}
 .ways a{display:inline-block;margin-right:1rem;font-size:.9rem}
 td{padding:.2rem 1.2rem .2rem 0;vertical-align:top}
-@media(prefers-reduced-motion:no-preference){.pulse{animation:pulse 2s infinite}}
-@keyframes pulse{50%{opacity:.5}}
-"""
-_PAGE = """\
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
-<link rel="icon" href="data:,"><title>%s</title><style nonce="%s">%s</style></head>
-<body><main>%s</main>%s</body></html>
+</style></head>
+<body><main><h1>%s</h1>%s</main>%s</body></html>
 """
 _PORTS_PAGE = """\
-<h1>Ports of this machine</h1><p class="soft" role="status"></p>
+<p class="soft" role="status"></p>
 <label hidden>Filter <input id="filter" type="search" autocomplete="off"></label>
 %s<p id="none"%s>No port to show. On Linux, the ports of your programs appear here.</p>
 <form><label>Another port <input name="port" required placeholder="8080 or localhost:8080" \
@@ -2123,11 +2120,10 @@ sift()
 setTimeout(refresh, 1500)
 """
 _ERROR_PAGE = """\
-<h1>%s</h1><p>%s</p>%s
-<p class="soft"><a href="%s">All ports</a> &middot; %d &middot; port_proxy</p>"""
+<p>%s</p>%s<p class="soft"><a href="%s">All ports</a> &middot; %d &middot; port_proxy</p>"""
 _WAITING = """\
 <noscript><meta http-equiv="refresh" content="5"></noscript>
-<p class="pulse">This page opens the app as soon as it responds.</p>
+<p>This page opens the app as soon as it responds.</p>
 <p>If nothing happens:</p><ul>
 <li>Does the log of the app show an error, or another port?</li>
 <li>Does the app listen on 127.0.0.1 or 0.0.0.0, and not only on another address?</li>
@@ -2309,7 +2305,7 @@ def error_response(
         more = _fill('<p>Did you mean <a href="{path}">{path}</a>?</p>', path=meant)
     detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
     ports = html.escape(ports_url(request.client, config.base))
-    body = _ERROR_PAGE % (title, detail, more, ports, error.status)
+    body = _ERROR_PAGE % (detail, more, ports, error.status)
     return _page(error.status, title, body, script, error.fields)
 
 
@@ -2344,7 +2340,7 @@ def _page(
         " connect-src 'self'; base-uri 'none'; frame-ancestors 'self'"
     ).format(nonce)
     element = '<script nonce="%s">%s</script>' % (nonce, script) if script else ""
-    text = _PAGE % (html.escape(title), nonce, _STYLE, body, element)
+    text = _PAGE % (title, nonce, title, body, element)
     return _response(status, "text/html", text, (("Content-Security-Policy", policy), *fields))
 
 
