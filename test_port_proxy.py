@@ -4300,20 +4300,25 @@ class TestRequests:
         eventually(lambda: not proxy.open_connections() and not count_connections(remote_port=app.port))
 
     @pytest.mark.skipif(sys.version_info < (3, 7), reason="transports of 3.6 do not tell whether they read")
-    def test_client_that_resets_while_it_is_not_read_is_forgotten(self, proxy, upstream):
-        wires = []
-        for lines, answer in ((("Content-Length: 1000000000",), b""), ((), b""), (HANDSHAKE, SWITCHING)):
-            app = upstream(script(read_head, answer, hold))
-            wires.append(proxy.wire())
-            wires[-1].send(to(app, *lines))
-            eventually(lambda app=app: app.connections == 1)
-            wires[-1].sock.settimeout(0.1)
-        for wire in wires:
-            with pytest.raises(socket.timeout):
-                while True:
-                    wire.sock.send(bytes(65536))
-            wire.reset()
-        eventually(lambda: not proxy.open_connections())
+    @pytest.mark.parametrize("lines, answer, is_unix", [
+        (("Content-Length: 1000000000",), b"", False), ((), b"", False), (HANDSHAKE, SWITCHING, False),
+        (("Content-Length: 1000000000",), b"", True),
+    ], ids=["upload", "pipelined", "tunnel", "upload over a Unix socket"])
+    def test_client_that_leaves_while_it_is_not_read_is_forgotten(
+        self, start, upstream, tmp_path, lines, answer, is_unix
+    ):
+        """Over TCP, only a reset tells."""
+        app, path = upstream(script(read_head, answer, tell, hold)), str(tmp_path / "proxy")
+        proxy = start(bind="unix:" + path if is_unix else "127.0.0.1")
+        wire = Wire.to_unix(path) if is_unix else proxy.wire()
+        wire.send(to(app, *lines))
+        assert app.told.wait(WAIT)
+        wire.sock.settimeout(0.1)
+        with pytest.raises(socket.timeout):
+            while True:
+                wire.sock.send(bytes(65536))
+        wire.close() if is_unix else wire.reset()
+        eventually(lambda: not count_connections(remote_port=app.port))
 
 
 class TestTunnel:
@@ -4500,7 +4505,7 @@ class TestLimits:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
-    """A folder with a certificate for localhost and its key, in several files; rsa.pem and ec.pem are other keys."""
+    """A folder with a certificate for localhost and its key, in several files; rsa.pem is another key."""
     openssl = shutil.which("openssl")
     if not openssl:
         pytest.skip("openssl is not installed, to make a certificate with")
@@ -4510,7 +4515,6 @@ def certificate(tmp_path_factory):
         " -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem",
         "pkey -in key.pem -aes256 -passout pass:abcd -out locked.pem",
         "genrsa -out rsa.pem 2048",
-        "ecparam -name prime256v1 -genkey -noout -out ec.pem",
     ):
         arguments = [openssl] + command.split()
         subprocess.run(arguments, cwd=str(folder), check=True, stderr=subprocess.DEVNULL, timeout=WAIT)
@@ -4601,55 +4605,42 @@ class TestTls:
         assert context.options & old == old or context.minimum_version == ssl.TLSVersion.TLSv1_2
 
     @pytest.mark.parametrize("options, message", [
-        ("--certfile junk", "junk cannot be used: *"),
-        ("--certfile junk --keyfile key.pem", "junk and key.pem cannot be used: *"),
-        ("--certfile cert.pem", "cert.pem cannot be used: *, its key in the same file or in --keyfile, *"),
-        ("--certfile cert.pem --keyfile junk", "cert.pem and junk cannot be used: *"),
-        ("--certfile cert.pem --keyfile rsa.pem", "cert.pem and rsa.pem cannot be used: *"),
-        ("--certfile cert.pem --keyfile ec.pem", "cert.pem and ec.pem cannot be used: *"),
-        ("--certfile both.pem --client-ca junk", "junk cannot be used: *"),
-        ("--certfile both.pem --client-ca key.pem", "key.pem cannot be used: *"),
-        ("--certfile gone", "cannot read gone: No such file or directory"),
-        ("--certfile .", ". cannot be used: Is a directory. *"),
-        ("--certfile cert.pem --keyfile gone", "cannot read gone: *"),
-        ("--certfile both.pem --client-ca gone", "cannot read gone: *"),
-    ])  # fmt: skip
+        ("--certfile junk", "junk cannot be used: "), ("--certfile cert.pem", "cert.pem cannot be used: "),
+        ("--certfile cert.pem --keyfile rsa.pem", "cert.pem and rsa.pem cannot be used: "),
+        ("--certfile both.pem --client-ca junk", "junk cannot be used: "),
+        ("--certfile .", ". cannot be used: Is a directory."),
+        ("--certfile gone", "cannot read gone: No such file or directory\n"),
+        ("--certfile cert.pem --keyfile gone", "cannot read gone: "),
+        ("--certfile both.pem --client-ca gone", "cannot read gone: "),
+    ])
     def test_unusable_file_is_named(self, certificate, monkeypatch, capsys, options, message):
         monkeypatch.chdir(str(certificate))
         status, output, errors = run_main(capsys, "--port", "0", *options.split())
-        assert (status, output) == (2, "")
-        pattern = "port_proxy: " + re.escape(message).replace(r"\*", ".*") + "\n"
-        assert re.fullmatch(pattern, errors)
+        assert (status, output, errors.count("\n")) == (2, "", 1)
+        assert errors.startswith("port_proxy: " + message)
+        assert ("--keyfile" in errors) is ("cannot be used" in message)
 
     def test_pass_phrase_without_a_terminal_is_an_error(self, certificate):
-        done = subprocess.run(
-            [sys.executable, PROGRAM, "--port", "0", "--certfile", "cert.pem", "--keyfile", "locked.pem"],
-            cwd=str(certificate), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True, timeout=WAIT,
-        )  # fmt: skip
+        command = [sys.executable, PROGRAM, "--port", "0", "--certfile", "cert.pem", "--keyfile", "locked.pem"]
+        how = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        done = subprocess.run(command, cwd=str(certificate), start_new_session=True, timeout=WAIT, **how)
         assert (done.returncode, done.stdout) == (2, b"")
-        last = done.stderr.decode().rstrip("\n").split("\n")[-1]
-        assert last == "port_proxy: the pass phrase of the key in locked.pem was not given"
+        assert done.stderr.endswith(b"\nport_proxy: the pass phrase of the key in locked.pem was not given\n")
         assert b"Traceback" not in done.stderr
 
-    @pytest.mark.parametrize("names, fits", [
-        (("cert.pem", "key.pem"), True), (("cert.pem", "cert.pem"), False), (("key.pem", "key.pem"), False),
-    ])  # fmt: skip
-    def test_files_may_be_pipes(self, certificate, names, fits):
+    def test_files_may_be_pipes(self, certificate):
         """A shell makes pipes of programs that unlock a key; they can be read once."""
         if not os.path.exists("/dev/fd"):
             pytest.skip("this system has no /dev/fd")
-        places = []
         with contextlib.ExitStack() as stack:
-            for name in names:
+            places = []
+            for name in ("cert.pem", "key.pem"):
                 reader, writer = os.pipe()
                 stack.callback(os.close, reader)
                 with os.fdopen(writer, "wb") as file:
                     file.write((certificate / name).read_bytes())
                 places.append("/dev/fd/%d" % reader)
-            refusal = "%s and %s cannot be used: " % tuple(places)
-            with contextlib.ExitStack() if fits else pytest.raises(ValueError, match=refusal):
-                port_proxy.server_context(Config(certfile=places[0], keyfile=places[1]))
+            port_proxy.server_context(Config(certfile=places[0], keyfile=places[1]))
 
     def test_tunnel_works_over_tls(self, secure, upstream):
         data = random_bytes(1 << 21)
@@ -4662,7 +4653,6 @@ class TestTls:
 
     def test_client_that_resets_a_body_until_close_is_no_error(self, secure, upstream):
         """asyncio forgets the socket of a lost TLS connection, whether reading or writing has failed."""
-
         app, proxy = upstream(script(read_head, UNTIL_CLOSE_HEAD + b"abc", send_until_closed)), secure()
         for _ in range(10):
             wire = proxy.wire()
@@ -4716,20 +4706,6 @@ class TestUnixSockets:
                 background.do(PortProxy(Config(bind="unix:%s" % (tmp_path / name))).start())
         assert (tmp_path / "file").read_text() == "precious"
         Wire.to_unix(str(path)).close()
-
-    @pytest.mark.skipif(sys.version_info < (3, 7), reason="asyncio does not tell whether reading is paused")
-    @needs_proc
-    def test_client_that_leaves_a_stalled_upload_is_noticed(self, start, upstream, tmp_path):
-        """Over TCP, only a reset would be."""
-        app, progress = upstream(script(read_head, tell, hold)), []
-        start(bind="unix:%s" % (tmp_path / "proxy"))
-        with Wire.to_unix(str(tmp_path / "proxy")) as wire:
-            wire.send(at("localhost", "POST", "/proxy/%d/" % app.port, "Content-Length: 99999999"))
-            assert app.told.wait(WAIT)
-            wire.sock.settimeout(0.3)
-            with pytest.raises(socket.timeout):
-                send_blocks(wire, 64 << 20, progress)
-        eventually(lambda: not count_connections(remote_port=app.port))
 
     def test_socket_that_others_may_use_requires_a_token(self, background, tmp_path):
         """A socket that was handed over is not removed."""
@@ -5327,8 +5303,8 @@ BELOW_ITS_BASE = {
     PREFIX_IN + "ws": SWITCHING,
 }
 NO_LINKS_LOST = {
-    "use": ["http://localhost:8888" + PREFIX_IN], "status": 200, "title": "A", "app": "Dash", "flag": "", "rooted_links": [],
-    "refuses_host": False,
+    "use": ["http://localhost:8888" + PREFIX_IN], "status": 200, "title": "A", "app": "Dash", "flag": "",
+    "rooted_links": [], "refuses_host": False,
 }  # fmt: skip
 
 
@@ -5352,8 +5328,8 @@ class TestCheck:
         app = upstream(site({"/ws": SWITCHING, "*": page}))
         report = check(app.port)
         self.assert_found(
-            report, ok=True, speaks="http", status=200, title="My app", redirect="", rooted_links=[], refuses_host=False,
-            refuses_origin=False, websocket="/ws", app="", flag="",
+            report, ok=True, speaks="http", status=200, title="My app", redirect="", rooted_links=[],
+            refuses_host=False, refuses_origin=False, websocket="/ws", app="", flag="",
             use=["http://PORT.localhost:8888/", "http://localhost:8888/proxy/PORT/"],
         )  # fmt: skip
         if os.path.exists("/proc/net/tcp"):
@@ -5670,7 +5646,7 @@ class TestCommandLine:
                     assert status_of(wire.ask(at("localhost", "GET", "/proxy/"))) == 200
 
     @pytest.mark.parametrize("options, message", [
-        ("--port x", "port_proxy: --port must be a number from 0 to"), ("--port 65536", "--port must be a number from 0 to"),
+        ("--port x", "port_proxy: --port must be a number from 0 to"), ("--port 65536", "--port must be a number"),
         ("--head-timeout x", "port_proxy: --head-timeout must be a number above 0"),
         ("--host-allowlist a+b", "--host-allowlist: a host is a name, an address or a pattern"),
         ("--bind 192.0.2.1", "; choose another --bind or --port"),
