@@ -28,6 +28,7 @@ connections, header rewriting, unprefixed requests, local sockets, pages, upstre
 jupyterhub, exchange, server, jupyter extension, port check, command line.
 """
 
+import argparse
 import asyncio
 import base64
 import contextlib
@@ -88,8 +89,9 @@ now = time.monotonic  # the clock of all deadlines, in seconds
 # --------------------------------------------------------------------------------------------------
 # Configuration
 # --------------------------------------------------------------------------------------------------
-# `Config` gives the type, the default and the rationale of each option.  The help is the table of
-# flags.  `checked_config` (section Server), the command line and Jupyter's configuration use both.
+# `Config` gives the type, the default and the rationale of each option.  `OPTIONS` gives its flag
+# and its help.  `checked_config` (section Server), the command line, Jupyter's configuration, error
+# messages and a test of the README use both.
 
 
 class Hub(NamedTuple):
@@ -169,70 +171,59 @@ class Config(NamedTuple):
     idle_upstream_timeout: float = 4.0  # Node and uvicorn close after 5 s, without warning
 
 
-HELP = """\
-usage: {command} [options]
-
-Makes every port of this machine reachable through one HTTP port.
-
-  {command:44}then open http://localhost:8888/proxy/
-  ssh -N -L 8888:localhost:8888 THIS_MACHINE  forwards the port to your own machine
-  {check:44}shows how to open port 8080
-
-options:
-  -h, --help                  show this help and exit
-  --port N                    port to listen on, 0 for any free one (default: {port})
-  --bind ADDRESS              address to listen on, or unix:PATH (default: {bind})
-  --base PATH                 path prefix of all addresses (default: {base})
-  --host-allowlist HOST       also reach this host: name, address or pattern (repeatable)
-  --domain NAME               also reach port 8080 as 8080.NAME (repeatable)
-  --whole-origin yes|no       route requests without the prefix to their app
-  --preserve-host             send the browser's Host to the app, not localhost:PORT
-
-access:
-  --token                     require a token (PORT_PROXY_TOKEN, or a random one)
-  --token-file FILE           require the token in this file
-  --no-token                  never require a token
-  --allow-hostname NAME       accept this name, or pattern, in the Host header (repeatable)
-  --allow-origin ORIGIN       let pages of this origin use the apps; * for any (repeatable)
-  --trusted-proxy ADDRESS     trust the X-Forwarded headers of this server (repeatable)
-  --upstream-tls [HOST:]PORT  connect to this upstream with TLS (repeatable)
-  --insecure-upstream         do not verify certificates of this machine's ports
-  --allow-preflight           let CORS preflights reach the apps without a token
-  --any-owner                 also reach ports of this machine's other users
-  --certfile FILE             serve HTTPS with this certificate (PEM)
-  --keyfile FILE              the key, if --certfile does not contain it
-  --client-ca FILE            require a client certificate signed by one of these
-
-output:
-  --check [HOST:]PORT         check an app, show how to open it
-  --json                      with --check: print JSON
-  --verbose                   log every request
-  --quiet                     print errors only
-  --log-json                  log as JSON, and every request unless --quiet
-  --version                   print the version
-  --help-all                  show this help with limits and timeouts
-
-limits and timeouts:
-  --max-head-bytes BYTES           longest head of a request or response (default: {max_head_bytes})
-  --max-target-bytes BYTES         longest request target (default: {max_target_bytes})
-  --max-fields COUNT               most fields in a head (default: {max_fields})
-  --max-chunk-line-bytes BYTES     longest first line of a chunk (default: {max_chunk_line_bytes})
-  --max-trailer-bytes BYTES        longest trailers (default: {max_trailer_bytes})
-  --max-connections COUNT          most connections of clients (default: {max_connections})
-  --max-tunnels COUNT              most open WebSockets (default: {max_tunnels})
-  --max-idle-upstreams COUNT       most idle connections to apps (default: {max_idle_upstreams})
-  --head-timeout SECONDS           for the whole head of a request (default: {head_timeout})
-  --keep-alive-timeout SECONDS     between requests on a connection (default: {keep_alive_timeout})
-  --connect-timeout SECONDS        for a connection to an app (default: {connect_timeout})
-  --response-timeout SECONDS       for the head of a response (default: {response_timeout})
-  --stall-timeout SECONDS          for a client that stalls a body (default: {stall_timeout})
-  --linger-timeout SECONDS         for a request body after its response (default: {linger_timeout})
-  --idle-upstream-timeout SECONDS  for idle connections to apps (default: {idle_upstream_timeout})
-  --shutdown-timeout SECONDS       for running requests at shutdown (default: {shutdown_timeout})
-"""
-
-# The options in the help, each with its metavar; "" for a switch.
-METAVARS = dict(re.findall(r"^  (?:-h, )?(--[a-z-]+) ?(\S*)  ", HELP, re.MULTILINE))
+# By group of the help: the options, each with its metavar, "" for a switch, and its help.
+OPTIONS = {
+    "options": (
+        ("--port", "N", "port to listen on, 0 for any free one"),
+        ("--bind", "ADDRESS", "address to listen on, or unix:PATH"),
+        ("--base", "PATH", "path prefix of all addresses"),
+        ("--host-allowlist", "HOST", "also reach this host: name, address or pattern"),
+        ("--domain", "NAME", "also reach port 8080 as 8080.NAME"),
+        ("--whole-origin", "yes|no", "route requests without the prefix to their app"),
+        ("--preserve-host", "", "send the browser's Host to the app, not localhost:PORT"),
+    ),
+    "access": (
+        ("--token", "", "require a token (PORT_PROXY_TOKEN, or a random one)"),
+        ("--token-file", "FILE", "require the token in this file"),
+        ("--no-token", "", "never require a token"),
+        ("--allow-hostname", "NAME", "accept this name, or pattern, in the Host header"),
+        ("--allow-origin", "ORIGIN", "let pages of this origin use the apps; * for any"),
+        ("--trusted-proxy", "ADDRESS", "trust the X-Forwarded headers of this server"),
+        ("--upstream-tls", "[HOST:]PORT", "connect to this upstream with TLS"),
+        ("--insecure-upstream", "", "do not verify certificates of this machine's ports"),
+        ("--allow-preflight", "", "let CORS preflights reach the apps without a token"),
+        ("--any-owner", "", "also reach ports of this machine's other users"),
+        ("--certfile", "FILE", "serve HTTPS with this certificate (PEM)"),
+        ("--keyfile", "FILE", "the key, if --certfile does not contain it"),
+        ("--client-ca", "FILE", "require a client certificate signed by one of these"),
+    ),
+    "output": (
+        ("--check", "[HOST:]PORT", "check an app, show how to open it"),
+        ("--json", "", "with --check: print JSON"),
+        ("--verbose", "", "log every request"),
+        ("--quiet", "", "print errors only"),
+        ("--log-json", "", "log as JSON, and every request unless --quiet"),
+    ),
+    "limits and timeouts": (
+        ("--max-head-bytes", "BYTES", "longest head of a request or response"),
+        ("--max-target-bytes", "BYTES", "longest request target"),
+        ("--max-fields", "COUNT", "most fields in a head"),
+        ("--max-chunk-line-bytes", "BYTES", "longest first line of a chunk"),
+        ("--max-trailer-bytes", "BYTES", "longest trailers"),
+        ("--max-connections", "COUNT", "most connections of clients"),
+        ("--max-tunnels", "COUNT", "most open WebSockets"),
+        ("--max-idle-upstreams", "COUNT", "most idle connections to apps"),
+        ("--head-timeout", "SECONDS", "for the whole head of a request"),
+        ("--keep-alive-timeout", "SECONDS", "between requests on a connection"),
+        ("--connect-timeout", "SECONDS", "for a connection to an app"),
+        ("--response-timeout", "SECONDS", "for the head of a response"),
+        ("--stall-timeout", "SECONDS", "for a client that stalls a body"),
+        ("--linger-timeout", "SECONDS", "for a request body after its response"),
+        ("--idle-upstream-timeout", "SECONDS", "for idle connections to apps"),
+        ("--shutdown-timeout", "SECONDS", "for running requests at shutdown"),
+    ),
+}
+METAVARS = {flag: metavar for rows in OPTIONS.values() for flag, metavar, _ in rows}
 
 
 def _flag(field: str) -> str:
@@ -4799,40 +4790,80 @@ def report_text(report: Any) -> str:
 # The arguments, and the environment that a JupyterHub sets, become a Config; `main` then runs the
 # proxy until a signal stops it, or checks one port.  Errors and the log go to stderr.
 
+_INTRODUCTION = """\
+Makes every port of this machine reachable through one HTTP port.
+
+  {0:44}then open http://localhost:8888/proxy/
+  ssh -N -L 8888:localhost:8888 THIS_MACHINE  forwards the port to your own machine
+  {1:44}shows how to open port 8080
+"""
+_LIMITS = "limits and timeouts"  # a group of OPTIONS that only --help-all shows
 _STRAY_VALUE = (
     "a value needs its option, such as --port N, --check N or --token-file FILE. To open the app on"
     " port N, start the proxy and go to http://localhost:8888/proxy/N/"
 )
 _EXCLUSIVE = (("--token", "--token-file", "--no-token"), ("--verbose", "--quiet"))
 
-Arguments = Dict[str, List[str]]  # the values of the given options, by flag; "yes" for a switch
+Arguments = Dict[str, Any]  # by flag: the list of its values, True for a switch
+
+
+def _parser(with_limits: bool) -> argparse.ArgumentParser:
+    command = own_command()
+    parser = argparse.ArgumentParser(
+        prog=command,
+        usage="%(prog)s [options]",
+        description=_INTRODUCTION.format(command, command + " --check 8080"),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100
+        ),
+        argument_default=argparse.SUPPRESS,  # only options that are given are in the result
+        add_help=False,
+        allow_abbrev=False,
+    )
+    defaults = {flag: getattr(DEFAULTS, field) for field, flag in FLAGS.items()}
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for flag, metavar, text in rows:
+            default = defaults.get(flag)
+            if isinstance(default, tuple):
+                text += " (repeatable)"
+            elif metavar and default is not None:
+                text += " (default: %s)" % default
+            if rows is OPTIONS[_LIMITS] and not with_limits:
+                text = argparse.SUPPRESS
+            action = (
+                {"action": "append", "metavar": metavar} if metavar else {"action": "store_true"}
+            )
+            group.add_argument(flag, dest=flag, help=text, **action)  # type: ignore
+    group = parser.add_argument_group("help")
+    version = "port_proxy " + __version__
+    group.add_argument("--version", action="version", version=version, help="print the version")
+    group.add_argument("-h", "--help", action="help", help="show the options")
+    group.add_argument("--help-all", action="help", help="show the limits and timeouts, too")
+    return parser
 
 
 def _parse(argv: Sequence[str]) -> Arguments:
-    """The arguments.  Raises ValueError for mistakes, and suggests the right form."""
-    arguments = {}  # type: Arguments
-    words = iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--") or (equals and METAVARS.get(flag) == ""):
-            raise ValueError(_STRAY_VALUE)  # the word is not repeated, because it may be a token
-        if flag not in METAVARS:
-            import difflib  # here, because it takes memory
+    """The arguments.  Exits with status 2 for mistakes, and suggests the right form."""
+    parser = _parser("--help-all" in argv)
+    argv = [re.sub("^--token=.*", "TOKEN", word) for word in argv]  # this leads to _STRAY_VALUE
+    parsed, unknown = parser.parse_known_args(argv)
+    arguments = vars(parsed)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("--"):  # it is not repeated, because it may be a token
+            parser.error(_STRAY_VALUE)
+        import difflib  # here, because it takes memory
 
-            similar = difflib.get_close_matches(flag, METAVARS, 1)
-            hint = "did you mean %s?" % similar[0] if similar else "see --help"
-            raise ValueError("there is no option %s; %s" % (flag, hint))
-        if not equals:
-            value = next(words, "--") if METAVARS[flag] else "yes"
-            if value.startswith("--"):
-                raise ValueError("%s needs a value: type %s %s" % (flag, flag, METAVARS[flag]))
-        arguments.setdefault(flag, []).append(value)
+        similar = difflib.get_close_matches(flag, METAVARS, 1)
+        hint = "did you mean %s?" % similar[0] if similar else "see --help"
+        parser.error("there is no option %s; %s" % (flag, hint))
     for flags in _EXCLUSIVE:
         given = [flag for flag in flags if flag in arguments]
         if len(given) > 1:
-            raise ValueError("%s is not allowed with %s" % (given[1], given[0]))
+            parser.error("%s is not allowed with %s" % (given[1], given[0]))
     if "--json" in arguments and "--check" not in arguments:
-        raise ValueError("--json prints what --check finds: type --check PORT --json")
+        parser.error("--json prints what --check finds: type --check PORT --json")
     return arguments
 
 
@@ -4840,11 +4871,11 @@ def _config(arguments: Arguments) -> Config:
     """The configuration from arguments and environment.  Raises ValueError or OSError."""
     fields = {}  # type: Dict[str, Any]
     for field, default in DEFAULTS._asdict().items():
-        texts = arguments.get(FLAGS[field])
-        if texts and isinstance(default, tuple):
-            fields[field] = default + parsed_value(field, ",".join(texts))
-        elif texts:
-            fields[field] = parsed_value(field, texts[-1])
+        given = arguments.get(FLAGS[field])
+        if given and isinstance(default, tuple):
+            fields[field] = default + parsed_value(field, ",".join(given))
+        elif given:
+            fields[field] = True if given is True else parsed_value(field, given[-1])
     fields["token"] = _token(arguments)
     # A terminal in a Hub's server has the same environment.  A user who starts a proxy there must
     # set --port or --bind.
@@ -5054,21 +5085,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     cannot, 130 if Ctrl-C ends the check; 2 for a mistake, or if the proxy cannot listen.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not {"-h", "--help", "--help-all"}.isdisjoint(argv):
-        text = HELP if "--help-all" in argv else HELP.partition("\nlimits")[0]
-        command = own_command()
-        values = dict(DEFAULTS._asdict(), command=command, check=command + " --check 8080")
-        _say(text.format(**values).rstrip())
-        return 0
+    arguments = _parse(argv)
     try:
-        arguments = _parse(argv)
         config = checked_config(_config(arguments))
         checked = [_normal_upstream(upstream) for upstream in arguments.get("--check", ())]
     except (OSError, ValueError) as error:
         return _failed(error, DEFAULTS, argv)
-    if "--version" in arguments:
-        _say("port_proxy " + __version__)
-        return 0
     handler = logging.StreamHandler()
     formatter = _JsonFormatter if "--log-json" in arguments else logging.Formatter
     handler.setFormatter(formatter("%(asctime)s %(message)s"))
