@@ -4671,10 +4671,7 @@ class PortCheck:
                 break
 
     async def _get(self, target: str, *fields: str, host: str = "") -> Response:
-        """Send a request that looks to the app like a browser's request through the proxy.
-
-        Raises ProxyError if no response comes.
-        """
+        """The response to a request like a browser's; ProxyError if none comes."""
         route = self.route
         lines = [
             "GET %s HTTP/1.1" % target,
