@@ -1008,7 +1008,7 @@ _MAX_UNREAD = 1 << 16  # bytes
 # before 3.11, one that resumes a closed TLS transport raises an error and loses its data.
 _NO_LIMIT = 1 << 30  # bytes
 _PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
-_CLOSE_SECONDS = 60.0  # timeout for sending the queued bytes
+_CLOSE_SECONDS = 60.0  # timeout for closing a connection
 _UNIX = getattr(socket, "AF_UNIX", None)
 
 # The states of a connection.  A connection to an upstream is always ACTIVE.
@@ -1187,7 +1187,8 @@ class Connection(asyncio.StreamReaderProtocol):
     def check_deadlines(self, time: float) -> None:
         if time > self.read_deadline and not self.queued():  # unsent data: not idle
             self.end(TimedOut())
-        if time > self.write_deadline and self.queued():
+        # asyncio waits for the close_notify of a TLS peer, before 3.11 forever.
+        if time > self.write_deadline and (self.queued() or self.transport.is_closing()):
             self.end(TimedOut("writing"))
             self.abort()
         if has_failed(self.transport, "POLLHUP"):
@@ -1196,7 +1197,7 @@ class Connection(asyncio.StreamReaderProtocol):
     def close(self) -> None:
         """Close once the queued bytes are sent, or at the write deadline, a minute by default."""
         if not self.transport.is_closing():
-            if not now() < self.write_deadline < FOREVER:
+            if not (self.queued() and now() < self.write_deadline < FOREVER):
                 self.write_deadline = now() + _CLOSE_SECONDS
             self.transport.close()
 

@@ -4590,6 +4590,14 @@ class TestTls:
                 poll.register(wire.sock, getattr(select, "POLLRDHUP", 0))
             eventually(lambda: len(poll.poll(0)) == len(wires) - 1)
 
+    def test_client_that_does_not_close_is_closed_in_time(self, secure, monkeypatch):
+        """asyncio's own timeout for it is 30 seconds, and before 3.11 there is none."""
+        monkeypatch.setattr(port_proxy, "_CLOSE_SECONDS", 0.3)
+        proxy = secure(keep_alive_timeout=0.3)
+        with proxy.wire() as wire:
+            assert status_of(wire.ask(request("GET", "/nothing"))) == 404
+            eventually(lambda: not proxy.open_connections(), WAIT / 2)
+
     def test_tunnel_is_cut_though_its_client_does_not_close(self, background, secure, upstream):
         """asyncio's own timeout for it is 30 seconds."""
         app, proxy = upstream(script(read_head, SWITCHING, read_to_the_end, tell)), secure(shutdown_timeout=WAIT)
