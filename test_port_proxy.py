@@ -1491,8 +1491,7 @@ class TestDeadlines:
         with start(stall_timeout=0.3).sent(to(app, "Content-Length: 3", method="POST", body=b"a")) as wire:
             assert wire.rest().endswith(b"\r\n\r\n3\r\nabc\r\n")
         eventually(records)
-        record = records()[0]
-        assert (record["status"], record.get("error")) == (200, "The request body did not arrive in time.")
+        assert (records()[0]["status"], "request body" in records()[0]["error"]) == (200, True)
 
     def test_head_of_a_late_response_has_its_own_time(self, start, upstream):
         """The client had read the response before it; it does not read now, and the body is not there yet."""
@@ -2556,10 +2555,9 @@ class TestHostForm:
             ]
 
     def test_forwarded_host_of_a_trusted_proxy_names_the_port(self):
-        gate = gate_with(trusted_proxies=["192.0.2.7"], domains=["a.b"], upstream_tls=["80"])
+        options = {"trusted_proxies": ["192.0.2.7"], "domains": ["a.b"], "upstream_tls": ["80"]}
         lines = ("X-Forwarded-Host: 80.a.b", "X-Forwarded-Proto: https", "Origin: https://80.a.b")
-        asked = asked_for("/x", *lines, method="POST", host="inner", gate=gate)
-        assert dict(split_head(request_for_upstream(asked, gate))[1])["Origin"] == "https://localhost:80"
+        assert ("Origin", "https://localhost:80") in sent_upstream(*lines, target="/x", host="inner", **options)
 
     def test_no_name_is_a_port_under_a_hub(self):
         hub = port_proxy.hub_in(hub_environment())
@@ -3383,12 +3381,11 @@ class TestUpstream:
 
     def test_app_that_closes_without_a_word_after_each_response_gets_every_post(self, proxy, upstream):
         """It may be about to close the connection of the response before, and a POST cannot be sent again."""
-        app = upstream(script(read_message, OK, wait))
+        app = upstream(script(read_message, OK, hold))
         with proxy.wire() as wire:
             for count in range(1, 4):
                 raw = to(app, "Content-Length: 1", method="POST", body=b"a")
                 assert (wire.ask(raw)[2], app.connections) == (b"ok", count)
-        app.happened.set()
 
     def test_post_takes_a_connection_that_was_used_before_within_the_last_second(self, proxy, upstream):
         def takes_it():  # a busy machine may need several tries
