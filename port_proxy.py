@@ -2121,6 +2121,7 @@ _WAITING = """\
 <li>Does the app listen on 127.0.0.1 or 0.0.0.0, and not only on another address?</li>
 <li>On the machine, run <code>{command}</code> to examine the port.</li>
 </ul>"""
+_WAITING_FIELD = ("Port-Proxy", "waiting")
 # Sends HEAD requests for this page until the app responds.
 _WAITING_SCRIPT = """
 async function look() {
@@ -2165,29 +2166,6 @@ class LocalResponse(NamedTuple):
     body: bytes = b""
 
 
-class NotListening(ProxyError):
-    """The app does not listen; page visits get a page that waits for it.
-
-    addresses: where something listens on the same port.
-    """
-
-    def __init__(self, route: Route, addresses: Sequence[str]) -> None:
-        text = "Nothing listens on %s. Is the app running, and is this its port?" % route.place
-        advice = address = ""
-        if addresses and route.is_local and REACHED[route.host].isdisjoint(addresses):
-            text = "The app on port %d listens on %s only, not on %s."
-            text %= route.port, " and ".join(addresses), route.host
-            if REACHED["localhost"].isdisjoint(addresses):  # else the form /<port>/ reaches it
-                address = addresses[0]
-                advice = (
-                    "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist}"
-                    " {value} and open %s instead of %d."
-                ) % (authority_of(address, route.port), route.port)
-        fields = (("Retry-After", "2"), ("Port-Proxy", "waiting"))
-        super().__init__(502, text, fields, advice, address)
-        self.route = route
-
-
 class SignInNeeded(ProxyError):
     """A page visit without a valid token.
 
@@ -2200,6 +2178,25 @@ class SignInNeeded(ProxyError):
         super().__init__(401, detail, CHALLENGE + unframed)
         self.target = target
         self.action = action
+
+
+def not_listening(route: Route, addresses: Sequence[str]) -> ProxyError:
+    """The app does not listen; page visits get a page that waits for it.
+
+    addresses: where something listens on the same port.
+    """
+    text = "Nothing listens on %s. Is the app running, and is this its port?" % route.place
+    advice = address = ""
+    if addresses and route.is_local and REACHED[route.host].isdisjoint(addresses):
+        text = "The app on port %d listens on %s only, not on %s."
+        text %= route.port, " and ".join(addresses), route.host
+        if REACHED["localhost"].isdisjoint(addresses):  # else the form /<port>/ reaches it
+            address = addresses[0]
+            advice = (
+                "Start it with 127.0.0.1 as its listen address, or {start} {host_allowlist} {value}"
+                " and open %s instead of %d."
+            ) % (authority_of(address, route.port), route.port)
+    return ProxyError(502, text, (("Retry-After", "2"), _WAITING_FIELD), advice, address)
 
 
 def title_in(headers: Headers, data: bytes) -> str:
@@ -2290,9 +2287,9 @@ def error_response(
     if isinstance(error, SignInNeeded):
         title, template = "Sign in", _SIGN_IN_FORM if error.action else _SIGN_IN_LINK
         more = _fill(template, target=error.target, action=error.action)
-    elif isinstance(error, NotListening) and request.is_page_visit:
-        title, script = "Waiting for port %d" % error.route.port, _WAITING_SCRIPT
-        more = _fill(_WAITING, command="%s --check %s" % (own_command(), error.route.name))
+    elif _WAITING_FIELD in error.fields and request.is_page_visit and request.route:
+        title, script = "Waiting for port %d" % request.route.port, _WAITING_SCRIPT
+        more = _fill(_WAITING, command="%s --check %s" % (own_command(), request.route.name))
     elif meant:
         more = _fill('<p>Did you mean <a href="{path}">{path}</a>?</p>', path=meant)
     detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
@@ -2460,7 +2457,7 @@ class Upstreams:
         except ConnectionRefusedError:
             sockets = await self.lookup(tcp_sockets)  # type: List[TcpSocket]
             addresses = dict.fromkeys(sock.address for sock in sockets if sock.port == route.port)
-            raise NotListening(route, list(addresses))
+            raise not_listening(route, list(addresses))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 text = "The proxy has no file descriptor left to connect with. Try again shortly."

@@ -3179,7 +3179,7 @@ class TestPages:
         ("80", ["2001:db8::7"], " with --host-allowlist 2001:db8::7 and open [2001:db8::7]:80 instead of 80."),
     ])
     def test_address_that_an_app_listens_on_is_named_as_it_is_opened(self, upstream, addresses, advice):
-        assert port_proxy.NotListening(route_of(upstream), addresses).detail.endswith(advice)
+        assert port_proxy.not_listening(route_of(upstream), addresses).detail.endswith(advice)
 
     def test_title_is_forgotten_once_another_program_has_started(self, listing):
         port, folder, rows_now = listing
