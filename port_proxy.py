@@ -379,48 +379,63 @@ _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 _PREFIX_FIELDS = ("X-Forwarded-Prefix", "X-Forwarded-Context", "X-ProxyContextPath")
 
 
-class Route:
-    """The upstream for requests with a certain prefix.  Immutable, because routes are cached.
+class Route(NamedTuple):
+    """The upstream for requests with a certain prefix."""
 
-    host: a name, an address, an IPv6 address in brackets, or "" for this machine.  prefix: such as
-    /proxy/8080, as the client spelled it; "" if the host names the port.  absolute: the prefix is
-    not stripped.  Raises ProxyError 400 or 404.
+    host: str  # a name or an address in lower case, without brackets
+    port: int
+    prefix: str  # such as /proxy/8080, as the client spelled it; "" if the host names the port
+    absolute: bool  # the prefix is not stripped
+    authority: str  # host:port, for the Host header
+    scheme: str
+    origin: str
+    name: str  # PORT or HOST:PORT, as options take it
+    place: str  # the upstream, for messages to users
+    app_authorities: FrozenSet[str]  # what the app may use in its own URLs
+    prefix_lines: Tuple[str, ...]  # header lines with the stripped prefix
+
+    @property
+    def is_local(self) -> bool:
+        return self.host in LOOPBACK_NAMES
+
+
+@functools.lru_cache(maxsize=1024)
+def _make_route(
+    prefix: str, host: str, port: int, absolute: bool, upstream_tls: Sequence[str]
+) -> Route:
+    """host: a name, an address, an IPv6 address in brackets, or "" for this machine.
+
+    Raises ProxyError 400 or 404.
     """
-
-    def __init__(
-        self, prefix: str, host: str, port: int, absolute: bool, upstream_tls: Sequence[str]
-    ) -> None:
-        if port > 65535:
-            raise ProxyError(404, "There is no port %d; the highest is 65535." % port)
-        if host.startswith("["):
-            host = host[1:-1]
-            try:
-                ipaddress.IPv6Address(host)
-            except ValueError:
-                raise ProxyError(400, "The text in brackets is not an IPv6 address.")
-        self.prefix, self.port, self.absolute = prefix, port, absolute
-        self.host = host.lower() or "localhost"  # without brackets
-        self.is_local = self.host in LOOPBACK_NAMES
-        self.authority = authority_of(self.host, port)  # host:port, for the Host header
-        self.name = str(port) if self.is_local else self.authority  # as options take it
-        self.place = "port %d of %s" % (port, "this machine" if self.is_local else self.host)
-        is_plain = {self.name, self.authority}.isdisjoint(upstream_tls)
-        self.scheme = "http" if is_plain else "https"
-        self.origin = "%s://%s" % (self.scheme, self.authority)
-        home = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),)
-        names = home if self.is_local else (self.host,)
-        # What the app may use in its own URLs.
-        self.app_authorities = frozenset(authority_of(name, port) for name in names)
-        fields = _PREFIX_FIELDS if prefix and not absolute else ()
-        self.prefix_lines = tuple("%s: %s" % (field, prefix) for field in fields)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(self, "prefix_lines"):  # set last
-            raise AttributeError("a route cannot be changed")
-        super().__setattr__(name, value)
-
-
-_route = functools.lru_cache(maxsize=1024)(Route)
+    if port > 65535:
+        raise ProxyError(404, "There is no port %d; the highest is 65535." % port)
+    if host.startswith("["):
+        host = host[1:-1]
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ProxyError(400, "The text in brackets is not an IPv6 address.")
+    host = host.lower() or "localhost"
+    authority, is_local = authority_of(host, port), host in LOOPBACK_NAMES
+    name = str(port) if is_local else authority
+    scheme = "http" if {name, authority}.isdisjoint(upstream_tls) else "https"
+    home = LOOPBACK_NAMES + _UNSPECIFIED + (socket.gethostname().lower(),)
+    fields = _PREFIX_FIELDS if prefix and not absolute else ()
+    return Route(
+        host,
+        port,
+        prefix,
+        absolute,
+        authority,
+        scheme,
+        origin="%s://%s" % (scheme, authority),
+        name=name,
+        place="port %d of %s" % (port, "this machine" if is_local else host),
+        app_authorities=frozenset(
+            authority_of(known, port) for known in (home if is_local else (host,))
+        ),
+        prefix_lines=tuple("%s: %s" % (field, prefix) for field in fields),
+    )
 
 
 def find_route(config: Config, target: str, app_port: int = 0) -> Tuple[Optional[Route], str, str]:
@@ -433,7 +448,7 @@ def find_route(config: Config, target: str, app_port: int = 0) -> Tuple[Optional
     whole_path, mark, query = target.partition("?")
     query = mark + query
     if app_port:
-        return _route("", "", app_port, False, config.upstream_tls), whole_path, query
+        return _make_route("", "", app_port, False, config.upstream_tls), whole_path, query
     below = path_below(config.base, whole_path)
     if below in ("", "/"):
         return None, below, query
@@ -446,7 +461,7 @@ def find_route(config: Config, target: str, app_port: int = 0) -> Tuple[Optional
         raise ProxyError(404, text.format(config.base))
     absolute, host, port, path = match.groups("")
     prefix = whole_path[: len(whole_path) - len(path)]
-    route = _route(prefix, host, int(port), bool(absolute), config.upstream_tls)
+    route = _make_route(prefix, host, int(port), bool(absolute), config.upstream_tls)
     if "/." in path or "/%" in path:  # RFC 3986 section 5.2.4
         steps = ({".": 0, "..": -1}.get(unquote(part), 1) for part in path.split("/")[1:])
         if any(depth < 0 for depth in itertools.accumulate(steps)):
@@ -2551,7 +2566,7 @@ async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
     with contextlib.suppress(ssl.SSLWantReadError):
         context.wrap_bio(received, hello, server_hostname="localhost").do_handshake()
     with contextlib.suppress(ProxyError, TimedOut, OSError):
-        connection = await upstreams.connect(Route("", route.host, route.port, False, ()))
+        connection = await upstreams.connect(route._replace(scheme="http"))
         with contextlib.closing(connection):
             connection.write(hello.read())
             connection.read_deadline = now() + _FETCH_SECONDS
