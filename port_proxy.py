@@ -631,12 +631,12 @@ class Framing(NamedTuple):
     """How a body ends."""
 
     kind: str  # "none", "length", "chunked", or "close" for a body that ends at EOF
-    length: int = 0  # in bytes, for the kind "length"
+    length: int = 0  # in bytes; not for the kind "chunked"
 
 
 NO_BODY = Framing("none")
 CHUNKED = Framing("chunked")
-UNTIL_CLOSE = Framing("close")
+UNTIL_CLOSE = Framing("close", 1 << 63)  # sys.maxsize would be 2 GiB on a machine of 32 bits
 
 
 def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Framing:
@@ -908,11 +908,7 @@ def cookie_values(headers: Headers, name: str) -> List[str]:
 # --------------------------------------------------------------------------------------------------
 # Bodies
 # --------------------------------------------------------------------------------------------------
-# Decoders without I/O (RFC 9112 sections 6 and 7).
-#
-# feed(data): returns the body data in `data`.
-# finished: the body is complete.  One that ends at EOF is never finished here; see `Body`.
-# rest: the unused bytes of the last `data`.  Feed them again unless the body is finished.
+# One decoder without I/O for all framings (RFC 9112 sections 6 and 7).
 
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (TOKEN, TOKEN, _QUOTED)
@@ -926,45 +922,29 @@ _PARTIAL_START = re.compile(rb"\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \
 _PARTIAL_TRAILERS = re.compile(
     (r"(?:%s\r\n)*[^\x00-\x08\n-\x1f\x7f]*\r?" % _FIELD_LINE.pattern).encode("latin-1")
 )
-
 _CHUNKS_IN_A_ROW = 250  # then other requests have their turn
-_ENDLESS = 1 << 63  # bytes; sys.maxsize would end a stream after 2 GiB on a machine of 32 bits
 
 
-class PlainDecoder:
-    """A body without a coding: of known length, or, with the length _ENDLESS, up to EOF."""
+class BodyDecoder:
+    """Finds the data of a body.  Chunk extensions and trailers are checked and dropped.
 
-    def __init__(self, length: int) -> None:
-        self._remaining = length
-        self.finished = length == 0
-        self.rest = b""
-
-    def feed(self, data: bytes) -> bytes:
-        data, self.rest = data[: self._remaining], data[self._remaining :]
-        self._remaining -= len(data)
-        self.finished = self._remaining == 0
-        return data
-
-
-class ChunkedDecoder:
-    """A body in the chunked coding.  Extensions and trailers are checked and dropped.
-
-    `feed` decodes at most _CHUNKS_IN_A_ROW chunks.  Raises ProxyError 400 for data that does not
-    match RFC 9112 section 7.1.  Responses may have white space after a chunk size, because some
-    devices send it.
+    Responses may have white space after a chunk size, because some devices send it.
+    finished: the body is complete.  One that ends at EOF is never finished here; see `Body`.
     """
 
-    def __init__(self, config: Config, is_response: bool = False) -> None:
-        self.finished = False
-        self.rest = b""
+    def __init__(self, framing: Framing, config: Config, is_response: bool = False) -> None:
+        self.rest = b""  # unused bytes of the last `data`; feed them again unless it is finished
         self._config = config
         self._is_response = is_response
-        self._remaining = 0  # bytes of the current chunk still to come
+        self._is_chunked = framing is CHUNKED
+        self._remaining = framing.length  # bytes of the body or the chunk that are still to come
         self._in_trailers = False
         # An incomplete _CHUNK_START or _TRAILERS.  The CRLF lets the first size match _CHUNK_START.
-        self._partial = b"\r\n"
+        self._partial = b"\r\n" if self._is_chunked else b""
+        self.finished = not self._is_chunked and not self._remaining
 
     def feed(self, data: bytes) -> bytes:
+        """The body data in `data`, of at most _CHUNKS_IN_A_ROW chunks; ProxyError 400."""
         data, self._partial = self._partial + data, b""
         at, found = 0, []  # type: int, List[bytes]
         while at < len(data) and not self.finished and len(found) < _CHUNKS_IN_A_ROW:
@@ -972,6 +952,7 @@ class ChunkedDecoder:
                 found.append(data[at : at + self._remaining])
                 at += len(found[-1])
                 self._remaining -= len(found[-1])
+                self.finished = not self._is_chunked and not self._remaining
             else:
                 at = self._take_line(data, at)
         self.rest = data[at:]
@@ -1002,12 +983,6 @@ class ChunkedDecoder:
             self._remaining = int(match.group(1), 16)
             self._in_trailers = not self._remaining
         return match.end()
-
-
-def body_decoder(framing: Framing, config: Config, is_response: bool = False) -> Any:
-    if framing is CHUNKED:
-        return ChunkedDecoder(config, is_response)
-    return PlainDecoder(_ENDLESS if framing is UNTIL_CLOSE else framing.length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1377,15 +1352,15 @@ class Body:
         self.source = source
         self._framing = framing
         self.sent_framing = CHUNKED if framing is UNTIL_CLOSE else framing
-        self._decoder = body_decoder(framing, config, is_response)
+        self._decoder = BodyDecoder(framing, config, is_response)
         self.count = 0
-        self.finished = self._decoder.finished  # type: bool
+        self.finished = self._decoder.finished
 
     def buffered(self) -> bytes:
         """The body data in the source's buffer; ProxyError 400 if it is malformed."""
         if self.finished or not self.source.buffer:
             return b""
-        data = self._decoder.feed(self.source.buffer)  # type: bytes
+        data = self._decoder.feed(self.source.buffer)
         self.source.buffer = self._decoder.rest
         self.finished = self._decoder.finished
         self.count += len(data)

@@ -56,13 +56,13 @@ from port_proxy import (
     CHUNKED,
     NO_BODY,
     UNTIL_CLOSE,
+    BodyDecoder,
     Config,
     Framing,
     Headers,
     PortProxy,
     ProxyError,
     TokenGate,
-    body_decoder,
     check_partial_head,
     checked_config,
     cookies_for_unprefixed,
@@ -1238,7 +1238,7 @@ def chunk(data):
 
 def decode(framing, pieces, is_response=False):
     """The body that the pieces make and the bytes behind it; None if it is not whole; ProxyError if it is refused."""
-    decoder = body_decoder(framing, DEFAULT, is_response)
+    decoder = BodyDecoder(framing, DEFAULT, is_response)
     data, behind = b"", b""
     for piece in pieces:
         if decoder.finished:
@@ -1273,7 +1273,7 @@ class TestBodies:
 
     def test_flood_of_chunks_is_decoded_in_turns(self):
         """One turn is short, so that other requests have theirs; the rest is fed again."""
-        decoder, data, turns, count = body_decoder(CHUNKED, DEFAULT), b"1\r\nx\r\n" * 30000 + b"0\r\n\r\nrest", 0, 0
+        decoder, data, turns, count = BodyDecoder(CHUNKED, DEFAULT), b"1\r\nx\r\n" * 30000 + b"0\r\n\r\nrest", 0, 0
         while not decoder.finished:
             decoded = decoder.feed(data)
             data, turns, count = decoder.rest, turns + 1, count + len(decoded)
@@ -1304,7 +1304,7 @@ class TestBodies:
                         assert decode(CHUNKED, pieces, is_response) == (before[3:6] + expected, b"")
 
     def test_part_of_a_chunk_is_not_held_back(self):
-        decoder = body_decoder(CHUNKED, DEFAULT)
+        decoder = BodyDecoder(CHUNKED, DEFAULT)
         pieces = (b"5", b"\r\n", b"ab", b"cde\r", b"\n1\r\nf", b"\r\n0", b"\r\n\r", b"\nGET")
         given = [decoder.feed(piece) for piece in pieces]
         assert given == [b"", b"", b"ab", b"cde", b"f", b"", b"", b""]
@@ -1313,7 +1313,7 @@ class TestBodies:
     def test_body_until_close_is_all_that_comes(self, monkeypatch):
         """Also of more bytes than sys.maxsize, which is 2 GiB on a machine of 32 bits."""
         monkeypatch.setattr(sys, "maxsize", 9)
-        decoder, pieces = body_decoder(UNTIL_CLOSE, DEFAULT), [b"abc\r\n0\r\n\r\n", b"GET /"]
+        decoder, pieces = BodyDecoder(UNTIL_CLOSE, DEFAULT), [b"abc\r\n0\r\n\r\n", b"GET /"]
         assert [decoder.feed(piece) for piece in pieces] == pieces
         assert (decoder.finished, decoder.rest) == (False, b"")
 
