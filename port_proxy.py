@@ -4601,6 +4601,7 @@ class PortCheck:
             place=route.place,
             host=route.host,
             port=route.port,
+            base=config.base,
             ok=False,  # whether the proxy can reach the app
             addresses=[],
             program="",
@@ -4610,10 +4611,10 @@ class PortCheck:
             title="",
             redirect="",  # the target of the last redirect
             app="",  # the name of a known app
-            rooted_links=[],  # the page's first links that begin with a slash
+            rooted=[],  # the page's first links that begin with a slash
             refuses_host=None,
             refuses_origin=None,
-            websocket="",  # the first path that opened one
+            socket="",  # the first path that opened a WebSocket
             problems=[],  # full sentences, each with advice
             use=[],  # addresses for a browser on this machine, the best first
             flag="",  # the app's option for the absolute form
@@ -4654,7 +4655,7 @@ class PortCheck:
         own, foreign = ("Origin: " + origin for origin in (route.origin, "http://" + _FOREIGN_HOST))
         for path in [base_path + path for path in _SOCKET_PATHS]:
             if await self._status(path, *_HANDSHAKE, own) == 101:
-                report.websocket = path.partition("?")[0]
+                report.socket = path.partition("?")[0]
                 report.refuses_origin = await self._status(path, *_HANDSHAKE, foreign) != 101
                 break
 
@@ -4729,7 +4730,7 @@ class PortCheck:
         links = list(dict.fromkeys(_LINK.findall(content)))
         rooted = [link for link in links if _LOCAL_TARGET.fullmatch(link)]
         rooted = [link for link in rooted if path_below(self.absolute_path, link) is None]
-        report.rooted_links = rooted[:5]
+        report.rooted = rooted[:5]
         if rooted and not self.config.whole_origin:
             text = "Its links that begin with a slash lose the prefix, and nothing restores it. Use"
             text += " the app's own host, its option for a base path, or --whole-origin yes."
@@ -4759,11 +4760,13 @@ class PortCheck:
 
 def report_text(report: Any) -> str:
     lines = [report.place]
+    labels = {"rooted": "rooted links", "socket": "websocket"}
     for name, value in vars(report).items():
-        if value and name not in ("place", "host", "port", "ok", "flag", "kept"):
+        if value and name not in ("place", "host", "port", "base", "ok", "flag", "kept"):
             texts = value if isinstance(value, (list, tuple)) else [value]
             texts = ["yes" if text is True else printable(str(text)) for text in texts]
-            lines.append("  %-14s %s" % (name.replace("_", " "), ("\n" + 17 * " ").join(texts)))
+            label = labels.get(name, name).replace("_", " ")
+            lines.append("  %-14s %s" % (label, ("\n" + 17 * " ").join(texts)))
     if report.flag:
         lines.append("  %-14s start it with %s and use %s" % ("or", report.flag, report.kept))
     return "\n".join(lines)

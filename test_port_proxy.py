@@ -5284,7 +5284,7 @@ BELOW_ITS_BASE = {
 }
 NO_LINKS_LOST = {
     "use": ["http://localhost:8888" + PREFIX_IN], "status": 200, "title": "A", "app": "Dash", "flag": "",
-    "rooted_links": [], "refuses_host": False,
+    "rooted": [], "refuses_host": False,
 }  # fmt: skip
 
 
@@ -5308,8 +5308,8 @@ class TestCheck:
         app = upstream(site({"/ws": SWITCHING, "*": page}))
         report = check(app.port)
         self.assert_found(
-            report, ok=True, speaks="http", status=200, title="My app", redirect="", rooted_links=[],
-            refuses_host=False, refuses_origin=False, websocket="/ws", app="", flag="",
+            report, ok=True, speaks="http", status=200, title="My app", redirect="", rooted=[],
+            refuses_host=False, refuses_origin=False, socket="/ws", app="", flag="",
             use=["http://PORT.localhost:8888/", "http://localhost:8888/proxy/PORT/"],
         )  # fmt: skip
         if os.path.exists("/proc/net/tcp"):
@@ -5339,7 +5339,7 @@ class TestCheck:
         report, flag = check(app.port), 'url_base_pathname="/proxy/absolute/PORT/"'
         links = ["/_dash/a.js", "/b.css", "/c"]
         self.assert_found(
-            report, "Add 127.0.0.1 to the trusted proxies", redirect="/lab", rooted_links=links, status=200, app="Dash",
+            report, "Add 127.0.0.1 to the trusted proxies", redirect="/lab", rooted=links, status=200, app="Dash",
             flag=flag, refuses_host=True, refuses_origin=True,
         )  # fmt: skip
         text = port_proxy.report_text(report).replace(str(app.port), "PORT")
@@ -5378,7 +5378,7 @@ class TestCheck:
         (BELOW_ITS_BASE, False, NO_LINKS_LOST, ""),
         (dict(BELOW_ITS_BASE, **{"/": "Location: " + PREFIX_IN}), False, NO_LINKS_LOST, ""),
         (dict(BELOW_ITS_BASE, **{"/": BELOW_ITS_BASE[PREFIX_IN]}), False, NO_LINKS_LOST, ""),
-        ({"*": "<img src=/a>"}, False, {"ok": True, "rooted_links": ["/a"]}, "--whole-origin yes"),
+        ({"*": "<img src=/a>"}, False, {"ok": True, "rooted": ["/a"]}, "--whole-origin yes"),
     ] + [({"*": "Location: " + location}, True, {"ok": True, "status": 302, "redirect": path}, problem)
          for location, path, problem in (
         ("/x?secret", "/x", LOOPS), ("x?secret", "/x", LOOPS), ("http://localhost:PORT/", "/", LOOPS),
@@ -5439,7 +5439,7 @@ class TestCheck:
         self.assert_found(check("127.0.0.2:%d" % port), "--host-allowlist 127.0.0.2", ok=False, use=[])
         report = check("127.0.0.2:%d" % port, host_allowlist=("127.0.0.2",))
         address = "http://localhost:8888/proxy/127.0.0.2:PORT/"
-        self.assert_found(report, ok=True, use=[address], addresses=("127.0.0.2",), websocket="/ws")
+        self.assert_found(report, ok=True, use=[address], addresses=("127.0.0.2",), socket="/ws")
 
     def test_command_prints_the_report(self, upstream, capsys):
         app = upstream(site({"*": "<title>\u017c\U0001f600</title>"}))
