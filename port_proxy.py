@@ -251,7 +251,7 @@ _KINDS = {  # of values, by field or else by the type of the default; in Python,
     type(None): ("a path", lambda value: isinstance(value, (str, os.PathLike))),
     "port": ("a number from 0 to 65535", lambda value: type(value) is int and -1 < value < 65536),
     "host_allowlist": (_STRINGS, lambda value: callable(value) or _is_strings(value)),
-    "whole_origin": ("True or False", lambda value: isinstance(value, bool)),
+    "whole_origin": ("yes or no, or True or False", lambda value: isinstance(value, bool)),
     "token": ("a string", lambda value: isinstance(value, str)),
     "authorize": ("an asynchronous callable", callable),
     "hub": ("a Hub", lambda value: isinstance(value, Hub)),
@@ -4154,7 +4154,8 @@ def server_context(config: Config) -> ssl.SSLContext:
     except OSError as error:
         text = "%s cannot be used: %s. Expected: a certificate in PEM, its key in the same file or"
         text += " in --keyfile, and the right pass phrase."
-        raise ValueError(text % (" and ".join(dict.fromkeys(files)), error.strerror or error))
+        names = " and ".join(dict.fromkeys(map(str, files)))
+        raise ValueError(text % (names, error.strerror or error))
     return context
 
 

@@ -784,7 +784,7 @@ class TestConfig:
         ("a whole number above 0", "max_fields", ["3", 0, 1.5, True]),
         ("a string", "bind", [None]), ("a string", "base", [b"/a"]), ("a string", "token", [5]),
         ("a path", "certfile", [5]), ("a Hub", "hub", [{}]), ("an asynchronous callable", "authorize", ["me"]),
-        ("True or False", "whole_origin", ["no"]), ("True or False", "preserve_host", [1]),
+        ("yes or no, or True or False", "whole_origin", ["no"]), ("True or False", "preserve_host", [1]),
         ("True or False", "any_owner", [None]), ("a sequence of strings", "upstream_tls", [(8443,)]),
         ("a sequence of strings", "domains", [None]), ("a sequence of strings", "allow_origins", ["*"]),
         ("a sequence of strings", "host_allowlist", ["a", [b"a"]]), ("a sequence of strings", "trusted_proxies", [1]),
@@ -4606,6 +4606,11 @@ class TestTls:
         assert errors.startswith("port_proxy: " + message)
         assert ("--keyfile" in errors) is ("cannot be used" in message)
 
+    def test_unusable_file_may_be_a_path(self, certificate):
+        files = Config(certfile=certificate / "cert.pem", keyfile=certificate / "rsa.pem")
+        with pytest.raises(ValueError, match="cert.pem and .*rsa.pem cannot be used: "):
+            port_proxy.server_context(files)
+
     def test_pass_phrase_without_a_terminal_is_an_error(self, certificate):
         command = [sys.executable, PROGRAM, "--port", "0", "--certfile", "cert.pem", "--keyfile", "locked.pem"]
         how = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
@@ -5636,7 +5641,7 @@ class TestCommandLine:
         ("--token-file " + sys.executable, "the token must consist of visible ASCII"),
         ("--token-file /nowhere", "cannot read /nowhere: No such file"),
         ("--token-file /dev/null", "there is no token in /dev/null"),
-        ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin must be True or False"),
+        ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin must be yes or no"),
         ("--check 0", "an upstream is PORT or HOST:PORT, not '0'"), ("--json", "type --check PORT --json"),
         ("--check=", "an upstream is PORT or HOST:PORT, not ''"),
         ("--port", "argument --port: expected one argument"), ("--base --json", "--base: expected one argument"),
