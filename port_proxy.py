@@ -994,16 +994,13 @@ class BodyDecoder:
 # timer checks the deadlines of all connections.
 
 _MAX_UNREAD = 1 << 16  # bytes
-# The limit of a StreamReader.  Only `Connection` may pause the transport, not the StreamReader:
-# before 3.11, one that resumes a closed TLS transport raises an error and loses its data.
-_NO_LIMIT = 1 << 30  # bytes
 _PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
 _CLOSE_SECONDS = 60.0  # timeout for closing a connection
 _UNIX = getattr(socket, "AF_UNIX", None)
 
-# The states of a connection.  A connection to an upstream is always ACTIVE.
+# The states of a connection.  One to an upstream is IDLE in the pool, and otherwise ACTIVE.
 HANDSHAKE = "handshake"  # the TLS handshake of a client, in `task`; there is no transport yet
-IDLE = "idle"  # waits for a request, without a task
+IDLE = "idle"  # no request, and no task
 READING_HEAD = "reading head"
 ACTIVE = "active"  # serves a request
 CLOSING = "closing"  # no further request is served, and no data is kept
@@ -1040,7 +1037,7 @@ class Connection(asyncio.StreamReaderProtocol):
     def __init__(
         self, deadlines: "Deadlines", on_accept: Optional[Callable[["Connection"], None]] = None
     ) -> None:
-        self.reader = asyncio.StreamReader(_NO_LIMIT, loop=deadlines.loop)
+        self.reader = asyncio.StreamReader(loop=deadlines.loop)
         super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
         self.buffer = b""
@@ -1057,7 +1054,8 @@ class Connection(asyncio.StreamReaderProtocol):
         self._on_accept = on_accept
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        # Without the base class, which would let the StreamReader pause the transport, too: before
+        # 3.11, one that resumes a closed TLS transport raises an error and loses its data.
         self.transport = transport
         self.writer = StreamWriter(self.transport, self, self.reader, self.deadlines.loop)
         peer = transport.get_extra_info("peername")
@@ -1127,12 +1125,12 @@ class Connection(asyncio.StreamReaderProtocol):
             self.watcher(self)
 
     async def read(self) -> bytes:
-        """The bytes in `buffer`, or else the next ones; b"" at EOF.  Raises OSError or TimedOut."""
+        """The bytes in `buffer`, or else the next ones; b"" at EOF.  Raises `failure`."""
         if self.buffer:
             data, self.buffer = self.buffer, b""
             return data
         if self.unread or self.ended:
-            data = await self.reader.read(_NO_LIMIT)
+            data = await self.reader.read(self.unread)
             if self.unread > _MAX_UNREAD:
                 with contextlib.suppress(RuntimeError, AttributeError):
                     self.transport.resume_reading()
@@ -1143,11 +1141,6 @@ class Connection(asyncio.StreamReaderProtocol):
         if not data and self.failure is not None:
             raise self.failure
         return data
-
-    def shorten_wait(self, seconds: float) -> None:
-        """If a `read` waits, let it end in `seconds` at the latest."""
-        if self._waiting_read is not None:
-            self.read_deadline = min(self.read_deadline, now() + seconds)
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():  # then uvloop raises RuntimeError
@@ -1175,7 +1168,8 @@ class Connection(asyncio.StreamReaderProtocol):
         return is_open and not (self.buffer or self.unread or self.queued())
 
     def check_deadlines(self, time: float) -> None:
-        if time > self.read_deadline and not self.queued():  # unsent data: not idle
+        is_waiting = self.state is IDLE or self._waiting_read is not None
+        if is_waiting and time > self.read_deadline and not self.queued():  # unsent data: not idle
             self.end(TimedOut())
         # asyncio waits for the close_notify of a TLS peer, before 3.11 forever.
         if time > self.write_deadline and (self.queued() or self.transport.is_closing()):
@@ -1351,6 +1345,7 @@ class Body:
     ) -> None:
         self.source = source
         self._framing = framing
+        self._is_response = is_response
         self.sent_framing = CHUNKED if framing is UNTIL_CLOSE else framing
         self._decoder = BodyDecoder(framing, config, is_response)
         self.count = 0
@@ -1369,14 +1364,19 @@ class Body:
     async def read(self, timeout: float) -> bytes:
         """The next body data, which may be empty.
 
-        Raises ProxyError 400 if the body is malformed, Truncated if it is incomplete, TimedOut if
-        no data comes for `timeout` seconds, and OSError if the connection fails.
+        Raises ProxyError 400 if the body is malformed, Truncated if it is incomplete, and OSError
+        if the connection fails.  If no data comes for `timeout` seconds, raises ProxyError 408 for
+        a request, TimedOut for a response.
         """
         self.source.read_deadline = now() + timeout
         if self.source.buffer:  # more than _CHUNKS_IN_A_ROW
             await asyncio.sleep(0)
-        self.source.buffer = await self.source.read()
-        self.source.read_deadline = FOREVER
+        try:
+            self.source.buffer = await self.source.read()
+        except TimedOut:
+            if self._is_response:
+                raise
+            raise ProxyError(408, "The request body did not arrive in time.")
         if not self.source.buffer:
             if self._framing is not UNTIL_CLOSE:
                 raise Truncated()
@@ -2397,7 +2397,7 @@ class Upstreams:
                 if connection.is_quiet() and not poll(connection.transport, "POLLIN"):
                     connection.has_received = False
                     connection.is_reused = True
-                    connection.read_deadline = connection.read_timeout = FOREVER
+                    connection.state = ACTIVE
                     return connection
                 connection.abort()
         return None
@@ -2407,6 +2407,7 @@ class Upstreams:
         if connection.is_quiet() and len(self._idle) < self.config.max_idle_upstreams:
             self._idle[connection] = route.authority, now()
             connection.read_deadline = now() + self.config.idle_upstream_timeout
+            connection.state = IDLE
             connection.watcher = self._drop
         else:
             connection.close()
@@ -3294,7 +3295,6 @@ class Exchange:
         self.status = self.sent = 0
         self.failure = ""
         self.tunnel = None  # type: Optional[TunnelEnd]
-        self._client_failure = None  # type: Optional[Exception]
 
     async def run(self) -> None:
         """Serve the request, and turn errors into responses.
@@ -3305,11 +3305,7 @@ class Exchange:
             await self._serve()
         except ProxyError as error:
             await self._respond_error(error)
-        except TimedOut:
-            if self.status and self._client_failure is None:
-                raise
-            await self._respond_error(ProxyError(408, "The request body did not arrive in time."))
-        except (PeerGone, Truncated, OSError):
+        except (PeerGone, Truncated, TimedOut, OSError):
             raise
         except asyncio.CancelledError:
             self.failure = "The proxy was told to stop."
@@ -3369,6 +3365,7 @@ class Exchange:
         """
         is_reusable, senders = False, []
         try:
+            upstream.read_timeout = self.config.response_timeout
             watcher = self.client.watcher = functools.partial(self._on_client_end, upstream)
             watcher(self.client)  # it may have ended already
             if self.gate.sessions_can_end:
@@ -3383,8 +3380,8 @@ class Exchange:
             else:
                 is_reusable = await self._relay(route, upstream, response)
         except (ProxyError, Truncated, TimedOut, OSError) as error:
-            if self._client_failure is not None:
-                raise self._client_failure
+            if isinstance(error, ProxyError) and error is upstream.failure:
+                raise  # the request body is malformed, or late
             if may_retry and not upstream.has_received and not isinstance(error, TimedOut):
                 return False
             raise await self._explain(error, route, upstream)
@@ -3399,41 +3396,36 @@ class Exchange:
         return True
 
     def _on_client_end(self, upstream: Connection, client: Connection) -> None:
-        if not client.ended:
-            return
-        if client.failure is None and client.transport.can_write_eof():
-            upstream.read_timeout = _HALF_CLOSED_SECONDS
-            upstream.shorten_wait(_HALF_CLOSED_SECONDS)
-            return
         # A TimedOut with an argument: the client does not read.
         is_late = isinstance(client.failure, TimedOut) and not client.failure.args
-        self._client_failure = TimedOut() if is_late else PeerGone()
-        upstream.abort()
+        if not client.ended or is_late:  # `_send_body` reports that the client is late
+            return
+        if client.failure is None and client.transport.can_write_eof():
+            seconds = upstream.read_timeout = min(upstream.read_timeout, _HALF_CLOSED_SECONDS)
+            upstream.read_deadline = min(upstream.read_deadline, now() + seconds)
+        else:
+            upstream.end(PeerGone())
 
     async def _send_body(self, upstream: Connection) -> None:
+        """Send the request body.  Its failure is raised where the response is read."""
         self.client.read_timeout = self.config.stall_timeout
         try:
             await self.body.relay(upstream, self.config.stall_timeout)
             if not self.status:
-                upstream.read_deadline = now() + self._response_timeout(upstream)
+                upstream.read_deadline = now() + upstream.read_timeout
         except PeerGone:
             pass  # an upstream that stops reading may have responded already: that is no error
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            self._client_failure = self._client_failure or error
-            upstream.abort()
-
-    def _response_timeout(self, upstream: Connection) -> float:
-        return min(self.config.response_timeout, upstream.read_timeout)
+            upstream.end(PeerGone() if isinstance(error, Truncated) else error)
 
     async def _read_response(self, upstream: Connection) -> Response:
         """The final response or a 101; other interim responses are relayed at once."""
         while True:
-            timeout = self._response_timeout(upstream) if self.body.finished else FOREVER
+            timeout = upstream.read_timeout if self.body.finished else FOREVER
             upstream.read_deadline = now() + timeout
             head = await read_head(upstream, False, self.config)
-            upstream.read_deadline = FOREVER
             response = parse_response(head, self.request.method, self.config)
             if response.status >= 200 or response.status == 101:
                 return response
@@ -3450,6 +3442,8 @@ class Exchange:
         if request.minor == "0" and body.sent_framing is CHUNKED:
             body.sent_framing = UNTIL_CLOSE
         client.eof_ends_body = body.sent_framing is UNTIL_CLOSE
+        if not client.ended:
+            upstream.read_timeout = FOREVER
         self.keep_alive = self._may_keep_alive() and not client.eof_ends_body
         # Malformed data at the start of the body raises here, before the head is sent.
         data = body.buffered()
@@ -3501,34 +3495,32 @@ class Exchange:
 
     async def _explain(self, error: Exception, route: Route, upstream: Connection) -> Exception:
         """The ProxyError for a failure of the upstream, or TimedOut after the response head."""
-        is_page, advice = self.request.is_page_visit, ""
         if isinstance(error, TimedOut):
             if self.status:  # a half-closed client, or an upstream that stopped reading
                 return error  # `PortProxy.serve_one` then aborts the connection
-            timeout = self._response_timeout(upstream)
-            text = "No response came from %s within %g seconds." % (route.place, timeout)
+            text, timeout = "No response came from %s within %g seconds.", upstream.read_timeout
             if "writing" in error.args:
                 text = "The app on %s did not read the request for %g seconds."
-                text %= route.place, self.config.stall_timeout
-            return ProxyError(504, text + " The client has closed its side." * self.client.ended)
-        may_be_tls = is_page and not upstream.has_received
+                timeout = self.config.stall_timeout
+            text += " The client has closed its side." * self.client.ended
+            return ProxyError(504, text % (route.place, timeout))
+        is_page, is_silent = self.request.is_page_visit, not upstream.has_received
         if route.scheme == "http" and (
             upstream.buffer[:2] in TLS_RECORDS
-            or (may_be_tls and await accepts_tls(self.proxy.upstreams, route))
+            or (is_page and is_silent and await accepts_tls(self.proxy.upstreams, route))
         ):
             return unexpected_tls(route)
-        ended = "closed" if isinstance(error, Truncated) else "reset"
         if isinstance(error, ProxyError):
             text = "The response of %s is not valid HTTP. %s" % (route.place, error.detail)
-        elif upstream.has_received:
-            text = "The app on %s %s the connection in the middle of its response."
-            text %= route.place, ended
-        else:
-            text = "The app on %s %s the connection without a response." % (route.place, ended)
-            advice = "If it speaks TLS, {start} {upstream_tls} {value}."
-            if is_page or route.scheme == "https":
-                advice = "Its log may say why."
-        return ProxyError(502, text, (), advice, route.name)
+            return ProxyError(502, text)
+        ended = "closed" if isinstance(error, Truncated) else "reset"
+        text = "The app on %s %s the connection " % (route.place, ended)
+        if not is_silent:
+            return ProxyError(502, text + "in the middle of its response.")
+        advice = "If it speaks TLS, {start} {upstream_tls} {value}."
+        if is_page or route.scheme == "https":
+            advice = "Its log may say why."
+        return ProxyError(502, text + "without a response.", (), advice, route.name)
 
     async def _respond(self, response: LocalResponse) -> None:
         self.keep_alive = self._may_keep_alive()
@@ -3959,7 +3951,6 @@ class PortProxy:
 
     def _wake(self, client: Connection) -> None:
         client.watcher = None
-        client.read_deadline = FOREVER
         client.state = READING_HEAD
         if _has_request(client):
             client.task = client.deadlines.loop.create_task(self._serve(client))
@@ -3985,7 +3976,6 @@ class PortProxy:
                     raise ProxyError(400, text)
                 client.read_deadline = now() + timeout
                 head = await read_head(client, True, self.config)
-                client.read_deadline = FOREVER
                 # Of an admitted client, only an incomplete head counts.
                 unused = 0 if client.is_admitted else len(client.buffer) + client.unread
                 client.deadlines.set_pending(client, unused)
