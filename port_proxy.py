@@ -3640,8 +3640,6 @@ class TunnelEnd(asyncio.Protocol):
         return not self.peer.ended and bool(self.transport.can_write_eof())
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
-        if self.is_lost:
-            return
         self.is_lost = True
         self.deadlines.connections.discard(self)
         if exc is None:
@@ -3680,19 +3678,20 @@ async def open_tunnel(
     end.peer = TunnelEnd(upstream, timeout, tunnels)
     end.peer.peer = end
     tunnels[end] = None
-    sides = ((end, client), (end.peer, upstream))
-    for side, connection in sides:
+    sides = []
+    for side, connection in ((end, client), (end.peer, upstream)):
+        is_lost = connection not in side.deadlines.connections or connection.transport.is_closing()
+        sides.append((side, connection, is_lost))
         connection.transport.set_protocol(side)
         side.deadlines.connections.discard(connection)
         side.deadlines.connections.add(side)
-    for side, connection in sides:
+    for side, connection, is_lost in sides:
         while connection.buffer or connection.unread:
             side.data_received(await connection.read())  # buffered: returns at once
-    for side, connection in sides:
-        if connection.transport.is_closing():
+        if is_lost:
             side.connection_lost(connection.failure)
         elif connection.ended and not side.eof_received():
-            connection.transport.close()
+            close_once(connection.transport)
     return end
 
 
