@@ -576,31 +576,23 @@ _HTTP_URL = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE)
 _LENGTH = re.compile("[0-9]{1,18}")
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())
 _MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
-_USUAL_TOKENS = {token: frozenset([token]) for token in ("close", "keep-alive", "upgrade")}
 
 
 class Headers:
     """The field lines of a head, in order, with an index."""
 
-    def __init__(self, keys: List[str], lines: List[str]) -> None:
-        self.keys = keys  # the field names in lower case
-        self.lines = lines  # unchanged, "Name: value"
-        self.index = dict(zip(keys, lines))  # for a repeated field, its last line
-        self.connection = self.tokens("connection")
-
-    @classmethod
-    def parse(cls, section: str, config: Config, is_response: bool = False) -> "Headers":
+    def __init__(self, section: str, config: Config) -> None:
         """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
-        lines = section.split("\r\n")[:-2]
-        if len(lines) > config.max_fields:
+        count = section.count("\n") - 1
+        if count > config.max_fields:
             raise ProxyError(431, "The message head has more than %d fields." % config.max_fields)
-        keys = _FIELD_NAMES.findall(section.lower())
-        if not len(keys) == len(lines) == section.count("\n") - 1:
-            if is_response and _SPACED_NAME.search(section):  # RFC 9112 section 5.1
-                return cls.parse(_SPACED_NAME.sub(r"\1:", section), config)
+        self.keys = _FIELD_NAMES.findall(section.lower())  # the field names in lower case
+        self.lines = section.split("\r\n")[:-2]  # unchanged, "Name: value"
+        if not len(self.keys) == len(self.lines) == count:
             text = "A field line must be 'name: value', without white space before the name or the"
             raise ProxyError(400, text + " colon, and without control bytes (RFC 9112 section 5).")
-        return cls(keys, lines)
+        self.index = dict(zip(self.keys, self.lines))  # for a repeated field, its last line
+        self.connection = self.tokens("connection")
 
     def get(self, name: str) -> str:
         """The last value of the field `name` (lower case), "" if it is missing."""
@@ -609,22 +601,19 @@ class Headers:
 
     def get_all(self, name: str) -> List[str]:
         """All values of the field `name` (lower case), in order."""
-        line = self.index.get(name)
-        if line is None:
+        if name not in self.index:
             return []
-        start = len(name) + 1
         if len(self.index) == len(self.keys):  # no field is repeated
-            return [line[start:].strip(" \t")]
+            return [self.get(name)]
         pairs = zip(self.keys, self.lines)
-        return [line[start:].strip(" \t") for key, line in pairs if key == name]
+        return [line[len(name) + 1 :].strip(" \t") for key, line in pairs if key == name]
 
     def tokens(self, name: str) -> FrozenSet[str]:
         """The members of the list-valued field `name` (lower case), in lower case."""
         if name not in self.index:
             return frozenset()
-        value = ",".join(self.get_all(name)).lower()
-        usual = _USUAL_TOKENS.get(value)
-        return usual or frozenset([member.strip(" \t") for member in value.split(",")])
+        members = ",".join(self.get_all(name)).lower().split(",")
+        return frozenset([member.strip(" \t") for member in members])
 
 
 class Framing(NamedTuple):
@@ -641,33 +630,31 @@ UNTIL_CLOSE = Framing("close", 1 << 63)  # sys.maxsize would be 2 GiB on a machi
 
 def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Framing:
     """The framing in a head, or else `undeclared` (RFC 9112 section 6.3); ProxyError 400 or 501."""
-    if "transfer-encoding" in headers.index:
-        if "content-length" in headers.index or minor == "0":
-            text = "Transfer-Encoding is not allowed beside Content-Length or in HTTP/1.0."
+    codings, lengths = headers.get_all("transfer-encoding"), headers.tokens("content-length")
+    if codings:
+        if lengths or minor == "0" or len(codings) > 1:
+            text = "Transfer-Encoding is not allowed twice, beside Content-Length or in HTTP/1.0."
             raise ProxyError(400, text)
-        codings = headers.get_all("transfer-encoding")
-        if len(codings) > 1:
-            raise ProxyError(400, "The message has more than one Transfer-Encoding field.")
         if codings[0].lower() != "chunked":
             raise ProxyError(501, "The only transfer coding supported is 'chunked'.")
         return CHUNKED
-    if "content-length" not in headers.index:
+    if not lengths:
         return undeclared
-    values = ",".join(headers.get_all("content-length")).split(",")
-    length, *others = {value.strip(" \t") for value in values}
+    length, *others = lengths
     if others or not _LENGTH.fullmatch(length):
         raise ProxyError(400, "Content-Length is not a single number of at most 18 digits.")
     return Framing("length", int(length))
 
 
 class ClientInfo(NamedTuple):
-    """The address of a client, and the public origin: the proxy's origin as the client sees it."""
+    """A client, and the public origin: the proxy's origin as the client sees it."""
 
     address: str  # "" if unknown
     scheme: str
     authority: str  # host:port; "" if the request has none
     app_port: int = 0  # the port in a host such as 8080.localhost, or 0
-    lines: Tuple[str, ...] = ()  # the X-Forwarded header lines
+    hops: str = ""  # the value of X-Forwarded-For, "" for none
+    port: str = ""  # the value of X-Forwarded-Port, "" without an authority
 
 
 def client_info(
@@ -675,34 +662,26 @@ def client_info(
 ) -> ClientInfo:
     """address, scheme: of the connection.  Only a trusted proxy's X-Forwarded headers are used: the
     client is the last address in X-Forwarded-For that is not trusted, or the first if all are."""
-    hops, port = [address] if address else [], ""
+    hops, port = address, ""
     if config.trusted_proxies and _is_trusted(address, config.trusted_proxies):
         value = ",".join(headers.get_all("x-forwarded-for"))
         if len(value) > _MAX_FORWARDED:
             raise ProxyError(400, "X-Forwarded-For is longer than %d characters." % _MAX_FORWARDED)
         forwarded = [hop for hop in (part.strip(" \t") for part in value.split(",")) if hop]
-        hops = forwarded + hops
-        clients = (h for h in reversed(forwarded) if not _is_trusted(h, config.trusted_proxies))
-        address = next(clients, hops[0] if hops else "")
+        hops = ", ".join(forwarded + [address] * bool(address))
+        for address in reversed(forwarded):
+            if not _is_trusted(address, config.trusted_proxies):
+                break
         # Of several members, the outermost proxy wrote the first.
         names = ("x-forwarded-proto", "x-forwarded-host", "x-forwarded-port")
         proto, host, port = (headers.get(name).partition(",")[0].strip(" \t") for name in names)
         scheme = proto.lower() if proto.lower() in _DEFAULT_PORTS else scheme
         authority = host if _AUTHORITY.fullmatch(host) else authority
         port = port if re.fullmatch("[0-9]{1,5}", port) else ""
-    return _make_client_info(address, scheme, authority, port, ", ".join(hops), config.domains)
-
-
-@functools.lru_cache(maxsize=1024)
-def _make_client_info(
-    address: str, scheme: str, authority: str, port: str, hops: str, domains: Sequence[str]
-) -> ClientInfo:
-    lines = ["X-Forwarded-For: " + hops] if hops else []
-    lines.append("X-Forwarded-Proto: " + scheme)
-    if authority:
-        port = port or with_port(authority.rstrip(":"), scheme).rpartition(":")[2]
-        lines += ["X-Forwarded-Host: " + authority, "X-Forwarded-Port: " + port]
-    return ClientInfo(address, scheme, authority, port_in_host(authority, domains), tuple(lines))
+    port = port or with_port(authority, scheme).rpartition(":")[2]
+    return ClientInfo(
+        address, scheme, authority, port_in_host(authority, config.domains), hops, port
+    )
 
 
 _network = functools.lru_cache(maxsize=64)(ipaddress.ip_network)
@@ -765,14 +744,22 @@ class Response(NamedTuple):
 def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Request:
     """Parse a request head (RFC 9112 sections 3 to 6); ProxyError 4xx, 501 or 505."""
     text = head.decode("latin-1")
-    method, target, minor, end = parse_request_line(text, config)
-    headers = Headers.parse(text[end:], config)
+    match = _REQUEST_LINE.match(text)
+    if not match:
+        form = "'METHOD TARGET HTTP/1.1' with single spaces"
+        raise ProxyError(400, "The request line must be %s." % form)
+    method, target, major, minor = match.groups()
+    if major != "1" or minor not in "01":
+        raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
+    if len(target) > config.max_target_bytes:
+        raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
+    headers = Headers(text[match.end() :], config)
     # Of two Host or Origin fields, gate and app might use different ones (RFC 6454 section 7.3).
-    hosts, origins = headers.get_all("host"), headers.get_all("origin")
-    if len(hosts) > 1 or len(origins) > 1 or (minor == "1" and not hosts):
+    count = headers.keys.count
+    if count("host") > 1 or count("origin") > 1 or (minor == "1" and not count("host")):
         raise ProxyError(400, "A request has exactly one Host field, and at most one Origin field.")
     authority = headers.get("host")
-    if hosts and not _AUTHORITY.fullmatch(authority):
+    if count("host") and not _AUTHORITY.fullmatch(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
     if method == "CONNECT":
         allow = (("Allow", "GET, HEAD, POST, OPTIONS"),)
@@ -813,23 +800,8 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         is_websocket=is_websocket,  # RFC 6455 section 4.1; other upgrades, such as h2c, are ignored
         is_navigation=is_navigation,
         is_page_visit=is_navigation and method in ("GET", "HEAD") and not is_websocket,
-        is_own_origin=bool(origins) and rest_of_own_url(origins[0], client.authority) == "",
+        is_own_origin=rest_of_own_url(headers.get("origin"), client.authority) == "",
     )
-
-
-def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
-    """Method, target, minor version and length of the line; ProxyError 400, 414 or 505."""
-    match = _REQUEST_LINE.match(text)
-    if not match:
-        raise ProxyError(
-            400, "The request line must be 'METHOD TARGET HTTP/1.1' with single spaces."
-        )
-    method, target, major, minor = match.groups()
-    if major != "1" or minor not in "01":
-        raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
-    if len(target) > config.max_target_bytes:
-        raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
-    return method, target, minor, match.end()
 
 
 def _parse_absolute_form(method: str, target: str) -> Tuple[str, str]:
@@ -850,7 +822,11 @@ def parse_response(head: bytes, method: str, config: Config) -> Response:
     if not match:
         raise ProxyError(400, "The status line is not valid for HTTP/1.0 or HTTP/1.1.")
     minor, status, reason = match.groups()
-    headers = Headers.parse(text[match.end() :], config, is_response=True)
+    section = text[match.end() :]
+    try:
+        headers = Headers(section, config)
+    except ProxyError:  # white space before colons is removed (RFC 9112 section 5.1)
+        headers = Headers(_SPACED_NAME.sub(r"\1:", section), config)
     framing = declared_framing(headers, minor, UNTIL_CLOSE)
     if method == "HEAD" or int(status) < 200 or status in ("204", "304"):
         framing = NO_BODY
@@ -862,13 +838,7 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
     """Raise ProxyError if an incomplete head is too long, or invalid after its `checked` bytes."""
     if _ILLEGAL.search(head, max(0, checked - 1)):  # the last checked byte may be a CR
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
-    end = head.find(b"\r\n")
-    if is_request:
-        if end >= 0 and end + 2 > checked:  # the request line is now complete
-            parse_request_line(head[: end + 2].decode("latin-1"), config)
-        elif end < 0 and len(head) > config.max_target_bytes:
-            raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
-    elif not head.startswith(b"HTTP/"[: len(head)]):
+    if not is_request and not head.startswith(b"HTTP/"[: len(head)]):
         raise ProxyError(400, "The response does not begin with HTTP/.")
     if len(head) > config.max_head_bytes:
         raise ProxyError(431, "The message head is longer than %d bytes." % config.max_head_bytes)
@@ -879,8 +849,8 @@ def rest_of_own_url(url: str, authority: str) -> Optional[str]:
 
     Schemes are not compared: a server in front of the proxy may terminate TLS.
     """
-    match = _HTTP_URL.fullmatch(url) if url and authority else None
-    if not match:
+    match = _HTTP_URL.fullmatch(url)
+    if not match or not authority:
         return None
     scheme, found, rest = match.groups()
     is_own = found == authority or with_port(found, scheme) == with_port(authority, scheme)
@@ -889,7 +859,7 @@ def rest_of_own_url(url: str, authority: str) -> Optional[str]:
 
 def with_port(authority: str, scheme: str) -> str:
     """The authority in lower case, with the default port of the scheme if it has none."""
-    authority = authority.lower()
+    authority = authority.lower().rstrip(":")
     has_port = host_of(authority) != authority
     return authority if has_port else authority + _DEFAULT_PORTS[scheme.lower()]
 
@@ -1445,11 +1415,11 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
         "Host: " + (client.authority if preserve_host else route.authority),
     ]
     lines += _rewritten_lines(request.headers, table, request, route, gate)
-    if is_hidden:
-        lines += [line for line in client.lines if line.startswith("X-Forwarded-For:")]
-        lines.append("X-Forwarded-Proto: " + route.scheme)
-    else:
-        lines += client.lines
+    if client.hops:
+        lines.append("X-Forwarded-For: " + client.hops)
+    lines.append("X-Forwarded-Proto: " + (route.scheme if is_hidden else client.scheme))
+    if client.authority and not is_hidden:
+        lines += ["X-Forwarded-Host: " + client.authority, "X-Forwarded-Port: " + client.port]
     lines += route.prefix_lines
     if mark:
         lines.append("%s: %s" % (MARK_FIELD, mark))
@@ -1481,16 +1451,14 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
 
 
 def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> List[str]:
-    if not _USUAL_TOKENS.keys() >= headers.connection:  # fields to drop (RFC 9110 section 7.6.1)
+    if headers.connection - {"close", "keep-alive", "upgrade"}:  # RFC 9110 section 7.6.1
         table = {**table, **dict.fromkeys(headers.connection)}
     lines = []
     for key, line in zip(headers.keys, headers.lines):
         if key in table:
             action = table[key]
-            if action is None:
-                continue
             value = line[len(key) + 1 :].strip(" \t")
-            translated = action(value, *context)
+            translated = action(value, *context) if action else None
             if translated is None:
                 continue
             if translated != value:
