@@ -1095,10 +1095,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.watcher(self)
 
     async def read(self) -> bytes:
-        """The bytes in `buffer`, or else the next ones; b"" at EOF.  Raises `failure`."""
-        if self.buffer:
-            data, self.buffer = self.buffer, b""
-            return data
+        """The next bytes, without those in `buffer`; b"" at EOF.  Raises `failure`."""
         if self.unread or self.ended:
             data = await self.reader.read(self.unread)
             if self.unread > _MAX_UNREAD:
@@ -1282,52 +1279,49 @@ async def cancel(tasks: "Sequence[asyncio.Future[None]]") -> None:
 async def read_head(connection: Connection, is_request: bool, config: Config) -> bytes:
     """Read a message head up to its empty line.  Further bytes stay in the connection's buffer.
 
-    Raises ProxyError as soon as the head is invalid (its bytes are then in the buffer), Truncated
-    at EOF, TimedOut at the connection's read deadline, and OSError if the connection fails.
+    Raises ProxyError as soon as the head is invalid, Truncated at EOF, TimedOut at the connection's
+    read deadline, and OSError if the connection fails.
     """
-    head, checked = b"", 0
+    checked = 0
     while True:
-        data = await connection.read()
-        if not data:
-            raise Truncated()
-        head += data
+        if checked == len(connection.buffer):
+            data = await connection.read()
+            if not data:
+                raise Truncated()
+            connection.buffer += data
+        head = connection.buffer
         end = head.find(b"\r\n\r\n", max(0, checked - 3)) + 4
         if 4 <= end <= config.max_head_bytes:
             connection.buffer = head[end:]
             return head[:end]
-        connection.buffer = head
         check_partial_head(head, checked, is_request, config)
-        connection.buffer = b""
         checked = len(head)
         if is_request:
             connection.deadlines.set_pending(connection, checked)
 
 
-class Body:
+class Body(BodyDecoder):
     """A message body that is read from one connection, `source`, and sent to another.
 
     sent_framing: for the recipient; one that speaks HTTP/1.0 needs UNTIL_CLOSE, not CHUNKED.
-    count: bytes of data so far.  finished: complete; the source's buffer holds the bytes after it.
+    count: bytes of data so far.  When `finished`, the source's buffer holds the bytes after it.
     """
 
     def __init__(
         self, source: Connection, framing: Framing, config: Config, *, is_response: bool
     ) -> None:
+        super().__init__(framing, config, is_response)
         self.source = source
-        self._framing = framing
-        self._is_response = is_response
-        self.sent_framing = CHUNKED if framing is UNTIL_CLOSE else framing
-        self._decoder = BodyDecoder(framing, config, is_response)
+        self._ends_at_eof = framing is UNTIL_CLOSE
+        self.sent_framing = CHUNKED if self._ends_at_eof else framing
         self.count = 0
-        self.finished = self._decoder.finished
 
     def buffered(self) -> bytes:
         """The body data in the source's buffer; ProxyError 400 if it is malformed."""
         if self.finished or not self.source.buffer:
             return b""
-        data = self._decoder.feed(self.source.buffer)
-        self.source.buffer = self._decoder.rest
-        self.finished = self._decoder.finished
+        data = self.feed(self.source.buffer)
+        self.source.buffer = self.rest
         self.count += len(data)
         return data
 
@@ -1338,9 +1332,10 @@ class Body:
         if the connection fails.  If no data comes for `timeout` seconds, raises ProxyError 408 for
         a request, TimedOut for a response.
         """
-        self.source.read_deadline = now() + timeout
         if self.source.buffer:  # more than _CHUNKS_IN_A_ROW
             await asyncio.sleep(0)
+            return self.buffered()
+        self.source.read_deadline = now() + timeout
         try:
             self.source.buffer = await self.source.read()
         except TimedOut:
@@ -1348,7 +1343,7 @@ class Body:
                 raise
             raise ProxyError(408, "The request body did not arrive in time.")
         if not self.source.buffer:
-            if self._framing is not UNTIL_CLOSE:
+            if not self._ends_at_eof:
                 raise Truncated()
             self.finished = True
         return self.buffered()
@@ -3654,8 +3649,10 @@ async def open_tunnel(
         side.deadlines.connections.discard(connection)
         side.deadlines.connections.add(side)
     for side, connection, is_lost in sides:
-        while connection.buffer or connection.unread:
-            side.data_received(await connection.read())  # buffered: returns at once
+        if connection.unread:
+            connection.buffer += await connection.read()
+        if connection.buffer:
+            side.data_received(connection.buffer)
         if is_lost:
             side.connection_lost(connection.failure)
         elif connection.ended and not side.eof_received():
@@ -3926,10 +3923,9 @@ class PortProxy:
             client.close()
 
     async def _serve(self, client: Connection) -> None:
-        data = await client.read()
-        if client.unread:  # `data` was a part of an empty line
-            data += await client.read()
-        client.buffer = _EMPTY_LINES.sub(b"", data, 1)
+        if client.unread:
+            client.buffer += await client.read()
+        client.buffer = _EMPTY_LINES.sub(b"", client.buffer, 1)
         if not _has_request(client) or await self.serve_one(client, b"", self.gate):
             self._set_idle(client)
 
@@ -4189,7 +4185,7 @@ class LentConnection(Connection):
     is_lent = True
 
     async def read(self) -> bytes:
-        if not self.buffer and not self.unread:
+        if not self.unread:
             self.transport.resume_reading()
         return await super().read()
 
