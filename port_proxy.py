@@ -3454,7 +3454,7 @@ class Exchange:
         self.status = 101
         self.client.write(self._response_head(response, NO_BODY))
         await self.client.drain(timeout)
-        self.tunnel = await open_tunnel(self.client, upstream, timeout, self.proxy.tunnels)
+        self.tunnel = await open_tunnel(self.client, upstream, self.proxy)
 
     async def _explain(self, error: Exception, route: Route, upstream: Connection) -> Exception:
         """The ProxyError for a failure of the upstream, or TimedOut after the response head."""
@@ -3561,31 +3561,29 @@ def local_response(response: LocalResponse, keep_alive: bool, is_head: bool = Fa
 class TunnelEnd(asyncio.Protocol):
     """One side of a tunnel: writes its data to the other side, `peer`, with back-pressure.
 
-    An EOF of one side is passed on; a failure aborts both.  timeout: for the data after an EOF.
+    An EOF of one side is passed on; a failure aborts both.  received: the number of bytes.
     """
 
-    __slots__ = (
-        "deadline", "deadlines", "ended", "is_lost", "peer", "received", "served", "timeout",
-        "transport", "tunnels",
-    )  # fmt: skip
+    __slots__ = ("deadline", "ended", "peer", "proxy", "received", "served", "transport")
     peer: "TunnelEnd"  # set by `open_tunnel`
 
-    def __init__(self, connection: Connection, timeout: float, tunnels: "Tunnels") -> None:
-        self.deadlines = connection.deadlines
+    def __init__(self, connection: Connection, proxy: "PortProxy") -> None:
+        self.proxy = proxy
         self.transport = connection.transport
-        self.timeout = timeout
-        self.tunnels = tunnels
         self.served = connection.served  # type: Optional[Tuple[Gate, Request]]
         self.deadline = FOREVER
         self.received = 0
-        self.ended = self.is_lost = False
+        self.ended = False
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
-        self.deadlines.has_activity = True
+        self.proxy.deadlines.has_activity = True
         self.peer.transport.write(data)
         if self.peer.ended:  # half-closed: data extends the deadline
-            self.deadline = now() + self.timeout
+            self.extend()
+
+    def extend(self) -> None:
+        self.deadline = now() + self.proxy.config.stall_timeout
 
     def pause_writing(self) -> None:
         with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
@@ -3597,21 +3595,21 @@ class TunnelEnd(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.ended = True
-        self.peer.deadline = now() + self.timeout
+        self.peer.extend()
         end_writing(self.peer.transport)
         # If this returns False, asyncio closes the connection after the queued data.
         return not self.peer.ended and bool(self.transport.can_write_eof())
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
-        self.is_lost = True
-        self.deadlines.connections.discard(self)
+        connections, tunnels = self.proxy.deadlines.connections, self.proxy.tunnels
+        connections.discard(self)
         if exc is None:
-            self.peer.deadline = now() + self.timeout
+            self.peer.extend()
             close_once(self.peer.transport)
         else:
             self.peer.transport.abort()
-        if self.peer.is_lost:
-            on_end = self.tunnels.pop(self, None) or self.tunnels.pop(self.peer, None)
+        if self.peer not in connections:
+            on_end = tunnels.pop(self, None) or tunnels.pop(self.peer, None)
             if on_end is not None:
                 on_end()
 
@@ -3629,28 +3627,22 @@ class TunnelEnd(asyncio.Protocol):
             end.transport.abort()
 
 
-# The open tunnels, by their client's side; each with a function to call at its end, or None.
-Tunnels = Dict[TunnelEnd, Optional[Callable[[], None]]]
-
-
-async def open_tunnel(
-    client: Connection, upstream: Connection, timeout: float, tunnels: Tunnels
-) -> TunnelEnd:
-    """Let a tunnel take over two connections.  Returns the client's side, added to `tunnels`."""
-    end = TunnelEnd(client, timeout, tunnels)
-    end.peer = TunnelEnd(upstream, timeout, tunnels)
+async def open_tunnel(client: Connection, upstream: Connection, proxy: "PortProxy") -> TunnelEnd:
+    """Let a tunnel take over two connections.  Returns the client's side."""
+    end, connections = TunnelEnd(client, proxy), proxy.deadlines.connections
+    end.peer = TunnelEnd(upstream, proxy)
     end.peer.peer = end
-    tunnels[end] = None
+    proxy.tunnels[end] = None
     sides = []
     for side, connection in ((end, client), (end.peer, upstream)):
-        is_lost = connection not in side.deadlines.connections or connection.transport.is_closing()
+        is_lost = connection not in connections or connection.transport.is_closing()
         sides.append((side, connection, is_lost))
         connection.transport.set_protocol(side)
-        side.deadlines.connections.discard(connection)
-        side.deadlines.connections.add(side)
+        connections.discard(connection)
+        connections.add(side)
     for side, connection, is_lost in sides:
         if connection.unread:
-            connection.buffer += await connection.read()
+            connection.buffer += await connection.read()  # returns at once
         if connection.buffer:
             side.data_received(connection.buffer)
         if is_lost:
@@ -3677,7 +3669,8 @@ class PortProxy:
     def __init__(self, config: Config = Config()) -> None:
         self.config = checked_config(config)
         self.is_running = False  # from `start` to `close`
-        self.tunnels = {}  # type: Tunnels
+        # By the client's side; each with a function to call at its end, or None.
+        self.tunnels = {}  # type: Dict[TunnelEnd, Optional[Callable[[], None]]]
         # By port: the title of the last page visited, and when, in seconds since the epoch.
         self.titles = {}  # type: Dict[int, Tuple[str, float]]
         self.mark = secrets.token_hex(8)  # the value of MARK_FIELD
