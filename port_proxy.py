@@ -242,7 +242,7 @@ def _is_strings(value: Any) -> bool:
 
 
 _STRINGS = "a sequence of strings"
-_KINDS = {  # of values, by field or else by the type of the default; in Python, True is a number
+_KINDS = {  # by field, or else by the type of the default; True is also an instance of int
     str: ("a string", lambda value: isinstance(value, str)),
     bool: ("True or False", lambda value: isinstance(value, bool)),
     int: ("a whole number above 0", lambda value: type(value) is int and value > 0),
@@ -1727,7 +1727,7 @@ def find_app(request: Request, gate: Any) -> Request:
 def _prefix_of_app(request: Request, gate: Any) -> str:
     """The prefix of the app to which an unprefixed request belongs; "" if there is none."""
     headers, base = request.headers, gate.config.base
-    # Below the base, or /absolute if the base is empty, a path without a route is an error.
+    # An unprefixed request is never below the base, or below /absolute if the base is empty.
     is_below_base = path_below(base or "/absolute", request.target) is not None
     if is_below_base or not gate.app_cookie or is_foreign(request):
         return ""
@@ -1736,7 +1736,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
         route = find_route(gate.config, page or "")[0]
         if route is not None:
             return route.prefix
-        if base:  # the ports page; if base is "", it may be an app's unprefixed page
+        if base:  # the Referer is the ports page; without a base, it may be a page of an app
             return ""
     is_same_origin = request.is_own_origin or headers.get_all("sec-fetch-site") == ["same-origin"]
     is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
@@ -1918,7 +1918,7 @@ def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
 def _user_by_netlink(address: Address, peer: Optional[Address]) -> Optional[int]:
     """The user of one such socket; None if unknown."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    remote = peer or ("::", 0)  # all zeros, also for IPv4: of the socket that listens
+    remote = peer or ("::", 0)  # zeros, also for IPv4, find a listening socket
     ends = [ipaddress.ip_address(end[0]).packed for end in (address, remote)]
     # struct nlmsghdr, and struct inet_diag_req_v2: any state, any interface (0), any cookie (-1).
     header = struct.pack("=IHHII", 72, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
@@ -2305,7 +2305,7 @@ def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> L
 # idle connection, and the socket is polled once more before reuse.
 
 _PERSISTENT_SECONDS = 1.0  # shorter than the keep-alive timeout of any known server
-_FETCH_SECONDS = 3.0
+_PROBE_SECONDS = 3.0  # for a response to a probe of an app
 _RETRY_SOON = (("Retry-After", "5"),)
 _FETCH_BYTES = 1 << 22
 TLS_RECORDS = b"\x15\x03", b"\x16\x03"  # they begin an alert or a handshake (RFC 8446 section 5.1)
@@ -2345,7 +2345,7 @@ class Upstreams:
 
         Some upstreams close a connection soon after a response, unannounced.  A replayable request
         can then be sent again.  Other requests need a connection that was used in the last second,
-        and an upstream that keeps its connections: one was reused, or has been idle for longer.
+        and evidence that the upstream keeps connections: a reused one, or one idle for longer.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -2508,7 +2508,7 @@ async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
         connection = await upstreams.connect(route._replace(scheme="http"))
         with contextlib.closing(connection):
             connection.write(hello.read())
-            connection.read_deadline = now() + _FETCH_SECONDS
+            connection.read_deadline = now() + _PROBE_SECONDS
             return (await connection.read())[:2] in TLS_RECORDS
     return False
 
@@ -2609,9 +2609,9 @@ class Gate:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
         if not bare.startswith((COOKIE_PREFIX,) + self.other_cookies):
             return name == self.cookie_name
-        of_app = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
-        is_apps_own = bare == of_app or bare.startswith(of_app + "_app")
-        return not is_apps_own or of_app == self.cookie_name
+        apps_cookie = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
+        is_apps_own = bare == apps_cookie or bare.startswith(apps_cookie + "_app")
+        return not is_apps_own or apps_cookie == self.cookie_name
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
@@ -2757,7 +2757,7 @@ class TokenGate(Gate):
             cookies = cookie_values(request.headers, self.cookie_name)
             signed_in = any(is_signed(self.key, "session", host, cookie) for cookie in cookies)
             if not signed_in:
-                # One token for each place is looked at: a request is one guess at most.
+                # Only the first token of the query and of Authorization: this limits the guesses.
                 shown = query_tokens(request.target)[:1] + authorization_tokens(request.headers)[:1]
                 await self._require_token(request, shown, public_target(request))
             self.redirect_without_token(request, lambda: (self._new_cookie(request.client),))
@@ -2776,7 +2776,7 @@ class TokenGate(Gate):
         raise ProxyError(403, "The host name %s is not allowed." % host, (), advice, host)
 
     async def _require_token(self, request: Request, shown: List[str], target: str) -> None:
-        """Raise ProxyError unless a shown token is ours.  target: of the sign-in page."""
+        """Raise ProxyError unless a shown token is ours.  target: where a sign-in redirects to."""
         if any(map(self.owns_token, shown)):
             return
         wrong, client = "", request.client
@@ -3009,7 +3009,7 @@ class HubGate(Gate):
             return
         if is_base(self.hub.prefix + "/api", request.target):  # a poll of the Hub
             if not self._version:
-                # A Hub that starts polls before it responds, and stops a server that is not ready.
+                # A starting Hub polls before it responds, and stops a server that is not ready.
                 with contextlib.suppress(ProxyError):
                     await self._user_of(self.hub.api_token, is_known=True)
             raise ProxyError(200, "Ready.", (("X-JupyterHub-Version", self._version),))
@@ -3892,7 +3892,7 @@ class PortProxy:
             timer.cancel()
             if client.state is HANDSHAKE:  # it has failed
                 self._clients.pop(client, None)
-                client.end()  # if cancelled: in 3.6, asyncio waits for EOF
+                client.end()  # after a cancellation, asyncio in 3.6 waits for this EOF
 
     def _set_idle(self, client: Connection) -> None:
         client.task = None
@@ -3932,7 +3932,7 @@ class PortProxy:
                     raise ProxyError(400, text)
                 client.read_deadline = now() + timeout
                 head = await read_head(client, True, self.config)
-                # Of an admitted client, only an incomplete head counts.
+                # Until the gate admits a client, all its bytes count as pending.
                 unused = 0 if client.is_admitted else len(client.buffer) + client.unread
                 client.deadlines.set_pending(client, unused)
             if not self.is_running:
@@ -4061,7 +4061,7 @@ def _is_private(sock: socket.socket) -> bool:
 
 
 def _hang_up(sock: socket.socket, _: Connection) -> None:
-    """End a TLS handshake: it reads EOF.  A task that has not started could not be cancelled."""
+    """Make the handshake read EOF.  A task that is cancelled before it starts never cleans up."""
     with contextlib.suppress(OSError):  # the client has left
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -4301,8 +4301,8 @@ class JupyterGate(Gate):
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and handler.check_origin()
         is_unsafe = request.method not in _SAFE and not handler.settings.get("disable_check_xsrf")
-        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat decides
-            # Jupyter then relies on its XSRF token.  Pages of apps lack it: require same-origin.
+        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat may allow it
+            # Jupyter also requires its XSRF token; pages of apps have none, so require same-origin.
             allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
             self.check_origin(request)
@@ -4578,8 +4578,8 @@ class PortCheck:
         check_route(route, config)
         page = await self._open("/")
         may_be_absolute = page.status == 404 or self.absolute_path.encode() in page.body
-        if may_be_absolute and await self._status(report.kept) not in (0, 404):
-            page = await self._open(report.kept)
+        if may_be_absolute and await self._status(self.absolute_path + "/") not in (0, 404):
+            page = await self._open(self.absolute_path + "/")
         base_path = "" if path_below(self.absolute_path, self.path) is None else self.absolute_path
         scheme, authority = "https" if config.certfile else "http", "localhost:%d" % config.port
         report.use.append("%s://%s%s/" % (scheme, authority, base_path or route.prefix))
@@ -4617,7 +4617,7 @@ class PortCheck:
             "User-Agent: port_proxy",
             *fields,
         ]
-        timeout = _FETCH_SECONDS if fields or host else _PAGE_SECONDS
+        timeout = _PROBE_SECONDS if fields or host else _PAGE_SECONDS
         connection = await self.upstreams.connect(route)
         try:
             return await fetch(connection, lines, b"", timeout, self.config)
@@ -4781,12 +4781,12 @@ def _parser(with_limits: bool) -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str]) -> Arguments:
     """The arguments.  Exits with status 2 for mistakes, and suggests the right form."""
     parser = _parser("--help-all" in argv)
-    argv = [re.sub("^--token=.*", "TOKEN", word) for word in argv]  # this leads to _STRAY_VALUE
+    argv = [re.sub("^--token=.*", "TOKEN", word) for word in argv]  # not printed in errors
     parsed, unknown = parser.parse_known_args(argv)
     arguments = vars(parsed)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        if not flag.startswith("--"):  # it is not repeated, because it may be a token
+        if not flag.startswith("--"):  # not printed, because it may be a token
             parser.error(_STRAY_VALUE)
         import difflib  # here, because it takes memory
 
