@@ -986,16 +986,10 @@ class StreamWriter(asyncio.StreamWriter):
 class Connection(asyncio.StreamReaderProtocol):
     """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    on_accept: called for a new client; None for a connection to an upstream.  task: serves a client
-    that is not IDLE.  buffer: bytes read but not used.  unread: the number of bytes in the
-    StreamReader.  ended: EOF or a failure.  failure: the exception, None after EOF.  has_received:
-    data has come since this was last set to False.  is_admitted: the gate has admitted a request of
-    this client.  watcher: called on data and EOF.  address: the peer's IP address, or "".
-    eof_ends_body: EOF ends the body that is sent to the peer.  read_timeout: for more body data.
-    is_lent: unused bytes cannot be given back to the server that owns the connection.
+    on_accept: called for a new client; None for a connection to an upstream.
     """
 
-    is_lent = False
+    is_lent = False  # unused bytes cannot be given back to the server that owns the connection
 
     __slots__ = (
         "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
@@ -1010,18 +1004,22 @@ class Connection(asyncio.StreamReaderProtocol):
         self.reader = asyncio.StreamReader(loop=deadlines.loop)
         super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
-        self.buffer = b""
-        self.unread = 0
-        self.ended = self.has_received = self.eof_ends_body = self.is_reused = False
-        self.is_admitted = on_accept is None
-        self.failure = None  # type: Optional[BaseException]
-        self.watcher = None  # type: Optional[Callable[[Connection], None]]
-        self.served = None  # type: Any  # see `close_ended_sessions`
-        self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
-        self.read_deadline = self.write_deadline = self.read_timeout = FOREVER
-        self.state = ACTIVE
-        self.task = None  # type: Optional[asyncio.Future[None]]
         self._on_accept = on_accept
+        self.state = ACTIVE
+        self.task = None  # type: Optional[asyncio.Future[None]]  # serves a client
+        self.served = None  # type: Any  # see `close_ended_sessions`
+        self.watcher = None  # type: Optional[Callable[[Connection], None]]  # of data and EOF
+        self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
+        self.buffer = b""  # bytes read but not used
+        self.unread = 0  # bytes in the StreamReader
+        self.ended = False  # by EOF or a failure
+        self.failure = None  # type: Optional[BaseException]  # None after EOF
+        self.has_received = False  # since it was taken from the pool
+        self.is_reused = False
+        self.eof_ends_body = False  # EOF ends the body that is sent to the peer
+        self.is_admitted = on_accept is None  # the gate has admitted a request of this client
+        self.read_deadline = self.write_deadline = FOREVER
+        self.read_timeout = FOREVER  # for more body data
 
     def connection_made(self, transport: Any) -> None:
         # Without the base class, which would let the StreamReader pause the transport, too: before
@@ -1029,7 +1027,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.transport = transport
         self.writer = StreamWriter(self.transport, self, self.reader, self.deadlines.loop)
         peer = transport.get_extra_info("peername")
-        self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""
+        self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""  # an IP address
         self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
         self.deadlines.connections.add(self)
         if self._on_accept is not None:
