@@ -1138,8 +1138,7 @@ class Connection(asyncio.StreamReaderProtocol):
             self.end(TimedOut())
         # asyncio waits for the close_notify of a TLS peer, before 3.11 forever.
         if time > self.write_deadline and (self.queued() or self.transport.is_closing()):
-            self.end(TimedOut("writing"))
-            self.abort()
+            self.abort(TimedOut("writing"))
         if has_failed(self.transport, "POLLHUP"):
             self.abort()
 
@@ -1150,12 +1149,15 @@ class Connection(asyncio.StreamReaderProtocol):
                 self.write_deadline = now() + _CLOSE_SECONDS
             self.transport.close()
 
-    def abort(self) -> None:
-        """Close at once, with a reset if the peer could take EOF for the end of its body."""
+    def abort(self, failure: Optional[BaseException] = None) -> None:
+        """Close at once, with a reset if the peer could take EOF for the end of its body.
+
+        failure: what a `read` raises from now on.
+        """
         sock = self.transport.get_extra_info("socket")
         if self.eof_ends_body and sock and sock.fileno() >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.end(ConnectionAbortedError(errno.ECONNABORTED, "the proxy closed the connection"))
+        self.end(failure or ConnectionAbortedError(errno.ECONNABORTED, "closed by the proxy"))
         self.transport.abort()
 
 
@@ -3365,7 +3367,7 @@ class Exchange:
             seconds = upstream.read_timeout = min(upstream.read_timeout, _HALF_CLOSED_SECONDS)
             upstream.read_deadline = min(upstream.read_deadline, now() + seconds)
         else:
-            upstream.end(PeerGone())
+            upstream.abort(PeerGone())
 
     async def _send_body(self, upstream: Connection) -> None:
         """Send the request body.  Its failure is raised where the response is read."""
@@ -3379,7 +3381,7 @@ class Exchange:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            upstream.end(PeerGone() if isinstance(error, Truncated) else error)
+            upstream.abort(PeerGone() if isinstance(error, Truncated) else error)
 
     async def _read_response(self, upstream: Connection) -> Response:
         """The final response or a 101; other interim responses are relayed at once."""
