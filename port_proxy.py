@@ -678,7 +678,7 @@ def client_info(
         scheme = proto.lower() if proto.lower() in _DEFAULT_PORTS else scheme
         authority = host if _AUTHORITY.fullmatch(host) else authority
         port = port if re.fullmatch("[0-9]{1,5}", port) else ""
-    port = port or with_port(authority, scheme).rpartition(":")[2]
+    port = port or authority[len(host_of(authority)) + 1 :] or _DEFAULT_PORTS[scheme][1:]
     return ClientInfo(
         address, scheme, authority, port_in_host(authority, config.domains), hops, port
     )
@@ -716,12 +716,6 @@ class Request(NamedTuple):
     is_page_visit: bool  # a navigation with GET or HEAD
     is_own_origin: bool  # Origin is present and is the public origin
     is_unprefixed: bool = False  # the app was found by Referer or cookie
-
-    @property
-    def fields(self) -> Fields:
-        """All header fields as (name, value) pairs, for the `authorize` of an embedder."""
-        split = (line.partition(":") for line in self.headers.lines)
-        return tuple((name, value.strip(" \t")) for name, _, value in split)
 
     @property
     def is_above_prefix(self) -> bool:
@@ -778,13 +772,13 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         headers.get("sec-fetch-mode") in ("", "navigate")
         and "text/html" in headers.get("accept").lower()
     )
-    routed = None, "", ""  # type: Tuple[Optional[Route], str, str]
-    route_error = None
+    routed, route_error = (None, "", ""), None  # type: Any, Optional[ProxyError]
     try:
         if target != "*":
             routed = find_route(config, target, client.app_port)
     except ProxyError as error:  # `find_app` raises it, or else finds the app
         route_error = error
+    route, path, query = routed
     return Request(
         method,
         target,
@@ -793,14 +787,16 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         headers,
         framing,
         client,
-        *routed,
+        route,
+        path,
+        query,
         route_error,
-        keep_alive=minor == "1" and "close" not in headers.connection,
-        is_replayable=framing is NO_BODY and method in _IDEMPOTENT,  # RFC 9110 section 9.2.2
-        is_websocket=is_websocket,  # RFC 6455 section 4.1; other upgrades, such as h2c, are ignored
-        is_navigation=is_navigation,
-        is_page_visit=is_navigation and method in ("GET", "HEAD") and not is_websocket,
-        is_own_origin=rest_of_own_url(headers.get("origin"), client.authority) == "",
+        minor == "1" and "close" not in headers.connection,  # keep_alive
+        framing is NO_BODY and method in _IDEMPOTENT,  # is_replayable: RFC 9110 section 9.2.2
+        is_websocket,  # RFC 6455 section 4.1; other upgrades, such as h2c, are ignored
+        is_navigation,
+        is_navigation and method in ("GET", "HEAD") and not is_websocket,  # is_page_visit
+        rest_of_own_url(headers.get("origin"), client.authority) == "",  # is_own_origin
     )
 
 
@@ -859,7 +855,7 @@ def rest_of_own_url(url: str, authority: str) -> Optional[str]:
 
 def with_port(authority: str, scheme: str) -> str:
     """The authority in lower case, with the default port of the scheme if it has none."""
-    authority = authority.lower().rstrip(":")
+    authority = authority.lower()
     has_port = host_of(authority) != authority
     return authority if has_port else authority + _DEFAULT_PORTS[scheme.lower()]
 
@@ -1533,18 +1529,18 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
         return None
     if value[:7].lower() == "__host-":
         return value
-    parts, has_path = [], False  # type: Tuple[List[str], bool]
-    for part in value.split(";"):
+    pair, *attributes = value.split(";")
+    parts, has_path = [pair], False
+    for part in attributes:
         name, _, content = part.partition("=")
         name, content = name.strip(" \t").lower(), content.strip(" \t")
-        if name == "domain" and parts:
+        if name == "domain":
             host = host_of(request.client.authority)
             # The parent of 8080.localhost: all apps would get its cookies.
             parent = host.partition(".")[2] if request.client.app_port else host
-            domain = content.lower().lstrip(".")
-            if domain in (host, parent) or domain in map(host_of, route.app_authorities):
+            if content.lower().lstrip(".") in {host, parent, *map(host_of, route.app_authorities)}:
                 continue
-        elif name == "path" and parts:
+        elif name == "path":
             # "Path=x" stands for the default path, and the last Path counts (RFC 6265 section 5).
             has_path = content.startswith("/")
             # For an absolute route, only a path above the prefix is changed.
