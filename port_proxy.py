@@ -654,7 +654,7 @@ class ClientInfo(NamedTuple):
     authority: str  # host:port; "" if the request has none
     app_port: int = 0  # the port in a host such as 8080.localhost, or 0
     hops: str = ""  # the value of X-Forwarded-For, "" for none
-    port: str = ""  # the value of X-Forwarded-Port, "" without an authority
+    port: str = ""  # the value of X-Forwarded-Port
 
 
 def client_info(
@@ -679,9 +679,8 @@ def client_info(
         authority = host if _AUTHORITY.fullmatch(host) else authority
         port = port if re.fullmatch("[0-9]{1,5}", port) else ""
     port = port or authority[len(host_of(authority)) + 1 :] or _DEFAULT_PORTS[scheme][1:]
-    return ClientInfo(
-        address, scheme, authority, port_in_host(authority, config.domains), hops, port
-    )
+    app_port = port_in_host(authority, config.domains)
+    return ClientInfo(address, scheme, authority, app_port, hops, port)
 
 
 _network = functools.lru_cache(maxsize=64)(ipaddress.ip_network)
@@ -772,13 +771,12 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         headers.get("sec-fetch-mode") in ("", "navigate")
         and "text/html" in headers.get("accept").lower()
     )
-    routed, route_error = (None, "", ""), None  # type: Any, Optional[ProxyError]
+    route, path, query, route_error = None, "", "", None  # type: Optional[Route], str, str, Any
     try:
         if target != "*":
-            routed = find_route(config, target, client.app_port)
+            route, path, query = find_route(config, target, client.app_port)
     except ProxyError as error:  # `find_app` raises it, or else finds the app
         route_error = error
-    route, path, query = routed
     return Request(
         method,
         target,
@@ -1372,6 +1370,7 @@ _HOP_BY_HOP = (
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade"
 ).split()
+_CONNECTION_OPTIONS = frozenset(["close", "keep-alive", "upgrade"])
 # The proxy drops these fields of the client, and sets most of them itself.
 _SET_BY_PROXY = (
     "host content-length transfer-encoding forwarded x-forwarded-for x-forwarded-proto"
@@ -1400,11 +1399,9 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     is_hidden = _hides_public_origin(request, gate)
     table = _HIDDEN_ORIGIN_TABLE if is_hidden else _REQUEST_TABLE
     path = (route.prefix + request.path) if route.absolute else (request.path or "/")
-    preserve_host = gate.config.preserve_host and client.authority
-    lines = [
-        "%s %s%s HTTP/1.1" % (request.method, path, gate.strip_query(request.query)),
-        "Host: " + (client.authority if preserve_host else route.authority),
-    ]
+    host = (gate.config.preserve_host and client.authority) or route.authority
+    target = path + gate.strip_query(request.query)
+    lines = ["%s %s HTTP/1.1" % (request.method, target), "Host: " + host]
     lines += _rewritten_lines(request.headers, table, request, route, gate)
     if client.hops:
         lines.append("X-Forwarded-For: " + client.hops)
@@ -1442,7 +1439,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
 
 
 def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> List[str]:
-    if headers.connection - {"close", "keep-alive", "upgrade"}:  # RFC 9110 section 7.6.1
+    if not headers.connection <= _CONNECTION_OPTIONS:  # RFC 9110 section 7.6.1
         table = {**table, **dict.fromkeys(headers.connection)}
     lines = []
     for key, line in zip(headers.keys, headers.lines):
@@ -1493,23 +1490,28 @@ def _translate_url(
     if below is None:
         return route.origin + "/" if is_referer else value
     start = value[: len(value) - len(path)] if is_path or preserve_host else route.origin
-    if route.absolute:
-        return start + path
-    return start + (below if below.startswith("/") else "/" + below)
+    if not route.absolute:
+        path = below if below.startswith("/") else "/" + below
+    return start + path
 
 
 def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:
-    """Add the prefix to a path.  A URL of the app or the proxy becomes a path with the prefix.
-    Relative references, "//host" and other URLs are unchanged."""
-    match = _HTTP_URL.fullmatch(value)
-    if not match:
-        return value if value.startswith("//") else _with_prefix(value, route)
-    scheme, authority, path = match.groups()
-    is_app = with_port(authority, scheme) in route.app_authorities
-    if not is_app and rest_of_own_url(value, request.client.authority) is None:
+    """Add the prefix to a path.  A URL of the app or the proxy becomes a path with the prefix,
+    spelled as in the request.  Relative references, "//host" and other URLs are unchanged."""
+    match, path = _HTTP_URL.fullmatch(value), value
+    if match:
+        scheme, authority, path = match.groups()
+        is_app = with_port(authority, scheme) in route.app_authorities
+        if not is_app and rest_of_own_url(value, request.client.authority) is None:
+            return value
+        path = path if path.startswith("/") else "/" + path
+    elif not path.startswith("/") or path.startswith("//"):
         return value
-    path = _with_prefix(path if path.startswith("/") else "/" + path, route)
-    return "/." + path if _OTHER_HOST.match(path) else path  # the same path, but not "//host"
+    below = path_below(route.prefix, path)
+    if below is not None or not route.absolute:
+        path = route.prefix + (path if below is None else below)
+    # The same path, but not "//host".
+    return "/." + path if match and _OTHER_HOST.match(path) else path
 
 
 def _translate_each(pattern: Any, translate: Callable[..., str], value: str, *context: Any) -> Any:
@@ -1524,7 +1526,8 @@ def _translate_each(pattern: Any, translate: Callable[..., str], value: str, *co
 
 def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any) -> Optional[str]:
     """Refuse the proxy's own cookies, limit Path to the app, and remove a Domain of the app or the
-    proxy.  __Host- cookies are unchanged: they always have Path=/ and no Domain."""
+    proxy.  Path begins with the prefix as spelled in the request: browsers do not decode it.
+    __Host- cookies are unchanged: they always have Path=/ and no Domain."""
     if gate.owns_cookie(cookie_name(value), route):
         return None
     if value[:7].lower() == "__host-":
@@ -1543,10 +1546,10 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
         elif name == "path":
             # "Path=x" stands for the default path, and the last Path counts (RFC 6265 section 5).
             has_path = content.startswith("/")
-            # For an absolute route, only a path above the prefix is changed.
-            is_wider = route.absolute and path_below(content.rstrip("/"), route.prefix)
-            path = route.prefix if is_wider else _with_prefix(content, route)
-            part = part.replace(content, path) if has_path else part
+            below = path_below(route.prefix, content)
+            if below is None:  # an app with the full path has no other cookies than its own
+                below = "" if route.absolute else content
+            part = part.replace(content, route.prefix + below) if has_path else part
         parts.append(part)
     if route.prefix and request.is_above_prefix and not has_path:
         parts.append(" Path=%s/" % route.prefix)
@@ -1566,15 +1569,6 @@ def _translate_cookie(value: str, request: Request, route: Route, gate: Any) -> 
     if request.is_unprefixed:
         value = value.replace(_start_of_copies(route, gate), "")
     return gate.strip_cookies(value, route) or None
-
-
-def _with_prefix(path: str, route: Route) -> str:
-    """The public path for a path of the app.  The prefix is spelled as in the request, because
-    browsers do not decode the paths of cookies."""
-    below = path_below(route.prefix, path)
-    if not path.startswith("/") or (below is None and route.absolute):
-        return path
-    return route.prefix + (path if below is None else below)
 
 
 _translate_destination = functools.partial(_translate_url, is_referer=False)
@@ -1611,8 +1605,8 @@ def host_form(port: int, client: ClientInfo, domains: Sequence[str]) -> str:
     domain = host.partition(".")[2] if client.app_port else host
     if host.startswith("127.") or host == "[::1]":
         domain = "localhost"
-    others = [name for name in domains if name != "localhost"]
-    domain = next((name for name in [domain, *others] if name in domains), "")
+    if domain not in domains:
+        domain = next((name for name in domains if name != "localhost"), "")
     if not domain or not host:
         return ""
     return "%s://%d.%s%s/" % (client.scheme, port, domain, client.authority[len(host) :])

@@ -1899,18 +1899,18 @@ class TestRewriting:
 
     @pytest.mark.parametrize("cookie, stripped, absolute", [
         ("a=b; Path=/", "a=b; Path=/proxy/8080/", "a=b; Path=/proxy/absolute/8080"),
-        ("a=b;path=/x;HttpOnly", "a=b;path=/proxy/8080/x;HttpOnly", "a=b;path=/x;HttpOnly"),
+        ("a=b;path=/x;HttpOnly", "a=b;path=/proxy/8080/x;HttpOnly", "a=b;path=/proxy/absolute/8080;HttpOnly"),
         ("a=b; Domain=.LocalHost", "a=b", "a=b"), ("a=b; domain=127.0.0.1; Secure", "a=b; Secure", "a=b; Secure"),
         ("a=b; Domain=here", "a=b", "a=b"),
         ("__Secure-a=b; Path=/", "__Secure-a=b; Path=/proxy/8080/", "__Secure-a=b; Path=/proxy/absolute/8080"),
         ("a=b; Path=/proxy/absolute/", "a=b; Path=/proxy/8080/proxy/absolute/", "a=b; Path=/proxy/absolute/8080"),
         ("a=b; Path=/proxy", "a=b; Path=/proxy/8080/proxy", "a=b; Path=/proxy/absolute/8080"),
-        ("a=b; Path=/%70roxy/8080/x", "a=b; Path=/proxy/8080/x", "a=b; Path=/%70roxy/8080/x"),
+        ("a=b; Path=/%70roxy/8080/x", "a=b; Path=/proxy/8080/x", "a=b; Path=/proxy/absolute/8080"),
         ("a=b; Path=/proxy/absolute/808%30/x", "a=b; Path=/proxy/8080/proxy/absolute/808%30/x",
          "a=b; Path=/proxy/absolute/8080/x"),
         ("a=b; Path=/proxy/absolute/8080/", "a=b; Path=/proxy/8080/proxy/absolute/8080/",
          "a=b; Path=/proxy/absolute/8080/"),
-        ("a=b; Path=/proxy/8080", "a=b; Path=/proxy/8080", "a=b; Path=/proxy/8080"),
+        ("a=b; Path=/proxy/8080", "a=b; Path=/proxy/8080", "a=b; Path=/proxy/absolute/8080"),
     ] + [(same, same, same) for same in (
         "a=b", "a=b; Path=", "a=b; Path", "a=b; Path=x", "a=b; Domain=example.org", "__Host-a=b; Path=/; Secure",
         "path=/x; SameSite=Lax", "a=\xe4\"; Expires=Wed, 09 Jun 2021 10:18:14 GMT",
