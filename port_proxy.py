@@ -1133,7 +1133,8 @@ class Connection(asyncio.StreamReaderProtocol):
         # asyncio waits for the close_notify of a TLS peer, before 3.11 forever.
         if time > self.write_deadline and (self.queued() or self.transport.is_closing()):
             self.abort(TimedOut("writing"))
-        if has_failed(self.transport, "POLLHUP"):
+        # While it is paused, asyncio does not notice a reset, nor that a Unix socket is closed.
+        if (self.unread > _MAX_UNREAD or self.is_lent) and poll(self.transport, "POLLHUP"):
             self.abort()
 
     def close(self) -> None:
@@ -1163,18 +1164,6 @@ def poll(transport: Any, event: str) -> bool:
     poller = select.poll()
     poller.register(sock.fileno(), bits)
     return bool(dict(poller.poll(0)).get(sock.fileno(), 0) & bits)
-
-
-def has_failed(transport: Any, event: str) -> bool:
-    """Whether the peer has reset a connection whose reading is paused.
-
-    event: POLLERR, or POLLHUP.  The latter has two more meanings while data is unread: the peer has
-    closed a Unix socket, or both sides have sent EOF.
-    """
-    with contextlib.suppress(AttributeError, RuntimeError):  # in 3.6, or closed TLS before 3.11
-        if not transport.is_closing() and not transport.is_reading():
-            return poll(transport, event)
-    return False
 
 
 def close_once(transport: Any) -> None:
@@ -3554,7 +3543,9 @@ class TunnelEnd(asyncio.Protocol):
     An EOF of one side is passed on; a failure aborts both.  received: the number of bytes.
     """
 
-    __slots__ = ("deadline", "ended", "peer", "proxy", "received", "served", "transport")
+    __slots__ = (
+        "deadline", "ended", "is_paused", "peer", "proxy", "received", "served", "transport"
+    )  # fmt: skip
     peer: "TunnelEnd"  # set by `open_tunnel`
 
     def __init__(self, connection: Connection, proxy: "PortProxy") -> None:
@@ -3563,7 +3554,7 @@ class TunnelEnd(asyncio.Protocol):
         self.served = connection.served  # type: Optional[Tuple[Gate, Request]]
         self.deadline = FOREVER
         self.received = 0
-        self.ended = False
+        self.ended = self.is_paused = False
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
@@ -3576,10 +3567,12 @@ class TunnelEnd(asyncio.Protocol):
         self.deadline = now() + self.proxy.config.stall_timeout
 
     def pause_writing(self) -> None:
+        self.peer.is_paused = True
         with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
             self.peer.transport.pause_reading()
 
     def resume_writing(self) -> None:
+        self.peer.is_paused = False
         with contextlib.suppress(RuntimeError, AttributeError):
             self.peer.transport.resume_reading()
 
@@ -3604,7 +3597,8 @@ class TunnelEnd(asyncio.Protocol):
                 on_end()
 
     def check_deadlines(self, time: float) -> None:
-        if time > self.deadline or has_failed(self.transport, "POLLERR"):
+        # Not POLLHUP, which can also mean that both sides have sent EOF, with data still unread.
+        if time > self.deadline or (self.is_paused and poll(self.transport, "POLLERR")):
             self.abort()
 
     def close(self) -> None:

@@ -4278,7 +4278,6 @@ class TestRequests:
                 wire.reset()
         eventually(lambda: not proxy.open_connections() and not count_connections(remote_port=app.port))
 
-    @pytest.mark.skipif(sys.version_info < (3, 7), reason="transports of 3.6 do not tell whether they read")
     @pytest.mark.parametrize("lines, answer, is_unix", [
         (("Content-Length: 1000000000",), b"", False), ((), b"", False), (HANDSHAKE, SWITCHING, False),
         (("Content-Length: 1000000000",), b"", True),
