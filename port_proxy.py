@@ -3627,7 +3627,7 @@ async def open_tunnel(client: Connection, upstream: Connection, proxy: "PortProx
     for side, connection, is_lost in sides:
         if connection.unread:
             connection.buffer += await connection.read()  # returns at once
-        if connection.buffer:
+        if connection.buffer and not side.peer.transport.is_closing():
             side.data_received(connection.buffer)
         if is_lost:
             side.connection_lost(connection.failure)
