@@ -717,6 +717,12 @@ class Request(NamedTuple):
     is_unprefixed: bool = False  # the app was found by Referer or cookie
 
     @property
+    def fields(self) -> Fields:
+        """All header fields as (name, value) pairs, for the `authorize` of an embedder."""
+        split = (line.partition(":") for line in self.headers.lines)
+        return tuple((name, value.strip(" \t")) for name, _, value in split)
+
+    @property
     def is_above_prefix(self) -> bool:
         """Whether the client's URL up to its last slash, such as /proxy/ in /proxy/8080, is above
         the prefix.  It is the default Path of cookies, and the default scope of service workers."""
@@ -737,16 +743,8 @@ class Response(NamedTuple):
 def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Request:
     """Parse a request head (RFC 9112 sections 3 to 6); ProxyError 4xx, 501 or 505."""
     text = head.decode("latin-1")
-    match = _REQUEST_LINE.match(text)
-    if not match:
-        form = "'METHOD TARGET HTTP/1.1' with single spaces"
-        raise ProxyError(400, "The request line must be %s." % form)
-    method, target, major, minor = match.groups()
-    if major != "1" or minor not in "01":
-        raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
-    if len(target) > config.max_target_bytes:
-        raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
-    headers = Headers(text[match.end() :], config)
+    method, target, minor, end = parse_request_line(text, config)
+    headers = Headers(text[end:], config)
     # Of two Host or Origin fields, gate and app might use different ones (RFC 6454 section 7.3).
     count = headers.keys.count
     if count("host") > 1 or count("origin") > 1 or (minor == "1" and not count("host")):
@@ -798,6 +796,20 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     )
 
 
+def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
+    """Method, target, minor version and length of the line; ProxyError 400, 414 or 505."""
+    match = _REQUEST_LINE.match(text)
+    if not match:
+        text = "The request line must be 'METHOD TARGET HTTP/1.1' with single spaces."
+        raise ProxyError(400, text)
+    method, target, major, minor = match.groups()
+    if major != "1" or minor not in "01":
+        raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
+    if len(target) > config.max_target_bytes:
+        raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
+    return method, target, minor, match.end()
+
+
 def _parse_absolute_form(method: str, target: str) -> Tuple[str, str]:
     """Authority and origin form; the authority overrides Host (RFC 9112 section 3.2.2)."""
     match = _HTTP_URL.fullmatch(target)
@@ -832,7 +844,13 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
     """Raise ProxyError if an incomplete head is too long, or invalid after its `checked` bytes."""
     if _ILLEGAL.search(head, max(0, checked - 1)):  # the last checked byte may be a CR
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
-    if not is_request and not head.startswith(b"HTTP/"[: len(head)]):
+    end = head.find(b"\r\n") + 2
+    if is_request:
+        if end > max(1, checked):  # the request line is now complete
+            parse_request_line(head[:end].decode("latin-1"), config)
+        elif end == 1 and len(head) > config.max_target_bytes:
+            raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
+    elif not head.startswith(b"HTTP/"[: len(head)]):
         raise ProxyError(400, "The response does not begin with HTTP/.")
     if len(head) > config.max_head_bytes:
         raise ProxyError(431, "The message head is longer than %d bytes." % config.max_head_bytes)

@@ -1026,15 +1026,16 @@ BAD_FRAMINGS = [(400, "1", ["Content-Length: " + value]) for value in NO_LENGTHS
 )]
 PARTIAL_HEADS = [(True, 400, b"GET / HTTP/1.1\r\nX: a" + end) for end in (b"\rb", b"\x00", b"\n", b"\x7f")] + [
     (True, 400, head) for head in (
-        b"GET / HTTP/1.1\n", b"\x16", b"\n", b"GET / HTTP/1.1\r\n\rX",
+        b"GET / HTTP/1.1\n", b"GET /\r\n", b"\x16", b"\n", b"\r\n", b"GET / HTTP/1.1\r\n\rX",
+        b"GET \xe4\xff  HTTP/1.1\r\n",
     )
-] + [
+] + [(True, 505, b"PRI * HTTP/2.0\r\n")] + [
     (False, 400, head) for head in (
         b"I", b"<", b"HTTP1", b"h", b"\r", b"HTTP/1.1 200 OK\n", b"HTTP/1.1 200 OK\r\nX: a\x00",
     )
 ]
 LONG_HEADS = [
-    (True, 431, b"G" * (DEFAULT.max_head_bytes + 1)),
+    (True, 414, b"GET /" + b"a" * DEFAULT.max_target_bytes), (True, 414, b"G" * (DEFAULT.max_target_bytes + 1)),
     (True, 431, b"GET / HTTP/1.1\r\nX: " + b"a" * DEFAULT.max_head_bytes),
     (True, 431, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 12000),
     (False, 431, b"HTTP/1.1 200 OK\r\nX: " + b"a" * DEFAULT.max_head_bytes),
