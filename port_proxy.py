@@ -1733,7 +1733,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
         route = find_route(gate.config, page or "")[0]
         if route is not None:
             return route.prefix
-        if base:  # the Referer is the ports page; without a base, it may be a page of an app
+        if base:  # the Referer is the ports page; without a base, it may be an app's page
             return ""
     is_same_origin = request.is_own_origin or headers.get_all("sec-fetch-site") == ["same-origin"]
     is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
@@ -2302,7 +2302,7 @@ def _response(status: int, media_type: str, text: str, fields: Fields = ()) -> L
 # idle connection, and the socket is polled once more before reuse.
 
 _PERSISTENT_SECONDS = 1.0  # shorter than the keep-alive timeout of any known server
-_PROBE_SECONDS = 3.0  # for a response to a probe of an app
+_PROBE_SECONDS = 3.0
 _RETRY_SOON = (("Retry-After", "5"),)
 _FETCH_BYTES = 1 << 22
 TLS_RECORDS = b"\x15\x03", b"\x16\x03"  # they begin an alert or a handshake (RFC 8446 section 5.1)
@@ -2754,7 +2754,7 @@ class TokenGate(Gate):
             cookies = cookie_values(request.headers, self.cookie_name)
             signed_in = any(is_signed(self.key, "session", host, cookie) for cookie in cookies)
             if not signed_in:
-                # Only the first token of the query and of Authorization: this limits the guesses.
+                # One token of the query and one of Authorization: this limits the guesses.
                 shown = query_tokens(request.target)[:1] + authorization_tokens(request.headers)[:1]
                 await self._require_token(request, shown, public_target(request))
             self.redirect_without_token(request, lambda: (self._new_cookie(request.client),))
@@ -3934,7 +3934,7 @@ class PortProxy:
                     raise ProxyError(400, text)
                 client.read_deadline = now() + timeout
                 head = await read_head(client, True, self.config)
-                # Until the gate admits a client, all its bytes count as pending.
+                # All bytes of a client are pending until the gate admits it.
                 unused = 0 if client.is_admitted else len(client.buffer) + client.unread
                 client.deadlines.set_pending(client, unused)
             if not self.is_running:
@@ -3994,8 +3994,7 @@ class PortProxy:
         logger.info(line, record, extra={"request": record})
 
 
-# Some clients send a CRLF after a body: empty lines before a request are skipped (RFC 9112 section
-# 2.2).
+# Some clients send a CRLF after a body: skip empty lines before a request (RFC 9112 section 2.2).
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 
 
