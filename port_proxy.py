@@ -1821,7 +1821,7 @@ class Listener(NamedTuple):
 
 
 def find_listeners() -> List[Listener]:
-    """All programs that listen, in the order of ports."""
+    """All programs that listen, sorted by port."""
     pids = {}  # type: Dict[str, int]  # for each open file, the first of its processes
     for path in glob.iglob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # closed meanwhile, or another user's
@@ -2205,7 +2205,7 @@ def _port_item(row: Dict[str, Any]) -> str:
 
 
 def _summary(row: Dict[str, Any]) -> str:
-    """One line: the program, its age, and its addresses if localhost does not reach it."""
+    """The program, its age, and its addresses if localhost does not reach it."""
     parts = [printable(row["program"]), "" if row["seconds"] is None else _age(row["seconds"])]
     if REACHED["localhost"].isdisjoint(row["addresses"]):
         parts.append("listens on %s only, not on localhost" % ", ".join(row["addresses"]))
@@ -2468,7 +2468,7 @@ class Upstreams:
 async def fetch(
     connection: Connection, lines: List[str], body: bytes, timeout: float, config: Config
 ) -> Response:
-    """Send one of our own requests on a new connection, then close the connection.
+    """Send one of our own requests on a new connection, then close it.
 
     lines: the request line and the header fields.  A long body of the response is cut off.  Raises
     ProxyError 4xx or 501 if the response is not valid HTTP, TimedOut after `timeout` seconds,
@@ -2634,7 +2634,7 @@ class Gate:
     def redirect_without_token(self, request: Request, cookies: Callable[[], Fields]) -> None:
         """Raise ProxyError 302 for a page visit whose target has our token.
 
-        So the token does not stay in the address bar, nor in later Referer fields.
+        This keeps the token out of the address bar and of later Referer fields.
         """
         target = public_target(request)
         clean = self.strip_query(target)
@@ -3894,7 +3894,7 @@ class PortProxy:
             timer.cancel()
             if client.state is HANDSHAKE:  # it has failed
                 self._clients.pop(client, None)
-                client.end()  # after a cancellation, asyncio in 3.6 waits for this EOF
+                client.end()  # if cancelled: asyncio in 3.6 waits for this EOF
 
     def _set_idle(self, client: Connection) -> None:
         client.task = None
@@ -4302,7 +4302,7 @@ class JupyterGate(Gate):
         has_origin = "origin" in request.headers.index and request.method != "OPTIONS"
         allowed = has_origin and handler.check_origin()
         is_unsafe = request.method not in _SAFE and not handler.settings.get("disable_check_xsrf")
-        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat may allow it
+        if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat applies
             # Jupyter also requires its XSRF token; pages of apps have none, so require same-origin.
             allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
