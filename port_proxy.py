@@ -2490,6 +2490,8 @@ async def fetch(
         content = b""
         while not source.finished and len(content) < _FETCH_BYTES:
             content += await source.read(deadline - now())
+            if now() > deadline:  # the connection checks it only while a read waits
+                raise TimedOut()
         return response._replace(body=content)
     finally:
         connection.abort()
