@@ -562,10 +562,11 @@ def normal_domain(domain: str) -> str:
 # them slow.
 
 # Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
-_REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
-_FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
-_SPACED_NAME = re.compile("^(%s)[\t ]+:" % TOKEN, re.MULTILINE)
+_REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
+_FIELD_NAMES = re.compile("^(%s):.*\r$" % TOKEN, re.MULTILINE)
+_SPACED_NAME = re.compile(("^(%s)[\t ]+:" % TOKEN).encode(), re.MULTILINE)
+_LEGAL = bytes([*b"\t\r\n", *range(0x20, 0x7F), *range(0x80, 0x100)])
 # A control byte, except TAB and CRLF.  A CR at the end may be half of a CRLF.
 _ILLEGAL = re.compile(rb"[\x00-\x08\n-\x1f\x7f](?<!\r\n)(?<!\r(?=\n|\Z))")
 # host or host:port (RFC 3986 section 3.2.2), without user information and IPvFuture.
@@ -581,14 +582,16 @@ _MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
 class Headers:
     """The field lines of a head, in order, with an index."""
 
-    def __init__(self, section: str, config: Config) -> None:
+    def __init__(self, section: bytes, config: Config) -> None:
         """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
-        count = section.count("\n") - 1
-        if count > config.max_fields:
+        text = section.decode("latin-1")
+        self.lines = text.split("\r\n")[:-2]  # unchanged, "Name: value"
+        if len(self.lines) > config.max_fields:
             raise ProxyError(431, "The message head has more than %d fields." % config.max_fields)
-        self.keys = _FIELD_NAMES.findall(section.lower())  # the field names in lower case
-        self.lines = section.split("\r\n")[:-2]  # unchanged, "Name: value"
-        if not len(self.keys) == len(self.lines) == count:
+        self.keys = _FIELD_NAMES.findall(text.lower())  # the field names in lower case
+        has_only_crlf = section.count(b"\r") == section.count(b"\n") == len(self.lines) + 1
+        is_legal = has_only_crlf and not section.translate(None, _LEGAL)
+        if not is_legal or len(self.keys) != len(self.lines):
             text = "A field line must be 'name: value', without white space before the name or the"
             raise ProxyError(400, text + " colon, and without control bytes (RFC 9112 section 5).")
         self.index = dict(zip(self.keys, self.lines))  # for a repeated field, its last line
@@ -630,17 +633,17 @@ UNTIL_CLOSE = Framing("close", 1 << 63)  # sys.maxsize would be 2 GiB on a machi
 
 def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Framing:
     """The framing in a head, or else `undeclared` (RFC 9112 section 6.3); ProxyError 400 or 501."""
-    codings, lengths = headers.get_all("transfer-encoding"), headers.tokens("content-length")
-    if codings:
-        if lengths or minor == "0" or len(codings) > 1:
+    if "transfer-encoding" in headers.index:
+        codings = headers.get_all("transfer-encoding")
+        if "content-length" in headers.index or minor == "0" or len(codings) > 1:
             text = "Transfer-Encoding is not allowed twice, beside Content-Length or in HTTP/1.0."
             raise ProxyError(400, text)
         if codings[0].lower() != "chunked":
             raise ProxyError(501, "The only transfer coding supported is 'chunked'.")
         return CHUNKED
-    if not lengths:
+    if "content-length" not in headers.index:
         return undeclared
-    length, *others = lengths
+    length, *others = headers.tokens("content-length")
     if others or not _LENGTH.fullmatch(length):
         raise ProxyError(400, "Content-Length is not a single number of at most 18 digits.")
     return Framing("length", int(length))
@@ -742,9 +745,9 @@ class Response(NamedTuple):
 
 def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Request:
     """Parse a request head (RFC 9112 sections 3 to 6); ProxyError 4xx, 501 or 505."""
-    text = head.decode("latin-1")
-    method, target, minor, end = parse_request_line(text, config)
-    headers = Headers(text[end:], config)
+    line, _, section = head.partition(b"\r\n")
+    method, target, minor = parse_request_line(line, config)
+    headers = Headers(section, config)
     # Of two Host or Origin fields, gate and app might use different ones (RFC 6454 section 7.3).
     count = headers.keys.count
     if count("host") > 1 or count("origin") > 1 or (minor == "1" and not count("host")):
@@ -756,19 +759,18 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
         allow = (("Allow", "GET, HEAD, POST, OPTIONS"),)
         raise ProxyError(405, "CONNECT is refused: this is not a forward proxy.", allow)
     if target[0] != "/" and not (target == "*" and method == "OPTIONS"):
-        authority, target = _parse_absolute_form(method, target)
+        absolute = _HTTP_URL.fullmatch(target)
+        if not absolute or not _AUTHORITY.fullmatch(absolute.group(2)):
+            raise ProxyError(400, "The request target is neither a path nor an http URL.")
+        _, authority, target = absolute.groups()  # overrides Host (RFC 9112 section 3.2.2)
+        if not target.startswith("/"):
+            target = "*" if method == "OPTIONS" and not target else "/" + target
     framing = declared_framing(headers, minor, NO_BODY)
     client = client_info(headers, address, scheme, authority, config)
-    is_websocket = (
-        "upgrade" in headers.connection
-        and method == "GET"
-        and minor == "1"
-        and [value.lower() for value in headers.get_all("upgrade")] == ["websocket"]
-    )
-    is_navigation = (
-        headers.get("sec-fetch-mode") in ("", "navigate")
-        and "text/html" in headers.get("accept").lower()
-    )
+    may_upgrade = "upgrade" in headers.connection and method == "GET" and minor == "1"
+    is_websocket = may_upgrade and headers.tokens("upgrade") == {"websocket"}
+    accepts_pages = "text/html" in headers.get("accept").lower()
+    is_navigation = accepts_pages and headers.get("sec-fetch-mode") in ("", "navigate")
     route, path, query, route_error = None, "", "", None  # type: Optional[Route], str, str, Any
     try:
         if target != "*":
@@ -796,9 +798,9 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     )
 
 
-def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
-    """Method, target, minor version and length of the line; ProxyError 400, 414 or 505."""
-    match = _REQUEST_LINE.match(text)
+def parse_request_line(line: bytes, config: Config) -> Tuple[str, str, str]:
+    """Method, target and minor version; ProxyError 400, 414 or 505."""
+    match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not match:
         text = "The request line must be 'METHOD TARGET HTTP/1.1' with single spaces."
         raise ProxyError(400, text)
@@ -807,48 +809,37 @@ def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
         raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
     if len(target) > config.max_target_bytes:
         raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
-    return method, target, minor, match.end()
-
-
-def _parse_absolute_form(method: str, target: str) -> Tuple[str, str]:
-    """Authority and origin form; the authority overrides Host (RFC 9112 section 3.2.2)."""
-    match = _HTTP_URL.fullmatch(target)
-    if not match or not _AUTHORITY.fullmatch(match.group(2)):
-        raise ProxyError(400, "The request target is neither a path nor an http URL.")
-    _, authority, path = match.groups()
-    if method == "OPTIONS" and not path:
-        return authority, "*"  # RFC 9112 section 3.2.4
-    return authority, path if path.startswith("/") else "/" + path
+    return method, target, minor
 
 
 def parse_response(head: bytes, method: str, config: Config) -> Response:
     """Parse the head of a response to `method` (RFC 9112 section 4); ProxyError 4xx or 501."""
-    text = head.decode("latin-1")
-    match = _STATUS_LINE.match(text)
+    line, _, section = head.partition(b"\r\n")
+    match = _STATUS_LINE.fullmatch(line.decode("latin-1"))
     if not match:
         raise ProxyError(400, "The status line is not valid for HTTP/1.0 or HTTP/1.1.")
-    minor, status, reason = match.groups()
-    section = text[match.end() :]
+    minor, code, reason = match.groups()
+    status = int(code)
     try:
         headers = Headers(section, config)
     except ProxyError:  # white space before colons is removed (RFC 9112 section 5.1)
-        headers = Headers(_SPACED_NAME.sub(r"\1:", section), config)
+        headers = Headers(_SPACED_NAME.sub(rb"\1:", section), config)
     framing = declared_framing(headers, minor, UNTIL_CLOSE)
-    if method == "HEAD" or int(status) < 200 or status in ("204", "304"):
+    if method == "HEAD" or status < 200 or status in (204, 304):
         framing = NO_BODY
     is_reusable = minor == "1" and "close" not in headers.connection
-    return Response(int(status), reason or "", headers, framing, is_reusable)
+    return Response(status, reason or "", headers, framing, is_reusable)
 
 
 def check_partial_head(head: bytes, checked: int, is_request: bool, config: Config) -> None:
     """Raise ProxyError if an incomplete head is too long, or invalid after its `checked` bytes."""
     if _ILLEGAL.search(head, max(0, checked - 1)):  # the last checked byte may be a CR
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
-    end = head.find(b"\r\n") + 2
+    line, end, _ = head.partition(b"\r\n")
     if is_request:
-        if end > max(1, checked):  # the request line is now complete
-            parse_request_line(head[:end].decode("latin-1"), config)
-        elif end == 1 and len(head) > config.max_target_bytes:
+        if end and len(line) + 2 > checked:  # the request line is now complete
+            parse_request_line(line, config)
+        elif not end and len(line) > config.max_target_bytes:
             raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
     elif not head.startswith(b"HTTP/"[: len(head)]):
         raise ProxyError(400, "The response does not begin with HTTP/.")
@@ -861,8 +852,8 @@ def rest_of_own_url(url: str, authority: str) -> Optional[str]:
 
     Schemes are not compared: a server in front of the proxy may terminate TLS.
     """
-    match = _HTTP_URL.fullmatch(url)
-    if not match or not authority:
+    match = url and authority and _HTTP_URL.fullmatch(url)
+    if not match:
         return None
     scheme, found, rest = match.groups()
     is_own = found == authority or with_port(found, scheme) == with_port(authority, scheme)
