@@ -3914,6 +3914,8 @@ class PortProxy:
         if client.unread:
             client.buffer += await client.read()
         client.buffer = _EMPTY_LINES.sub(b"", client.buffer, 1)
+        if not _has_request(client):
+            client.deadlines.set_pending(client, 0)  # empty lines are dropped
         if not _has_request(client) or await self.serve_one(client, b"", self.gate):
             self._set_idle(client)
 
@@ -3956,7 +3958,8 @@ class PortProxy:
         if has_half_close or not is_read:
             client.read_deadline = now() + self.config.linger_timeout
             with contextlib.suppress(TimedOut):
-                while await client.read():
+                # A read that finds data has no deadline: the client may never stop sending.
+                while now() < client.read_deadline and await client.read():
                     pass
         client.close()
 

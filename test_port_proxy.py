@@ -1420,6 +1420,29 @@ class TestConnections:
         eventually(lambda: not proxy.open_connections())
         assert app.connections == 0
 
+    def test_client_that_never_stops_sending_is_closed_after_the_linger_timeout(self, start, monkeypatch):
+        """No read has to wait for data."""
+        read = port_proxy.Connection.read
+
+        async def read_at_once(client):
+            await asyncio.sleep(0.01)
+            return b"x" if client.state is port_proxy.CLOSING else await read(client)
+
+        monkeypatch.setattr(port_proxy.Connection, "read", read_at_once)
+        proxy = start(linger_timeout=0.1)
+        with proxy.sent(request("POST", "/nothing", "Content-Length: 9")) as wire:
+            assert status_of(wire.message()) == 404
+            eventually(lambda: not proxy.proxy.deadlines.connections)
+
+    def test_empty_lines_do_not_count_as_waiting_bytes(self, start, monkeypatch):
+        """The one whose bytes wait for longest would have to go."""
+        monkeypatch.setattr(port_proxy, "_PENDING_BYTES", 1 << 19)
+        proxy = start(token=TOKEN)
+        with proxy.sent(request("GET", "/nothing")[:-1]) as wire, proxy.wire() as other:
+            eventually(lambda: not has_unread(proxy.port))
+            other.send(b"\r\n" * (1 << 20), request("GET", "/nothing"))
+            assert status_of(other.message()) == status_of(wire.ask(b"\n")) == 404
+
     @needs_proc
     @pytest.mark.parametrize("raw", [b"", b"GET /pro", request("GET", "/nothing")], ids=case_id)
     def test_reset_between_requests_is_not_logged(self, proxy, caplog, raw):
