@@ -885,16 +885,14 @@ def cookie_values(headers: Headers, name: str) -> List[str]:
 
 _QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 _EXTENSION = r"[ \t]*;[ \t]*%s(?:[ \t]*=[ \t]*(?:%s|%s))?" % (TOKEN, TOKEN, _QUOTED)
+_EXTENSIONS = ("(?:%s)*" % _EXTENSION).encode("latin-1")
+_TRAILER_LINES = (r"(?:%s\r\n)*" % _FIELD_LINE.pattern).encode("latin-1")
 # The end of one chunk and the size of the next: at most 15 digits, because parsers differ on more.
-_CHUNK_START = re.compile(
-    (r"\r\n([0-9A-Fa-f]{1,15})(?:%s)*([ \t]*)\r\n" % _EXTENSION).encode("latin-1")
-)
-_TRAILERS = re.compile((r"(?:%s\r\n)*\r\n" % _FIELD_LINE.pattern).encode("latin-1"))
+_CHUNK_START = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})%b([ \t]*)\r\n" % _EXTENSIONS)
+_TRAILERS = re.compile(rb"%b\r\n" % _TRAILER_LINES)
 # Beginnings of these two, which more data may complete.
 _PARTIAL_START = re.compile(rb"\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*;[^\r\n]*|[ \t]*)\r?)?)?")
-_PARTIAL_TRAILERS = re.compile(
-    (r"(?:%s\r\n)*[^\x00-\x08\n-\x1f\x7f]*\r?" % _FIELD_LINE.pattern).encode("latin-1")
-)
+_PARTIAL_TRAILERS = re.compile(rb"%b[^\x00-\x08\n-\x1f\x7f]*\r?" % _TRAILER_LINES)
 _CHUNKS_IN_A_ROW = 250  # then other requests have their turn
 
 
