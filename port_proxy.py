@@ -562,11 +562,10 @@ def normal_domain(domain: str) -> str:
 # them slow.
 
 # Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
-_REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?")
-_FIELD_NAMES = re.compile("^(%s):.*\r$" % TOKEN, re.MULTILINE)
-_SPACED_NAME = re.compile(("^(%s)[\t ]+:" % TOKEN).encode(), re.MULTILINE)
-_LEGAL = bytes([*b"\t\r\n", *range(0x20, 0x7F), *range(0x80, 0x100)])
+_REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
+_FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
+_SPACED_NAME = re.compile("^(%s)[\t ]+:" % TOKEN, re.MULTILINE)
 # A control byte, except TAB and CRLF.  A CR at the end may be half of a CRLF.
 _ILLEGAL = re.compile(rb"[\x00-\x08\n-\x1f\x7f](?<!\r\n)(?<!\r(?=\n|\Z))")
 # host or host:port (RFC 3986 section 3.2.2), without user information and IPvFuture.
@@ -582,16 +581,13 @@ _MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
 class Headers:
     """The field lines of a head, in order, with an index."""
 
-    def __init__(self, section: bytes, config: Config) -> None:
+    def __init__(self, section: str, config: Config) -> None:
         """Parse a field section with its empty line (RFC 9112 section 5); ProxyError 400 or 431."""
-        text = section.decode("latin-1")
-        self.lines = text.split("\r\n")[:-2]  # unchanged, "Name: value"
+        self.lines = section.split("\r\n")[:-2]  # unchanged, "Name: value"
         if len(self.lines) > config.max_fields:
             raise ProxyError(431, "The message head has more than %d fields." % config.max_fields)
-        self.keys = _FIELD_NAMES.findall(text.lower())  # the field names in lower case
-        has_only_crlf = section.count(b"\r") == section.count(b"\n") == len(self.lines) + 1
-        is_legal = has_only_crlf and not section.translate(None, _LEGAL)
-        if not is_legal or len(self.keys) != len(self.lines):
+        self.keys = _FIELD_NAMES.findall(section.lower())  # the field names in lower case
+        if not len(self.keys) == len(self.lines) == section.count("\n") - 1:
             text = "A field line must be 'name: value', without white space before the name or the"
             raise ProxyError(400, text + " colon, and without control bytes (RFC 9112 section 5).")
         self.index = dict(zip(self.keys, self.lines))  # for a repeated field, its last line
@@ -681,7 +677,9 @@ def client_info(
         scheme = proto.lower() if proto.lower() in _DEFAULT_PORTS else scheme
         authority = host if _AUTHORITY.fullmatch(host) else authority
         port = port if re.fullmatch("[0-9]{1,5}", port) else ""
-    port = port or authority[len(host_of(authority)) + 1 :] or _DEFAULT_PORTS[scheme][1:]
+    host, _, own_port = authority.rpartition(":")
+    if not port:
+        port = own_port if host and own_port.isdigit() else _DEFAULT_PORTS[scheme][1:]
     app_port = port_in_host(authority, config.domains)
     return ClientInfo(address, scheme, authority, app_port, hops, port)
 
@@ -745,9 +743,9 @@ class Response(NamedTuple):
 
 def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Request:
     """Parse a request head (RFC 9112 sections 3 to 6); ProxyError 4xx, 501 or 505."""
-    line, _, section = head.partition(b"\r\n")
-    method, target, minor = parse_request_line(line, config)
-    headers = Headers(section, config)
+    text = head.decode("latin-1")
+    method, target, minor, end = parse_request_line(text, config)
+    headers = Headers(text[end:], config)
     # Of two Host or Origin fields, gate and app might use different ones (RFC 6454 section 7.3).
     count = headers.keys.count
     if count("host") > 1 or count("origin") > 1 or (minor == "1" and not count("host")):
@@ -798,9 +796,9 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     )
 
 
-def parse_request_line(line: bytes, config: Config) -> Tuple[str, str, str]:
-    """Method, target and minor version; ProxyError 400, 414 or 505."""
-    match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
+def parse_request_line(text: str, config: Config) -> Tuple[str, str, str, int]:
+    """Method, target, minor version and length of the line; ProxyError 400, 414 or 505."""
+    match = _REQUEST_LINE.match(text)
     if not match:
         text = "The request line must be 'METHOD TARGET HTTP/1.1' with single spaces."
         raise ProxyError(400, text)
@@ -809,21 +807,21 @@ def parse_request_line(line: bytes, config: Config) -> Tuple[str, str, str]:
         raise ProxyError(505, "Only HTTP/1.0 and HTTP/1.1 are supported.")
     if len(target) > config.max_target_bytes:
         raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
-    return method, target, minor
+    return method, target, minor, match.end()
 
 
 def parse_response(head: bytes, method: str, config: Config) -> Response:
     """Parse the head of a response to `method` (RFC 9112 section 4); ProxyError 4xx or 501."""
-    line, _, section = head.partition(b"\r\n")
-    match = _STATUS_LINE.fullmatch(line.decode("latin-1"))
+    text = head.decode("latin-1")
+    match = _STATUS_LINE.match(text)
     if not match:
         raise ProxyError(400, "The status line is not valid for HTTP/1.0 or HTTP/1.1.")
     minor, code, reason = match.groups()
-    status = int(code)
+    status, section = int(code), text[match.end() :]
     try:
         headers = Headers(section, config)
     except ProxyError:  # white space before colons is removed (RFC 9112 section 5.1)
-        headers = Headers(_SPACED_NAME.sub(rb"\1:", section), config)
+        headers = Headers(_SPACED_NAME.sub(r"\1:", section), config)
     framing = declared_framing(headers, minor, UNTIL_CLOSE)
     if method == "HEAD" or status < 200 or status in (204, 304):
         framing = NO_BODY
@@ -835,11 +833,11 @@ def check_partial_head(head: bytes, checked: int, is_request: bool, config: Conf
     """Raise ProxyError if an incomplete head is too long, or invalid after its `checked` bytes."""
     if _ILLEGAL.search(head, max(0, checked - 1)):  # the last checked byte may be a CR
         raise ProxyError(400, "The message head has a control byte, or a CR or LF outside CRLF.")
-    line, end, _ = head.partition(b"\r\n")
+    end = head.find(b"\r\n") + 2
     if is_request:
-        if end and len(line) + 2 > checked:  # the request line is now complete
-            parse_request_line(line, config)
-        elif not end and len(line) > config.max_target_bytes:
+        if end > max(1, checked):  # the request line is now complete
+            parse_request_line(head[:end].decode("latin-1"), config)
+        elif end == 1 and len(head) > config.max_target_bytes:
             raise ProxyError(414, "The target is longer than %d bytes." % config.max_target_bytes)
     elif not head.startswith(b"HTTP/"[: len(head)]):
         raise ProxyError(400, "The response does not begin with HTTP/.")

@@ -1091,7 +1091,7 @@ class TestMessages:
         ("C: a,\tUPGRADE", "c", ["a,\tUPGRADE"], {"a", "upgrade"}),
     ])
     def test_headers_give_all_values_the_last_value_and_tokens(self, line, name, values, tokens):
-        headers = Headers(line.encode() + b"\r\n\r\n", DEFAULT)
+        headers = Headers(line + "\r\n\r\n", DEFAULT)
         assert (headers.get_all(name), headers.get(name)) == (values, values[-1] if values else "")
         assert headers.tokens(name) == tokens
 
