@@ -6876,6 +6876,8 @@ class TestJupyter:
             ("GET", ("Origin: http://evil.example",) + HANDSHAKE, 403, ""), ("POST", (), 200, ""),
             ("POST", ("Origin: https://evil.example", BY_TOKEN), 200, ""),
             ("POST", ("Origin: " + visitor.origin,), 200, ""),
+            ("GET", ("Sec-Fetch-Site: cross-site",) + VISIT, 200, ""),
+            ("GET", ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors"), 403, ""),
         ):  # fmt: skip
             answer = visitor.ask(method, target + "/", *lines)
             assert (status_of(answer), answer[2].decode().endswith(says)) == (status, True), answer
