@@ -645,6 +645,10 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
     return Framing("length", int(length))
 
 
+_app_port = functools.lru_cache(maxsize=1024)(port_in_host)
+_network = functools.lru_cache(maxsize=64)(ipaddress.ip_network)
+
+
 class ClientInfo(NamedTuple):
     """A client, and the public origin: the proxy's origin as the client sees it."""
 
@@ -680,11 +684,8 @@ def client_info(
     host, _, own_port = authority.rpartition(":")
     if not port:
         port = own_port if host and own_port.isdigit() else _DEFAULT_PORTS[scheme][1:]
-    app_port = port_in_host(authority, config.domains)
+    app_port = _app_port(authority, config.domains)
     return ClientInfo(address, scheme, authority, app_port, hops, port)
-
-
-_network = functools.lru_cache(maxsize=64)(ipaddress.ip_network)
 
 
 def _is_trusted(address: str, trusted_proxies: Sequence[str]) -> bool:
@@ -748,10 +749,10 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     headers = Headers(text[end:], config)
     # Of two Host or Origin fields, gate and app might use different ones (RFC 6454 section 7.3).
     count = headers.keys.count
-    if count("host") > 1 or count("origin") > 1 or (minor == "1" and not count("host")):
+    if count("host") > 1 or count("origin") > 1 or (minor == "1" and "host" not in headers.index):
         raise ProxyError(400, "A request has exactly one Host field, and at most one Origin field.")
     authority = headers.get("host")
-    if count("host") and not _AUTHORITY.fullmatch(authority):
+    if "host" in headers.index and not _AUTHORITY.fullmatch(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
     if method == "CONNECT":
         allow = (("Allow", "GET, HEAD, POST, OPTIONS"),)
