@@ -2999,6 +2999,20 @@ class TestPortOwner:
                     follower.listen(1)
                 port_proxy.check_owner(address, client.getsockname(), had_known_owner)
 
+    def test_owner_of_a_closed_connection_is_unknown(self, source):
+        """The kernel names root for a socket in TIME-WAIT, whose program may have been anybody's."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            with socket.create_connection(listener.getsockname()) as sock:
+                address, peer = listener.getsockname(), sock.getsockname()
+                accepted = listener.accept()[0]
+                listener.close()
+                assert port_proxy.has_known_owner(address, peer)
+                accepted.close()
+                assert sock.recv(1) == b""
+        assert not port_proxy.has_known_owner(address, peer)
+
     def test_unknown_owner_is_refused(self, start, app, monkeypatch, source):
         """The system hides its table of sockets; nothing of the proxy itself is changed."""
         if source == "netlink":
