@@ -3908,7 +3908,7 @@ class PortProxy:
             client.close()
 
     async def _serve(self, client: Connection) -> None:
-        if client.unread:
+        if client.unread and not client.buffer.lstrip(b"\r\n"):  # no pipelined request
             client.buffer += await client.read()
         client.buffer = _EMPTY_LINES.sub(b"", client.buffer, 1)
         if not _has_request(client):

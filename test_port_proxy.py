@@ -1662,6 +1662,14 @@ class TestBackPressure(SlowPeers):
             steady(lambda: len(app.messages))
             assert len(app.messages) * 60000 < 16 << 20  # the kernel's buffers hold a few MiB of 114
 
+    def test_pipelined_requests_are_read_when_those_before_are_served(self, proxy, upstream):
+        app = upstream(answering(ok(bytes(2000))))
+        with slow_wire(proxy) as wire:
+            wire.sock.settimeout(0.3)
+            wire.offer(*[to(app) * 1000] * 400)  # about 24 MB
+            steady(lambda: len(app.messages))
+            assert max(len(client.buffer) + client.unread for client in proxy.proxy._clients) < 1 << 20
+
     def test_half_closed_client_that_reads_late_gets_all(self, proxy, upstream):
         """The app is not late while the client takes nothing."""
         sent, begun = [], ok(bytes(10))[:-10] + b"abc"
