@@ -645,7 +645,6 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
     return Framing("length", int(length))
 
 
-_app_port = functools.lru_cache(maxsize=1024)(port_in_host)
 _network = functools.lru_cache(maxsize=64)(ipaddress.ip_network)
 
 
@@ -684,7 +683,7 @@ def client_info(
     host, _, own_port = authority.rpartition(":")
     if not port:
         port = own_port if host and own_port.isdigit() else _DEFAULT_PORTS[scheme][1:]
-    app_port = _app_port(authority, config.domains)
+    app_port = port_in_host(authority, config.domains)
     return ClientInfo(address, scheme, authority, app_port, hops, port)
 
 
@@ -767,7 +766,7 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     framing = declared_framing(headers, minor, NO_BODY)
     client = client_info(headers, address, scheme, authority, config)
     may_upgrade = "upgrade" in headers.connection and method == "GET" and minor == "1"
-    is_websocket = may_upgrade and headers.tokens("upgrade") == {"websocket"}
+    is_websocket = may_upgrade and list(map(str.lower, headers.get_all("upgrade"))) == ["websocket"]
     accepts_pages = "text/html" in headers.get("accept").lower()
     is_navigation = accepts_pages and headers.get("sec-fetch-mode") in ("", "navigate")
     route, path, query, route_error = None, "", "", None  # type: Optional[Route], str, str, Any
@@ -1490,9 +1489,17 @@ def _translate_url(
     return start + path
 
 
+def _with_prefix(path: str, route: Route) -> str:
+    """The public path for a path of the app, with the prefix as spelled in the request."""
+    below = path_below(route.prefix, path)
+    if below is None and route.absolute:
+        return path
+    return route.prefix + (path if below is None else below)
+
+
 def _translate_location(value: str, request: Request, route: Route, gate: Any) -> str:
-    """Add the prefix to a path.  A URL of the app or the proxy becomes a path with the prefix,
-    spelled as in the request.  Relative references, "//host" and other URLs are unchanged."""
+    """Add the prefix to a path.  A URL of the app or the proxy becomes a path with the prefix.
+    Relative references, "//host" and other URLs are unchanged."""
     match, path = _HTTP_URL.fullmatch(value), value
     if match:
         scheme, authority, path = match.groups()
@@ -1502,9 +1509,7 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
         path = path if path.startswith("/") else "/" + path
     elif not path.startswith("/") or path.startswith("//"):
         return value
-    below = path_below(route.prefix, path)
-    if below is not None or not route.absolute:
-        path = route.prefix + (path if below is None else below)
+    path = _with_prefix(path, route)
     # The same path, but not "//host".
     return "/." + path if match and _OTHER_HOST.match(path) else path
 
@@ -1541,10 +1546,10 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
         elif name == "path":
             # "Path=x" stands for the default path, and the last Path counts (RFC 6265 section 5).
             has_path = content.startswith("/")
-            below = path_below(route.prefix, content)
-            if below is None:  # an app with the full path has no other cookies than its own
-                below = "" if route.absolute else content
-            part = part.replace(content, route.prefix + below) if has_path else part
+            # For an absolute route, only a path above the prefix is changed.
+            is_wider = route.absolute and path_below(content.rstrip("/"), route.prefix)
+            path = route.prefix if is_wider else _with_prefix(content, route)
+            part = part.replace(content, path) if has_path else part
         parts.append(part)
     if route.prefix and request.is_above_prefix and not has_path:
         parts.append(" Path=%s/" % route.prefix)
