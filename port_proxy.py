@@ -663,7 +663,7 @@ def client_info(
     headers: Headers, address: str, scheme: str, authority: str, config: Config
 ) -> ClientInfo:
     """address, scheme: of the connection.  Only a trusted proxy's X-Forwarded headers are used: the
-    client is the last address in X-Forwarded-For that is not trusted, or the first if all are."""
+    client is the last untrusted address in X-Forwarded-For, or else the first.  ProxyError 400."""
     hops, port = address, ""
     if config.trusted_proxies and _is_trusted(address, config.trusted_proxies):
         value = ",".join(headers.get_all("x-forwarded-for"))
@@ -988,7 +988,7 @@ class Connection(asyncio.StreamReaderProtocol):
     on_accept: called for a new client; None for a connection to an upstream.
     """
 
-    is_lent = False  # unused bytes cannot be given back to the server that owns the connection
+    is_lent = False  # by another server, to which unused bytes cannot be given back
 
     __slots__ = (
         "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
@@ -1021,8 +1021,8 @@ class Connection(asyncio.StreamReaderProtocol):
         self.read_timeout = FOREVER  # for more body data
 
     def connection_made(self, transport: Any) -> None:
-        # Without the base class, which would let the StreamReader pause the transport, too: before
-        # 3.11, one that resumes a closed TLS transport raises an error and loses its data.
+        # Without `super`: the StreamReader must not pause the transport.  Before 3.11, a reader
+        # that resumes a closed TLS transport raises an error and loses its data.
         self.transport = transport
         self.writer = StreamWriter(self.transport, self, self.reader, self.deadlines.loop)
         peer = transport.get_extra_info("peername")
@@ -1236,7 +1236,7 @@ class Deadlines:
         if not size:
             del self.pending[connection]
         elif self._pending_bytes > _PENDING_BYTES:
-            next(iter(self.pending)).abort()  # frees no memory yet, so abort both
+            next(iter(self.pending)).abort()  # its memory is freed later: abort both
             connection.abort()
 
     def run(self, coroutine: Awaitable[None]) -> None:
@@ -1268,7 +1268,7 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
     """Read a message head up to its empty line.  Further bytes stay in the connection's buffer.
 
     Raises ProxyError as soon as the head is invalid, Truncated at EOF, TimedOut at the connection's
-    read deadline, and OSError if the connection fails.
+    read deadline, or another `failure` of the connection.
     """
     checked = 0
     while True:
@@ -1316,11 +1316,11 @@ class Body(BodyDecoder):
     async def read(self, timeout: float) -> bytes:
         """The next body data, which may be empty.
 
-        Raises ProxyError 400 if the body is malformed, Truncated if it is incomplete, and OSError
-        if the connection fails.  If no data comes for `timeout` seconds, raises ProxyError 408 for
-        a request, TimedOut for a response.
+        Raises ProxyError 400 if the body is malformed, Truncated if it is incomplete, or the
+        `failure` of the connection.  If no data comes for `timeout` seconds, raises ProxyError 408
+        for a request, TimedOut for a response.
         """
-        if self.source.buffer:  # more than _CHUNKS_IN_A_ROW
+        if self.source.buffer:  # after the head, or after _CHUNKS_IN_A_ROW
             await asyncio.sleep(0)
             return self.buffered()
         self.source.read_deadline = now() + timeout
@@ -1370,7 +1370,7 @@ _SET_BY_PROXY = (
     "host content-length transfer-encoding forwarded x-forwarded-for x-forwarded-proto"
     " x-forwarded-host x-forwarded-port"
 ).split() + [name.lower() for name in _PREFIX_FIELDS]
-MARK_FIELD = "Port-Proxy-Mark"  # names this process, which so detects loops
+MARK_FIELD = "Port-Proxy-Mark"  # names this process, to detect loops
 _UPGRADE_LINES = ["Connection: Upgrade", "Upgrade: websocket"]
 # GTK Broadway accepts only the spelling of RFC 6455; a server in front may send lower case.
 _HANDSHAKE_NAME = re.compile(r"\A(?:origin|sec-websocket-[a-z]+):", re.IGNORECASE)
@@ -1474,7 +1474,7 @@ def _translate_url(
     value: str, request: Request, route: Route, gate: Any, is_referer: bool = True
 ) -> str:
     """A URL or a path of this app becomes that of the upstream.  In Referer, other URLs of the
-    public origin lose their path, which browsers do not send to another origin."""
+    public origin lose their path: browsers send none to another origin."""
     value, preserve_host = gate.strip_query(value), gate.config.preserve_host
     is_path = value.startswith("/") and not is_referer
     path = value if is_path else rest_of_own_url(value, request.client.authority)
@@ -1726,7 +1726,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
         route = find_route(gate.config, page or "")[0]
         if route is not None:
             return route.prefix
-        if base:  # the Referer is the ports page; without a base, it may be an app's page
+        if base:  # the ports page; without a base, maybe an app's Referer without its path
             return ""
     is_same_origin = request.is_own_origin or headers.get_all("sec-fetch-site") == ["same-origin"]
     is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
@@ -1906,7 +1906,7 @@ def _socket_users(address: Address, peer: Optional[Address]) -> Set[int]:
 
 
 def _user_by_netlink(address: Address, peer: Optional[Address]) -> Optional[int]:
-    """The user of one such socket; None if unknown."""
+    """The user of a socket at `address` that listens or is connected to `peer`, or None."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     remote = peer or ("::", 0)  # zeros, also for IPv4, find a listening socket
     ends = [ipaddress.ip_address(end[0]).packed for end in (address, remote)]
@@ -2092,7 +2092,7 @@ _FORMS = (
     ("/db1.example.org:8080/", "port 8080 of a host that is on the allowlist"),
     ("/absolute/8080/", "for an app that is configured to use this whole path; also with a host"),
 )
-# What people write before a port, in the box of the ports page or in an address.
+# Typed before a port, on the ports page or in an address.
 _NEEDLESS = re.compile(r"(?:/|https?:/|proxy/|ports?/|(?:localhost|127\.0\.0\.1)[:/])*")
 _OPTION = re.compile(r"(?<![^ ])--[a-z][a-z-]*")
 _TITLE = re.compile(r"<title(?:\s[^<>]{0,200})?>([^<]{0,600})</title", re.IGNORECASE)
@@ -2334,8 +2334,8 @@ class Upstreams:
         """A usable idle connection to the route's upstream, or None.
 
         Some upstreams close a connection soon after a response, unannounced.  A replayable request
-        can then be sent again.  Other requests need a connection that was used in the last second,
-        and evidence that the upstream keeps connections: a reused one, or one idle for longer.
+        can then be sent again.  Other requests need a connection that was used in the last second.
+        Also, a pooled one must show that this upstream keeps connections: reused, or idle longer.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -3156,7 +3156,7 @@ class HubGate(Gate):
     async def _call(
         self, method: str, url: str, lines: List[str], body: str = ""
     ) -> Tuple[Response, Dict[str, Any]]:
-        """One request: the response, and the members of the JSON object in its body."""
+        """The response to one request, and the JSON object in its body; ProxyError 503."""
         hub, connection = urlsplit(self.hub.api_url), Connection(self._deadlines)
         head = ["%s %s HTTP/1.1" % (method, urlsplit(url).path), "Host: " + hub.netloc]
         head += ["Accept: application/json"] + lines
@@ -3351,7 +3351,7 @@ class Exchange:
         return True
 
     def _on_client_end(self, upstream: Connection, client: Connection) -> None:
-        # A TimedOut with an argument: the client does not read.
+        # The request body is late.  (If a client does not read, TimedOut has an argument.)
         is_late = isinstance(client.failure, TimedOut) and not client.failure.args
         if not client.ended or is_late:  # `_send_body` reports that the client is late
             return
@@ -3889,7 +3889,7 @@ class PortProxy:
             timer.cancel()
             if client.state is HANDSHAKE:  # it has failed
                 self._clients.pop(client, None)
-                client.end()  # if cancelled: asyncio in 3.6 waits for this EOF
+                client.end()  # `_hang_up`: in 3.6, a cancelled handshake stays open until EOF
 
     def _set_idle(self, client: Connection) -> None:
         client.task = None
@@ -3997,7 +3997,7 @@ _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 
 
 def _has_request(client: Connection) -> bool:
-    """Whether more than a part of an empty line has come."""
+    """Whether more has come than one empty line, or its beginning."""
     return client.unread > 0 or not b"\r\n".startswith(client.buffer)
 
 
@@ -4060,7 +4060,7 @@ def _is_private(sock: socket.socket) -> bool:
 
 
 def _hang_up(sock: socket.socket, _: Connection) -> None:
-    """Make the handshake read EOF.  A task that is cancelled before it starts never cleans up."""
+    """End a handshake by EOF, not by `cancel`: an unstarted task would not clean up."""
     with contextlib.suppress(OSError):  # the client has left
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -4668,7 +4668,7 @@ class PortCheck:
         return origin, quote(target, "/?%:@!$&'()*+,;=[]~", "latin-1")
 
     async def _examine_links(self, content: str, base_path: str) -> None:
-        """Report links that lose the prefix, and a known app or an address that bypasses the proxy.
+        """Report links that lose the prefix, a known app, and an address that bypasses the proxy.
 
         Known apps are not searched for addresses: libraries have defaults such as localhost:5006.
         """
