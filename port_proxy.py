@@ -283,10 +283,10 @@ def parsed_value(field: str, text: str) -> Any:
 # --------------------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------------------
-# `Exchange` turns a ProxyError into the response.  The other exceptions are failures of
-# connections.
+# `Exchange` turns a ProxyError into the response.  The others are failures of connections.
 
-# How advice names options and their values.  The Jupyter extension has terms of its own.
+# The texts for the keys in the advice of a ProxyError: for each field of Config its option, the
+# words before an option, and the form of a value.  The Jupyter extension has terms of its own.
 COMMAND_LINE_TERMS = dict(FLAGS, start="start the proxy with", value="%s")
 
 
@@ -725,8 +725,8 @@ class Request(NamedTuple):
 
     @property
     def is_above_prefix(self) -> bool:
-        """Whether the client's URL up to its last slash, such as /proxy/ in /proxy/8080, is above
-        the prefix.  It is the default Path of cookies, and the default scope of service workers."""
+        """Whether the directory of the client's URL is above the prefix: /proxy/ for /proxy/8080.
+        Without other settings, cookies and service workers are valid in this directory."""
         return self.is_unprefixed or not self.path
 
 
@@ -1006,7 +1006,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self._on_accept = on_accept
         self.state = ACTIVE
         self.task = None  # type: Optional[asyncio.Future[None]]  # serves a client
-        self.served = None  # type: Any  # see `close_ended_sessions`
+        self.served = None  # type: Any  # gate and request; see `close_ended_sessions`
         self.watcher = None  # type: Optional[Callable[[Connection], None]]  # of data and EOF
         self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
         self.buffer = b""  # bytes read but not used
@@ -1726,7 +1726,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
         route = find_route(gate.config, page or "")[0]
         if route is not None:
             return route.prefix
-        if base:  # the ports page; without a base, maybe an app's Referer without its path
+        if base:  # the ports page; with an empty base, "/" may be an app's Referer without its path
             return ""
     is_same_origin = request.is_own_origin or headers.get_all("sec-fetch-site") == ["same-origin"]
     is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
@@ -2334,8 +2334,8 @@ class Upstreams:
         """A usable idle connection to the route's upstream, or None.
 
         Some upstreams close a connection soon after a response, unannounced.  A replayable request
-        can then be sent again.  Other requests need a connection that was used in the last second.
-        Also, a pooled one must show that this upstream keeps connections: reused, or idle longer.
+        can then be sent again.  Other requests need a connection that was used in the last second,
+        and an upstream that keeps connections: one in the pool was reused, or is idle for longer.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -2601,9 +2601,9 @@ class Gate:
         bare = name[len("__Host-") :] if name.startswith("__Host-") else name
         if not bare.startswith((COOKIE_PREFIX,) + self.other_cookies):
             return name == self.cookie_name
-        apps_cookie = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
-        is_apps_own = bare == apps_cookie or bare.startswith(apps_cookie + "_app")
-        return not is_apps_own or apps_cookie == self.cookie_name
+        inner_cookie = COOKIE_PREFIX + str(route.port if route and route.is_local else "")
+        is_inner = bare == inner_cookie or bare.startswith(inner_cookie + "_app")
+        return not is_inner or inner_cookie == self.cookie_name
 
     def strip_cookies(self, value: str, route: Optional[Route]) -> str:
         """The value of a Cookie field without our cookies, otherwise unchanged."""
@@ -2661,8 +2661,8 @@ class Gate:
 async def close_ended_sessions(deadlines: Deadlines) -> None:
     """Abort the tunnels, downloads and event streams of ended sessions, until it is cancelled.
 
-    The attribute `served` of a connection or tunnel is the request that it serves now, with its
-    gate, if that gate's sessions can end.
+    `served`, of a connection or tunnel: the gate and the request that it serves now; None if
+    there is no request, or the gate's sessions cannot end.
     """
     while True:
         await asyncio.sleep(_RECHECK_SECONDS)
@@ -3001,7 +3001,7 @@ class HubGate(Gate):
             return
         if is_base(self.hub.prefix + "/api", request.target):  # a poll of the Hub
             if not self._version:
-                # A starting Hub polls before it responds, and stops a server that is not ready.
+                # A starting Hub may not respond yet, but it stops servers that do not report ready.
                 with contextlib.suppress(ProxyError):
                     await self._user_of(self.hub.api_token, is_known=True)
             raise ProxyError(200, "Ready.", (("X-JupyterHub-Version", self._version),))
@@ -3084,7 +3084,7 @@ class HubGate(Gate):
         return ProxyError(302, "Sign in at the Hub.", (("Location", location), cookie))
 
     async def _end_login(self, request: Request) -> None:
-        """Handle the redirect from the Hub: redirect to the page first requested, or 403."""
+        """Handle the redirect from the Hub.  ProxyError 302 to the requested page, 403 or 503."""
         sent = dict(parse_qsl(request.target.partition("?")[2]))
         state, again = sent.get("state", ""), " Open %s/ again." % self.hub.prefix
         name, purpose = "%s_%s" % (self.cookie_name, short_hash(state)), "login " + state
@@ -3889,7 +3889,7 @@ class PortProxy:
             timer.cancel()
             if client.state is HANDSHAKE:  # it has failed
                 self._clients.pop(client, None)
-                client.end()  # `_hang_up`: in 3.6, a cancelled handshake stays open until EOF
+                client.end()  # calls `_hang_up`: in 3.6, only EOF ends a cancelled handshake
 
     def _set_idle(self, client: Connection) -> None:
         client.task = None
@@ -3997,7 +3997,7 @@ _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 
 
 def _has_request(client: Connection) -> bool:
-    """Whether more has come than one empty line, or its beginning."""
+    """Whether data is unread, or `buffer` holds more than an empty line or its beginning."""
     return client.unread > 0 or not b"\r\n".startswith(client.buffer)
 
 
@@ -4301,13 +4301,13 @@ class JupyterGate(Gate):
         allowed = has_origin and handler.check_origin()
         is_unsafe = request.method not in _SAFE and not handler.settings.get("disable_check_xsrf")
         if is_unsafe and handler.allow_origin in ("", "*"):  # "": allow_origin_pat applies
-            # Jupyter also requires its XSRF token; pages of apps have none, so require same-origin.
+            # Pages of apps do not send Jupyter's XSRF token: instead, they must be same-origin.
             allowed = allowed and "same-origin" in request.headers.get_all("sec-fetch-site")
         if not allowed:
             self.check_origin(request)
 
     async def has_access(self, request: Request) -> bool:
-        # Jupyter caches the user in the handler.  The Hub's client caches responses, too.
+        # A new handler: Jupyter caches the user in each.  (The Hub client's cache expires.)
         handler = type(self.handler)(self.handler.application, self.handler.request)
         try:
             return await self._from_hub(self.provider.get_user(handler)) is not None
