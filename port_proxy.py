@@ -1236,7 +1236,7 @@ class Deadlines:
         if not size:
             del self.pending[connection]
         elif self._pending_bytes > _PENDING_BYTES:
-            next(iter(self.pending)).abort()  # its memory is freed later: abort both
+            next(iter(self.pending)).abort()  # this frees memory only later: abort both
             connection.abort()
 
     def run(self, coroutine: Awaitable[None]) -> None:
@@ -1474,7 +1474,7 @@ def _translate_url(
     value: str, request: Request, route: Route, gate: Any, is_referer: bool = True
 ) -> str:
     """A URL or a path of this app becomes that of the upstream.  In Referer, other URLs of the
-    public origin lose their path: browsers send none to another origin."""
+    public origin lose their path: browsers send no path to another origin."""
     value, preserve_host = gate.strip_query(value), gate.config.preserve_host
     is_path = value.startswith("/") and not is_referer
     path = value if is_path else rest_of_own_url(value, request.client.authority)
@@ -1539,7 +1539,7 @@ def _translate_set_cookie(value: str, request: Request, route: Route, gate: Any)
         name, content = name.strip(" \t").lower(), content.strip(" \t")
         if name == "domain":
             host = host_of(request.client.authority)
-            # The parent of 8080.localhost: all apps would get its cookies.
+            # All apps would get cookies for localhost, the parent of 8080.localhost.
             parent = host.partition(".")[2] if request.client.app_port else host
             if content.lower().lstrip(".") in {host, parent, *map(host_of, route.app_authorities)}:
                 continue
@@ -3842,7 +3842,7 @@ class PortProxy:
         return bool(victims)
 
     async def _accept_tls(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
-        # asyncio's servers report a connection after its handshake.  `_make_room` counts it before.
+        # asyncio's servers report a connection after its handshake.  Here, handshakes count, too.
         loop = self.deadlines.loop
         try:
             while True:
