@@ -13,8 +13,8 @@ listens on port 8080 of this machine.  Requires CPython 3.6 or newer, and nothin
 
 All requests take the same steps, in one coroutine for each busy client connection:
 
-    accept -> read_head -> parse_request -> Gate.authorize -> Upstreams.take or connect
-           -> request_for_upstream -> [a second task sends the request body meanwhile]
+    accept -> read_head -> parse_request -> Gate.authorize -> request_for_upstream
+           -> Upstreams.take or connect -> [a second task sends the request body meanwhile]
            -> read_head -> parse_response -> response_lines -> relay the body -> next request
     after a 101: a tunnel splices both transports, and the coroutine ends
 
@@ -285,8 +285,8 @@ def parsed_value(field: str, text: str) -> Any:
 # --------------------------------------------------------------------------------------------------
 # `Exchange` turns a ProxyError into the response.  The others are failures of connections.
 
-# The texts for the keys in the advice of a ProxyError: for each field of Config its option, the
-# words before an option, and the form of a value.  The Jupyter extension has terms of its own.
+# The keys in the advice of a ProxyError: the name of a field stands for its option, "start" for the
+# words before an option, and "value" for a value in this form.
 COMMAND_LINE_TERMS = dict(FLAGS, start="start the proxy with", value="%s")
 
 
@@ -624,7 +624,7 @@ class Framing(NamedTuple):
 
 NO_BODY = Framing("none")
 CHUNKED = Framing("chunked")
-UNTIL_CLOSE = Framing("close", 1 << 63)  # sys.maxsize would be 2 GiB on a machine of 32 bits
+UNTIL_CLOSE = Framing("close", 1 << 63)  # no limit (sys.maxsize may be 2 GiB)
 
 
 def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Framing:
@@ -725,8 +725,8 @@ class Request(NamedTuple):
 
     @property
     def is_above_prefix(self) -> bool:
-        """Whether the directory of the client's URL is above the prefix: /proxy/ for /proxy/8080.
-        Without other settings, cookies and service workers are valid in this directory."""
+        """Whether the client's path lacks the prefix, or the slash after it as in /proxy/8080.
+        Cookies and service workers are then valid outside the app, unless they set a path."""
         return self.is_unprefixed or not self.path
 
 
@@ -976,7 +976,7 @@ CLOSING = "closing"  # no further request is served, and no data is kept
 
 
 class StreamWriter(asyncio.StreamWriter):
-    """Unlike asyncio's since 3.11.5, it does not close the transport when a tunnel drops it."""
+    """Unlike asyncio's since 3.11.5, its deletion does not close the transport: tunnels use it."""
 
     def __del__(self, *_: Any) -> None:
         pass
@@ -1510,7 +1510,7 @@ def _translate_location(value: str, request: Request, route: Route, gate: Any) -
     elif not path.startswith("/") or path.startswith("//"):
         return value
     path = _with_prefix(path, route)
-    # The same path, but not "//host".
+    # Browsers parse "//x" as a host, but "/.//x" as the path "//x".
     return "/." + path if match and _OTHER_HOST.match(path) else path
 
 
@@ -1726,7 +1726,7 @@ def _prefix_of_app(request: Request, gate: Any) -> str:
         route = find_route(gate.config, page or "")[0]
         if route is not None:
             return route.prefix
-        if base:  # the ports page; with an empty base, "/" may be an app's Referer without its path
+        if base:  # the Referer is the ports page; if base is "", it may be an app's origin alone
             return ""
     is_same_origin = request.is_own_origin or headers.get_all("sec-fetch-site") == ["same-origin"]
     is_typed = request.is_page_visit and request.target != "/"  # "/" is the proxy's own page
@@ -2334,8 +2334,8 @@ class Upstreams:
         """A usable idle connection to the route's upstream, or None.
 
         Some upstreams close a connection soon after a response, unannounced.  A replayable request
-        can then be sent again.  Other requests need a connection that was used in the last second,
-        and an upstream that keeps connections: one in the pool was reused, or is idle for longer.
+        can then be sent again.  Other requests need a connection used in the last second, and proof
+        that the upstream keeps connections: it has one that was reused or is idle for longer.
         """
         recent = now() - _PERSISTENT_SECONDS
         is_allowed = is_replayable or any(
@@ -2796,7 +2796,7 @@ class TokenGate(Gate):
     def _redirect_to_host(self, port: int, client: ClientInfo) -> ProxyError:
         url = host_form(port, client, self.config.domains)
         if not url or port > 65535:
-            text = "Apps have no host of their own under this name of the proxy."
+            text = "At this host name, apps cannot have hosts of their own."
             advice = "{start} {domains} NAME. All subdomains of NAME must resolve to this machine."
             raise ProxyError(404, text, (), advice)
         if self.token:
@@ -3842,7 +3842,7 @@ class PortProxy:
         return bool(victims)
 
     async def _accept_tls(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
-        # asyncio's servers report a connection after its handshake.  Here, handshakes count, too.
+        # asyncio's servers do not report running handshakes.  Here, max_connections includes them.
         loop = self.deadlines.loop
         try:
             while True:
