@@ -1396,7 +1396,7 @@ def request_for_upstream(request: Request, gate: Any, mark: str = "") -> bytes:
     host = (gate.config.preserve_host and client.authority) or route.authority
     target = path + gate.strip_query(request.query)
     lines = ["%s %s HTTP/1.1" % (request.method, target), "Host: " + host]
-    lines += _rewritten_lines(request.headers, table, request, route, gate)
+    lines += _rewritten_lines(request.headers, table, _SET_BY_PROXY, request, route, gate)
     if client.hops:
         lines.append("X-Forwarded-For: " + client.hops)
     lines.append("X-Forwarded-Proto: " + (route.scheme if is_hidden else client.scheme))
@@ -1419,7 +1419,7 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     route, headers = request.route, response.headers
     assert route is not None
     lines = ["HTTP/1.1 %d %s" % (response.status, response.reason)]
-    lines += _rewritten_lines(headers, _RESPONSE_TABLE, request, route, gate)
+    lines += _rewritten_lines(headers, _RESPONSE_TABLE, (), request, route, gate)
     if response.framing is NO_BODY and response.status >= 200 and response.status != 204:
         # HEAD and 304: as for GET.
         lines += ["Content-Length: " + length for length in headers.tokens("content-length")]
@@ -1432,7 +1432,10 @@ def response_lines(response: Response, request: Request, gate: Any) -> List[str]
     return lines
 
 
-def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> List[str]:
+def _rewritten_lines(
+    headers: Headers, table: Dict[str, Any], dropped: Sequence[str], *context: Any
+) -> List[str]:
+    """dropped: names to drop in the spelling with "_", too; to CGI and WSGI, both are the same."""
     if not headers.connection <= _CONNECTION_OPTIONS:  # RFC 9110 section 7.6.1
         table = {**table, **dict.fromkeys(headers.connection)}
     lines = []
@@ -1445,8 +1448,8 @@ def _rewritten_lines(headers: Headers, table: Dict[str, Any], *context: Any) -> 
                 continue
             if translated != value:
                 line = "%s: %s" % (line[: len(key)], translated)
-        elif "_" in key and key.replace("_", "-") in _SET_BY_PROXY:
-            continue  # CGI and WSGI do not distinguish these names
+        elif "_" in key and key.replace("_", "-") in dropped:
+            continue
         lines.append(line)
     return lines
 
