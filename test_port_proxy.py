@@ -121,10 +121,10 @@ class Wire:
 
     def until(self, mark):
         """All up to and including `mark`; what came instead, where the peer ends first."""
-        while mark not in self.buffer and self.more():
-            pass
-        before, found, _ = self.buffer.partition(mark)
-        return self.exactly(len(before + found))
+        while mark not in self.buffer:
+            if not self.more():
+                return self.exactly(len(self.buffer))
+        return self.exactly(self.buffer.index(mark) + len(mark))
 
     def exactly(self, count):
         while len(self.buffer) < count and self.more():
