@@ -2329,19 +2329,15 @@ class TestToken:
         return start(token=TOKEN, allow_hostnames=())
 
     def test_nothing_is_reached_without_the_token(self, proxy, app):
-        """A browser gets a form, or a link to it at the host of an app, whose own pages could read the token.
-
-        A wrong token is called invalid, and is not shown.
-        """
+        """A browser gets a form, or a link to it at the host of an app, whose own pages could read the token."""
         rows = [
             (401, "GET"), (401, "GET", *VISIT), (401, "GET", *VISIT, "Authorization: token wrong"), (401, "PROPFIND"),
-            (401, "HEAD", *VISIT), (401, "POST", "Content-Length: 0"), (401, "POST", "Content-Length: 0", *VISIT),
-            (403, "GET", *HANDSHAKE),
-            (403, "GET", *HANDSHAKE, "Authorization: Bearer wrong"), (401, "GET", "Cookie: a=b"),
+            (401, "HEAD", *VISIT), (401, "POST", "Content-Length: 0", *VISIT), (403, "GET", *HANDSHAKE),
+            (403, "GET", *HANDSHAKE, "Authorization: Bearer wrong"),
             (401, "OPTIONS", "Origin: http://evil", "Access-Control-Request-Method: POST"),
         ] + [(401, "GET", "Cookie: port_proxy_%d=%s" % (proxy.port, value)) for value in ("x" * 43, "\xe4")]
         rows += [(401, "GET", "Authorization: " + value) for value in (
-            "Basic " + base64.b64encode(TOKEN.encode()).decode(), "token wrong", TOKEN, "Digest a", "token wrong\xe4",
+            "Basic " + base64.b64encode(TOKEN.encode()).decode(), "token wrong", TOKEN, "token wrong\xe4",
         )]
         own_host = "%d.localhost:8888" % app.port
         addresses = [("a", "/proxy/%d" % app.port), ("a", "/proxy/absolute/%d/?token=wrong" % app.port)]
@@ -2352,13 +2348,14 @@ class TestToken:
         answers = answers_at_once(proxy, raws + [at_app])
         assert [status_of(answer) for answer in answers] == [row[0] for row in rows] * 5 + [401, 401]
         assert b'value="/proxy/8080/x"' in answers[-2][2]
-        link = 'href="http://localhost:8888/proxy/?open=%d"' % app.port
+        links = ['href="http://localhost:8888/proxy/%s"' % query for query in ("", "?open=%d" % app.port)]
         for raw, answer in zip(raws, answers):
             assert "set-cookie" not in fields_of(answer)
             if not raw.startswith(b"HEAD"):
                 body, is_visit, is_at_app = html.unescape(answer[2].decode()), b"text/html" in raw, b".localhost" in raw
                 assert ("Invalid token." in body) is (b"wrong" in raw), raw
-                assert ("<form" in body, link in body) == (is_visit and not is_at_app, is_visit and is_at_app)
+                assert ("<form" in body) is (is_visit and not is_at_app)
+                assert [link in body for link in links] == [is_visit and is_at_app] * 2
                 assert "wrong" not in body.replace(raw.split()[1].decode(), "")
         assert app.connections == 0
 
@@ -2376,9 +2373,8 @@ class TestToken:
             assert redirect(gate, request("GET", target + "&token=" + TOKEN, *VISIT))[:2] == (302, location)
             asked = request("GET", target, *VISIT)
             ((error, _),) = outcomes(gate, asked)
-            page = port_proxy.error_response(error, parsed(asked)).body.decode()
+            page = html.unescape(port_proxy.error_response(error, parsed(asked)).body.decode())
             target = re.search('action="%s/".* name="next" value="(.*?)"' % re.escape(base), page, re.S).group(1)
-            target = html.unescape(target)
         assert redirect(gate, sign_in_form(TOKEN, target, base=base))[:2] == (303, location)
 
     def test_sign_in_page_of_an_unprefixed_request_leads_to_the_app(self):
@@ -2603,14 +2599,13 @@ FROM_PAGES = [
     ("POST", "http://localhost:1", "same-site", "cors", False), ("GET", "", None, None, False),
     ("GET", "http://here:8888", None, None, True), ("GET", None, "cross-site", "no-cors", False),
     ("GET", None, "cross-site", "navigate", True), ("GET", None, "same-site", "no-cors", False),
-    ("GET", None, "same-site", "navigate", True), ("GET", None, "none", "navigate", True),
-    ("GET", None, "same-origin", "no-cors", True), ("HEAD", None, "cross-site", "no-cors", False),
-    ("OPTIONS", "http://evil", None, None, False), ("OPTIONS", None, None, None, True),
+    ("GET", None, "none", "navigate", True), ("GET", None, "same-origin", "no-cors", True),
+    ("HEAD", None, "cross-site", "no-cors", False), ("OPTIONS", "http://evil", None, None, False),
     ("WS", "http://here:8888", "same-origin", "websocket", True), ("WS", None, None, None, True),
     ("WS", "http://evil", None, None, False), ("WS", "http://localhost:8888", "same-site", "websocket", False),
     ("POST", "null", "same-origin", None, True),  # a form of a page without referrers
     ("POST", "null", "cross-site", None, False), ("POST", "null", "none", None, False),
-]  # fmt: skip
+]
 
 
 class TestOrigin:
@@ -2662,15 +2657,13 @@ class TestOrigin:
         ("POST", "Origin: http://[a:b]", "*"), ("POST", "Origin: http://[::1]:81", "http://[::1]:81"),
     ])
     def test_advice_for_a_refused_page_helps(self, method, line, option):
-        """It names no origin that the option refuses, and nothing that a shell interprets.
-
-        nginx sends its own target as Host unless it is told not to; our own pages then look foreign.
-        """
+        """It names no origin that the option refuses, and nothing that a shell interprets."""
         raw = request(method, "/proxy/1/a", "Sec-Fetch-Site: cross-site", line)
         status, detail = refusal(gate_with(), raw)
         advice = "'*' to allow every page." if option == "*" else option + " to allow it."
         assert (status, detail.endswith(" Start the proxy with --allow-origin " + advice)) == (403, True)
         assert refusal(gate_with(allow_origins=[option]), raw)[0] == 200
+        # nginx sends its own target as Host unless it is told not to; our own pages then look foreign.
         behind = refusal(gate_with(trusted_proxies=["127.0.0.1"]), raw)[1]
         assert ("must pass Host unchanged" in behind, behind.startswith(detail)) == (option != "*", True)
 
@@ -2736,14 +2729,11 @@ class TestAuthorize:
 
 class TestTrustedProxies:
     @pytest.mark.parametrize("trusted, peer, lines, address, arrives", [  # arrives: For, Proto, Host, Port
-        ("10.0.0.0/8", "127.0.0.1", "", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
         ("10.0.0.0/8", "127.0.0.1", "For:1.2.3.4 Proto:https Host:evil", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
         ("10.0.0.0/8", "", "For:1.2.3.4", "", "None http here:8888 8888"),
         ("unix", "127.0.0.1", "For:1.2.3.4", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
-        ("unix", "", "", "", "None http here:8888 8888"),
         ("unix", "", "For:1.2.3.4", "1.2.3.4", "1.2.3.4 http here:8888 8888"),
         ("::1", "::1", "For:1.2.3.4", "1.2.3.4", "1.2.3.4,::1 http here:8888 8888"),
-        ("127.0.0.0/8", "127.0.0.1", "", "127.0.0.1", "127.0.0.1 http here:8888 8888"),
         ("127.0.0.0/8", "127.0.0.1", "For:1.2.3.4 Proto:HTTPS Host:pub.a", "1.2.3.4",
          "1.2.3.4,127.0.0.1 https pub.a 443"),
         ("127.0.0.0/8", "127.0.0.1", "For:6.6.6.6,1.2.3.4 For:127.9.9.9", "1.2.3.4",
@@ -2822,11 +2812,6 @@ class TestPorts:
                     assert (b"Start it with 127.0.0.1" in response[2]) is (not reached)
         hosts = ["[::1]" if name == "::1" else name for name in reached]
         assert [fields_of(message)["host"] for message in app.messages] == ["%s:%d" % (one, app.port) for one in hosts]
-
-    def test_app_at_localhost_is_not_named_for_another_host(self, start, app):
-        """The other host may be another machine."""
-        response = start(host_allowlist=["127.0.0.2"]).get("/proxy/127.0.0.2:%d/" % app.port)
-        assert (status_of(response), b"only" in response[2]) == (502, False)
 
 
 OTHER_USER = 1234567
@@ -2913,7 +2898,8 @@ class TestPortOwner:
         (OTHER_USER, True, 0, "", ProxyError),
         # Another user listens for a moment only; the accepted socket is closed before its owner is looked up.
         (OTHER_USER, False, None, "closes", ProxyError), (OTHER_USER, False, None, "is followed", ProxyError),
-    ])  # fmt: skip
+        (0, True, None, "closes", ProxyError),  # the kernel names root for a socket that is closed
+    ])
     def test_user_of_the_listening_socket_is_the_owner(self, user, is_early, accepted_by, then, error):
         with contextlib.ExitStack() as stack:
             with file_system_user(user):
@@ -2939,20 +2925,6 @@ class TestPortOwner:
                     follower.listen(1)
                 port_proxy.check_owner(address, client.getsockname(), had_known_owner)
 
-    def test_owner_of_a_closed_connection_is_unknown(self, source):
-        """The kernel names root for a socket in TIME-WAIT, whose program may have been anybody's."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(1)
-            with socket.create_connection(listener.getsockname()) as sock:
-                address, peer = listener.getsockname(), sock.getsockname()
-                accepted = listener.accept()[0]
-                listener.close()
-                assert port_proxy.has_known_owner(address, peer)
-                accepted.close()
-                assert sock.recv(1) == b""
-        assert not port_proxy.has_known_owner(address, peer)
-
     def test_unknown_owner_is_refused(self, start, app, monkeypatch, source):
         """The system hides its table of sockets; nothing of the proxy itself is changed."""
         if source == "netlink":
@@ -2968,20 +2940,20 @@ class TestPortOwner:
 
 
 def write_proc(folder, programs):
-    """Make a folder that stands for /proc, from (port and process id, addresses, arguments) of each."""
+    """Make a folder that stands for /proc, from the arguments of programs by port, which is their process id, too."""
     rows = [
         ("127.0.0.1", 8090, 0, os.geteuid() + 1, 80810),  # of another user
         ("127.0.0.1", 8090, 80, os.geteuid(), 80810),  # connected
         ("127.0.0.1", 8090, 0, os.geteuid(), 1),  # without a process, as one of another container on the same network
+        ("192.0.2.7", 8081, 0, os.geteuid(), 80810),
     ]
-    for port, addresses, arguments in programs:
+    for port, arguments in programs.items():
         process = folder / str(port)
         (process / "fd").mkdir(parents=True)
         if arguments is not None:
             (process / "cmdline").write_text("".join(argument + "\0" for argument in arguments))
-        for inode, address in enumerate(addresses, 10 * port):
-            rows.append((address, port, 0, os.geteuid(), inode))
-            (process / "fd" / str(inode)).symlink_to("socket:[%d]" % inode)
+        (process / "fd" / "3").symlink_to("socket:[%d]" % (10 * port))
+        rows.append(("127.0.0.1", port, 0, os.geteuid(), 10 * port))
     (folder / "uptime").write_text("%.2f 0\n" % UPTIME)
     (folder / "net").mkdir()
     row = "0: %08X:%04X 00000000:%04X 0A 00000000:00000000 00:00000000 00000000 %5d        0 %d 1 0 100 0 0 10 0\n"
@@ -3003,12 +2975,10 @@ PROGRAMS = [
     (["perl", "-Mstrict", "-e", "my $k='sk-secret'"], "perl"), (["bash", "-lc", "secret=x serve"], "bash"),
     (["java", "-cp", "x.jar", "Main"], "java"), (["python3", "-m"], "python3"),
     (["python3", "my secret.py"], "python3"), (["python3"], "python3"),
-    (["nginx: master process /usr/sbin/nginx"], "nginx"),
     (["nginx: master process nginx -c /etc/secret.conf", "", ""], "nginx"),
-    (["nginx: master process nginx -p /a/ -c b"], "nginx"), (["puma 6.4.0 (tcp://0.0.0.0:3000) [app]"], "puma"),
-    (["postgres: worker db=//u:s3cret@h/n"], "postgres"), (["/opt/bin/serve", "--secret"], "serve"),
+    (["puma 6.4.0 (tcp://0.0.0.0:3000) [app]"], "puma"), (["postgres: worker db=//u:s3cret@h/n"], "postgres"),
     ([""], ""), ([], ""), (None, ""), (["\x1b[31m\x9bx\x7f"], "\x1b[31m\x9bx\x7f"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="class")
@@ -3020,10 +2990,8 @@ def listing(tmp_path_factory):
         stack.callback(app.close)
         command = unshared("-m") + ["sh", "-c", 'mount --bind "$0" /proc && exec "$@"', str(folder)]
         proxy = stack.enter_context(proxy_elsewhere(command=command))
-        local = ["127.0.0.1"]
-        programs = [(app.port, local, ["app"]), (8081, ["192.0.2.7"] + local, ["app"])]
-        programs += [(70, local, ["app"]), (proxy.port, local, ["app"])]  # of the system, and the proxy
-        programs += [(9000 + number, local, words) for number, (words, _) in enumerate(PROGRAMS)]
+        programs = {number: words for number, (words, _) in enumerate(PROGRAMS, 9000)}
+        programs.update(dict.fromkeys((app.port, 8081, 70, proxy.port), ["app"]))  # 70 is the system's
         write_proc(folder, programs)
         write_start(folder / str(app.port), age=7300)
         proxy.get("/proxy/%d/" % app.port, *VISIT)
@@ -3057,11 +3025,6 @@ class TestPages:
                 assert_says(response, status, text.encode())
                 assert fields_of(response)["content-type"] == "text/%s; charset=utf-8" % kind, (method, lines)
                 assert b"<script" not in response[2], target
-
-    def test_page_at_the_host_of_an_app_leads_to_all_ports(self, proxy):
-        with taken_port() as port:
-            page = proxy.ask(at("%d.localhost:8888" % port, "GET", "/a", *VISIT))
-        assert_says(page, 502, b'<a href="http://localhost:8888/proxy/">All ports')
 
     def test_path_without_the_prefix_is_told_the_right_one(self, proxy):
         for path, targets in (
@@ -3148,6 +3111,7 @@ class TestPages:
     @pytest.mark.parametrize("upstream, addresses, advice", [
         ("127.0.0.1:80", ["127.0.0.2", "::1"], "listens on 127.0.0.2 and ::1 only, not on 127.0.0.1."),
         ("80", ["2001:db8::7"], " with --host-allowlist 2001:db8::7 and open [2001:db8::7]:80 instead of 80."),
+        ("db:80", ["127.0.0.1"], "Is the app running, and is this its port?"),  # db may be another machine
     ])
     def test_address_that_an_app_listens_on_is_named_as_it_is_opened(self, upstream, addresses, advice):
         assert port_proxy.not_listening(route_of(upstream), addresses).detail.endswith(advice)
@@ -3165,11 +3129,10 @@ class TestPages:
 
     def test_port_typed_into_the_page_is_opened(self, proxy):
         for port, location in (
-            ("8080", "/proxy/8080/"), ("+8080+", "/proxy/8080/"), ("db:80", "/proxy/db:80/"),
-            ("absolute/80", "/proxy/absolute/80/"), ("80/x?y", "/proxy/80/"), ("80%0D%0Aa:b", None),
-            ("localhost:5000", "/proxy/5000/"), ("+http://localhost:5000/x", "/proxy/5000/"),
-            ("/5000/", "/proxy/5000/"), ("a", None), ("//evil", None), ("99999", None), ("80/x%0D%0Aa:b", None),
-        ):  # fmt: skip
+            ("8080", "/proxy/8080/"), ("db:80", "/proxy/db:80/"), ("absolute/80", "/proxy/absolute/80/"),
+            ("80/x?y", "/proxy/80/"), ("80%0D%0Aa:b", None), ("+http://localhost:5000/x", "/proxy/5000/"),
+            ("a", None), ("//evil", None), ("99999", None), ("80/x%0D%0Aa:b", None),
+        ):
             response = proxy.get("/proxy/?port=" + port, *VISIT)
             assert result_of(response) == ((303, location) if location else (404, None)), port
 
@@ -3207,13 +3170,6 @@ class TestPages:
         assert (status_of(response), text.replace("PORT", str(port)) in page) == (502, True)
         assert ("--upstream-tls" in page) is (says is not None)
 
-    def test_response_to_head_has_no_body(self, proxy):
-        with proxy.wire() as wire:
-            wire.send(request("HEAD", "/proxy/"), request("HEAD", "/nothing"), request("GET", "/proxy/"))
-            assert status_of(wire.message(no_body=True)) == 200
-            assert status_of(wire.message(no_body=True)) == 404
-            assert wire.message()[2]
-
 
 class TestTitles:
     HTML = "Content-Type: text/html\r\n"
@@ -3222,16 +3178,14 @@ class TestTitles:
         ("Content-Type: text/html; charset=utf-8\r\n", "<title>\u00e4</title>".encode(), "\u00e4"),
         (HTML + "Content-Encoding: gzip\r\n", gzip.compress(b"<title>a</title>" + bytes(range(256)) * 2000), "a"),
         (HTML + "Content-Encoding: gzip\r\n", gzip.compress(b"<title>d</title>" + random_bytes(5000))[:2000], "d"),
-        (HTML + "Content-Encoding: gzip\r\n", b"no gzip", ""),
-        (HTML + "Content-Encoding: identity\r\n", b"<title>c</title>", "c"),
-        ("Content-Type: text/plain\r\n", b"<title>a</title>", ""), (HTML, b"<title>never closed", ""),
-        (HTML, b"<title>" + b"x" * 300 + b"</title>", "x" * 100), (HTML, b"", ""),
+        (HTML + "Content-Encoding: gzip\r\n", b"no gzip", ""), (HTML, b"<title>never closed", ""),
+        ("Content-Type: text/plain\r\n", b"<title>a</title>", ""),
+        (HTML, b"<title>" + b"x" * 300 + b"</title>", "x" * 100),
         # A pattern with two ways to match would take minutes for some of these.
         (HTML, b"<title>&#" + 5000 * b"9" + b";</title>", ""), (HTML, b"<title" * 10000, ""),
         (HTML, b"<title>" + b"a" * 60000, ""), (HTML, b"<titles>x</titles>", ""),
         (HTML, b"<title>\x1b[31mred\xe2\x80\xae</title>", r"\x1b[31mred\u202e"),
-        (HTML, b"<title lang='en'>b</title>", "b"),
-    ]  # fmt: skip
+    ]
 
     @pytest.mark.parametrize("fields, body, title", TITLES, ids=range(len(TITLES)))
     def test_title_is_read_from_the_page(self, fields, body, title):
