@@ -642,14 +642,6 @@ def proxy_elsewhere(before="", after="", command=(), allow_hostnames=("*",), **o
             assert process.communicate()[1] == b""
 
 
-def unshared(kind):
-    """The command that gives a program a network ("-n") or mounts ("-m") of its own."""
-    command = ["unshare", kind if not hasattr(os, "geteuid") or os.geteuid() == 0 else "-r" + kind[1:]]
-    if not shutil.which("unshare") or subprocess.call(command + ["true"], stderr=subprocess.DEVNULL):
-        pytest.skip("this system gives no namespaces")
-    return command
-
-
 # ------ The file as a whole ------------------------------------------------------------------------------------------
 
 
@@ -2972,7 +2964,10 @@ def listing(tmp_path_factory):
     app = Upstream(answering(ok(b"<title>&lt;i&gt;t&lt;/i&gt;</title>", "Content-Type: text/html")))
     with contextlib.ExitStack() as stack:
         stack.callback(app.close)
-        command = unshared("-m") + ["sh", "-c", 'mount --bind "$0" /proc && exec "$@"', str(folder)]
+        mounts = ["unshare", "-m" if os.geteuid() == 0 else "-rm"]
+        if not shutil.which("unshare") or subprocess.call(mounts + ["true"], stderr=subprocess.DEVNULL):
+            pytest.skip("this system gives no namespaces")
+        command = mounts + ["sh", "-c", 'mount --bind "$0" /proc && exec "$@"', str(folder)]
         proxy = stack.enter_context(proxy_elsewhere(command=command))
         programs = {number: words for number, (words, _) in enumerate(PROGRAMS, 9000)}
         programs.update({port: ["app"] for port in (app.port, 8081, 70, proxy.port)})  # 70 is the system's
