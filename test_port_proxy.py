@@ -4145,12 +4145,11 @@ class TestRequests:
 class TestTunnel:
     def test_handshake_is_end_to_end(self, proxy, upstream):
         """Also at the prefix without a slash: a WebSocket cannot follow a redirect."""
-        app = upstream(script(read_message, SWITCHING, read_to_the_end))
+        app = upstream(once(SWITCHING))
         names = ("upgrade", "connection", "sec-websocket-protocol", "sec-websocket-version")
         for path, target in (("/ws?a", "/ws?a"), ("", "/")):
-            raw = to(app, "Sec-WebSocket-Protocol: a, b", *HANDSHAKE, path=path)
-            message = proxy.ask(raw, no_body=True)
-            received = [message for message in app.messages if message][-1]  # a tunnel that ends adds b""
+            message = proxy.ask(to(app, "Sec-WebSocket-Protocol: a, b", *HANDSHAKE, path=path), no_body=True)
+            received = app.messages[-1]
             assert [message[0], received[0]] == ["HTTP/1.1 101 Switching Protocols", "GET %s HTTP/1.1" % target]
             assert [fields_of(message)[name] for name in names[:3]] == ["websocket", "Upgrade", "b"]
             assert [fields_of(received)[name] for name in names] == ["websocket", "Upgrade", "a, b", "13"]
@@ -5166,22 +5165,18 @@ class TestCheck:
         )  # fmt: skip
         assert [part for part in parts if part not in text] == []
 
-    @pytest.mark.parametrize("place, text, advice", [
-        ("/", "new WebSocket('ws://localhost:PORT/ws')", "a path, such as /api"), ("/", "ws://[::1]:PORT/", "a path"),
-        ("/", "?protocol=ws%3A&hostname=0.0.0.0&port=PORT&pathname=%2Fws", "a path"),
-        ("/", "http://127.0.0.1:PORT", "a path"), ("/", "webpack-dev-server ws://0.0.0.0:PORT", "auto://0.0.0.0:0/ws"),
-        ("/", "http://localhost:PORT0/", ""), ("/", "http://localhost:1/ PORT", ""), ("/", "location.host", ""),
-        ("/", "http://elsewhere:PORT/", ""), ("/", "http://PUBLIC/", ""),
-        ("/a/main.js", "webpack-dev-server ws://[::]:PORT/ws", "auto://0.0.0.0:0/ws"),
-        ("/a/main.js", "http://localhost:PORT", "a path"), ("/a/main.js", "http://PUBLIC/", ""),
-    ])  # fmt: skip
-    def test_page_that_names_its_own_port_is_a_problem(self, check, upstream, place, text, advice):
-        """A page or script that names the app's own address: only a browser on this machine can follow."""
+    @pytest.mark.parametrize("place, text, is_found", [("/", text, True) for text in (
+        "new WebSocket('ws://localhost:PORT/ws')", "ws://[::1]:PORT/", "http://127.0.0.1:PORT",
+        "?protocol=ws%3A&hostname=0.0.0.0&port=PORT&pathname=%2Fws",
+    )] + [("/", text, False) for text in (
+        "http://localhost:PORT0/", "http://localhost:1/ PORT", "http://elsewhere:PORT/", "http://PUBLIC/",
+    )] + [("/a/main.js", "ws://[::]:PORT/ws", True), ("/a/main.js", "http://PUBLIC/", False)])
+    def test_address_of_the_app_in_a_page_or_its_script_is_a_problem(self, check, upstream, place, text, is_found):
+        """Only a browser on this machine can follow."""
         scripts = "<script src=//cdn.example/b.js></script><script defer src='a/main.js?v=1'></script>"
         app = upstream(site({"/": scripts + text * (place == "/"), "/a/main.js": text * (place != "/"), "*": ""}))
-        report = check(app.port)
-        self.assert_found(report, advice, ok=True)
-        assert not advice or "%s contains an address with port %d" % (place, app.port) in report.problems[0]
+        problem = "%s contains an address with port %d" % (place, app.port) if is_found else ""
+        self.assert_found(check(app.port), problem, ok=True)
 
     @pytest.mark.parametrize("pages, whole_origin, found, problem", [
         (dict({"/%s" % (at or ""): "Location: /%d" % (at + 1) for at in range(5)}, **{"/5": "<title>A</title>"}), True,
@@ -5197,15 +5192,9 @@ class TestCheck:
         ({"*": "<img src=/a>"}, False, {"ok": True, "rooted": ["/a"]}, "--whole-origin yes"),
     ] + [({"*": "Location: " + location}, True, {"ok": True, "status": 302, "redirect": path}, problem)
          for location, path, problem in (
-        ("/x?secret", "/x", LOOPS), ("x?secret", "/x", LOOPS), ("http://localhost:PORT/", "/", LOOPS),
-        ("http://127.0.0.1:PORT#a", "/", LOOPS), ("http://localhost:PORT?x", "/", LOOPS),
-        ("http://localhost:8888/x", "/x", LOOPS),
-        ("https://localhost:PORT/a?secret", "https://localhost:PORT/a", TO_TLS),
+        ("x?secret", "/x", LOOPS), ("http://127.0.0.1:PORT#a", "/", LOOPS), ("http://localhost:8888/x", "/x", LOOPS),
         ("https://LOCALHOST:PORT", "https://localhost:PORT/", TO_TLS),
-        ("https://elsewhere.example/", "https://elsewhere.example/", ""),
-        ("http://localhost:1/x?secret", "http://localhost:1/x", ""),
-        ("//elsewhere.example/x", "http://elsewhere.example/x", ""),
-        ("https://localhost:PORT0/", "https://localhost:PORT0/", ""),
+        ("http://localhost:1", "http://localhost:1/", ""), ("https://localhost:PORT0/", "https://localhost:PORT0/", ""),
         ("https://user:secret@sso.example/a#secret", "https://sso.example/a", ""),
         ("//user:secret@sso.example?secret", "http://sso.example/", ""), ("//[x", "", ""),
     )], ids=case_id)
@@ -5214,28 +5203,22 @@ class TestCheck:
         report = check(port, whole_origin=whole_origin)
         self.assert_found(report, problem.replace("PORT", str(port)), **found)
 
-    @pytest.mark.parametrize("serve, speaks, problem", [
-        (None, "", "Nothing listens"),
-        (lambda wire, app: wire.send(b"\x15\x03\x01\x00\x02\x02\x46" if wire.more() else b""),
-         "https", "--upstream-tls %d"),
-        (lambda wire, app: (wire.send(b"SSH-2.0-x\r\n"), wire.more()), "", "No valid HTTP came from port %d"),
-    ], ids=["nobody", "TLS", "SSH"])  # fmt: skip
-    def test_port_without_http_is_a_problem(self, check, upstream, serve, speaks, problem):
-        with taken_port() as port:
-            port = upstream(serve).port if serve else port
-            report = check(port)
-        problem = problem.replace("%d", str(port))
-        self.assert_found(report, problem, ok=False, speaks=speaks, use=[])
-        assert problem in port_proxy.report_text(report)
+    def test_upstream_that_cannot_be_used_is_a_problem(self, check, upstream, tls_app):
+        ssh = upstream(lambda wire, app: (wire.send(b"SSH-2.0-x\r\n"), wire.more())).port
+        plain, tls = upstream(lambda wire, app: (wire.more(), wire.send(OK))).port, tls_app.port
+        with taken_port() as unused:
+            for target, options, speaks, problem in (
+                (unused, {}, "", "Nothing listens"), (ssh, {}, "", "No valid HTTP came from port %d" % ssh),
+                (tls, {}, "https", "--upstream-tls %d" % tls),
+                (tls, {"upstream_tls": (str(tls),)}, "", "Start the proxy with --insecure-upstream to"),
+                (plain, {"upstream_tls": (str(plain),)}, "", "Does it speak TLS? See --upstream-tls."),
+                ("nowhere.invalid:80", {"host_allowlist": ["nowhere.invalid"]}, "", "The host nowhere.invalid could"),
+            ):
+                report = check(target, **options)
+                self.assert_found(report, problem, ok=False, speaks=speaks, use=[])
+                assert problem in port_proxy.report_text(report)
 
-    def test_trouble_with_a_name_or_tls_is_a_problem(self, check, upstream, tls_app):
-        plain = upstream(lambda wire, app: (wire.more(), wire.send(OK)))
-        for target, options, problem in (
-            (tls_app.port, {"upstream_tls": (str(tls_app.port),)}, "Start the proxy with --insecure-upstream to"),
-            (plain.port, {"upstream_tls": (str(plain.port),)}, "Does it speak TLS? See --upstream-tls."),
-            ("nowhere.invalid:80", {"host_allowlist": ["nowhere.invalid"]}, "The host nowhere.invalid could not be"),
-        ):
-            self.assert_found(check(target, **options), problem, ok=False, speaks="", use=[])
+    def test_app_that_speaks_tls_is_examined(self, check, tls_app):
         report = check(tls_app.port, upstream_tls=(str(tls_app.port),), insecure_upstream=True)
         self.assert_found(report, ok=True, speaks="https", status=200)
 
@@ -5314,14 +5297,11 @@ def banner_of(*options):
         def flush(self):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    handlers = {number: signal.getsignal(number) for number in numbers}
     with contextlib.redirect_stdout(Output()) as output, contextlib.redirect_stderr(Output()) as errors:
-        try:
+        with contextlib.ExitStack() as stack:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                stack.callback(signal.signal, number, signal.getsignal(number))
             assert port_proxy.main(["--port", "0"] + list(options)) == 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return output.getvalue(), errors.getvalue()
 
 
@@ -5336,14 +5316,9 @@ def hub_environment(port=1, **changes):
         "OAUTH_CALLBACK_URL": "/jh/user/al@ice.x%2By/oauth_callback",
         "OAUTH_ACCESS_SCOPES": '["access:servers!server=al@ice.x+y/", "access:servers!user=al@ice.x+y"]',
         "BASE_URL": "/jh/",
-        "HOST": "",
         "USER": "al@ice.x+y",
-        "SERVER_NAME": "",
-        "DEFAULT_URL": "/proxy/8080",
-        "ACTIVITY_URL": "http://127.0.0.1:1/jh/hub/api/users/al@ice.x%2By/activity",
     }
-    names.update(changes)
-    return {"JUPYTERHUB_" + name: value for name, value in names.items()}
+    return {"JUPYTERHUB_" + name: value for name, value in dict(names, **changes).items()}
 
 
 class TestCommandLine:
@@ -5419,26 +5394,20 @@ class TestCommandLine:
         assert (TOKEN in output, errors, "PORT_PROXY_TOKEN" in os.environ) == (False, "", False)
 
     @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no Unix sockets")
-    @pytest.mark.parametrize("kind", ["TCP", "Unix"])
-    def test_banner_names_an_inherited_socket(self, tmp_path, kind):
+    @pytest.mark.parametrize("is_unix", [False, True])
+    def test_banner_names_an_inherited_socket(self, tmp_path, is_unix):
         """As systemd passes it: descriptor 3, and LISTEN_PID names this process."""
         path = str(tmp_path / "socket")
-        with socket.socket(socket.AF_UNIX if kind == "Unix" else socket.AF_INET) as listener:
-            listener.bind(path if kind == "Unix" else ("127.0.0.1", 0))
-            if kind == "Unix":
+        with socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET) as listener:
+            listener.bind(path if is_unix else ("127.0.0.1", 0))
+            place = "-L 8888:%s " % path if is_unix else "http://localhost:%d/proxy/\n" % listener.getsockname()[1]
+            if is_unix:
                 os.chmod(path, 0o600)
-            listener.listen(5)
-            where = path if kind == "Unix" else "http://localhost:%d/proxy/\n" % listener.getsockname()[1]
-
-            def hand_over():
-                os.dup2(listener.fileno(), 3)
-                os.set_inheritable(3, True)
-
             command = ["sh", "-c", 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"', sys.executable, PROGRAM]
-            with program(command=command, preexec_fn=hand_over, close_fds=False) as (_, banner, port):
-                assert where in banner
-                assert ("ssh -N -L 8888:%s " % path in banner) is (kind == "Unix")
-                with Wire.to_unix(path) if kind == "Unix" else Wire.to(port) as wire:
+            how = {"preexec_fn": lambda: os.dup2(listener.fileno(), 3), "pass_fds": [3]}
+            with program(command=command, **how) as (_, banner, port):
+                assert place in banner
+                with Wire.to_unix(path) if is_unix else Wire.to(port) as wire:
                     assert status_of(wire.ask(at("localhost", "GET", "/proxy/"))) == 200
 
     @pytest.mark.parametrize("options, message", [
@@ -5453,17 +5422,14 @@ class TestCommandLine:
         ("--token-file /nowhere", "cannot read /nowhere: No such file"),
         ("--token-file /dev/null", "there is no token in /dev/null"),
         ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin must be yes or no"),
-        ("--check 0", "an upstream is PORT or HOST:PORT, not '0'"), ("--json", "type --check PORT --json"),
-        ("--check=", "an upstream is PORT or HOST:PORT, not ''"),
-        ("--port", "argument --port: expected one argument"), ("--base --json", "--base: expected one argument"),
+        ("--json", "type --check PORT --json"), ("--check=", "an upstream is PORT or HOST:PORT, not ''"),
+        ("--port", "argument --port: expected one argument"),
         ("--head-timeout x --head-timeout=1 --port 65536", "--port must be"),  # the last value counts
         ("--upstream-tls=1,x --upstream-tls 2", "an upstream is PORT or HOST:PORT, not 'x'"),  # all values count
         ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
         ("8080", "a value needs its option, such as --port N, --check N or --token-file FILE."),
-        ("--token abc", "a value needs its option"), ("--token=abc", "a value needs its option"),
-        ("--domain a abc", "a value needs its option"), ("--token=-abc", "a value needs its option"),
-        ("--token -abc", "a value needs its option"), ("--quiet=x", "argument --quiet: ignored explicit argument"),
-        ("--tokn=abc", "no option --tokn; did you mean --token?"),
+        ("--token abc", "a value needs its option"), ("--token=-abc", "a value needs its option"),
+        ("--token -abc", "a value needs its option"), ("--tokn=abc", "no option --tokn; did you mean --token?"),
     ])  # fmt: skip
     def test_mistake_is_reported_in_the_last_line(self, capsys, options, message):
         status, output, errors = run_main(capsys, *options.split())
@@ -5579,14 +5545,12 @@ class TestUnderAHub:
         ("HOST", "", "authorize_url", "/jh/hub/api/oauth2/authorize"), ("HOST", "", "cookie_options", ()),
         ("HOST", "https://hub.example", "authorize_url", "https://hub.example/jh/hub/api/oauth2/authorize"),
         ("OAUTH_CALLBACK_URL", "", "callback_url", PREFIX + "/oauth_callback"), ("HOST", "", "prefix", PREFIX),
-        ("OAUTH_ACCESS_SCOPES", '["a", "b"]', "access_scopes", {"a", "b"}),
+        ("OAUTH_ACCESS_SCOPES", '["a", "b"]', "access_scopes", {"a", "b"}), ("SERVER_NAME", "x", "server_name", "x"),
         ("PUBLIC_URL", "https://hub.example/jh/user/a/", "cookie_options", (("Secure", ""),)),
         ("COOKIE_HOST_PREFIX_ENABLED", "", "host_cookies", False), ("ACTIVITY_INTERVAL", "", "activity_interval", 300),
         ("COOKIE_HOST_PREFIX_ENABLED", "1", "host_cookies", True), ("ACTIVITY_INTERVAL", "60", "activity_interval", 60),
-        ("SERVER_NAME", "gpu", "server_name", "gpu"), ("DEFAULT_URL", "", "home", ""),
-        ("DEFAULT_URL", "/proxy/8080", "home", PREFIX + "/proxy/8080"), ("DEFAULT_URL", "/", "home", ""),
+        ("DEFAULT_URL", "", "home", ""), ("DEFAULT_URL", "//?x#y", "home", ""),
         ("DEFAULT_URL", "proxy/1/?a=b", "home", PREFIX + "/proxy/1/?a=b"),
-        ("DEFAULT_URL", "//?x#y", "home", ""),
         ("DEFAULT_URL", "//evil.example/a b\u00e9%2F#/x", "home", PREFIX + "/evil.example/a%20b%C3%A9%2F#/x"),
         ("COOKIE_OPTIONS", '{"SameSite": "None", "Secure": true}', "cookie_options",
          (("SameSite", "None"), ("Secure", ""))),
@@ -5644,8 +5608,7 @@ class TestUnderAHub:
         hub = upstream(HubBehindWire())
         app = upstream(lambda wire, app: (wire.message(), app.happened.set(), wire.rest()))
         port, target = free_port(), "%s/ports/%d/" % (PREFIX, app.port)
-        changes = {"API_URL": "http://127.0.0.1:%d/hub/api" % hub.port, "ACTIVITY_URL": ""}
-        env = dict(ENVIRONMENT, **hub_environment(port, **changes))
+        env = dict(ENVIRONMENT, **hub_environment(port, API_URL="http://127.0.0.1:%d/hub/api" % hub.port))
         with program("--base", "/ports", "--shutdown-timeout", "600", place=(), env=env) as (_, banner, _):
             assert PREFIX + "/ports/<port>/, for al@ice.x+y" in banner
             assert place_of(ProxyAt(port).get(target, *VISIT)).startswith("/jh/hub/api/oauth2/authorize?")
