@@ -612,36 +612,6 @@ def taken_port(address="127.0.0.1", listens=False):
         yield sock.getsockname()[1]
 
 
-ELSEWHERE = """\
-import asyncio, socket, sys
-sys.path.insert(0, sys.argv[1])
-from port_proxy import Config, Hub, PortProxy
-%s
-listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=int(sys.argv[3]))
-loop = asyncio.new_event_loop()
-asyncio.set_event_loop(loop)
-loop.run_until_complete(PortProxy(eval(sys.argv[2])).start([listener]))
-loop.run_forever()
-"""
-
-
-@contextlib.contextmanager
-def proxy_elsewhere(before="", after="", command=(), allow_hostnames=("*",), **options):
-    """A proxy in a process that `command` starts, and code that runs before or after the imports."""
-    config = Config(allow_hostnames=allow_hostnames, **options)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        port, number = listener.getsockname()[1], listener.fileno()
-        program = [sys.executable, "-c", before + ELSEWHERE % after, str(HERE), repr(config), str(number)]
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        with spawn(list(command) + program, pass_fds=[number], **streams) as process:
-            listener.close()
-            yield ProxyAt(port)
-            process.kill()
-            assert process.communicate()[1] == b""
-
-
 # ------ The file as a whole ------------------------------------------------------------------------------------------
 
 
@@ -2796,7 +2766,6 @@ class TestPorts:
 
 
 OTHER_USER = 1234567
-OWNERS_HIDDEN = "import socket; del socket.AF_NETLINK\n"
 
 
 @contextlib.contextmanager
@@ -2852,12 +2821,12 @@ class TestPortOwner:
             assert_says(proxy.get(form % other, *lines), 403, text, b"--any-owner")
 
     def test_proxy_of_an_ordinary_user_reaches_ports_of_the_same_user(self, upstream, source):
-        before = OWNERS_HIDDEN if source == "table" else ""
         # What is imported later may lie where this user may not read.
-        after = "import encodings.ascii, encodings.idna, encodings.latin_1, os, pwd; os.setuid(%d)" % OTHER_USER
-        with proxy_elsewhere(before=before, after=after) as proxy:
+        code = "import encodings.ascii, encodings.idna, encodings.latin_1, os, port_proxy, pwd, socket\n"
+        code += "os.setuid(%d)\n%sport_proxy.main()" % (OTHER_USER, "del socket.AF_NETLINK\n" * (source == "table"))
+        with program(command=(sys.executable, "-c", code)) as (_, _, port):
             for user, status in ((OTHER_USER, 200), (OTHER_USER + 1, 403), (33, 200), (0, 200)):
-                assert status_of(proxy.get("/proxy/%d/" % self.app_of(user, upstream).port)) == status
+                assert status_of(ProxyAt(port).get("/proxy/%d/" % self.app_of(user, upstream).port)) == status
 
     @pytest.mark.parametrize("user, host, user_of_ipv6, statuses", [
         (OTHER_USER, "::1", 0, {"127.0.0.1:": 403, "": 403, "[::1]:": 200}),
@@ -2964,11 +2933,11 @@ def listing(tmp_path_factory):
     app = Upstream(answering(ok(b"<title>&lt;i&gt;t&lt;/i&gt;</title>", "Content-Type: text/html")))
     with contextlib.ExitStack() as stack:
         stack.callback(app.close)
-        mounts = ["unshare", "-m" if os.geteuid() == 0 else "-rm"]
-        if not shutil.which("unshare") or subprocess.call(mounts + ["true"], stderr=subprocess.DEVNULL):
+        own_mounts = ["unshare", "-m" if not hasattr(os, "geteuid") or os.geteuid() == 0 else "-rm"]
+        if not shutil.which("unshare") or subprocess.call(own_mounts + ["true"], stderr=subprocess.DEVNULL):
             pytest.skip("this system gives no namespaces")
-        command = mounts + ["sh", "-c", 'mount --bind "$0" /proc && exec "$@"', str(folder)]
-        proxy = stack.enter_context(proxy_elsewhere(command=command))
+        command = own_mounts + ["sh", "-c", 'mount --bind "$0" /proc && exec "$@"', str(folder), *MODULE]
+        proxy = ProxyAt(stack.enter_context(program(command=command))[2])
         programs = {number: words for number, (words, _) in enumerate(PROGRAMS, 9000)}
         programs.update({port: ["app"] for port in (app.port, 8081, 70, proxy.port)})  # 70 is the system's
         write_proc(folder, programs)
