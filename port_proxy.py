@@ -1950,9 +1950,10 @@ def _read(name: str) -> str:
 def _program(pid: int) -> str:
     """A process's program, or an interpreter's script; other arguments may contain secrets."""
     command = _read("/proc/%d/cmdline" % pid)
-    script = _SCRIPT.match(command)
-    # Some programs put all arguments into the first one.
-    program = script.group(1) if script else re.split("[ \0]", command)[0]
+    script, first = _SCRIPT.match(command), command.partition("\0")[0]
+    if not os.path.exists(first):  # some programs put all arguments into the first one
+        first = first.partition(" ")[0]
+    program = script.group(1) if script else first
     return os.path.basename(program).rstrip(":")
 
 

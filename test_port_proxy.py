@@ -2940,6 +2940,10 @@ def listing(tmp_path_factory):
         proxy = ProxyAt(stack.enter_context(program(command=command))[2])
         programs = {number: words for number, (words, _) in enumerate(PROGRAMS, 9000)}
         programs.update({port: ["app"] for port in (app.port, 8081, 70, proxy.port)})  # 70 is the system's
+        spaced = folder / "of an app" / "serve"
+        programs[8081] = [str(spaced), "x"]
+        spaced.parent.mkdir()
+        spaced.touch()
         write_proc(folder, programs)
         write_start(folder / str(app.port), age=7300)
         proxy.get("/proxy/%d/" % app.port, *VISIT)
@@ -3053,7 +3057,7 @@ class TestPages:
         assert (rows[port]["title"], rows[port]["pid"]) == ("<i>t</i>", port)
         assert rows[port]["links"]["host"] == "http://%d.localhost:8888/" % port
         assert rows[8081]["addresses"] == ["192.0.2.7", "127.0.0.1"]
-        assert (rows[8081]["seconds"], rows[8081]["title"]) == (None, None)
+        assert (rows[8081]["program"], rows[8081]["seconds"], rows[8081]["title"]) == ("serve", None, None)
 
     @pytest.mark.parametrize("upstream, addresses, advice", [
         ("127.0.0.1:80", ["127.0.0.2", "::1"], "listens on 127.0.0.2 and ::1 only, not on 127.0.0.1."),
