@@ -683,29 +683,26 @@ class TestFile:
 
 class TestConfig:
     @pytest.mark.parametrize("field, given, normal", [
-        ("base", "/proxy", "/proxy"), ("base", "/user/ana/proxy/", "/user/ana/proxy"), ("base", "/", ""),
-        ("base", "", ""), ("base", "/user/al%40ice", "/user/al%40ice"), ("base", "/a/...", "/a/..."),
+        ("base", "/user/ana/proxy/", "/user/ana/proxy"), ("base", "/", ""), ("base", "", ""),
+        ("base", "/user/al%40ice", "/user/al%40ice"), ("base", "/a/...", "/a/..."), ("whole_origin", True, True),
         ("host_allowlist", ["[FE80::1]", "a"], ("fe80::1", "a")), ("host_allowlist", bool, bool),
-        ("allow_hostnames", ["A", "*.b"], ("a", "*.b")), ("domains", {"B"}, ("b",)),
-        ("domains", ["Apps.example.org", "a-1.b2", "1.a"], ("apps.example.org", "a-1.b2", "1.a")),
-        ("allow_origins", ["*", "https://A:443"], ("*", "https://a")), ("trusted_proxies", ["unix"], ("unix",)),
-        ("upstream_tls", ["A:1"], ("a:1",)), ("head_timeout", 3, 3), ("authorize", print, print),
-        ("certfile", Path("a"), Path("a")), ("token", "x" * 16, "x" * 16), ("token", "any", "any"),
-        ("token", "", ""), ("whole_origin", True, True),
+        ("allow_hostnames", ["A", "*.b"], ("a", "*.b")), ("domains", {"A.b"}, ("a.b",)),
+        ("domains", ["a-1.b", "1.a"], ("a-1.b", "1.a")), ("allow_origins", ["*", "https://A:443"], ("*", "https://a")),
+        ("trusted_proxies", ["unix"], ("unix",)), ("upstream_tls", ["A:1"], ("a:1",)), ("head_timeout", 3, 3),
+        ("authorize", print, print), ("certfile", Path("a"), Path("a")), ("token", "any", "any"), ("token", "", ""),
     ], ids=case_id)  # fmt: skip
     def test_value_gets_its_normal_form(self, field, given, normal):
         assert getattr(PortProxy(Config(**{field: given})).config, field) == normal
 
     @pytest.mark.parametrize("field, value", [(field, value) for field, values in (
         ("base", "proxy /a//b // /a/../b /a/%2E /.%2e/a /a?b /a#b /\xe4 /a;b /a\\b http://a/".split()),
-        ("base", ["/a b", "/a\r\nX: y"]), ("port", [-1, 65536]), ("head_timeout", [0, float("nan")]),
-        ("max_fields", [-1]), ("keyfile", ["a"]), ("client_ca", ["a"]), ("token", ["x" * 15, "a b" * 9, "\xe4" * 16]),
+        ("base", ["/a b", "/a\r\nX: y"]), ("keyfile", ["a"]), ("client_ca", ["a"]),
+        ("token", ["x" * 15, "a b" * 9, "\xe4" * 16]),
     ) for value in values] + [(field, [value]) for field, values in (
-        ("host_allowlist", "a:80 user@host a[bc]d [::1 ::1] [] http://a a/ \xe4".split() + ["", "a b", "a\n"]),
-        ("allow_hostnames", ["a b"]), ("trusted_proxies", ["a"]), ("domains", ["", "\xe4", "a b"]),
-        ("domains", "127.0.0.1 a.1 . a. .a a..b -a a-.b a_b *.a a:80 [::1] http://a a/".split()),
+        ("host_allowlist", "a:80 user@host a[bc]d [::1 ::1] [] http://a \xe4".split() + ["", "a b", "a\n"]),
+        ("allow_hostnames", ["a b"]), ("trusted_proxies", ["a"]),
+        ("domains", "127.0.0.1 a.1 . a. .a a..b -a a-.b a_b *.a a:80 [::1] a/ \xe4".split() + ["", "a b"]),
         ("allow_origins", "null a http:// http://a/ http://a:b http://% http://[a] http://u@a ftp://a".split()),
-        ("allow_origins", ["http://a?b", "http://a b"]),
         ("upstream_tls", "x 0 a:b localhost:70000 1/ absolute/1 1?x".split() + [""]),
     ) for value in values], ids=case_id)  # fmt: skip
     def test_bad_value_is_refused_with_the_name_of_the_option(self, field, value):
@@ -713,8 +710,8 @@ class TestConfig:
             PortProxy(Config(**{field: value}))
 
     @pytest.mark.parametrize("kind, field, value", [(kind, field, value) for kind, field, values in (
-        ("a number from 0 to 65535", "port", ["80", 80.0, None, 65536, True]),
-        ("a number above 0", "head_timeout", ["3", 0, True]),
+        ("a number from 0 to 65535", "port", ["80", 80.0, None, -1, 65536, True]),
+        ("a number above 0", "head_timeout", ["3", 0, float("nan"), True]),
         ("a whole number above 0", "max_fields", ["3", 0, 1.5, True]),
         ("a string", "bind", [None]), ("a string", "base", [b"/a"]), ("a string", "token", [5]),
         ("a path", "certfile", [5]), ("a Hub", "hub", [{}]), ("an asynchronous callable", "authorize", ["me"]),
@@ -732,38 +729,23 @@ class TestConfig:
 
 # ------ Routes -------------------------------------------------------------------------------------------------------
 
-ROUTES = [  # base, target, host, port, the path behind the prefix
-    ("/proxy", "/proxy/8080/a/b?q", "localhost", 8080, "/a/b"), ("/proxy", "/proxy/8080", "localhost", 8080, ""),
-    ("/proxy", "/proxy/8080?q=/x", "localhost", 8080, ""),
-    ("/proxy", "/proxy/65535/%2F//..%2f/%20?", "localhost", 65535, "/%2F//..%2f/%20"),
-    ("/proxy", "/proxy/8080/%zz/%;a=b,c|d\"<>{}^`\\'[]?e=f?g", "localhost", 8080, "/%zz/%;a=b,c|d\"<>{}^`\\'[]"),
-    ("/proxy", "/proxy/absolute/8080", "localhost", 8080, ""),
-    ("/proxy", "/proxy/DB1.example.org:81/a", "db1.example.org", 81, "/a"),
-    ("/proxy", "/proxy/absolute/h_1-x:81/a", "h_1-x", 81, "/a"), ("/proxy", "/proxy/[::1]:81/a", "::1", 81, "/a"),
-    ("/proxy", "/proxy/absolute/[FE80::1]:81/", "fe80::1", 81, "/"), ("", "/8080/a", "localhost", 8080, "/a"),
-    ("", "/absolute/8080/a", "localhost", 8080, "/a"),
-    ("/user/al%40ice.x%2By", "/%75ser/al%40ice.x%2by/8080/a", "localhost", 8080, "/a"),
-]
-NO_ROUTES = """
-    / /8080/ /proxyx/8080/ /Proxy/8080/ //proxy/8080/ /proxy//8080/ /a/../proxy/8080/ /proxy/./8080/ /proxy%2F8080/
-    /proxy/%38080/ /proxy/8080%2F /proxy/+80/ /proxy/08080/ /proxy/0/ /proxy/65536/ /proxy/8_0/ /proxy/8080;a/
-    /proxy/8080:/ /proxy/:8080/ /proxy/a/ /proxy/a:b/ /proxy/a:80:81/ /proxy/u@a:80/ /proxy/localhost%3A80/
-    /proxy/a%2eb:80/ /proxy/a%00:80/ /proxy/.a:80/ /proxy/-a:80/ /proxy/::1:80/ /proxy/[::1]/ /proxy/[]:80/
-    /proxy/[::1]80/ /proxy/[::1%25eth0]:80/ /proxy/[v1.a]:80/ /proxy/absolute/ /proxy/absolute/a/
-    /proxy/absolute//8080/ /proxy/absolute/absolute/8080/ /proxy/ABSOLUTE/8080/ /proxy/a*:80/
-""".split()
-LEAVING = """
-    /.. /../ /../9090/ /a/../.. /./.. /%2e%2e/ /%2E./ /.%2e /a/%2e%2e/%2E%2E/b /a/../../8080/
-""".split()
-STAYING = "/. /%2e/a /a/.. /a/%2e%2E/ /a/b/../../c /a//../.. /... /..a /a?/../.. /..%2f".split()
-
 
 def route_of(upstream, upstream_tls=()):
     return find_route(Config(upstream_tls=upstream_tls), "/proxy/%s/" % upstream)[0]
 
 
 class TestRoutes:
-    @pytest.mark.parametrize("base, target, host, port, path", ROUTES, ids=case_id)
+    @pytest.mark.parametrize("base, target, host, port, path", [("/proxy", *case) for case in (
+        ("/proxy/8080/a/b?q", "localhost", 8080, "/a/b"), ("/proxy/8080", "localhost", 8080, ""),
+        ("/proxy/8080?q=/x", "localhost", 8080, ""), ("/proxy/absolute/8080", "localhost", 8080, ""),
+        ("/proxy/65535/%2F//..%2f/%20?", "localhost", 65535, "/%2F//..%2f/%20"),
+        ("/proxy/8080/%zz/%;a=b,c|d\"<>{}^`\\'[]?e=f?g", "localhost", 8080, "/%zz/%;a=b,c|d\"<>{}^`\\'[]"),
+        ("/proxy/DB1.example.org:81/a", "db1.example.org", 81, "/a"), ("/proxy/[::1]:81/a", "::1", 81, "/a"),
+        ("/proxy/absolute/h_1-x:81/a", "h_1-x", 81, "/a"), ("/proxy/absolute/[FE80::1]:81/", "fe80::1", 81, "/"),
+    )] + [
+        ("", "/8080/a", "localhost", 8080, "/a"), ("", "/absolute/8080/a", "localhost", 8080, "/a"),
+        ("/user/al%40ice.x%2By", "/%75ser/al%40ice.x%2by/8080/a", "localhost", 8080, "/a"),
+    ], ids=case_id)
     def test_route_is_found_in_the_raw_target(self, base, target, host, port, path):
         before, mark, query = target.partition("?")
         prefix = before[: len(before) - len(path)]
@@ -772,17 +754,21 @@ class TestRoutes:
         assert route.absolute is ("/absolute/" in prefix)
         assert (found_path, found_query) == (path, mark + query)
 
-    @pytest.mark.parametrize("status, target", [(404, target) for target in NO_ROUTES] + [
-        (400, "/proxy/[1.2.3.4]:80/"), (400, "/proxy/[:::]:80/"),
-    ])
+    @pytest.mark.parametrize("status, target", [(404, target) for target in """
+        / /8080/ /proxyx/8080/ /Proxy/8080/ //proxy/8080/ /proxy//8080/ /a/../proxy/8080/ /proxy/./8080/ /proxy%2F8080/
+        /proxy/%38080/ /proxy/8080%2F /proxy/+80/ /proxy/08080/ /proxy/0/ /proxy/65536/ /proxy/8080;a/ /proxy/8080:/
+        /proxy/:8080/ /proxy/a/ /proxy/a:80:81/ /proxy/u@a:80/ /proxy/a%2eb:80/ /proxy/localhost%3A80/ /proxy/.a:80/
+        /proxy/-a:80/ /proxy/::1:80/ /proxy/[::1]/ /proxy/[]:80/ /proxy/[::1%25eth0]:80/ /proxy/[v1.a]:80/
+        /proxy/absolute/ /proxy/absolute/absolute/8080/ /proxy/ABSOLUTE/8080/ /proxy/a*:80/
+    """.split()] + [(400, "/proxy/[1.2.3.4]:80/"), (400, "/proxy/[:::]:80/")])
     def test_target_without_a_valid_port_or_host_is_refused(self, status, target):
         assert status_of_error(find_route, DEFAULT, target) == status
 
     @pytest.mark.parametrize("form", ["/proxy/8080", "/proxy/absolute/8080"])
     def test_dot_segments_that_leave_the_app_are_refused(self, form):
-        for path in LEAVING:
+        for path in "/.. /../ /../9090/ /a/../.. /./.. /%2e%2e/ /%2E./ /.%2e /a/%2e%2e/%2E%2E/b /a/../../8080/".split():
             assert status_of_error(find_route, DEFAULT, form + path) == 400, path
-        for path in STAYING:
+        for path in "/. /%2e/a /a/.. /a/%2e%2E/ /a/b/../../c /a//../.. /... /..a /a?/../.. /..%2f".split():
             route, found, query = find_route(DEFAULT, form + path)
             assert (route.prefix, found + query) == (form, path)
 
@@ -804,8 +790,7 @@ class TestRoutes:
 
     @pytest.mark.parametrize("base, path, below", [
         ("/proxy", "/proxy", ""), ("/proxy", "/proxy/", "/"), ("/proxy", "/proxy//a", "//a"), ("/proxy", "*", None),
-        ("/proxy", "/%70roxy/%61", "/%61"), ("/proxy", "/proxyx", None), ("/proxy", "/prox", None),
-        ("/proxy", "/Proxy/", None), ("/proxy", "//proxy/", None), ("/proxy", "/./proxy/", None), ("", "/", "/"),
+        ("/proxy", "/%70roxy/%61", "/%61"), ("/proxy", "/proxyx", None), ("/proxy", "/prox", None), ("", "/", "/"),
         ("", "/a", "/a"), ("/a/b", "/a/b/c", "/c"), ("/a/b", "/a%2Fb/c", None), ("/a/b", "/a/c/d", None),
         ("/a/b", "/a", None), ("/al%40ice", "/al@ice/x", "/x"), ("/al@ice", "/al%40ice", ""),
     ])
@@ -820,8 +805,7 @@ class TestRoutes:
         ("*.Example.org", "a.example.org a.b.example.org", "example.org a.example.org. a.example.orgx .example.org"),
         ("node*", "node node7", "node.evil.example node7.evil anode"), ("n?de", "node", "n.de nde"),
         ("db-*.a.*", "db-1.a.org db-.a.b", "db-1.x.a.org db-1.a.b.c"), ("*", "a a.b 10.1.2.3 fe80::1 a.", ""),
-        ("10.1.*", "10.1.2.3", "10.2.2.3 10.1.evil.example 10.1 10.1.2 10.1.2.333 10.1.2.03"),
-        ("10.*", "10.1.2.3", "10.evil.example 10. 10.1.2.3.evil.example 10.1.2.3.4 100.1.2.3"),
+        ("10.1.*", "10.1.2.3", "10.2.2.3 10.1.evil.a 10.1.2.3.evil.a 10.1. 10.1.2.3.4 10.1.2.333 10.1.2.03"),
         ("1*", "1.2.3.4 127.9.9.9", "1 1.evil 1x"), ("*.1.2.3", "9.1.2.3", "a.1.2.3 9.9.1.2.3"),
         ("[2001:DB8::7]", "2001:db8::7", "2001:db8::8 0:0:0:0:0:0:0:1"), ("fe80::?", "fe80::1", "fe80::12 fe80:::"),
         ("fe80:*", "fe80:1", "fe80::1 fe80:1:2"), ("fe*", "fe80", "fe80::1"),
@@ -839,8 +823,7 @@ class TestRoutes:
         ("8080.apps.example.org", 8080), ("8080.localhost:", 8080),
     ] + [(authority, 0) for authority in (
         "65536.localhost", "08080.localhost", "0.localhost", "+80.localhost", "8080.localhost.", "localhost:8888",
-        "8080.localhost.evil.example", "a.8080.localhost", "8080.a.localhost", "8080", "8080.example.org",
-        "8080..localhost", "127.0.0.1:8888", "[::1]:8888", "", "app--8080.localhost", "8080.0.0.1",
+        "8080.localhost.evil.example", "a.8080.localhost", "8080.a.b", "8080", "127.0.0.1:8888", "[::1]:8888", "",
     )])
     def test_port_in_host_needs_a_domain_of_ours(self, authority, port):
         assert port_proxy.port_in_host(authority, ("localhost", "apps.example.org")) == port
@@ -878,19 +861,6 @@ class TestRoutes:
 
 # ------ Messages -----------------------------------------------------------------------------------------------------
 
-GOOD_REQUESTS = [  # the head, then method, target and authority
-    (b"GET / HTTP/1.1\r\nHost: a", "GET", "/", "a"), (b"GET / HTTP/1.0", "GET", "/", ""),
-    (b"get /%2F//a?b=%20|{}^`\"\\ HTTP/1.1\r\nhOsT:a:80", "get", "/%2F//a?b=%20|{}^`\"\\", "a:80"),
-    (b"OPTIONS * HTTP/1.1\r\nHost: [::1]:8888", "OPTIONS", "*", "[::1]:8888"),
-    (b"GET /\xc3\xa9?\xff\x80 HTTP/1.1\r\nHost: a", "GET", "/\xc3\xa9?\xff\x80", "a"),
-    (b"GET http://b:1/x?y HTTP/1.1\r\nHost: a", "GET", "/x?y", "b:1"),
-    (b"GET HTTPS://b HTTP/1.1\r\nHost: a", "GET", "/", "b"),
-    (b"GET http://b?q=/ HTTP/1.1\r\nHost: a", "GET", "/?q=/", "b"),
-    (b"OPTIONS http://b HTTP/1.1\r\nHost: a", "OPTIONS", "*", "b"),
-    (b"M-SEARCH / HTTP/1.1\r\nHost: \t a \t\r\nX:\r\nx: b\xe4\xff \tc\r\n!#$%&'*+-.^_`|~1: y", "M-SEARCH", "/", "a"),
-] + [(b"GET / HTTP/1.1\r\nHost: " + host.encode(), "GET", "/", host) for host in (
-    "a:", "1.2.3.4", "[::1]", "a_b-c.~!$&'()*+,;=%20", 255 * "a",
-)]
 BAD_REQUESTS = [(400, line + b"\r\nHost: a\r\n\r\n") for line in (
     b"GET /", b"GET / HTTP/1.1.1", b"GET / http/1.1", b"GET  / HTTP/1.1", b"GET /  HTTP/1.1", b"GET / HTTP/1.1 ",
     b" GET / HTTP/1.1", b"GET\t/\tHTTP/1.1", b"GET / HTTP/1.\xb2", b"G(T / HTTP/1.1", b"\xc7ET / HTTP/1.1",
@@ -906,45 +876,17 @@ BAD_REQUESTS = [(400, line + b"\r\nHost: a\r\n\r\n") for line in (
     *b":80 a:b a:123456 u@a ::1 [::1 [v1.a] a/ a? \xe4".split(), b"a" * 256, b"[" + 46 * b":" + b"]",
 )] + [
     (400, b"GET / HTTP/1.0\r\nHost: a\r\nhost: b\r\n\r\n"),
-    (400, request("POST", "/", "Content-Length: 5", "Transfer-Encoding: chunked")),
-    (501, request("POST", "/", "Transfer-Encoding: gzip, chunked")),
     (405, b"CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n"),
     (414, request("GET", "/" + "a" * DEFAULT.max_target_bytes)),
     (431, request("GET", "/", *["X: y"] * DEFAULT.max_fields)),
     (505, request("PRI", "*").replace(b"1.1", b"2.0")), (505, request("GET", "/").replace(b"1.1", b"0.9")),
     (505, request("GET", "/").replace(b"1.1", b"1.2")),
 ]
-GOOD_RESPONSES = [
-    (b"HTTP/1.1 200 OK\r\n\r\n", (200, "OK", [])), (b"HTTP/1.0 404 \r\nA: b\r\n\r\n", (404, "", ["A: b"])),
-    (b"HTTP/1.1 599\r\n\r\n", (599, "", [])), (b"HTTP/1.1 999 \r\n\r\n", (999, "", [])),
-    (b"HTTP/1.1 200 Sch\xf6n \t ja\r\n\r\n", (200, "Sch\xf6n \t ja", [])),
-    (b"HTTP/1.1 200 OK\r\nA : b\r\nC\t \t: d e : f\r\n\r\n", (200, "OK", ["A: b", "C: d e : f"])),
-]
 BAD_RESPONSES = [head + b"\r\n\r\n" for head in (
-    b"HTTP/1.1 20 OK", b"HTTP/1.1 2000 OK", b"HTTP/1.1 099 OK", b"HTTP/1.1  200 OK", b"HTTP/2 200 OK",
-    b"HTTP/1.2 200 OK", b"http/1.1 200 OK", b"HTTP/1.1 2\xb20 OK", b"HTTP/1.1 200 O\x00K",
+    b"HTTP/1.1 20 OK", b"HTTP/1.1 2000 OK", b"HTTP/1.1 099 OK", b"HTTP/1.1  200 OK", b"HTTP/2 200 OK", b"<h1>", b"",
+    b"HTTP/1.2 200 OK", b"http/1.1 200 OK", b"HTTP/1.1 2\xb20 OK", b"HTTP/1.1 200 O\x00K", b"HTTP/1.1 200 OK\nA: b\n\n",
     b"HTTP/1.1 200 OK\r\nA b : c", b"HTTP/1.1 200 OK\r\nA: b\r\n c", b"HTTP/1.1 200 OK\r\nA : b\r\n c: d",
-    b"HTTP/1.1 200 OK\r\n : b", b"HTTP/1.1 200 OK\r\nA : b\x00", b"<h1>", b"", b"HTTP/1.1 200 OK\nA: b\n\n",
-)]
-FRAMINGS = [  # minor version, header lines, framing; None if none is declared
-    ("1", [], None), ("1", ["Content-Length: 0"], Framing("length", 0)),
-    ("0", ["Content-Length: 17"], Framing("length", 17)), ("1", ["Content-Length: 5, 5"], Framing("length", 5)),
-    ("1", ["content-length: 5", "Content-Length: 5"], Framing("length", 5)),
-    ("1", ["Content-Length: 007"], Framing("length", 7)),
-    ("1", ["Content-Length: " + "9" * 18], Framing("length", 10**18 - 1)),
-    ("1", ["Transfer-Encoding: Chunked"], CHUNKED),
-]
-NO_LENGTHS = [
-    "", "+5", "-1", "5 5", "0x5", "5_0", "5.0", "\xb2", "1" * 19, "5, 6", "5,", ",5", "5;", "5, 05", "\xa05",
-]
-BAD_FRAMINGS = [(400, "1", ["Content-Length: " + value]) for value in NO_LENGTHS] + [
-    (400, "1", ["Content-Length: 5", "Content-Length: 6"]),
-    (400, "1", ["Content-Length: 5", "Transfer-Encoding: chunked"]),
-    (400, "1", ["Transfer-Encoding: chunked", "Content-Length: 0"]),
-    (400, "0", ["Transfer-Encoding: chunked"]),
-    (400, "1", ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"]),
-] + [(501, "1", ["Transfer-Encoding: " + coding]) for coding in (
-    "gzip, chunked", "chunked, chunked", "identity", "", "xchunked", "chunked;q=1", "\xa0chunked",
+    b"HTTP/1.1 200 OK\r\n : b", b"HTTP/1.1 200 OK\r\nA : b\x00",
 )]
 PARTIAL_HEADS = [(True, 400, head) for head in (
     b"GET / HTTP/1.1\r\nX: a\rb", b"GET / HTTP/1.1\r\nX: a\x00", b"GET / HTTP/1.1\r\nX: a\n", b"GET /\r\n", b"\x16",
@@ -962,14 +904,9 @@ KEPT = "keep_alive is_replayable"  # flags of a request
 PAGE = "is_navigation is_page_visit " + KEPT
 
 
-def framing_of_request(minor, lines, method="POST"):
-    head = ["%s / HTTP/1.%s" % (method, minor), "Host: a", *lines, "", ""]
-    return parsed("\r\n".join(head).encode("latin-1")).framing
-
-
-def framing_of_response(minor, lines, status, method):
+def response_of(minor, lines, status=200, method="GET"):
     head = ["HTTP/1.%s %d" % (minor, status), *lines, "", ""]
-    return parse_response("\r\n".join(head).encode("latin-1"), method, DEFAULT).framing
+    return parse_response("\r\n".join(head).encode("latin-1"), method, DEFAULT)
 
 
 def parsed(raw, address="192.0.2.7", scheme="http", **options):
@@ -977,14 +914,30 @@ def parsed(raw, address="192.0.2.7", scheme="http", **options):
 
 
 class TestMessages:
-    @pytest.mark.parametrize("head, method, target, authority", GOOD_REQUESTS, ids=case_id)
+    @pytest.mark.parametrize("head, method, target, authority", [
+        (b"GET / HTTP/1.1\r\nHost: a", "GET", "/", "a"), (b"GET / HTTP/1.0", "GET", "/", ""),
+        (b"get /%2F//a?b=%20|{}^`\"\\ HTTP/1.1\r\nhOsT:a:80", "get", "/%2F//a?b=%20|{}^`\"\\", "a:80"),
+        (b"OPTIONS * HTTP/1.1\r\nHost: [::1]:8888", "OPTIONS", "*", "[::1]:8888"),
+        (b"GET /\xc3\xa9?\xff\x80 HTTP/1.1\r\nHost: a", "GET", "/\xc3\xa9?\xff\x80", "a"),
+        (b"GET http://b:1/x?y HTTP/1.1\r\nHost: a", "GET", "/x?y", "b:1"),
+        (b"GET HTTPS://b HTTP/1.1\r\nHost: a", "GET", "/", "b"),
+        (b"GET http://b?q=/ HTTP/1.1\r\nHost: a", "GET", "/?q=/", "b"),
+        (b"OPTIONS http://b HTTP/1.1\r\nHost: a", "OPTIONS", "*", "b"),
+        (b"M-A / HTTP/1.1\r\nHost: \t a \t\r\nX:\r\nx: b\xe4\xff \tc\r\n!#$%&'*+-.^_`|~1: y", "M-A", "/", "a"),
+    ] + [(b"GET / HTTP/1.1\r\nHost: " + host.encode(), "GET", "/", host) for host in (
+        "a:", "1.2.3.4", "[::1]", "a_b-c.~!$&'()*+,;=%20", 255 * "a",
+    )], ids=case_id)
     def test_request_head_is_parsed(self, head, method, target, authority):
         one = parsed(head + b"\r\n\r\n")
         first, *fields = head.decode("latin-1").split("\r\n")
         assert (one.method, one.target, one.authority, one.minor) == (method, target, authority, first[-1])
         assert one.headers.lines == fields
 
-    @pytest.mark.parametrize("raw, expected", GOOD_RESPONSES, ids=case_id)
+    @pytest.mark.parametrize("raw, expected", [
+        (b"HTTP/1.0 404 \r\nA: b\r\n\r\n", (404, "", ["A: b"])), (b"HTTP/1.1 599\r\n\r\n", (599, "", [])),
+        (b"HTTP/1.1 200 Sch\xf6n \t ja\r\n\r\n", (200, "Sch\xf6n \t ja", [])),
+        (b"HTTP/1.1 999 OK\r\nA : b\r\nC\t \t: d e : f\r\n\r\n", (999, "OK", ["A: b", "C: d e : f"])),
+    ], ids=case_id)
     def test_response_head_is_parsed(self, raw, expected):
         one = parse_response(raw, "GET", DEFAULT)
         assert (one.status, one.reason, one.headers.lines) == expected
@@ -1004,20 +957,36 @@ class TestMessages:
         assert (headers.get_all(name), headers.get(name)) == (values, values[-1] if values else "")
         assert headers.tokens(name) == tokens
 
-    @pytest.mark.parametrize("minor, lines, framing", FRAMINGS, ids=case_id)
+    @pytest.mark.parametrize("minor, lines, framing", [
+        ("1", [], None), ("1", ["Transfer-Encoding: Chunked"], CHUNKED),
+    ] + [
+        (minor, lines, Framing("length", length)) for minor, lines, length in (
+            ("1", ["Content-Length: 0"], 0), ("0", ["Content-Length: 17"], 17), ("1", ["Content-Length: 5, 5"], 5),
+            ("1", ["content-length: 5", "Content-Length: 5"], 5), ("1", ["Content-Length: 007"], 7),
+            ("1", ["Content-Length: " + "9" * 18], 10**18 - 1),
+        )
+    ], ids=case_id)
     def test_message_without_a_declared_body_has_none_or_one_until_close(self, minor, lines, framing):
         for method in "POST PUT PATCH DELETE OPTIONS GET HEAD PROPFIND TRACE FROB get".split():
-            assert framing_of_request(minor, lines, method) == (framing or port_proxy.NO_BODY)
+            assert asked_for("/", *lines, method=method, minor=minor).framing == (framing or port_proxy.NO_BODY)
         for status, method in ((200, "GET"), (200, "POST"), (404, "GET")):
-            assert framing_of_response(minor, lines, status, method) == (framing or port_proxy.UNTIL_CLOSE)
+            assert response_of(minor, lines, status, method).framing == (framing or port_proxy.UNTIL_CLOSE)
         for status, method in [(200, "HEAD"), (404, "HEAD")] + [(code, "GET") for code in (100, 101, 103, 204, 304)]:
-            assert framing_of_response(minor, lines, status, method) == port_proxy.NO_BODY
+            assert response_of(minor, lines, status, method).framing == port_proxy.NO_BODY
 
-    @pytest.mark.parametrize("status, minor, lines", BAD_FRAMINGS, ids=case_id)
+    @pytest.mark.parametrize("status, minor, lines", [(400, "1", ["Content-Length: " + value]) for value in (
+        "", "+5", "-1", "5 5", "0x5", "5_0", "5.0", "\xb2", "1" * 19, "5, 6", "5,", ",5", "5;", "5, 05", "\xa05",
+    )] + [
+        (400, "1", ["Content-Length: 5", "Content-Length: 6"]), (400, "0", ["Transfer-Encoding: chunked"]),
+        (400, "1", ["Transfer-Encoding: chunked", "Content-Length: 0"]), (400, "1", ["Transfer-Encoding: chunked"] * 2),
+    ] + [(501, "1", ["Transfer-Encoding: " + coding]) for coding in (
+        "gzip, chunked", "chunked, chunked", "identity", "", "xchunked", "chunked;q=1", "\xa0chunked",
+    )], ids=case_id)
     def test_doubtful_framing_is_refused(self, status, minor, lines):
-        assert status_of_error(framing_of_request, minor, lines) == status
+        raw = request("POST", "/", *lines).replace(b"HTTP/1.1", b"HTTP/1." + minor.encode())
+        assert status_of_error(parsed, raw) == status
         for code, method in ((200, "GET"), (200, "HEAD"), (204, "GET"), (304, "GET")):
-            assert status_of_error(framing_of_response, minor, lines, code, method) in (status, 400)
+            assert status_of_error(response_of, minor, lines, code, method) in (status, 400)
 
     @pytest.mark.parametrize("is_request, status, head", PARTIAL_HEADS, ids=case_id)
     def test_partial_head_is_refused_at_the_byte_that_makes_it_wrong(self, is_request, status, head):
@@ -1046,7 +1015,6 @@ class TestMessages:
         ("GET", "1", ["Connection: a", "Connection: close"], "is_replayable"),
         ("GET", "1", UPGRADE, "is_websocket " + KEPT), ("GET", "0", UPGRADE, "is_replayable"),
         ("GET", "1", ["connection: a, UPGRADE", "upgrade: WebSocket"], "is_websocket " + KEPT),
-        ("GET", "1", UPGRADE + UPGRADE[1:], KEPT),
         ("GET", "1", ["Connection: a"] + UPGRADE, "is_websocket " + KEPT), ("POST", "1", UPGRADE, "keep_alive"),
         ("GET", "1", UPGRADE[1:], KEPT), ("GET", "1", UPGRADE[:1], KEPT),
         ("GET", "1", ["Connection: Upgrade", "Upgrade: h2c, websocket"], KEPT),
@@ -1058,30 +1026,23 @@ class TestMessages:
         ("GET", "1", ["Accept: text/html"] + UPGRADE, "is_websocket is_navigation " + KEPT),
     ], ids=case_id)
     def test_head_tells_what_kind_of_request_it_is(self, methods, minor, lines, flags):
-        fields = "".join(line + "\r\n" for line in lines)
         for method in methods.split():
-            one = parsed(("%s /proxy/8080/ HTTP/1.%s\r\nHost: a\r\n%s\r\n" % (method, minor, fields)).encode())
+            one = asked_for("/proxy/8080/", *lines, method=method, minor=minor)
             for name in ("is_websocket", "is_navigation", "is_page_visit", "keep_alive", "is_replayable"):
                 assert getattr(one, name) is (name in flags.split()), name
-        response = parse_response(("HTTP/1.%s 200 OK\r\n%s\r\n" % (minor, fields)).encode(), "GET", DEFAULT)
-        assert response.is_reusable is ("keep_alive" in flags)
+        assert response_of(minor, lines).is_reusable is ("keep_alive" in flags)
 
     @pytest.mark.parametrize("own, origin, authority", [(True, *case) for case in (
         ("http://here:8888", "here:8888"), ("https://here:8888", "here:8888"), ("HTTP://HERE:8888", "here:8888"),
         ("http://here:8888", "HERE:8888"), ("http://here", "here:80"), ("http://here:80", "here"),
         ("https://here", "here:443"), ("https://here", "here"), ("http://[::1]:1", "[::1]:1"),
-        ("http://80.localhost", "80.localhost"),
     )] + [(False, *case) for case in (
-        ("http://here:443", "here"), ("https://here:80", "here"), ("http://here:8889", "here:8888"),
-        ("http://81.localhost", "80.localhost"), ("http://localhost", "80.localhost"),
-        ("null", "here"), ("", ""), ("http://", ""), ("http://here:8888/", "here:8888"), ("ws://here", "here"),
-        ("http://here:8888.evil", "here:8888"), ("http://u@here:8888", "here:8888"),
-        ("http://here:8888, http://here:8888", "here:8888"),
+        ("http://here:443", "here"), ("https://here:80", "here"), ("http://here:8889", "here:8888"), ("", ""),
+        ("http://localhost", "80.localhost"), ("null", "here"), ("http://", ""), ("http://here:8888/", "here:8888"),
+        ("ws://here", "here"), ("http://here.a", "here"), ("http://u@here", "here"), ("http://here, http://a", "here"),
     )])
     def test_own_origin_has_the_authority_that_the_client_uses(self, own, origin, authority):
-        raw = "GET / HTTP/1.%d\r\n%sOrigin: %s\r\n\r\n"
-        host = "Host: %s\r\n" % authority if authority else ""
-        assert parsed((raw % (bool(host), host, origin)).encode()).is_own_origin is own
+        assert asked_for("/", "Origin: " + origin, host=authority, minor="01"[bool(authority)]).is_own_origin is own
 
     @pytest.mark.parametrize("fields, values", [
         (["a=1; b=2; a=3"], ["1", "3"]), (["b=2", "a=1;a=2"], ["1", "2"]), (["xa=1; A=2; a"], []), ([], []),
@@ -1121,23 +1082,6 @@ class TestMessages:
 
 # ------ Bodies -------------------------------------------------------------------------------------------------------
 
-CHUNKED_BODIES = [
-    (b"0\r\n\r\n", b""), (b"3\r\nabc\r\n0\r\n\r\n", b"abc"), (b"1\r\na\r\n0002\r\nbc\r\n000\r\n\r\n", b"abc"),
-    (b"A\r\n0123456789\r\n0\r\n\r\n", b"0123456789"), (b"2\r\n\r\n\r\n0\r\n\r\n", b"\r\n"),
-    (b'3;a;b=c;d="e;\\"f" ; g = h\r\nabc\r\n0;x\r\n\r\n', b"abc"), (b"3\r\nabc\r\n0\r\nX: y\r\nZ:\r\n\r\n", b"abc"),
-    (b"000000000000003\r\na\r\n\r\n0\r\n\r\n", b"a\r\n"), (b"03\r\nabc\r\n3;x\r\ndef\r\n0\r\n\r\n", b"abcdef"),
-    (b"2\r\nab\r\n2\r\ncd\r\n00;x\r\nX: y\r\nZ: w\r\n\r\n", b"abcd"),
-]
-BAD_CHUNKED_BODIES = [
-    b"\r\n", b"g\r\n", b"-1\r\na", b"+1\r\na", b"0x1\r\na", b" 1\r\na", b"1_0\r\n",
-    b"\xb2\r\n", b"00000000000000001\r\na", b"1\na\r\n", b"1\ra\r\n", b"1;\r\na", b"1;a=\r\nb", b"1;a=\"\r\nb",
-    b"1;a\x00\r\nb", b"1;a\rb\r\n", b"1\r\nab\r\n", b"1\r\na\n0\r\n\r\n", b"1\r\na\r0", b"1\r\na0\r\n\r\n",
-    b"0\r\nX\r\n\r\n", b"0\r\n X: y\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\nX: \x00\r\n\r\n", b"0\r\nX: y\n\r\n",
-    b"0\n\n", b"1;" + b"a" * 5000, b"1;" + b"a" * 5000 + b"\r\na\r\n", b"0\r\n" + b"X: y\r\n" * 5000,
-    b"0\r\nX: " + b"y" * 20000, b"zz", b"12345678901234567", b"1000000000000000\r\n", b"4\r\nabc\r\n0\r\n\r\n",
-    b"3 4\r\nabc\r\n0\r\n\r\n", b"  3\r\nabc\r\n0\r\n\r\n", b"3\r\nabc \r\n0\r\n\r\n", b" \r\n",
-]
-
 
 def chunk(data):
     """A chunk that holds `data`, or the last chunk."""
@@ -1167,9 +1111,12 @@ def random_bytes(size):
 
 
 class TestBodies:
-    @pytest.mark.parametrize("framing, raw, data", [(CHUNKED, raw, data) for raw, data in CHUNKED_BODIES] + [
-        (Framing("length", len(raw)), raw, raw) for raw in (b"", b"abc", b"\r\n\r\n")
-    ], ids=case_id)
+    @pytest.mark.parametrize("framing, raw, data", [(CHUNKED, raw, data) for raw, data in (
+        (b"0\r\n\r\n", b""), (b"1\r\na\r\n0002\r\nbc\r\n000\r\n\r\n", b"abc"), (b"2\r\n\r\n\r\n0\r\n\r\n", b"\r\n"),
+        (b"A\r\n0123456789\r\n0\r\n\r\n", b"0123456789"), (b"3\r\nabc\r\n0\r\nX: y\r\nZ:\r\n\r\n", b"abc"),
+        (b'3;a;b=c;d="e;\\"f" ; g = h\r\nabc\r\n0;x\r\n\r\n', b"abc"), (b"02\r\nab\r\n1;x\r\nc\r\n0\r\n\r\n", b"abc"),
+        (b"000000000000003\r\na\r\n\r\n0\r\n\r\n", b"a\r\n"), (b"2\r\nab\r\n00;x\r\nX: y\r\nZ: w\r\n\r\n", b"ab"),
+    )] + [(Framing("length", len(raw)), raw, raw) for raw in (b"", b"abc", b"\r\n\r\n")], ids=case_id)
     def test_body_is_whole_at_its_last_byte_and_not_before(self, framing, raw, data):
         for behind in (b"", b"GET /"):
             for pieces in ([raw + behind], single_bytes(raw + behind)):
@@ -1188,7 +1135,14 @@ class TestBodies:
             assert len(decoded) <= 300
         assert (decoder.rest, count) == (b"rest", 30000)
 
-    @pytest.mark.parametrize("raw, data, data_of_response", [(raw, None, None) for raw in BAD_CHUNKED_BODIES] + [
+    @pytest.mark.parametrize("raw, data, data_of_response", [(raw, None, None) for raw in (
+        b"\r\n", b" \r\n", b"g\r\n", b"-1\r\na", b"+1\r\na", b"0x1\r\na", b" 1\r\na", b"1_0\r\n", b"3 4\r\nabc\r\n0",
+        b"\xb2\r\n", b"1000000000000000\r\n", b"1\na\r\n", b"1\ra\r\n", b"1;\r\na", b"1;a=\r\nb", b"1;a=\"\r\nb", b"zz",
+        b"1;a\x00\r\nb", b"1;a\rb\r\n", b"1\r\nab\r\n", b"1\r\na\n0\r\n\r\n", b"1\r\na\r0", b"1\r\na0\r\n\r\n",
+        b"0\r\nX\r\n\r\n", b"0\r\n X: y\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\nX: \x00\r\n\r\n", b"0\r\nX: y\n\r\n",
+        b"0\n\n", b"1;" + b"a" * 5000, b"1;" + b"a" * 5000 + b"\r\na\r\n", b"0\r\n" + b"X: y\r\n" * 5000,
+        b"0\r\nX: " + b"y" * 20000, b"12345678901234567", b"4\r\nabc\r\n0\r\n\r\n",
+    )] + [
         # Space behind a size is accepted in responses alone.
         (b"1 \r\na\r\n0\r\n\r\n", None, b"a"), (b"5   \r\nhello\r\n0 \t \r\n\r\n", None, b"hello"),
         (b"3;a=b  \r\nabc\r\n0\r\n\r\n", None, b"abc"),
