@@ -1700,19 +1700,18 @@ class TestRewriting:
             assert ("Origin", "http://localhost:8080") in fields
 
     @pytest.mark.parametrize("prefix, url, referer, destination", [(STRIPPED, url, at, at) for url, at in (
-        (US + "/proxy/8080/x?y", HOME + "/x?y"), (US + "/proxy/8080", HOME + "/"), (US + "/proxy/8080?q", HOME + "/?q"),
-        (US + "/prox%79/8080/x%79", HOME + "/x%79"), ("HTTPS://HERE:8888/proxy/8080/x", HOME + "/x"),
+        (US + "/proxy/8080/x?y", HOME + "/x?y"), (US + "/proxy/8080?q", HOME + "/?q"),
+        (US + "/prox%79/8080/x%79", HOME + "/x%79"), ("HTTPS://HERE:8888/proxy/8080", HOME + "/"),
     )] + [
         (ABSOLUTE, US + "/proxy/absolute/8080/x", *[HOME + "/proxy/absolute/8080/x"] * 2),
         ("http://8080.localhost", "http://8080.localhost/b", HOME + "/b", HOME + "/b"),
         (STRIPPED, "/proxy/8080/b%20c", "/proxy/8080/b%20c", "/b%20c"), (STRIPPED, "/proxy/8080", "/proxy/8080", "/"),
     ] + [(prefix, url, HOME + "/", url) for prefix, url in (
-        (STRIPPED, US + "/proxy/80801/secret"), (STRIPPED, US + "/"), (STRIPPED, US), (ABSOLUTE, US + "/x"),
+        (STRIPPED, US + "/proxy/80801/secret"), (STRIPPED, US), (ABSOLUTE, US + "/x"),
     )] + [(prefix, same, same, same) for prefix, same in (
-        (STRIPPED, "https://evil/proxy/8080/x"), (STRIPPED, "about:blank"), (STRIPPED, "http://here:1/x"),
+        (STRIPPED, "https://evil/proxy/8080/x"), (STRIPPED, "http://here:1/proxy/8080/x"), (STRIPPED, HOME + "/x"),
         (STRIPPED, "/proxy/80801/b"), (STRIPPED, "urn:a"), (ABSOLUTE, "/proxy/absolute/8080/b"),
-        (STRIPPED, HOME + "/x"), ("http://8080.localhost", "/b"), ("http://8080.localhost", "urn:a"),
-        ("http://8080.localhost", US + "/b"),
+        ("http://8080.localhost", "/b"), ("http://8080.localhost", "urn:a"), ("http://8080.localhost", US + "/b"),
     )])
     def test_url_of_the_app_becomes_that_at_home(self, prefix, url, referer, destination):
         """Of another app's only the origin is left in Referer, and Destination stays (RFC 4918 section 10.3)."""
@@ -1726,10 +1725,9 @@ class TestRewriting:
         ("/x?y#z", "/proxy/8080/x?y#z", "/x?y#z"), ("/proxy/80801", "/proxy/8080/proxy/80801", "/proxy/80801"),
         ("/%70roxy/808%30/%70", "/proxy/8080/%70", "/%70roxy/808%30/%70"),
         ("HTTP://LOCALHOST:8080", "/proxy/8080/", "/"), ("https://localhost:8080?x", "/proxy/8080/?x", "/?x"),
-        ("http://[::1]:8080/x", "/proxy/8080/x", "/x"),
-        ("http://0.0.0.0:8080/x", "/proxy/8080/x", "/x"), ("http://[::]:8080/x", "/proxy/8080/x", "/x"),
+        ("http://[::1]:8080/x", "/proxy/8080/x", "/x"), ("http://[::]:8080/x", "/proxy/8080/x", "/x"),
+        ("http://0.0.0.0:8080/x", "/proxy/8080/x", "/x"), ("http://HERE:8888/x", "/proxy/8080/x", "/x"),
         ("http://127.0.0.1:8080/proxy/8080/x", "/proxy/8080/x", "/proxy/8080/x"),
-        ("http://here:8888/x", "/proxy/8080/x", "/x"), ("http://HERE:8888/x", "/proxy/8080/x", "/x"),
         ("http://localhost:8080//evil/x", "/proxy/8080//evil/x", "/.//evil/x"),
         ("http://localhost:8080/\\evil", "/proxy/8080/\\evil", "/./\\evil"),
         ("http://localhost:8080/\t/evil", "/proxy/8080/\t/evil", "/./\t/evil"),
@@ -1744,8 +1742,7 @@ class TestRewriting:
             assert seen == [(name, form % translated) for name, form in fields]
 
     @pytest.mark.parametrize("target, name, value, rewritten", [("/proxy/8080/a", *case) for case in (
-        ("Refresh", "5", "5"), ("Refresh", "0;URL='/x'", "0;URL='/proxy/8080/x'"),
-        ("Refresh", "0, /x", "0, /proxy/8080/x"),
+        ("Refresh", "5", "5"), ("Refresh", "0, /x", "0, /proxy/8080/x"),
         ("Refresh", '1.5 ; Url = "/x" y', '1.5 ; Url = "/proxy/8080/x" y'),
         ("Link", '</a>; rel="next", </b>;rel=last', '</proxy/8080/a>; rel="next", </proxy/8080/b>;rel=last'),
         ("link", '<http://localhost:8080/a?b>;title="</c> \\" </d>"', '</proxy/8080/a?b>;title="</c> \\" </d>"'),
@@ -1777,22 +1774,17 @@ class TestRewriting:
         ("a=b;path=/x;HttpOnly", "a=b;path=/proxy/8080/x;HttpOnly", "a=b;path=/x;HttpOnly"),
         ("a=b; Domain=.LocalHost", "a=b", "a=b"), ("a=b; domain=127.0.0.1; Secure", "a=b; Secure", "a=b; Secure"),
         ("a=b; Domain=here", "a=b", "a=b"),
-        ("__Secure-a=b; Path=/", "__Secure-a=b; Path=/proxy/8080/", "__Secure-a=b; Path=/proxy/absolute/8080"),
         ("a=b; Path=/proxy/absolute/", "a=b; Path=/proxy/8080/proxy/absolute/", "a=b; Path=/proxy/absolute/8080"),
-        ("a=b; Path=/proxy", "a=b; Path=/proxy/8080/proxy", "a=b; Path=/proxy/absolute/8080"),
         ("a=b; Path=/%70roxy/8080/x", "a=b; Path=/proxy/8080/x", "a=b; Path=/%70roxy/8080/x"),
         ("a=b; Path=/proxy/absolute/808%30/x", "a=b; Path=/proxy/8080/proxy/absolute/808%30/x",
          "a=b; Path=/proxy/absolute/8080/x"),
-        ("a=b; Path=/proxy/absolute/8080/", "a=b; Path=/proxy/8080/proxy/absolute/8080/",
-         "a=b; Path=/proxy/absolute/8080/"),
-        ("a=b; Path=/proxy/8080", "a=b; Path=/proxy/8080", "a=b; Path=/proxy/8080"),
     ] + [(same, same, same) for same in (
-        "a=b", "a=b; Path=", "a=b; Path", "a=b; Path=x", "a=b; Domain=example.org", "__Host-a=b; Path=/; Secure",
-        "path=/x; SameSite=Lax", "a=\xe4\"; Expires=Wed, 09 Jun 2021 10:18:14 GMT",
+        "a=b; Path=/proxy/8080", "a=b; Path=", "a=b; Path", "a=b; Path=x", "a=b; Domain=example.org",
+        "__Host-a=b; Path=/; Secure", "path=/x; SameSite=Lax", "a=\xe4\"; Expires=Wed, 09 Jun 2021 10:18:14 GMT",
         "port_proxy_8080=x", "port_proxy_8080 \t=x", "port_proxy_8080; a=b",  # the app is another proxy
     )] + [(ours, None, None) for ours in (
-        "port_proxy_8888=x; Path=/", "port_proxy_8888_app=x", "port_proxy_1=x", "=port_proxy_8888=x", "port_proxy_8888",
-        " port_proxy_8888=x", "port_proxy_8888 =x", " =port_proxy_8888=x",
+        "port_proxy_8888=x; Path=/", "port_proxy_8888_app=x", "port_proxy_1=x", "port_proxy_8888",
+        "port_proxy_8888 =x", " =port_proxy_8888=x",
     )])
     def test_cookie_of_the_app_is_set_below_the_prefix(self, cookie, stripped, absolute):
         for target, expected in ((STRIPPED + "/a", stripped), (ABSOLUTE + "/a", absolute), (ABSOLUTE + "/", absolute)):
@@ -1815,16 +1807,14 @@ class TestRewriting:
         assert found == [arrives.replace("OURS", TOKEN)] * 3
 
     @pytest.mark.parametrize("name, sent, arrives", [
-        ("Authorization", "Bearer its-own", "Bearer its-own"), ("Authorization", "Bearer OURS", None),
+        ("Authorization", "Bearer its-own", "Bearer its-own"), ("Authorization", "Basic OURS", "Basic OURS"),
         ("Authorization", "token OURS", None), ("Authorization", "BEARER  OURS", None),
-        ("Authorization", "Basic OURS", "Basic OURS"),
         ("Referer", US + "/proxy/8080/p?token=OURS#token=x", "http://localhost:8080/p#token=x"),
         ("Referer", "http://a/p?b&token=OURS#x?token=y", "http://a/p?b#x?token=y"),
         ("Referer", "http://a/p?token=y#token=z", "http://a/p?token=y#token=z"),
     ] + [("Cookie", sent, arrives) for sent, arrives in (
-        ("a=b; OWN=x; c=d", "a=b; c=d"), ("OWN=x; OWN=stale; a=b", "a=b"), ("OWN=stale; OWN=x", None),
-        ('a="x y";b ; OWN=x;c', 'a="x y";b ;c'), ("xOWN=x; a=OWN=x; OWN=x", "xOWN=x; a=OWN=x"),
-        ("\xe4=\xf6; OWN=x", "\xe4=\xf6"), ("OWN_app=x;  a", "a"), ("a;\tOWN=x", "a"), ("port_proxy_1=x; a", "a"),
+        ("OWN=x; OWN=stale; a=b", "a=b"), ('a="x y";b ; OWN=x;c', 'a="x y";b ;c'), ("a;\tOWN=x", "a"),
+        ("xOWN=x; \xe4=OWN=x; OWN=x", "xOWN=x; \xe4=OWN=x"), ("OWN_app=x;  a", "a"), ("port_proxy_1=x; a", "a"),
         (" =OWN=x", None), ("a ;;b=", "a ;;b="), ("port_proxy_8080=x", "port_proxy_8080=x"),
     )], ids=case_id)
     def test_own_credentials_are_removed_and_other_bytes_stay(self, name, sent, arrives):
@@ -1834,7 +1824,7 @@ class TestRewriting:
 
     @pytest.mark.parametrize("cookie, rewritten", [
         ("a=b", "a=b; Path=%s/"), ("a=b; Max-Age=1", "a=b; Max-Age=1; Path=%s/"),
-        ("a=b; Path=", "a=b; Path=; Path=%s/"), ("a=b; Path=%s/x", "a=b; Path=%s/x"),
+        ("a=b; Path=", "a=b; Path=; Path=%s/"), ("a=b; Path=%s/", "a=b; Path=%s/"),
         ("a=b; Path=%s/x; Path", "a=b; Path=%s/x; Path; Path=%s/"),
     ])
     def test_cookie_whose_default_path_is_wider_is_set_below_the_prefix(self, cookie, rewritten):
@@ -1876,7 +1866,6 @@ class TestRewriting:
             assert [value for name, value in fields if name == "Content-Length"] == ([length] if length else [])
 
     @pytest.mark.parametrize("client, domains, url", [
-        (("http", "localhost:8888"), "localhost", "http://80.localhost:8888/"),
         (("http", "LocalHost:8888"), "localhost", "http://80.localhost:8888/"),
         (("http", "127.0.0.1:8888"), "localhost", "http://80.localhost:8888/"),
         (("http", "[::1]:8888"), "localhost b.c", "http://80.localhost:8888/"),
@@ -1896,9 +1885,9 @@ class TestRewriting:
 # redirect, None for a 404.  LAST(80) stands for the cookie after a visit of app 80, LAST for the name of that cookie;
 # OTHERS(80) is made by another proxy, and MOVED(80) by this one for another app.
 UNPREFIXED = [
-    (["/proxy/80/a/b?c"], False, "/proxy/80"), (["/proxy/absolute/80/a"], False, "/proxy/absolute/80"),
-    (["/proxy/80"], True, "/proxy/80"), (["/proxy/db:80/#x"], False, "/proxy/db:80"), (["/"], False, None),
-    (["/proxy/80/", "Cookie: LAST(90)"], False, "/proxy/80"), (["/", "Cookie: LAST(90)"], False, "/proxy/90"),
+    (["/proxy/absolute/80/a?b"], False, "/proxy/absolute/80"), (["/proxy/80"], True, "/proxy/80"),
+    (["/proxy/db:80/#x"], False, "/proxy/db:80"), (["/"], False, None), (["/", "Cookie: LAST(90)"], False, "/proxy/90"),
+    (["/proxy/80/", "Cookie: LAST(90)"], False, "/proxy/80"),
     (["/worker.js", "Cookie: a=b; LAST(absolute/90)"], False, "/proxy/absolute/90"),
     (["/proxy/", "Cookie: LAST(90)"], False, None),  # from the proxy's own page
     (["/proxy?a", "Cookie: LAST(90)"], True, None),
@@ -1908,15 +1897,13 @@ UNPREFIXED = [
     (["/proxy/80/", "Origin: null"], False, None), (["Origin: http://evil", "Cookie: LAST(90)"], False, None),
     (["/proxy/80/", "Origin: " + US, "Sec-Fetch-Site: same-origin"], False, "/proxy/80"),
     (["Sec-Fetch-Site: same-origin", "Origin: null", "Cookie: LAST(90)"], False, "/proxy/90"),
-    (["Sec-Fetch-Site: none", "Cookie: LAST(90)"], False, None),
-    (["Sec-Fetch-Site: none", "Cookie: LAST(90)"], True, "/proxy/90"),
-    (["Cookie: LAST(90)"], True, "/proxy/90"), (["Cookie: LAST(90)"], False, None),
-    (["Origin: " + US, "Cookie: LAST(90)"], False, "/proxy/90"), (["Sec-Fetch-Site: same-origin"], False, None),
+    (["Sec-Fetch-Site: none", "Cookie: LAST(90)"], False, None), (["Sec-Fetch-Site: same-origin"], False, None),
+    (["Sec-Fetch-Site: none", "Cookie: LAST(90)"], True, "/proxy/90"), (["Cookie: LAST(90)"], True, "/proxy/90"),
     (["Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: same-origin", "Cookie: LAST(90)"], False, None),
     (["Origin: " + US, "Cookie: LAST([::1]:90)"], False, "/proxy/[::1]:90"),
 ] + [(["Origin: " + US, "Cookie: " + cookies], False, None) for cookies in (
-    "LAST=80", "LAST=", "LAST=80.", "LAST=.", "LAST=80." + "x" * 43, "LAST=80.\xe4", "xLAST(80)", "LAST(80)x",
-    "LAST(80); LAST(90)", "LAST(90); LAST=80", "LAST=80; LAST(90)", "OTHERS(80); LAST(90)", "OTHERS(80)", "MOVED(80)",
+    "LAST=80", "LAST=", "LAST=.", "LAST=80." + "x" * 43, "LAST=80.\xe4", "xLAST(80)", "LAST(80)x", "OTHERS(80)",
+    "LAST(80); LAST(90)", "LAST(90); LAST=80", "LAST=80; LAST(90)", "MOVED(80)",
 )]
 
 
@@ -1966,9 +1953,7 @@ class TestUnprefixedRequests:
             assert status_of_error(find_app, asked, gate) == 404
 
     @pytest.mark.parametrize("base, target, page, status", [
-        ("/proxy", target, "/proxy/80/", 404) for target in (
-            "/proxy/x", "/proxy/99999/", "/proxy//", "/proxy/absolute/", "/proxy/08/", "/%70roxy/x",
-        )
+        ("/proxy", target, "/proxy/80/", 404) for target in ("/proxy/x", "/proxy/99999/", "/proxy//", "/%70roxy/x")
     ] + [("/", "/absolute/x", "/80/", 404), ("/", "/static/a", "/", 404), ("/proxy", "/../8081/", "/proxy/80/", 400)])
     def test_path_of_the_proxy_or_out_of_the_app_is_refused(self, base, target, page, status):
         gate = gate_with(base=base)
@@ -2088,7 +2073,7 @@ class TestUnprefixedRequests:
     @pytest.mark.parametrize("port, upstream, stays", [
         (8888, form, True) for form in ("80", "absolute/80", "127.0.0.1:80", "[::1]:80", "localhost:80")
     ] + [
-        (8888, form, False) for form in ("127.0.0.2:80", "db:80", "absolute/db:80", "[fe80::1]:80", "81", "8", "8888")
+        (8888, form, False) for form in ("127.0.0.2:80", "absolute/db:80", "[fe80::1]:80", "81", "8", "8888")
     ] + [(8, "80", True), (80, "80", False), (800, "80", True)])
     def test_cookies_of_another_proxy_reach_its_port_alone(self, port, upstream, stays):
         """An allowed host with its port number gets no session of this machine."""
