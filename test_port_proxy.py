@@ -4192,13 +4192,15 @@ class TestLimits:
             return False
 
         with contextlib.ExitStack() as stack:
+            poll = select.poll()
             with proxy.held():  # it then reads all at once of what each has sent
                 for _ in range(350):
                     wire = stack.enter_context(proxy.wire())
                     wire.sock.setblocking(False)
+                    poll.register(wire.sock, getattr(select, "POLLRDHUP", 0))
                     with contextlib.suppress(OSError):
                         wire.sock.send(raw)
-            eventually(lambda: proxy.open_connections() < 300)
+            eventually(lambda: len(poll.poll(0)) > 50)
             eventually(is_served)
 
     def test_tunnel_too_many_gets_a_503(self, start, upstream):
@@ -5284,9 +5286,8 @@ class TestCommandLine:
         ("--token-file /nowhere", "cannot read /nowhere: No such file"),
         ("--token-file /dev/null", "there is no token in /dev/null"),
         ("--verbose --quiet", "not allowed with"), ("--whole-origin maybe", "--whole-origin must be yes or no"),
-        ("--json", "type --check PORT --json"), ("--check=", "an upstream is PORT or HOST:PORT, not ''"),
-        ("--port", "argument --port: expected one argument"),
-        ("--head-timeout x --head-timeout=1 --port 65536", "--port must be"),  # the last value counts
+        ("--json", "type --check PORT --json"), ("--port", "argument --port: expected one argument"),
+        ("--head-timeout x --head-timeout=1 --check=", "an upstream is PORT or HOST:PORT, not ''"),  # the last counts
         ("--upstream-tls=1,x --upstream-tls 2", "an upstream is PORT or HOST:PORT, not 'x'"),  # all values count
         ("--frob", "there is no option --frob; see --help"), ("--prot 1", "no option --prot; did you mean --port?"),
         ("8080", "a value needs its option, such as --port N, --check N or --token-file FILE."),
