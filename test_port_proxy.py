@@ -261,13 +261,8 @@ class Background:
         self.complaints = []
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(lambda loop, context: self.complaints.append(context))
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-
-    def _run(self):
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
-        self.loop.close()
 
     def do(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(WAIT)
@@ -276,6 +271,7 @@ class Background:
         """Stop, and return the tasks that were left."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(WAIT)
+        self.loop.close()
         all_tasks = getattr(asyncio, "all_tasks", None) or asyncio.Task.all_tasks  # 3.6
         return [task for task in all_tasks(self.loop) if not task.done()]
 
@@ -312,8 +308,7 @@ class Running(ProxyAt):
 
     def __init__(self, background, port=0, allow_hostnames=("*",), **options):
         self.background = background
-        config = Config(port=port, allow_hostnames=allow_hostnames, **options)
-        self.proxy = background.do(PortProxy(config).start())
+        self.proxy = background.do(PortProxy(Config(port=port, allow_hostnames=allow_hostnames, **options)).start())
         super().__init__(self.proxy.port)
 
     def open_connections(self):
@@ -828,7 +823,6 @@ class TestRoutes:
         """But not to a POST, nor in the absolute forms."""
         for method, form, query in (
             ("GET", "/proxy/%d", "?<b>"), ("HEAD", "/proxy/%d", "?a=%2F&b"), ("GET", "/proxy/localhost:%d", "?\xe4"),
-            ("GET", "/proxy/%d", ""),
         ):
             answer = proxy.ask(to(app, method=method, form=form, path=query), no_body=method == "HEAD")
             assert result_of(answer) == (302, form % app.port + "/" + query)
@@ -1128,8 +1122,7 @@ class TestBodies:
         b"\xb2\r\n", b"1000000000000000\r\n", b"1\na\r\n", b"1\ra\r\n", b"1;\r\na", b"1;a=\r\nb", b"1;a=\"\r\nb", b"zz",
         b"1;a\x00\r\nb", b"1;a\rb\r\n", b"1\r\nab\r\n", b"1\r\na\n0\r\n\r\n", b"1\r\na\r0", b"1\r\na0\r\n\r\n",
         b"0\r\nX\r\n\r\n", b"0\r\n X: y\r\n\r\n", b"0\r\nX : y\r\n\r\n", b"0\r\nX: \x00\r\n\r\n", b"0\r\nX: y\n\r\n",
-        b"0\n\n", b"1;" + b"a" * 5000, b"1;" + b"a" * 5000 + b"\r\na\r\n", b"0\r\n" + b"X: y\r\n" * 5000,
-        b"0\r\nX: " + b"y" * 20000, b"12345678901234567", b"4\r\nabc\r\n0\r\n\r\n",
+        b"0\n\n", b"1;" + b"a" * 5000, b"0\r\nX: " + b"y" * 20000, b"12345678901234567", b"4\r\nabc\r\n0\r\n\r\n",
     )] + [
         # Space behind a size is accepted in responses alone.
         (b"1 \r\na\r\n0\r\n\r\n", None, b"a"), (b"5   \r\nhello\r\n0 \t \r\n\r\n", None, b"hello"),
