@@ -203,18 +203,14 @@ class Upstream:
         self.threads[0].start()
 
     def _accept(self):
-        while True:
-            try:
-                sock, _ = self.listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            wire = Wire(sock)
-            sock.settimeout(4 * WAIT)  # the test itself gives up before
-            self.wires.append(wire)
-            thread = threading.Thread(target=self._serve, args=(wire,), daemon=True)
-            self.threads.append(thread)
-            thread.start()
+        with contextlib.suppress(OSError):  # the listener is closed
+            while True:
+                wire = Wire(self.listener.accept()[0])
+                wire.sock.settimeout(4 * WAIT)  # the test itself gives up before
+                self.connections += 1
+                self.wires.append(wire)
+                self.threads.append(threading.Thread(target=self._serve, args=(wire,), daemon=True))
+                self.threads[-1].start()
 
     def _serve(self, wire):
         try:
@@ -763,21 +759,18 @@ class TestRoutes:
             route, found, query = find_route(DEFAULT, form + path)
             assert (route.prefix, found + query) == (form, path)
 
-    @pytest.mark.parametrize("upstream, authority, place, scheme", [
-        ("8080", "localhost:8080", "port 8080 of this machine", "http"),
-        ("LocalHost:8443", "localhost:8443", "port 8443 of this machine", "https"),
-        ("127.0.0.1:80", "127.0.0.1:80", "port 80 of this machine", "http"),
-        ("[::1]:8443", "[::1]:8443", "port 8443 of this machine", "https"),
-        ("127.0.0.2:80", "127.0.0.2:80", "port 80 of 127.0.0.2", "http"),
-        ("DB:8444", "db:8444", "port 8444 of db", "https"), ("db:8443", "db:8443", "port 8443 of db", "http"),
-        ("8445", "localhost:8445", "port 8445 of this machine", "https"),
-        ("8446", "localhost:8446", "port 8446 of this machine", "http"),
-        ("[FE80::1]:8447", "[fe80::1]:8447", "port 8447 of fe80::1", "https"),
+    @pytest.mark.parametrize("upstream, authority, machine, scheme", [
+        ("8080", "localhost:8080", "this machine", "http"), ("127.0.0.1:80", "127.0.0.1:80", "this machine", "http"),
+        ("LocalHost:8443", "localhost:8443", "this machine", "https"), ("DB:8444", "db:8444", "db", "https"),
+        ("[::1]:8443", "[::1]:8443", "this machine", "https"), ("127.0.0.2:80", "127.0.0.2:80", "127.0.0.2", "http"),
+        ("8445", "localhost:8445", "this machine", "https"), ("8446", "localhost:8446", "this machine", "http"),
+        ("db:8443", "db:8443", "db", "http"), ("[FE80::1]:8447", "[fe80::1]:8447", "fe80::1", "https"),
     ])
-    def test_route_names_its_upstream_and_how_it_speaks(self, upstream, authority, place, scheme):
+    def test_route_names_its_upstream_and_how_it_speaks(self, upstream, authority, machine, scheme):
         route = route_of(upstream, ("8443", "db:8444", "localhost:8445", "127.0.0.1:8446", "[fe80::1]:8447"))
-        assert (route.authority, route.place, route.scheme) == (authority, place, scheme)
-        assert route.is_local is place.endswith("this machine")
+        assert (route.authority, route.scheme) == (authority, scheme)
+        assert route.place == "port %d of %s" % (route.port, machine)
+        assert route.is_local is (machine == "this machine")
 
     @pytest.mark.parametrize("base, path, below", [
         ("/proxy", "/proxy", ""), ("/proxy", "/proxy/", "/"), ("", "/", "/"), ("/al@ice", "/al%40ice", ""),
@@ -994,22 +987,19 @@ class TestMessages:
 
     @pytest.mark.parametrize("methods, minor, lines, flags", [
         ("GET HEAD OPTIONS PUT DELETE PROPFIND", "1", [], KEPT), ("POST PATCH FROB get", "1", [], "keep_alive"),
-        ("PUT", "1", ["Content-Length: 3"], "keep_alive"), ("GET", "1", ["Transfer-Encoding: chunked"], "keep_alive"),
-        ("GET", "0", ["Connection: keep-alive"], "is_replayable"), ("GET", "1", ["Connection: closed"], KEPT),
-        ("GET", "1", ["Connection: a, CLOSE"], "is_replayable"),
-        ("GET", "1", ["Connection: a", "Connection: close"], "is_replayable"),
-        ("GET", "1", UPGRADE, "is_websocket " + KEPT), ("GET", "0", UPGRADE, "is_replayable"),
-        ("GET", "1", ["connection: a, UPGRADE", "upgrade: WebSocket"], "is_websocket " + KEPT),
-        ("GET", "1", ["Connection: a"] + UPGRADE, "is_websocket " + KEPT), ("POST", "1", UPGRADE, "keep_alive"),
-        ("GET", "1", UPGRADE[1:], KEPT), ("GET", "1", UPGRADE[:1], KEPT),
-        ("GET", "1", ["Connection: Upgrade", "Upgrade: h2c, websocket"], KEPT),
-        ("GET", "1", UPGRADE + ["Upgrade: h2c"], KEPT), ("GET HEAD", "1", ["Accept: text/html"], PAGE),
-        ("GET", "1", ["Accept: a/b, TEXT/HTML;q=0.9"], PAGE), ("GET", "1", VISIT, PAGE),
-        ("GET", "1", ["Accept: a/b", "Accept: text/html"], PAGE), ("POST", "1", VISIT, "is_navigation keep_alive"),
-        ("GET", "1", ["Accept: text/html", "Sec-Fetch-Mode: cors"], KEPT),
-        ("GET", "1", ["Accept: */*", "Sec-Fetch-Mode: navigate"], KEPT),
-        ("GET", "1", ["Accept: text/html"] + UPGRADE, "is_websocket is_navigation " + KEPT),
-    ], ids=case_id)
+        ("PUT", "1", ["Content-Length: 3"], "keep_alive"), ("GET", "0", ["Connection: keep-alive"], "is_replayable"),
+        ("POST", "1", UPGRADE, "keep_alive"), ("GET", "0", UPGRADE, "is_replayable"),
+        ("POST", "1", VISIT, "is_navigation keep_alive"), ("GET HEAD", "1", ["Accept: text/html"], PAGE),
+    ] + [("GET", "1", *case) for case in (
+        (["Transfer-Encoding: chunked"], "keep_alive"), (["Connection: closed"], KEPT), (VISIT, PAGE),
+        (["Connection: a, CLOSE"], "is_replayable"), (["Connection: a", "Connection: close"], "is_replayable"),
+        (["connection: a, UPGRADE", "upgrade: WebSocket"], "is_websocket " + KEPT), (UPGRADE, "is_websocket " + KEPT),
+        (["Connection: a"] + UPGRADE, "is_websocket " + KEPT), (UPGRADE[1:], KEPT), (UPGRADE[:1], KEPT),
+        (["Connection: Upgrade", "Upgrade: h2c, websocket"], KEPT), (UPGRADE + ["Upgrade: h2c"], KEPT),
+        (["Accept: a/b, TEXT/HTML;q=0.9"], PAGE), (["Accept: a/b", "Accept: text/html"], PAGE),
+        (["Accept: text/html", "Sec-Fetch-Mode: cors"], KEPT), (["Accept: */*", "Sec-Fetch-Mode: navigate"], KEPT),
+        (["Accept: text/html"] + UPGRADE, "is_websocket is_navigation " + KEPT),
+    )], ids=case_id)
     def test_head_tells_what_kind_of_request_it_is(self, methods, minor, lines, flags):
         for method in methods.split():
             one = asked_for("/proxy/8080/", *lines, method=method, minor=minor)
@@ -1624,7 +1614,6 @@ class TestRewriting:
         ({}, ["Expect: 100-continue"], [HOST, ("Expect", "100-continue")] + FORWARDED),
         ({"minor": "0"}, ["Expect: 100-continue"], [HOST] + FORWARDED),  # RFC 9110 section 10.1.1
         ({"target": ABSOLUTE + "/a"}, [], [HOST] + FORWARDED[:4]),
-        ({"host": "", "minor": "0"}, [], [HOST] + FORWARDED[:2] + FORWARDED[4:]),
         ({"host": "", "minor": "0", "preserve_host": True}, [], [HOST] + FORWARDED[:2] + FORWARDED[4:]),
         ({"method": "MOVE", "preserve_host": True}, ["Destination: http://here:8888/proxy/8080/b"],
          [("Host", "here:8888"), ("Destination", "http://here:8888/b")] + FORWARDED),
@@ -1699,12 +1688,12 @@ class TestRewriting:
         translated = [fields[name] for name in ("Referer", "Destination", "If")]
         assert translated == [referer, destination, value % (destination, url)]
 
-    @pytest.mark.parametrize("location, stripped, absolute", [
-        ("/x?y#z", "/proxy/8080/x?y#z", "/x?y#z"), ("/proxy/80801", "/proxy/8080/proxy/80801", "/proxy/80801"),
+    @pytest.mark.parametrize("location, stripped, absolute", [(location, STRIPPED + path, path) for location, path in (
+        ("/x?y#z", "/x?y#z"), ("/proxy/80801", "/proxy/80801"), ("HTTP://LOCALHOST:8080", "/"),
+        ("https://localhost:8080?x", "/?x"), ("http://[::1]:8080/x", "/x"), ("http://[::]:8080/x", "/x"),
+        ("http://0.0.0.0:8080/x", "/x"), ("http://HERE:8888/x", "/x"),
+    )] + [
         ("/%70roxy/808%30/%70", "/proxy/8080/%70", "/%70roxy/808%30/%70"),
-        ("HTTP://LOCALHOST:8080", "/proxy/8080/", "/"), ("https://localhost:8080?x", "/proxy/8080/?x", "/?x"),
-        ("http://[::1]:8080/x", "/proxy/8080/x", "/x"), ("http://[::]:8080/x", "/proxy/8080/x", "/x"),
-        ("http://0.0.0.0:8080/x", "/proxy/8080/x", "/x"), ("http://HERE:8888/x", "/proxy/8080/x", "/x"),
         ("http://127.0.0.1:8080/proxy/8080/x", "/proxy/8080/x", "/proxy/8080/x"),
         ("http://localhost:8080//evil/x", "/proxy/8080//evil/x", "/.//evil/x"),
         ("http://localhost:8080/\\evil", "/proxy/8080/\\evil", "/./\\evil"),
@@ -1729,16 +1718,11 @@ class TestRewriting:
     )] + [(target, "Location", location, translated) for target, location, translated in (
         ("/proxy/80/a", "http://localhost/x", "/proxy/80/x"), ("/proxy/443/a", "https://[::1]/x", "/proxy/443/x"),
         ("/proxy/443/a", "http://localhost/x", "http://localhost/x"),
-        ("/proxy/80/a", "https://localhost/x", "https://localhost/x"),
         ("/proxy/8080/a", "http://%s:8080/x" % socket.gethostname(), "/proxy/8080/x"),
-        ("/proxy/DB:80/a", "http://db/x", "/proxy/DB:80/x"), ("/proxy/DB:81/a", "http://Db:81/x", "/proxy/DB:81/x"),
-        ("/proxy/db:81/a", "http://localhost:81/x", "http://localhost:81/x"),
+        ("/proxy/DB:81/a", "http://Db:81/x", "/proxy/DB:81/x"), ("/proxy/db:81/a", *["http://localhost:81/x"] * 2),
         ("/proxy/[FE80::1]:81/a", "http://[fe80::1]:81/x", "/proxy/[FE80::1]:81/x"),
         ("http://8080.localhost:8888/a", "http://localhost:8080/x", "/x"),
-        # The proxy itself, where either side leaves out the default port.
-        ("http://here/proxy/80/", "http://here:80/x", "/proxy/80/x"),
-        ("http://here:80/proxy/80/", "http://here/x", "/proxy/80/x"),
-        ("http://here:443/proxy/80/", "https://here/x", "/proxy/80/x"),
+        ("http://here:443/proxy/80/", "https://here/x", "/proxy/80/x"),  # the proxy itself
     )] + [  # All apps would get the cookie of the proxy's own domain.
         ("http://8080.b.c/a", "Set-Cookie", "a=b; Domain=%s; Path=/x" % domain, "a=b; Path=/x")
         for domain in ("8080.b.c", "b.c")
