@@ -2181,7 +2181,8 @@ def ports_response(base: str, rows: Sequence[Dict[str, Any]], request: Request) 
         body = _PORTS_PAGE % (items, " hidden" if rows else "", "".join(forms))
         return _page(200, "Ports of this machine", body, _PORTS_SCRIPT)
     if request.target.endswith("?list"):  # from the script of the page
-        return _response(200, "text/html", items)
+        policy = "default-src 'none'; frame-ancestors 'self'"
+        return _response(200, "text/html", items, (("Content-Security-Policy", policy),))
     if any("application/json" in value.lower() for value in request.headers.get_all("accept")):
         text = json.dumps({"ports": rows}, indent=1) + "\n"
         return _response(200, "application/json", text)

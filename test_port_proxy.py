@@ -2904,6 +2904,10 @@ class TestPages:
                     assert form in response[2]
         assert status_of(proxy.ask(request("POST", "/proxy/", "Content-Length: 0"))) == 405
 
+    def test_list_for_the_script_of_the_ports_page_runs_and_loads_nothing(self, proxy):
+        policy = fields_of(proxy.get("/proxy/?list"))["content-security-policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'self'" in policy
+
     def test_page_says_if_no_port_is_listed(self):
         empty = '<p id="none"%s>No port to show. On Linux, the ports of your programs appear here.'
         assert empty % "" in listed(VISIT)
