@@ -1570,7 +1570,11 @@ def _start_of_copies(route: Route, gate: Any) -> str:
 
 def _translate_cookie(value: str, request: Request, route: Route, gate: Any) -> Optional[str]:
     if request.is_unprefixed:
-        value = value.replace(_start_of_copies(route, gate), "")
+        start, pairs = _start_of_copies(route, gate), value.split(";")
+        # Without the proxy, a cookie that a script sets with Path=/ replaces the app's.
+        replaced = {start + cookie_name(pair) for pair in pairs}
+        kept = [pair for pair in pairs if cookie_name(pair) not in replaced]
+        value = ";".join(kept).lstrip(" \t").replace(start, "")
     return gate.strip_cookies(value, route) or None
 
 

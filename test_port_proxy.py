@@ -2006,6 +2006,9 @@ class TestUnprefixedRequests:
         line, page = "Cookie: own=x; " + "; ".join(reversed(pairs)), "Referer: %s/proxy/90/" % US
         assert cookie_at_the_app(gate, "/ws", line, page) == "own=x; c=3; b=2; a=1"
         assert cookie_at_the_app(gate, "/proxy/90/", line, page) == "own=x"
+        for line in ("Cookie: b=new; " + "; ".join(pairs), "Cookie: %s; b=new" % "; ".join(pairs)):
+            sent = cookie_at_the_app(gate, "/ws", line, page)
+            assert sorted(sent.split("; ")) == ["a=1", "b=new", "c=3"]  # a script's cookie replaces the copy
 
     @pytest.mark.parametrize("smuggled", ["port_proxy_8888=session", "port_proxy_8888_app=80.x", "port_proxy_1=a"])
     def test_proxys_own_cookie_cannot_come_in_as_a_copy(self, smuggled):
