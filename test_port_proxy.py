@@ -2994,6 +2994,7 @@ class TestPages:
 
     @pytest.mark.parametrize("says, lines, text", [
         (b"\x15\x03\x01\x00\x02\x02\x46", (), "speaks TLS. Start the proxy with --upstream-tls PORT"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", VISIT, "speaks TLS. Start the proxy with --upstream-tls PORT"),
         (b"", VISIT, "speaks TLS. Start the proxy with --upstream-tls PORT"),
         (b"", (), "without a response. If it speaks TLS, start the proxy with --upstream-tls PORT."),
         (None, VISIT, "closed the connection without a response. Its log may say why."),
