@@ -608,19 +608,15 @@ class TestFile:
 
     def test_sections_use_only_names_from_above(self):
         """No module-level name is used, not even inside a function, in a section above the one that defines it."""
-        borders = [n for n, line in enumerate(self.SOURCE.split("\n"), 1) if line.startswith("# ----")][::2]
-        assert len(borders) >= 12
-
-        def section(line):
-            return sum(border <= line for border in borders)
-
-        defined = {}
-        for number, line in enumerate(self.SOURCE.split("\n"), 1):
+        lines, defined = ["", *self.SOURCE.split("\n")], {}
+        section = list(itertools.accumulate(line.startswith("# ----") for line in lines))  # counts both borders
+        assert section[-1] >= 24
+        for number, line in enumerate(lines):
             for names in re.findall(r"^(?:async def |def |class |)(\w+(?:, \w+)*)(?:[(:]| = )", line):
-                defined.update(dict.fromkeys(names.split(", "), section(number)))
+                defined.update(dict.fromkeys(names.split(", "), section[number]))
         for node in ast.walk(ast.parse(self.SOURCE)):
             if isinstance(node, ast.Name) and node.id in defined:
-                assert defined[node.id] <= section(node.lineno), "line %d uses %s" % (node.lineno, node.id)
+                assert defined[node.id] <= section[node.lineno], "line %d uses %s" % (node.lineno, node.id)
 
     def test_docstring_lists_the_sections(self):
         titles = re.findall(r"^# -{20,}\n# ([A-Za-z ]+?)(?:[:,].*)?\n# -{20,}$", self.SOURCE, re.M)
@@ -846,9 +842,8 @@ class TestRoutes:
 BAD_REQUESTS = [(400, line + b"\r\nHost: a\r\n\r\n") for line in (
     b"GET /", b"GET / HTTP/1.1.1", b"GET / http/1.1", b"GET  / HTTP/1.1", b"GET /  HTTP/1.1", b"GET / HTTP/1.1 ",
     b" GET / HTTP/1.1", b"GET\t/\tHTTP/1.1", b"GET / HTTP/1.\xb2", b"G(T / HTTP/1.1", b"\xc7ET / HTTP/1.1",
-    b"GET /\x1f HTTP/1.1", b"GET http://\xe4/ HTTP/1.1", b"GET /#a HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET a HTTP/1.1",
+    b"GET /\x1f HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET /#a HTTP/1.1", b"GET a HTTP/1.1", b"GET / HTTP/1.1\rX: y",
     b"GET * HTTP/1.1", b"GET ftp://a/ HTTP/1.1", b"GET http:///x HTTP/1.1", b"GET http://u:p@a:1/ HTTP/1.1",
-    b"GET / HTTP/1.1\rX: y",
 )] + [(400, b"GET / HTTP/1.1\r\n" + fields + b"\r\n\r\n") for fields in (
     b"", b"Host: a\r\nHost: a", b"Host:", b"Host: a b", b"Host : a", b"Host\t: a", b" Host: a",
     b"Host: a\r\n: x", b"Host: a\r\nX", b"Host: a\r\n X: y", b"Host: a\r\nX: y\r\n\tz", b"Host: a\r\nX: \x00",
@@ -1295,10 +1290,7 @@ class TestDeadlines:
     ], ids=["head", "form"])
     def test_dripping_head_or_sign_in_form_gets_a_408(self, start, raw):
         with start(token="x" * 16, head_timeout=0.4).sent(raw) as wire:
-            for _ in range(5000):
-                if select.select([wire.sock], [], [], 0.05)[0]:
-                    break
-                wire.send(b"a")
+            eventually(lambda: wire.send(b"a") or select.select([wire.sock], [], [], 0.05)[0])
             assert status_of(wire.message()) == 408
 
     def test_silence_between_requests_is_no_error(self, start, app):
@@ -1644,9 +1636,8 @@ class TestRewriting:
     )])
     def test_request_with_translated_origin_speaks_of_home_alone(self, lines, method, options, proto):
         """Apps compare Origin, or else Referer or Destination, with X-Forwarded-Proto and -Host."""
-        proxy = {"trusted_proxies": ["192.0.2.7"]}
         public = ["X-Forwarded-Proto: https", "X-Forwarded-Ssl: on"]  # Rack looks at the second one first
-        fields = sent_upstream(*public, *lines, method=method, **dict(options, **proxy))
+        fields = sent_upstream(*public, *lines, method=method, trusted_proxies=["192.0.2.7"], **options)
         told = [dict(fields).get("X-Forwarded-" + name) for name in ("Proto", "Host", "Port", "Ssl")]
         assert told == ([proto, None, None, None] if proto else ["https", "here:8888", "8888", "on"])
         if proto and "Origin" in lines[0]:
@@ -1773,7 +1764,6 @@ class TestRewriting:
         ("Authorization", "token OURS", None), ("Authorization", "BEARER  OURS", None),
         ("Referer", US + "/proxy/8080/p?token=OURS#token=x", "http://localhost:8080/p#token=x"),
         ("Referer", "http://a/p?b&token=OURS#x?token=y", "http://a/p?b#x?token=y"),
-        ("Referer", "http://a/p?token=y#token=z", "http://a/p?token=y#token=z"),
     ] + [("Cookie", sent, arrives) for sent, arrives in (
         ("OWN=x; OWN=stale; a=b", "a=b"), ('a="x y";b ; OWN=x;c', 'a="x y";b ;c'), ("a;\tOWN=x", "a"),
         ("xOWN=x; \xe4=OWN=x; OWN=x", "xOWN=x; \xe4=OWN=x"), ("OWN_app=x;  a", "a"), ("port_proxy_1=x; a", "a"),
