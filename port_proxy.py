@@ -1687,7 +1687,8 @@ def is_foreign(request: Request) -> bool:
         is_own_form = headers.get("origin") == "null" and sites == ["same-origin"]
         return not (request.is_own_origin or is_own_form)
     authority, pages = request.client.authority, () if sites else headers.get_all("referer")
-    return None in [rest_of_own_url(page, authority) for page in pages]
+    # RFC 9110 section 10.1.3: "about:blank" stands for no page.
+    return None in [rest_of_own_url(page, authority) for page in set(pages) - {"", "about:blank"}]
 
 
 def is_top_level(request: Request) -> bool:

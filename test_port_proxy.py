@@ -2464,6 +2464,7 @@ class TestOrigin:
         (403, ["Referer: http://evil/"]), (200, ["Referer: http://evil/", "Accept: text/html"]),
         (200, ["Referer: https://here:8888/x"]), (403, ["Referer: http://here/x"]),
         (403, ["Referer: http://here:8888.evil/"]), (403, ["Referer: /x"]), (200, ["Referer: http://a.b/x?y"]),
+        (200, ["Referer: "]), (200, ["Referer: about:blank"]), (403, ["Referer: about:blank", "Referer: http://evil/"]),
         (403, ["Referer: http://here:8888/", "Referer: http://evil/"]), (403, ["Referer: http://evil/", *HANDSHAKE]),
         (200, ["Referer: http://evil/", "Sec-Fetch-Site: same-origin"]), (403, ["Referer: http://a.b:81/x"]),
         (200, ["Referer: http://a.b/x", "Sec-Fetch-Site: cross-site"]),
