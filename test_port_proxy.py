@@ -2323,11 +2323,9 @@ class TestToken:
     def test_no_secret_is_in_the_log_or_a_response(self, proxy, app, caplog):
         with caplog.at_level(logging.DEBUG):
             cookie = cookie_of(proxy.get("/proxy/%d/?token=%s" % (app.port, TOKEN), *VISIT))
-            answers = [
-                proxy.get("/proxy/%d/?token=%s" % (app.port, TOKEN), cookie),
-                proxy.get("/nothing?token=" + TOKEN, cookie), proxy.get("/proxy/1/?token=" + TOKEN, cookie),
-                proxy.get("/proxy/1:1:1?token=" + TOKEN, "Authorization: token " + TOKEN),
-            ]
+            targets = ("/proxy/%d/" % app.port, "/nothing", "/proxy/1/")
+            answers = [proxy.get(target + "?token=" + TOKEN, cookie) for target in targets]
+            answers.append(proxy.get("/proxy/1:1:1?token=" + TOKEN, "Authorization: token " + TOKEN))
         said = repr(answers) + caplog.text
         assert TOKEN not in said
         assert cookie.split("=", 1)[1] not in said
@@ -3416,8 +3414,8 @@ class TestHub:
     @pytest.mark.parametrize("target, leads_to", [
         (BASE + "80", BASE + "80"), ("/jh/user/al%40ice.x+y/proxy/80/?a", BASE + "80/?a"),
         ("/j%68/user/al@ice.x+y", PREFIX + "/"), (BASE + "80/" + "a" * 5000, PREFIX + "/"),
-        (BASE + "80/" + "%22" * 1000, PREFIX + "/"), (BASE + "80/\\x", PREFIX + "/"), (PREFIX + "/", PREFIX + "/"),
-    ], ids=case_id)  # fmt: skip
+        (BASE + "80/" + "%22" * 1000, PREFIX + "/"), (BASE + "80/\\x", PREFIX + "/"),
+    ], ids=case_id)
     def test_login_leads_below_the_path_of_the_cookie(self, proxy, hub, target, leads_to):
         """In the spelling of the prefix that the cookie has. One of more than 4096 characters would not come back."""
         asked, cookie = self.sent_to_hub(proxy, target)
@@ -3721,8 +3719,7 @@ class TestResponses:
     @pytest.mark.parametrize("method, answer, length", [
         ("HEAD", b"200 OK\r\nContent-Length: 12345", "12345"), ("HEAD", b"200 OK\r\nTransfer-Encoding: chunked", None),
         ("HEAD", b"200 OK", None), ("GET", b"304 Not Modified\r\nContent-Length: 7\r\nETag: a", "7"),
-        ("GET", b"304 Not Modified", None), ("GET", b"204 No Content", None),
-        ("DELETE", b"204 No Content\r\nContent-Length: 0", None),
+        ("GET", b"304 Not Modified", None), ("DELETE", b"204 No Content\r\nContent-Length: 0", None),
     ])
     def test_response_without_a_body_ends_with_its_head(self, proxy, upstream, method, answer, length):
         """Both connections serve the next request too."""
@@ -3783,19 +3780,6 @@ class TestResponses:
             eventually(lambda: not proxy.open_connections())
             with pytest.raises(ConnectionResetError):
                 wire.rest()
-
-    def test_unsent_tail_of_a_body_until_close_is_reset_if_the_proxy_stops(self, start, upstream):
-        """The upstream has ended its response, and some of it has not reached the client of HTTP/1.0 yet."""
-        size = 1 << 18
-        app, proxy = upstream(once(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(size))), start(shutdown_timeout=0.1)
-        with slow_wire(proxy, 1 << 16) as wire:
-            wire.send(to(app, version="1.0"))
-            assert wire.until(b"\r\n\r\n").startswith(b"HTTP/1.1 200")
-            while count_connections(remote_port=app.port) and len(wire.buffer) < size:
-                wire.more()  # until the proxy has read the response
-            proxy.close()
-            with contextlib.suppress(ConnectionResetError):  # the client can tell that something is missing
-                assert len(wire.rest()) == size
 
     def test_interim_responses_are_passed_on(self, proxy, upstream):
         interim = b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\nContent-Length: 9\r\n\r\n"
