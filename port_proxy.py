@@ -2915,7 +2915,7 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
         access_scopes=read("OAUTH_ACCESS_SCOPES", scopes, lambda text: frozenset(json.loads(text))),
         server_name=read("SERVER_NAME", ""),
         home=read("DEFAULT_URL", "", functools.partial(_hub_home, prefix)),
-        activity_url=read("ACTIVITY_URL", ""),
+        activity_url=read("ACTIVITY_URL", "") and read("ACTIVITY_URL", parse=_http_url),
         activity_interval=max(1.0, read("ACTIVITY_INTERVAL", "300", float)),
         host_cookies=read("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
         cookie_options=secure + read("COOKIE_OPTIONS", "{}", _cookie_options),
@@ -2923,8 +2923,9 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
 
 
 def _http_url(text: str) -> str:
-    if not urlsplit(text).netloc or urlsplit(text).scheme not in _DEFAULT_PORTS:
-        raise ValueError
+    url = urlsplit(text)
+    if not url.netloc or url.scheme not in _DEFAULT_PORTS or url.port == 0:
+        raise ValueError  # `url.port` raises it, too
     return text
 
 
@@ -2940,7 +2941,10 @@ def _cookie_options(text: str) -> Fields:
         arguments.setdefault("max_age", int(float(arguments["expires_days"]) * 86400))
     names = ("SameSite", "Secure", "Domain", "Max-Age", "Partitioned")
     values = [(name, arguments.get(name.lower().replace("-", "_"))) for name in names]
-    return tuple((name, "" if value is True else str(value)) for name, value in values if value)
+    options = [(name, "" if value is True else str(value)) for name, value in values if value]
+    if not re.fullmatch("[A-Za-z0-9.-]*", "".join(text for _, text in options)):
+        raise ValueError  # a ";" would begin another attribute
+    return tuple(options)
 
 
 def _config_under_hub(
@@ -4499,8 +4503,11 @@ _MAX_SCRIPTS = 4  # scripts of a page that are searched
 _FOREIGN_HOST = "port-proxy-check.invalid"  # no such host can exist (RFC 6761)
 _LINK = re.compile(r"""\b(?:src|href|action)\s{0,9}=\s{0,9}["']?([^\s"'<>?#]{1,2000})""", re.I)
 _APP_ADDRESS = r"(?:localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1?\]|%s)(?::|[^\s\"'<>]{0,20}\bport=)%d\b"
-# The second is Streamlit's, the third Shiny's.
-_SOCKET_PATHS = "/ws /_stcore/stream /websocket/ /socket.io/?EIO=4&transport=websocket /".split()
+# The second is Streamlit's, then come those of Shiny, Jupyter, Next.js and Socket.IO.
+_SOCKET_PATHS = (
+    "/ws /_stcore/stream /websocket/ /api/events/subscribe /_next/webpack-hmr"
+    " /socket.io/?EIO=4&transport=websocket /"
+).split()
 _HANDSHAKE = _UPGRADE_LINES + [
     "Sec-WebSocket-Version: 13",
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
@@ -4591,9 +4598,10 @@ class PortCheck:
             page = await self._open(self.absolute_path + "/")
         base_path = "" if path_below(self.absolute_path, self.path) is None else self.absolute_path
         scheme, authority = "https" if config.certfile else "http", "localhost:%d" % config.port
-        report.use.append("%s://%s%s/" % (scheme, authority, base_path or route.prefix))
+        origin = "%s://%s" % (scheme, authority) if config.port else ""  # 0: not known yet
+        report.use.append("%s%s/" % (origin, base_path or route.prefix))
         host = host_form(route.port, ClientInfo("", scheme, authority), config.domains)
-        if host and route.host == "localhost" and not base_path:
+        if host and origin and route.host == "localhost" and not base_path:
             report.use.insert(0, host)
         report.ok, report.speaks = True, route.scheme
         report.status, report.title = page.status, title_in(page.headers, page.body)
@@ -4847,15 +4855,14 @@ def _token(arguments: Arguments) -> Optional[str]:
 async def _run(config: Config, argv: Sequence[str], is_quiet: bool) -> int:
     """Serve until SIGINT, SIGTERM or SIGHUP.  A second signal cancels running requests."""
     loop, stop = asyncio.get_event_loop(), asyncio.Event()
-    sockets = _inherited_sockets()
-    if sockets:  # the banner names the address of the first one
-        name = sockets[0].getsockname()
-        # The name of an abstract Unix socket begins with NUL, which people write as "@".
-        path = "" if isinstance(name, tuple) else os.fsdecode(name).replace("\0", "@")
-        config = config._replace(bind=_UNIX_PREFIX + path if path else name[0])
-    proxy = PortProxy(config)
     try:
-        await proxy.start(sockets or None)
+        sockets = _inherited_sockets()
+        if sockets:  # the banner names the address of the first one
+            name = sockets[0].getsockname()
+            # The name of an abstract Unix socket begins with NUL, which people write as "@".
+            path = "" if isinstance(name, tuple) else os.fsdecode(name).replace("\0", "@")
+            config = config._replace(bind=_UNIX_PREFIX + path if path else name[0])
+        proxy = await PortProxy(config).start(sockets or None)
     except (OSError, ValueError) as error:
         return _failed(error, config, argv)
 

@@ -5012,6 +5012,10 @@ class TestCheck:
                 self.assert_found(report, problem, ok=False, speaks=speaks, use=[])
                 assert problem in port_proxy.report_text(report)
 
+    @pytest.mark.parametrize("path", ["/_stcore/stream", "/api/events/subscribe", "/_next/webpack-hmr", "/"])
+    def test_websocket_of_a_known_app_is_found(self, check, upstream, path):
+        self.assert_found(check(upstream(site({path: SWITCHING, "*": ""})).port), socket=path, refuses_origin=False)
+
     def test_app_that_speaks_tls_is_examined(self, check, tls_app):
         report = check(tls_app.port, upstream_tls=(str(tls_app.port),), insecure_upstream=True)
         self.assert_found(report, ok=True, speaks="https", status=200)
@@ -5042,8 +5046,13 @@ class TestCheck:
         text = ascii_only.buffer.getvalue().decode()
         assert text.startswith("port %d of this machine\n" % app.port)
         assert "\\u017c\\U0001f600" in text
-        status, output, _ = run_main(capsys, "--check", "localhost:%d" % app.port, "--json", "--base", "/x")
-        assert (status, json.loads(output)["use"][1]) == (0, "http://localhost:8888/x/%d/" % app.port)
+        for port, use in (
+            ("8888", ["http://%d.localhost:8888/", "http://localhost:8888/x/%d/"]),
+            ("0", ["/x/%d/"]),  # the proxy's port is not known yet
+        ):
+            options = ("--json", "--base", "/x", "--port", port)
+            status, output, _ = run_main(capsys, "--check", "localhost:%d" % app.port, *options)
+            assert (status, json.loads(output)["use"]) == (0, [address % app.port for address in use])
         status, output, _ = run_main(capsys, "--check", str(free_port()), "--json")
         assert (status, json.loads(output)["ok"]) == (1, False)
 
@@ -5203,6 +5212,13 @@ class TestCommandLine:
                 assert place in banner
                 with Wire.to_unix(path) if is_unix else Wire.to(port) as wire:
                     assert status_of(wire.ask(at("localhost", "GET", "/proxy/"))) == 200
+
+    @pytest.mark.skipif(os.name != "posix", reason="systemd passes sockets on Linux")
+    def test_inherited_file_that_is_not_a_socket_is_reported(self):
+        command = ["sh", "-c", 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@" 3</dev/null', sys.executable, PROGRAM]
+        with spawn(command, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+            errors = process.communicate(timeout=WAIT)[1]
+        assert (process.returncode, errors.startswith(b"port_proxy: cannot listen on ")) == (2, True)
 
     @pytest.mark.parametrize("options, message", [
         ("--port x", "port_proxy: --port must be a number from 0 to"), ("--head-timeout x", "must be a number above 0"),
@@ -5368,6 +5384,8 @@ class TestUnderAHub:
         ({"COOKIE_OPTIONS": "["}, "", "JUPYTERHUB_COOKIE_OPTIONS"), ({"API_URL": "unix://a"}, "", "JUPYTERHUB_API_URL"),
         ({"OAUTH_ACCESS_SCOPES": "7"}, "", "JUPYTERHUB_OAUTH_ACCESS_SCOPES"),
         ({"ACTIVITY_INTERVAL": "x"}, "", "JUPYTERHUB_ACTIVITY_INTERVAL"),
+        ({"ACTIVITY_URL": "x"}, "", "JUPYTERHUB_ACTIVITY_URL"), ({"API_URL": "http://a:x/"}, "", "JUPYTERHUB_API_URL"),
+        ({"COOKIE_OPTIONS": '{"domain": "a; Path=/"}'}, "", "JUPYTERHUB_COOKIE_OPTIONS"),
     ] + [
         ({name: ""}, "", "JUPYTERHUB_%s is not set" % name)
         for name in ("OAUTH_ACCESS_SCOPES", "SERVICE_PREFIX", "API_URL", "API_TOKEN", "CLIENT_ID")
