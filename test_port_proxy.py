@@ -988,7 +988,7 @@ class TestMessages:
         (["Connection: a, CLOSE"], "is_replayable"), (["Connection: a", "Connection: close"], "is_replayable"),
         (["connection: a, UPGRADE", "upgrade: WebSocket"], "is_websocket " + KEPT), (UPGRADE, "is_websocket " + KEPT),
         (["Connection: a"] + UPGRADE, "is_websocket " + KEPT), (UPGRADE[1:], KEPT), (UPGRADE[:1], KEPT),
-        (["Connection: Upgrade", "Upgrade: h2c, websocket"], KEPT), (UPGRADE + ["Upgrade: h2c"], KEPT),
+        (["Connection: Upgrade", "Upgrade: h2c, websocket"], KEPT), (UPGRADE + UPGRADE[1:], KEPT),
         (["Accept: a/b, TEXT/HTML;q=0.9"], PAGE), (["Accept: a/b", "Accept: text/html"], PAGE),
         (["Accept: text/html", "Sec-Fetch-Mode: cors"], KEPT), (["Accept: */*", "Sec-Fetch-Mode: navigate"], KEPT),
         (["Accept: text/html"] + UPGRADE, "is_websocket is_navigation " + KEPT),
@@ -1837,7 +1837,7 @@ class TestRewriting:
 UNPREFIXED = [
     (["/proxy/absolute/80/a?b"], False, "/proxy/absolute/80"), (["/proxy/80"], True, "/proxy/80"),
     (["/proxy/db:80/#x"], False, "/proxy/db:80"), (["/"], False, None), (["/", "Cookie: LAST(90)"], False, "/proxy/90"),
-    (["/proxy/80/", "Cookie: LAST(90)"], False, "/proxy/80"),
+    (["/proxy/80/", "Cookie: LAST(90)"], False, "/proxy/80"), (["Cookie: LAST(90)"], False, None),
     (["/worker.js", "Cookie: a=b; LAST(absolute/90)"], False, "/proxy/absolute/90"),
     (["/proxy/", "Cookie: LAST(90)"], False, None),  # from the proxy's own page
     (["/proxy?a", "Cookie: LAST(90)"], True, None),
