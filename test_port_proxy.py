@@ -4021,14 +4021,15 @@ class TestTunnel:
 
     @pytest.mark.parametrize("first", ["client", "app"])
     @pytest.mark.parametrize("lost", ["client", "app"])
-    def test_reset_in_the_moment_of_the_101_ends_both_sides(self, proxy, upstream, first, lost):
-        """The proxy may see the client's bytes or the app's 101 first."""
+    def test_reset_in_the_moment_of_the_101_ends_the_tunnel(self, start, upstream, first, lost):
+        """The proxy may see the client's bytes or the app's 101 first, and the reset before it comes to the 101."""
 
         def client(wire):
             wire.reset() if lost == "client" else wire.send(b"abc")
 
-        lose = Wire.reset if lost == "app" else b""
-        app = upstream(script(read_message, wait, SWITCHING, lose, tell, read_to_the_end))
+        proxy, lose = start(max_tunnels=1), Wire.reset if lost == "app" else b""
+        interim = b"HTTP/1.1 102 \r\n\r\n" * 9
+        app = upstream(script(read_message, wait, interim + SWITCHING, lose, tell, read_to_the_end))
         with proxy.sent(to(app, *HANDSHAKE)) as wire:
             eventually(lambda: app.messages)
             with proxy.held():
@@ -4041,6 +4042,8 @@ class TestTunnel:
             if lost == "app":
                 read_to_the_end(wire, app)
             eventually(lambda: not proxy.open_connections() and not count_connections(remote_port=app.port))
+        with proxy.tunnel(upstream(once(SWITCHING))):
+            pass
 
     def test_tunnel_outlives_all_deadlines_of_requests(self, start, upstream):
         """It may be silent for long, and its bytes may wait long for a client that does not read."""
