@@ -4988,7 +4988,7 @@ class TestCheck:
         ({"*": "<img src=/a>"}, False, {"ok": True, "rooted": ["/a"]}, "--whole-origin yes"),
     ] + [({"*": "Location: " + location}, True, {"ok": True, "status": 302, "redirect": path}, problem)
          for location, path, problem in (
-        ("x?secret", "/x", LOOPS), ("http://127.0.0.1:PORT#a", "/", LOOPS), ("http://localhost:8888/x", "/x", LOOPS),
+        ("x y?secret", "/x%20y", LOOPS), ("http://127.0.0.1:PORT#a", "/", LOOPS), ("http://localhost:8888/x", "/x", LOOPS),
         ("https://LOCALHOST:PORT", "https://localhost:PORT/", TO_TLS),
         ("http://localhost:1", "http://localhost:1/", ""), ("https://localhost:PORT0/", "https://localhost:PORT0/", ""),
         ("https://user:secret@sso.example/a#secret", "https://sso.example/a", ""),
