@@ -5430,14 +5430,8 @@ class TestUnderAHub:
 class Page:
     """A page in Chromium, used as a person does, with cookies of its own or those of `beside` (DevTools protocol)."""
 
-    def __init__(self, profile, beside=None):
-        told = Path(profile) / "DevToolsActivePort"
-        eventually(lambda: told.exists() and told.read_text().count("\n") == 1)
-        port, path = told.read_text().split("\n")
-        self.wire = Wire.to(int(port))
-        self.wire.send(at("localhost", "GET", path, *HANDSHAKE))
-        assert b" 101 " in self.wire.until(b"\r\n\r\n")
-        self.count, self.session, self.complaints = 0, {}, []
+    def __init__(self, browser, beside=None):
+        self.browser, self.count, self.session, self.complaints = browser, 0, {}, []
         self.context = beside.context if beside else self.do("Target.createBrowserContext")["browserContextId"]
         target = self.do("Target.createTarget", url="about:blank", browserContextId=self.context)["targetId"]
         self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
@@ -5449,9 +5443,10 @@ class Page:
 
     def do(self, method, **parameters):
         self.count += 1
-        send_frame(self.wire, json.dumps(dict(self.session, id=self.count, method=method, params=parameters)))
+        order = dict(self.session, id=self.count, method=method, params=parameters)
+        self.browser.send(json.dumps(order).encode() + b"\0")
         while True:
-            told = json.loads(receive_frame(self.wire).decode())
+            told = json.loads(self.browser.until(b"\0")[:-1].decode())
             if told.get("id") == self.count:
                 assert "error" not in told, (method, told["error"])
                 return told["result"]
@@ -5506,7 +5501,6 @@ class Page:
     def close(self):
         self.session = {}
         self.do("Target.disposeBrowserContext", browserContextId=self.context)
-        self.wire.close()
 
 
 def serve_page(text):
@@ -5569,8 +5563,9 @@ def serve_app_page(name, root):
                 path, fields = line.split(" ")[1], fields_of(app.messages[-1])
                 if "upgrade" in fields:
                     wire.send(switching(fields["sec-websocket-key"]))
-                    text = receive_frame(wire)
-                    wire.send(bytes([0x81, len(text)]) + text)
+                    (_, length), mask = wire.exactly(2), wire.exactly(4)  # RFC 6455 section 5.2
+                    text = [octet ^ mask[at % 4] for at, octet in enumerate(wire.exactly(length & 127))]
+                    wire.send(bytes([0x81, len(text)] + text))
                     wire.rest()
                     return
                 kind, body = contents.get(path, ("plain", b"NAME"))
@@ -5582,26 +5577,28 @@ def serve_app_page(name, root):
 
 
 @pytest.fixture(scope="class")
-def profile():
-    """Headless Chromium, with a profile of its own, whose folder this is."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not browser:
+def browser():
+    """A connection to headless Chromium, which has a profile of its own."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not program:
         pytest.skip("no Chromium is installed")
-    with tempfile.TemporaryDirectory() as profile:
+    ours, theirs = socket.socketpair()
+    with tempfile.TemporaryDirectory() as profile, Wire(ours) as wire, theirs:
         command = [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--ignore-certificate-errors", "--user-data-dir=" + profile, "--remote-debugging-port=0", "about:blank",
+            "--ignore-certificate-errors", "--user-data-dir=" + profile, "--remote-debugging-pipe", "about:blank",
         ]
         how = {"env": dict(os.environ, TMPDIR=profile), "start_new_session": True, "stderr": subprocess.DEVNULL}
+        how.update(pass_fds=[3, 4], preexec_fn=lambda: [os.dup2(theirs.fileno(), number) for number in (3, 4)])
         with spawn(command, stdout=subprocess.DEVNULL, **how) as process:
-            yield profile
+            yield wire
             os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture
-def page(profile):
-    page = Page(profile)
+def page(browser):
+    page = Page(browser)
     yield page
     page.close()
     assert page.complaints == []
@@ -5716,7 +5713,7 @@ class TestInChromium:
         assert asked == ["GET / HTTP/1.1" if host else "GET /a?b HTTP/1.1"]
 
     @pytest.mark.parametrize("root, token", [(b"/", None), (b"/", TOKEN), (b"./", TOKEN)])
-    def test_two_apps_keep_apart_in_every_way_that_a_page_asks(self, page, profile, start, upstream, root, token):
+    def test_two_apps_keep_apart_in_every_way_that_a_page_asks(self, page, browser, start, upstream, root, token):
         """Each gets what is its own, with its own cookies.  A token is in the first address, and nowhere after that."""
         proxy = start(token=token, allow_hostnames=())
         apps = [upstream(serve_app_page(name, root)) for name in (b"one", b"two")]
@@ -5724,10 +5721,9 @@ class TestInChromium:
         for app, name in zip(apps, ("one", "two")):
             page.open("http://localhost:%d/proxy/%d%s" % (proxy.port, app.port, "?token=" + token if token else ""))
             assert json.loads(page.until(ready)) == app_report(name, "/proxy/%d/" % app.port)
-        other = Page(profile, page)
+        other = Page(browser, page)
         other.open("http://localhost:%d/proxy/%d/" % (proxy.port, apps[0].port))  # opened last
         assert '"socket":"one"' in other.until(ready)
-        other.wire.close()
         page.tell("fetch('/late')")
         page.tell("history.pushState({}, '', '/deep/link')")
         eventually(lambda: any("/late" in message[0] for message in apps[1].messages))
@@ -5777,10 +5773,8 @@ class TestInChromium:
 def jupyter_command(name):
     folder = os.environ.get("PORT_PROXY_TEST_JUPYTER")
     path = shutil.which(name, path=folder or None)
-    if folder and not path:
-        pytest.fail("%s is not in the folder that PORT_PROXY_TEST_JUPYTER names" % name)
     if not path:
-        pytest.skip("%s is not installed: PORT_PROXY_TEST_JUPYTER says in which folder it is" % name)
+        (pytest.fail if folder else pytest.skip)("PORT_PROXY_TEST_JUPYTER names no folder with %s" % name)
     return path
 
 
@@ -5895,23 +5889,6 @@ def switching(key):
     """The response that accepts a WebSocket handshake with this key (RFC 6455 section 4.2.2)."""
     accept = base64.b64encode(hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest())
     return SWITCHING.partition(b"Sec-")[0] + b"Sec-WebSocket-Accept: %s\r\n\r\n" % accept
-
-
-def send_frame(wire, text):
-    """A masked text frame (RFC 6455 section 5.2), with a mask of zeros."""
-    data = text.encode()
-    length = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + struct.pack(">H", len(data))
-    wire.send(b"\x81" + length + bytes(4) + data)
-
-
-def receive_frame(wire):
-    """The data of a frame."""
-    _, second = wire.exactly(2)
-    length = second & 127
-    if length >= 126:
-        length = int.from_bytes(wire.exactly(2 if length == 126 else 8), "big")
-    mask = wire.exactly(4) if second & 128 else bytes(4)
-    return bytes(octet ^ mask[at % 4] for at, octet in enumerate(wire.exactly(length)))
 
 
 def serve_anything(wire, app):
@@ -6036,9 +6013,6 @@ class TestJupyterHub:
         assert visitor.trail[-1][1] == target
         return visitor
 
-    def is_sent_to_sign_in(self, visitor, target):
-        return b'name="password"' in visitor.visit(target)[2]
-
     def test_sign_in_leads_to_the_app(self, hub, owner, anything, user, target):
         place = target + "a%2Fb//c?d=%20"
         assert first_line(user.visit(place)) == "GET /a%2Fb//c?d=%20 HTTP/1.1"
@@ -6050,7 +6024,7 @@ class TestJupyterHub:
         assert visitor.trail[-1][1] == target  # with the slash that relative links need
 
     def test_access_needs_a_sign_in_by_the_owner_or_an_admin(self, hub, anything, user, target):
-        assert self.is_sent_to_sign_in(Visitor(hub.port), target)
+        assert b'name="password"' in Visitor(hub.port).visit(target)[2]
         for method, lines in (("POST", VISIT), ("GET", ()), ("GET", HANDSHAKE)):
             assert Visitor(hub.port).status(method, target, *lines) == 403
         count = len(anything.messages)
@@ -6099,7 +6073,7 @@ class TestJupyterHub:
         user.visit("/jh/hub/logout")
         assert ours <= {name for name, _ in user.cookies}  # they are still sent, to no avail
         assert user.status("GET", target) == 403
-        assert self.is_sent_to_sign_in(user, target)
+        assert b'name="password"' in user.visit(target)[2]
 
     def test_server_has_its_own_prefix_and_stops_with_a_websocket_open(self, hub, owner, name, anything, user):
         """The Hub waits ten seconds before it answers that a server is slow to stop (202)."""
@@ -6247,9 +6221,7 @@ class TestJupyterExtension:
 
     @pytest.mark.parametrize("attributes, may_post", [
         ({"allow_origin": "*"}, False), ({"allow_origin": "*", "disable_check_xsrf": True}, True),
-        ({"allow_origin_pat": ".*"}, False), ({"allow_origin_pat": "https?://.*"}, False),
-        ({"allow_origin_pat": "http://.*"}, False),
-        ({"allow_origin_pat": r"https://.*\.example"}, False), ({"allow_origin": "https://a.example"}, True),
+        ({"allow_origin_pat": ".*"}, False), ({"allow_origin": "https://a.example"}, True),
     ])  # fmt: skip
     def test_origin_that_jupyter_allows_is_allowed(self, background, attributes, may_post):
         """If that is any origin, Jupyter's own handlers require an XSRF token for changes; the proxy refuses them."""
@@ -6493,9 +6465,9 @@ class TestJupyter:
             pass
 
     @pytest.mark.parametrize("jupyter", ["TLS"], indirect=True)
-    def test_page_in_lab_uses_every_feature(self, jupyter, upstream, profile):
+    def test_page_in_lab_uses_every_feature(self, jupyter, upstream, browser):
         """In a frame whose address is made of Lab's base URL, as extensions make it."""
-        app, page = upstream(serve_app_page(b"one", b"./")), Page(profile)
+        app, page = upstream(serve_app_page(b"one", b"./")), Page(browser)
         page.open("https://localhost:%d/nb/lab?token=%s" % (jupyter.port, TOKEN))
         base = page.until("JSON.parse($('#jupyter-config-data').textContent).baseUrl")
         frame = "document.createElement('iframe')"
