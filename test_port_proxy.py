@@ -5364,16 +5364,6 @@ class TestUnderAHub:
     def test_variable_sets_its_field(self, changes, field, value):
         assert getattr(port_proxy.hub_in(hub_environment(**changes)), field) == value
 
-    @pytest.fixture
-    def run(self, monkeypatch, capsys):
-        """Run the program with options in such an environment, in this process: (exit status, stdout, stderr)."""
-
-        def run(*options, **how):
-            monkeypatch.setattr(os, "environ", dict(os.environ, **hub_environment(**how)))
-            return run_main(capsys, *options)
-
-        return run
-
     @pytest.mark.parametrize("changes, options, message", [
         ({}, "--no-token", "remove --no-token"), ({}, "--token", "remove --token"), ({}, "--certfile x", "--certfile"),
         ({}, "--shutdown-timeout x", "--shutdown-timeout must be a number above 0"),
@@ -5387,8 +5377,9 @@ class TestUnderAHub:
         ({name: ""}, "", "JUPYTERHUB_%s is not set" % name)
         for name in ("OAUTH_ACCESS_SCOPES", "SERVICE_PREFIX", "API_URL", "API_TOKEN", "CLIENT_ID")
     ], ids=case_id)  # fmt: skip
-    def test_mistake_is_reported_without_the_secret(self, run, changes, options, message):
-        status, output, errors = run(*options.split(), **changes)
+    def test_mistake_is_reported_without_the_secret(self, monkeypatch, capsys, changes, options, message):
+        monkeypatch.setattr(os, "environ", dict(os.environ, **hub_environment(**changes)))
+        status, output, errors = run_main(capsys, *options.split())
         assert (status, output) == (2, "")
         assert message in errors.strip().split("\n")[-1]
         assert "server-token" not in errors
@@ -5398,16 +5389,18 @@ class TestUnderAHub:
         ("http://127.0.0.1:%d/", "port %d of 127.0.0.1 is in use", "127.0.0.1"),
         ("http://[::1]:%d/", "port %d of ::1 is in use", "::1"), ("https://192.0.2.1/", "port 443 of 192.0.2.1", ""),
     ])  # fmt: skip
-    def test_program_listens_at_the_address_of_the_service(self, run, url, place, address):
+    def test_program_listens_at_the_address_of_the_service(self, monkeypatch, capsys, url, place, address):
         """A URL without a host means every address. A terminal has the same environment, and needs another port."""
         with taken_port(address or "127.0.0.1", listens=True) as port:
-            status, _, errors = run(SERVICE_URL=url.replace("%d", str(port)))
+            environment = hub_environment(SERVICE_URL=url.replace("%d", str(port)))
+            monkeypatch.setattr(os, "environ", dict(os.environ, **environment))
+            status, _, errors = run_main(capsys)
         assert (status, place.replace("%d", str(port)) in errors, "--port" in errors) == (2, True, True)
 
     def test_program_serves_pages_and_stops_at_once(self, upstream):
         """The Hub, and the user who clicked, wait for a server that stops; it does not wait for requests."""
         hub = upstream(HubBehindWire())
-        app = upstream(lambda wire, app: (wire.message(), app.happened.set(), wire.rest()))
+        app = upstream(script(read_head, tell, hold))
         port, target = free_port(), "%s/ports/%d/" % (PREFIX, app.port)
         env = dict(ENVIRONMENT, **hub_environment(port, API_URL="http://127.0.0.1:%d/hub/api" % hub.port))
         with program("--base", "/ports", "--shutdown-timeout", "600", place=(), env=env) as (_, banner, _):
@@ -5416,7 +5409,7 @@ class TestUnderAHub:
             assert status_of(ProxyAt(port).get(target)) == 403
             wire = Wire.to(port)
             wire.send(request("GET", target, AS_OWNER))
-            assert app.happened.wait(WAIT)
+            assert app.told.wait(WAIT)
         wire.close()  # only now: the request is under way while the program stops
 
 
@@ -5777,11 +5770,9 @@ def jupyter_command(name):
 @contextlib.contextmanager
 def serving(command, folder, port, target, context=None, **environment):
     """A real server, in a process group and a home folder of its own; it has answered at `target`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "PYTHON", "JPY"))}
     path = os.path.dirname(command[0]) + os.pathsep + os.environ["PATH"]
-    environment.update(HOME=str(folder), PATH=path, JUPYTER_PLATFORM_DIRS="1")
-    for name in os.environ:
-        if not name.startswith(("JUPYTER", "PYTHON", "JPY")):
-            environment.setdefault(name, os.environ[name])
+    kept.update(environment, HOME=str(folder), PATH=path, JUPYTER_PLATFORM_DIRS="1")
 
     def answers():  # the server itself; its front server may be up before it
         with contextlib.suppress(OSError):
@@ -5790,7 +5781,7 @@ def serving(command, folder, port, target, context=None, **environment):
     def output():
         return (folder / "log").read_text(errors="replace")
 
-    how = {"cwd": str(folder), "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
+    how = {"cwd": str(folder), "env": kept, "stderr": subprocess.STDOUT, "start_new_session": True}
     with (folder / "log").open("wb") as log, spawn(command, stdout=log, **how) as process:
         try:
             eventually(lambda: answers() or process.poll() is not None, 4 * WAIT)
@@ -5835,7 +5826,7 @@ class Visitor:
             wire.send(self.head(method, target, *lines), body)
             answer = wire.message(**how)
         self.trail.append((method, target, status_of(answer)))
-        for value in (value for name, value in answer[1] if name.lower() == "set-cookie"):
+        for value in cookies_set(answer):
             (name, _, content), *attributes = [part.strip().partition("=") for part in value.split(";")]
             about = {key.lower(): attribute for key, _, attribute in attributes}
             self.cookies.pop((name, about.get("path", "/")), None)
@@ -5912,7 +5903,6 @@ c.JupyterHub.db_url = "sqlite://"
 c.JupyterHub.authenticator_class = "dummy"
 c.Authenticator.allow_all = True
 c.Authenticator.admin_users = {{"boss"}}
-c.JupyterHub.admin_access = True
 scopes = ["admin:users", "admin:servers", "tokens", "read:users:activity"]
 c.JupyterHub.load_roles = [{{"name": "test", "scopes": scopes, "services": ["test"]}}]
 c.JupyterHub.services = [{{"name": "test", "api_token": "test-token"}}]
@@ -5935,10 +5925,8 @@ ANA, JO = "al@ice.x+y", "jo@ice.x+y"
 
 @pytest.fixture(scope="module")
 def anything():
-    app = Upstream(serve_anything)
-    yield app
-    app.close()
-    assert not app.failures
+    with contextlib.closing(Upstream(serve_anything)) as app:
+        yield app
 
 
 @pytest.fixture(scope="module")
