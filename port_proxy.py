@@ -4882,7 +4882,7 @@ async def _run(config: Config, argv: Sequence[str], is_quiet: bool) -> int:
         _say(_banner(proxy, has_new_token))
     if config.token == "" and not proxy.is_private and not config.hub:
         text = "port_proxy: no token is required (--no-token): all clients of %s can use every port"
-        _say(text % config.bind, sys.stderr)
+        _say(text % (config.bind or "this machine"), sys.stderr)
     await stop.wait()
     count = proxy.active_requests
     if count and not is_quiet:
@@ -4908,7 +4908,8 @@ def _failed(error: Exception, config: Config, argv: Sequence[str]) -> int:
     """Report an error of the user or of the start; returns the exit status."""
     reason, file = getattr(error, "strerror", None) or error, getattr(error, "filename", None)
     is_unix = config.bind.startswith(_UNIX_PREFIX)
-    where = config.bind if is_unix else "port %d of %s" % (config.port, config.bind)
+    place = config.bind or "this machine"
+    where = place if is_unix else "port %d of %s" % (config.port, place)
     if not isinstance(error, (OSError, UnicodeError)):
         text = str(error)
     elif file is not None:
@@ -4943,7 +4944,9 @@ def _banner(proxy: PortProxy, has_new_token: bool) -> str:
         return text % (name, config.base, config.hub.user or "users with access at the Hub")
     start, remote = name + " open ", _ssh_destination()
     port, destination = proxy.port, "localhost:%d" % proxy.port
-    if config.bind.startswith(_UNIX_PREFIX):
+    if config.bind.startswith(_UNIX_PREFIX + "@"):  # ssh cannot forward to an abstract socket
+        start, remote = "%s connect to %s and open " % (name, config.bind), ""
+    elif config.bind.startswith(_UNIX_PREFIX):
         port, destination = 8888, os.path.abspath(config.bind[len(_UNIX_PREFIX) :])
         remote = remote or socket.gethostname()
     elif config.bind not in LOOPBACK_NAMES + ("", "0.0.0.0", "::"):

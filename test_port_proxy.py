@@ -5198,21 +5198,25 @@ class TestCommandLine:
         assert (TOKEN in output, errors, "PORT_PROXY_TOKEN" in os.environ) == (False, "", False)
 
     @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no Unix sockets")
-    @pytest.mark.parametrize("is_unix", [False, True])
-    def test_banner_names_an_inherited_socket(self, tmp_path, is_unix):
+    @pytest.mark.parametrize("kind, status", [
+        ("tcp", 200), ("unix", 200), pytest.param("abstract", 401, marks=needs_proc),
+    ])  # fmt: skip
+    def test_banner_names_an_inherited_socket(self, tmp_path, kind, status):
         """As systemd passes it: descriptor 3, and LISTEN_PID names this process."""
-        path = str(tmp_path / "socket")
+        path, is_unix = str(tmp_path / "socket") if kind == "unix" else "\0" + str(tmp_path), kind != "tcp"
         with socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET) as listener:
             listener.bind(path if is_unix else ("127.0.0.1", 0))
             place = "-L 8888:%s " % path if is_unix else "http://localhost:%d/proxy/\n" % listener.getsockname()[1]
-            if is_unix:
+            if kind == "unix":
                 os.chmod(path, 0o600)
+            elif kind == "abstract":
+                place = ": connect to unix:@%s and open http://localhost/proxy/?token=" % tmp_path
             command = ["sh", "-c", 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"', sys.executable, PROGRAM]
             how = {"preexec_fn": lambda: os.dup2(listener.fileno(), 3), "pass_fds": [3]}
             with program(command=command, **how) as (_, banner, port):
                 assert place in banner
                 with Wire.to_unix(path) if is_unix else Wire.to(port) as wire:
-                    assert status_of(wire.ask(at("localhost", "GET", "/proxy/"))) == 200
+                    assert status_of(wire.ask(at("localhost", "GET", "/proxy/"))) == status
 
     @pytest.mark.skipif(os.name != "posix", reason="systemd passes sockets on Linux")
     def test_inherited_file_that_is_not_a_socket_is_reported(self):
@@ -5248,12 +5252,13 @@ class TestCommandLine:
 
     @needs_proc
     def test_port_in_use_names_its_program_and_a_command_that_works(self, capsys):
-        with taken_port(listens=True) as port:
-            status, output, errors = run_main(capsys, "--port=%d" % port, "--base", "/(b)", "--no-token")
-        assert (status, output) == (2, "")
-        pattern = r"port_proxy: port %d of 127\.0\.0\.1 is in use by .+ \(process %d\)\. .*:\n"
-        pattern += r"  python3 port_proxy\.py --base '/\(b\)' --no-token --port 0\n"
-        assert re.fullmatch(pattern % (port, os.getpid()), errors)
+        for bind, place, quoted in (("127.0.0.1",) * 3, ("", "this machine", "''")):
+            with taken_port(listens=True) as port:
+                status, output, errors = run_main(capsys, "--port=%d" % port, "--base", "/(b)", "--bind", bind)
+            assert (status, output) == (2, "")
+            pattern = r"port_proxy: port %d of %s is in use by .+ \(process %d\)\. .*:\n"
+            pattern += r"  python3 port_proxy\.py --base '/\(b\)' --bind %s --port 0\n"
+            assert re.fullmatch(pattern % (port, place, os.getpid(), quoted), errors)
 
     @pytest.mark.parametrize("path, command", [
         ("/opt/bin/port-proxy", "port-proxy"), ("/srv/port_proxy.py", "python3 port_proxy.py"),
