@@ -4749,14 +4749,11 @@ Makes every port of this machine reachable through one HTTP port.
   ssh -N -L 8888:localhost:8888 THIS_MACHINE  forwards the port to your own machine
   {1:44}shows how to open port 8080
 """
-_LIMITS = "limits and timeouts"  # a group of OPTIONS that only --help-all shows
 _STRAY_VALUE = (
     "a value needs its option, such as --port N, --check N or --token-file FILE. To open the app on"
     " port N, start the proxy and go to http://localhost:8888/proxy/N/"
 )
-_EXCLUSIVE = (("--token", "--token-file", "--no-token"), ("--verbose", "--quiet"))
-
-Arguments = Dict[str, Any]  # by flag: the list of its values, True for a switch
+Arguments = Dict[str, List[str]]  # by flag that is given: its values; "yes" for a switch
 
 
 def _parser(with_limits: bool) -> argparse.ArgumentParser:
@@ -4781,12 +4778,10 @@ def _parser(with_limits: bool) -> argparse.ArgumentParser:
                 text += " (repeatable)"
             elif metavar and default is not None:
                 text += " (default: %s)" % default
-            if rows is OPTIONS[_LIMITS] and not with_limits:
+            if title == "limits and timeouts" and not with_limits:
                 text = argparse.SUPPRESS
-            action = (
-                {"action": "append", "metavar": metavar} if metavar else {"action": "store_true"}
-            )
-            group.add_argument(flag, dest=flag, help=text, **action)  # type: ignore
+            kind, word = ("append", None) if metavar else ("append_const", "yes")
+            group.add_argument(flag, dest=flag, metavar=metavar, help=text, action=kind, const=word)
     group = parser.add_argument_group("help")
     version = "port_proxy " + __version__
     group.add_argument("--version", action="version", version=version, help="print the version")
@@ -4810,7 +4805,7 @@ def _parse(argv: Sequence[str]) -> Arguments:
         similar = difflib.get_close_matches(flag, METAVARS, 1)
         hint = "did you mean %s?" % similar[0] if similar else "see --help"
         parser.error("there is no option %s; %s" % (flag, hint))
-    for flags in _EXCLUSIVE:
+    for flags in (("--token", "--token-file", "--no-token"), ("--verbose", "--quiet")):
         given = [flag for flag in flags if flag in arguments]
         if len(given) > 1:
             parser.error("%s is not allowed with %s" % (given[1], given[0]))
@@ -4827,12 +4822,11 @@ def _config(arguments: Arguments) -> Config:
         if given and isinstance(default, tuple):
             fields[field] = default + parsed_value(field, ",".join(given))
         elif given:
-            fields[field] = True if given is True else parsed_value(field, given[-1])
+            fields[field] = parsed_value(field, given[-1])
     fields["token"] = _token(arguments)
     # A terminal in a Hub's server has the same environment.  A user who starts a proxy there must
     # set --port or --bind.
-    has_address = "--port" in arguments or "--bind" in arguments
-    if "JUPYTERHUB_SERVICE_URL" in os.environ and not has_address:
+    if "JUPYTERHUB_SERVICE_URL" in os.environ and not {"--port", "--bind"} & arguments.keys():
         return _config_under_hub(Config(**fields), arguments, os.environ)
     return Config(**fields)
 
