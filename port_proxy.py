@@ -1937,19 +1937,16 @@ def user_name(user: int) -> str:
     """The name of a user id, or "number N"."""
     import pwd  # not on Windows, which lists no sockets
 
-    try:
+    with contextlib.suppress(KeyError):
         return pwd.getpwuid(user).pw_name
-    except KeyError:
-        return "number %d" % user
+    return "number %d" % user
 
 
 def _read(name: str) -> str:
     """The text of a file in /proc; "" if it is gone or may not be read."""
-    try:
-        with open(name, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(name, encoding="utf-8", errors="replace") as file:
+        return file.read()
+    return ""
 
 
 def _program(pid: int) -> str:
@@ -1963,12 +1960,11 @@ def _program(pid: int) -> str:
 
 
 def _started(pid: int) -> float:
-    try:
+    with contextlib.suppress(ValueError, IndexError):
         ticks = int(_read("/proc/%d/stat" % pid).rpartition(")")[2].split()[19])
         uptime = float(_read("/proc/uptime").split()[0])
-    except (ValueError, IndexError):
-        return 0.0
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 # --------------------------------------------------------------------------------------------------
