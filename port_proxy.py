@@ -4215,15 +4215,12 @@ class TornadoTransport(asyncio.Transport):
         self._protocol = protocol
         self.resume_reading()
 
-    def is_reading(self) -> bool:
-        return self._reader is not None and not self._reader.done()
-
     def pause_reading(self) -> None:
         self._is_paused = True
 
     def resume_reading(self) -> None:
         self._is_paused = False
-        if not self.is_reading():
+        if self._reader is None or self._reader.done():
             self._reader = asyncio.ensure_future(self._read())
 
     async def _read(self) -> None:
@@ -4384,15 +4381,11 @@ async def _serve_authenticated(handler: Any, server: Any, proxy: "PortProxy") ->
     stream = handler.detach()
     if stream.closed():  # the client has left
         return
-    transport = TornadoTransport(stream, address, connection)
-    if not await proxy.serve_one(connection, handler.head, gate):
-        return
-    if transport.is_reading() or transport.is_closing():
-        connection.close()
-        return
-    connection.deadlines.connections.discard(connection)
-    stream.set_close_callback(None)
-    server.http_server.handle_stream(stream, address)
+    TornadoTransport(stream, address, connection)  # calls `connection_made`
+    if await proxy.serve_one(connection, handler.head, gate) and not stream.closed():
+        connection.deadlines.connections.discard(connection)
+        stream.set_close_callback(None)
+        server.http_server.handle_stream(stream, address)
 
 
 def _tornado_rule(base: str, server: Any, proxy: "PortProxy") -> Any:
