@@ -1195,10 +1195,7 @@ def plain_address(text: str) -> str:
 
 
 class Deadlines:
-    """All open connections and tunnel ends, and one timer that checks their deadlines.
-
-    has_activity: an app was used since the last tick.  on_activity: called at the next tick if so.
-    """
+    """All open connections and tunnel ends, and one timer that checks their deadlines."""
 
     def __init__(self, config: Config) -> None:
         self.loop = asyncio.get_event_loop()
@@ -1208,8 +1205,7 @@ class Deadlines:
         self.connections = set()  # type: Set[Any]
         self.pending = {}  # type: Dict[Connection, int]
         self._pending_bytes = 0
-        self.has_activity = False
-        self.on_activity = None  # type: Optional[Callable[[], None]]
+        self.last_activity = 0.0  # when an app was used, in seconds since the epoch
         self._tasks = []  # type: List[asyncio.Task[None]]
         self._timer = self.loop.call_later(self._interval, self._tick)
 
@@ -1221,9 +1217,6 @@ class Deadlines:
                 connection.check_deadlines(time)
             except Exception as error:  # the others keep their deadlines
                 logger.error("internal error: %r", error)
-        if self.has_activity and self.on_activity:
-            self.on_activity()
-        self.has_activity = False
 
     def set_pending(self, connection: Connection, size: int) -> None:
         """Count the bytes of an incomplete request head, or all bytes of a client not yet admitted.
@@ -1347,7 +1340,7 @@ class Body(BodyDecoder):
         """Send the queued bytes, and the rest of the body as it comes."""
         await target.drain(write_timeout)
         while not self.finished:
-            target.deadlines.has_activity = True
+            target.deadlines.last_activity = time.time()
             target.write(self.encode(await self.read(self.source.read_timeout)))
             await target.drain(write_timeout)
 
@@ -3002,8 +2995,6 @@ class HubGate(Gate):
         # value, the browser has signed out at the Hub.
         self._sessions = BoundedDict(_MAX_REMEMBERED)  # type: Dict[str, Tuple[str, str]]
         self._version = ""  # of the Hub, which compares it with its own
-        self._last_activity = ""
-        deadlines.on_activity = self._note_activity
         deadlines.run(self._report_activity())
 
     async def respond(self, request: Request, read_form: ReadForm) -> None:
@@ -3189,17 +3180,15 @@ class HubGate(Gate):
             raise ProxyError(503, text, _RETRY_SOON)
         return response, data if isinstance(data, dict) else {}
 
-    def _note_activity(self) -> None:
-        self._last_activity = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
     async def _report_activity(self) -> None:
         """Report the time of the last activity (ISO 8601, UTC) once an interval, if it is new."""
-        lines, reported = ["Authorization: token " + self.hub.api_token, _JSON], ""
+        lines, reported = ["Authorization: token " + self.hub.api_token, _JSON], 0.0
         while self.hub.activity_url:
             await asyncio.sleep(self.hub.activity_interval)
-            moment = self._last_activity
+            moment = self._deadlines.last_activity
             if moment != reported:
-                last = {"last_activity": moment}
+                iso_time = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+                last = {"last_activity": iso_time}
                 activity = json.dumps({**last, "servers": {self.hub.server_name: last}})
                 with contextlib.suppress(ProxyError):  # it has been logged; tried again next time
                     response, _ = await self._call("POST", self.hub.activity_url, lines, activity)
@@ -3288,7 +3277,7 @@ class Exchange:
         request = self.request = find_app(self.request, self.gate)
         await self.gate.authorize(request)
         self.client.admit()
-        self.client.deadlines.has_activity = True
+        self.client.deadlines.last_activity = time.time()
         if request.route is not None:
             await self._serve_app(request.route)
         elif request.target == "*":
@@ -3581,7 +3570,7 @@ class TunnelEnd(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
-        self.proxy.deadlines.has_activity = True
+        self.proxy.deadlines.last_activity = time.time()
         self.peer.transport.write(data)
         if self.peer.ended:  # half-closed: data extends the deadline
             self.extend()
@@ -4369,13 +4358,17 @@ async def _serve_authenticated(handler: Any, server: Any, proxy: "PortProxy") ->
     if not proxy.is_running:  # not started yet: the event loop was not running
         from datetime import datetime, timezone
 
-        def note_activity() -> None:
-            server.web_app.settings["api_last_activity"] = datetime.now(timezone.utc)
+        async def note_activity() -> None:
+            times = server.web_app.settings["last_activity_times"]  # of Jupyter's extensions
+            while True:
+                await asyncio.sleep(1.0)
+                moment = proxy.deadlines.last_activity
+                times["port_proxy"] = datetime.fromtimestamp(moment, timezone.utc)
 
         await proxy.start([])
         if not getattr(server, "sock", ""):  # Jupyter does not listen on a Unix socket
             proxy.upstreams.listening.append(("0.0.0.0", server.port))
-        proxy.deadlines.on_activity = note_activity
+        proxy.deadlines.run(note_activity())
     connection = LentConnection(proxy.deadlines)
     address = handler.request.connection.context.address
     stream = handler.detach()
