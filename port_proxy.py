@@ -3125,7 +3125,7 @@ class HubGate(Gate):
             return None
         cache = self._tokens if is_known or token in self._tokens else self._unknown
         lookup, until = cache.get(token, (None, 0.0))
-        if lookup is None or now() > until:
+        if now() > until or (lookup.done() and lookup.exception()):  # failures are not cached
             pending = sum(not task.done() for task, _ in self._unknown.values())
             if pending >= _MAX_PENDING and cache is self._unknown:
                 text = "There are too many requests to the Hub. Try again shortly."
@@ -3133,11 +3133,7 @@ class HubGate(Gate):
             lookup = self._deadlines.loop.create_task(self._find_user(token))
             until = now() + _CACHE_SECONDS
             cache[token] = lookup, until
-        try:
-            user = await lookup  # type: Optional[HubUser]
-        except ProxyError:
-            cache[token] = lookup, 0.0  # failures are not cached
-            raise
+        user = await lookup  # type: Optional[HubUser]
         if user is not None:
             self._tokens[token] = lookup, until
         return user
