@@ -2697,8 +2697,7 @@ class TokenGate(Gate):
             token = "" if is_private else ANY_TOKEN
         self.token = secrets.token_urlsafe(24) if token == ANY_TOKEN else token
         self.key = secrets.token_bytes(32)
-        # By ticket: the app's port, and the deadline.
-        self._tickets = BoundedDict(_MAX_TICKETS)  # type: Dict[str, Tuple[int, float]]
+        self._tickets = BoundedDict(_MAX_TICKETS)  # by ticket: the app's port, and the deadline
         names = ["localhost", "*.localhost", "127.*", "::1", *config.allow_hostnames]
         for domain in config.domains:
             names += [domain, "*." + domain]
@@ -3116,8 +3115,7 @@ class HubGate(Gate):
     def _new_session(self, token: str, request: Request) -> Tuple[str, str]:
         session, path = secrets.token_urlsafe(32), self.hub.prefix + "/"
         self._sessions[session] = token, _hub_session(request)
-        options = self.hub.cookie_options
-        return own_cookie(self.cookie_name, session, path, request.client, options)
+        return own_cookie(self.cookie_name, session, path, request.client, self.hub.cookie_options)
 
     async def _user_of(self, token: str, is_known: bool = False) -> Optional[HubUser]:
         """The user of a token; None if the Hub does not know it.  is_known: the Hub gave it."""
@@ -4301,10 +4299,9 @@ class JupyterGate(Gate):
     async def has_access(self, request: Request) -> bool:
         # A new handler: Jupyter caches the user in each.  (The Hub client's cache expires.)
         handler = type(self.handler)(self.handler.application, self.handler.request)
-        try:
+        with contextlib.suppress(ProxyError):  # no response: the next check tries again
             return await self._from_hub(self.provider.get_user(handler)) is not None
-        except ProxyError:  # no response: the next check tries again
-            return True
+        return True
 
     async def _from_hub(self, response: Awaitable[Any]) -> Any:
         """The response to a call of the Hub's client; ProxyError 503 without one."""
