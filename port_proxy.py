@@ -2077,13 +2077,13 @@ setTimeout(look, 1000)
 _SIGN_IN_FORM = """\
 <p>Enter the token of this proxy. It was printed when the proxy started, in the address after \
 <code>?token=</code>, unless you chose the token yourself.</p>\
-<form method="post" action="{action}">\
+<form method="post" action="{ports}">\
 <input type="hidden" name="next" value="{target}"><label>Token <input type="password" name="token" \
 required autofocus autocomplete="current-password"></label> <button>Sign in</button></form>"""
 _SIGN_IN_LINK = """\
 <p>This proxy asks for its token only at its own address, where no app can \
 read it. You then come back to the front page of this app.</p>\
-<p><a href="{target}">Sign in there</a></p>"""
+<p><a href="{ports}?open={port}">Sign in there</a></p>"""
 _FORMS = (
     ("/8080/", "port 8080 of this machine; the app receives the path after the port"),
     ("/db1.example.org:8080/", "port 8080 of a host that is on the allowlist"),
@@ -2107,17 +2107,12 @@ class LocalResponse(NamedTuple):
 
 
 class SignInNeeded(ProxyError):
-    """A page visit without a valid token.
+    """A page visit without a valid token.  A sign-in at the ports page redirects to `target`."""
 
-    The sign-in page sends the token to the path `action`, which redirects to `target`.  If `action`
-    is "", the page has no form, but a link to `target`, which shows the form.
-    """
-
-    def __init__(self, detail: str, target: str, action: str) -> None:
+    def __init__(self, detail: str, target: str) -> None:
         unframed = (("Content-Security-Policy", "frame-ancestors 'none'"),)
         super().__init__(401, detail, CHALLENGE + unframed)
         self.target = target
-        self.action = action
 
 
 def not_listening(route: Route, addresses: Sequence[str]) -> ProxyError:
@@ -2225,24 +2220,21 @@ def error_response(
         text += " Did you mean %s?\n" % meant if meant else "\n"
         return _response(error.status, "text/plain", text, error.fields)
     more = script = ""
+    client, ports = request.client, config.base + "/"
+    if client.app_port:  # the ports page is at the proxy's own host
+        ports = "%s://%s%s" % (client.scheme, client.authority.partition(".")[2], ports)
     if isinstance(error, SignInNeeded):
-        title, template = "Sign in", _SIGN_IN_FORM if error.action else _SIGN_IN_LINK
-        more = _fill(template, target=error.target, action=error.action)
+        # At an app's own host there is no form: the app's pages could read the token.
+        title, template = "Sign in", _SIGN_IN_LINK if client.app_port else _SIGN_IN_FORM
+        more = _fill(template, target=error.target, ports=ports, port=client.app_port)
     elif _WAITING_FIELD in error.fields and request.is_page_visit and request.route:
         title, script = "Waiting for port %d" % request.route.port, _WAITING_SCRIPT
         more = _fill(_WAITING, command="%s --check %s" % (own_command(), request.route.name))
     elif meant:
         more = _fill('<p>Did you mean <a href="{path}">{path}</a>?</p>', path=meant)
     detail = _OPTION.sub(r'<code class="option">\g<0></code>', html.escape(error.detail))
-    ports = html.escape(ports_url(request.client, config.base))
-    body = _ERROR_PAGE % (detail, more, ports, error.status)
+    body = _ERROR_PAGE % (detail, more, html.escape(ports), error.status)
     return _page(error.status, title, body, script, error.fields)
-
-
-def ports_url(client: ClientInfo, base: str) -> str:
-    """The URL of the ports page; a full URL if the client is at an app's own host."""
-    domain = client.authority.partition(".")[2]
-    return "%s://%s%s/" % (client.scheme, domain, base) if client.app_port else base + "/"
 
 
 def typed_route(text: str, config: Config) -> Route:
@@ -2776,10 +2768,7 @@ class TokenGate(Gate):
             text = "A WebSocket needs a signed-in browser, or the proxy's token."
             raise ProxyError(403, wrong + text)
         if request.is_page_visit or (request.is_navigation and request.method == "POST"):
-            ports = ports_url(client, self.config.base)
-            if client.app_port:  # without a form: the app's own pages could read the token
-                raise SignInNeeded(wrong, "%s?open=%d" % (ports, client.app_port), "")
-            raise SignInNeeded(wrong, target, ports)
+            raise SignInNeeded(wrong, target)
         text = "Sign in with a browser, or send the proxy's token as 'Authorization: token TOKEN'."
         raise ProxyError(401, wrong + text, CHALLENGE)
 

@@ -2218,7 +2218,7 @@ class TestToken:
             asked = request("GET", target, *VISIT)
             ((error, _),) = outcomes(gate, asked)
             assert ("Content-Security-Policy", "frame-ancestors 'none'") in error.fields
-            page = html.unescape(port_proxy.error_response(error, parsed(asked)).body.decode())
+            page = html.unescape(port_proxy.error_response(error, parsed(asked), gate.config).body.decode())
             target = re.search('action="%s/".* name="next" value="(.*?)"' % re.escape(base), page, re.S).group(1)
         assert redirect(gate, sign_in_form(TOKEN, target, base=base))[:2] == (303, location)
 
