@@ -69,7 +69,6 @@ from typing import (
     Optional,
     Sequence,
     Set,
-    TextIO,
     Tuple,
     Union,
 )
@@ -2200,8 +2199,8 @@ def _summary(row: Dict[str, Any]) -> str:
 
 def _age(seconds: int) -> str:
     for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= unit:
-            count = seconds // unit
+        count = seconds // unit
+        if count > 0:
             return "%d %s%s" % (count, name, "" if count == 1 else "s")
     return "just started"
 
@@ -4814,7 +4813,7 @@ async def _run(config: Config, argv: Sequence[str], is_quiet: bool) -> int:
         _say(_banner(proxy, has_new_token))
     if config.token == "" and not proxy.is_private and not config.hub:
         text = "port_proxy: no token is required (--no-token): all clients of %s can use every port"
-        _say(text % (config.bind or "this machine"), sys.stderr)
+        _say(text % (config.bind or "this machine"), is_error=True)
     await stop.wait()
     count = proxy.active_requests
     if count and not is_quiet:
@@ -4849,14 +4848,13 @@ def _failed(error: Exception, config: Config, argv: Sequence[str]) -> int:
     elif getattr(error, "errno", None) == errno.EADDRINUSE and not is_unix:
         import shlex
 
-        # The same command line with another port.
         command = " ".join([own_command()] + list(map(shlex.quote, argv)))
         command = re.sub(r" --port[ =][0-9]+", "", command)
         text = "%s is in use by %s. To take a free port, type:\n  %s --port 0"
         text %= where, _holder(config.port), command
     else:  # the IDNA codec raises UnicodeError, a ValueError, for a name that is not valid
         text = "cannot listen on %s: %s; choose another --bind or --port" % (where, reason)
-    _say("port_proxy: " + text, sys.stderr)
+    _say("port_proxy: " + text, is_error=True)
     return 2
 
 
@@ -4907,14 +4905,14 @@ def _ssh_destination() -> str:
     return ("" if port == "22" else "-p %s " % port) + (user and user + "@") + address
 
 
-def _say(text: str, *streams: Optional[TextIO]) -> None:
-    """Print on the first stream that accepts the text; by default stdout, then stderr.
+def _say(text: str, is_error: bool = False) -> None:
+    """Print on stdout; on stderr for an error, or if stdout fails.
 
     A stream fails if it is closed, a broken pipe, or a file on a full disk.  Characters that the
     stream cannot encode are escaped.
     """
-    # None: the stream was closed when Python started.
-    for stream in filter(None, streams or (sys.stdout, sys.stderr)):
+    streams = [sys.stderr] if is_error else [sys.stdout, sys.stderr]
+    for stream in filter(None, streams):  # None: it was closed when Python started
         coding = stream.encoding or "ascii"
         with contextlib.suppress(OSError):
             encoded = text.encode(coding, "backslashreplace").decode(coding)
