@@ -3286,12 +3286,10 @@ class Exchange:
         data = request_for_upstream(request, gate, self.proxy.mark)
         data += self.body.encode(self.body.buffered())
         pooled = upstreams.take(route, request.is_replayable)
-        if pooled is None or not await self._forward(route, pooled, data, request.is_replayable):
-            await self._forward(route, await upstreams.connect(route), data, False)
+        if pooled is None or not await self._forward(route, pooled, data):
+            await self._forward(route, await upstreams.connect(route), data)
 
-    async def _forward(
-        self, route: Route, upstream: Connection, data: bytes, may_retry: bool
-    ) -> bool:
+    async def _forward(self, route: Route, upstream: Connection, data: bytes) -> bool:
         """Send the request and relay its response on one connection; then pool or close it.
 
         Returns False if the connection was stale and the request may be sent on another.
@@ -3315,6 +3313,7 @@ class Exchange:
         except (ProxyError, Truncated, TimedOut, OSError) as error:
             if isinstance(error, ProxyError) and error is upstream.failure:
                 raise  # the request body is malformed, or late
+            may_retry = upstream.is_reused and self.request.is_replayable
             if may_retry and not upstream.has_received and not isinstance(error, TimedOut):
                 return False
             raise await self._explain(error, route, upstream)
