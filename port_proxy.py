@@ -983,20 +983,22 @@ class StreamWriter(asyncio.StreamWriter):
 class Connection(asyncio.StreamReaderProtocol):
     """A connection: a buffer, a StreamWriter, deadlines, and callbacks for data and EOF.
 
-    on_accept: called for a new client; None for a connection to an upstream.
+    on_accept: called for a new client; None for a connection to an upstream.  is_lent: by another
+    server, to which unused bytes cannot be given back, so that it is read only on demand.
     """
-
-    is_lent = False  # by another server, to which unused bytes cannot be given back: read on demand
 
     __slots__ = (
         "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
-        "failure", "has_received", "is_admitted", "is_paused", "is_reused", "read_deadline",
-        "read_timeout", "scheme", "served", "state", "task", "transport", "watcher",
-        "write_deadline", "writer",
+        "failure", "has_received", "is_admitted", "is_lent", "is_paused", "is_reused",
+        "read_deadline", "read_timeout", "scheme", "served", "state", "task", "transport",
+        "watcher", "write_deadline", "writer",
     )  # fmt: skip
 
     def __init__(
-        self, deadlines: "Deadlines", on_accept: Optional[Callable[["Connection"], None]] = None
+        self,
+        deadlines: "Deadlines",
+        on_accept: Optional[Callable[["Connection"], None]] = None,
+        is_lent: bool = False,
     ) -> None:
         super().__init__(None, loop=deadlines.loop)  # type: ignore[arg-type]  # no StreamReader
         self.deadlines = deadlines
@@ -1007,7 +1009,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.watcher = None  # type: Optional[Callable[[Connection], None]]  # of data and EOF
         self._waiting_read = None  # type: Optional[asyncio.Future[bool]]
         self.buffer = b""  # bytes received but not used
-        self.is_paused = self.is_lent  # the transport does not read
+        self.is_lent = self.is_paused = is_lent  # paused: the transport does not read
         self.ended = False  # by EOF or a failure
         self.failure = None  # type: Optional[BaseException]  # None after EOF
         self.has_received = False  # since it was taken from the pool
@@ -4123,8 +4125,8 @@ def checked_config(config: Config) -> Config:
 # --------------------------------------------------------------------------------------------------
 # Inside a running Jupyter server, a Tornado handler serves `<base>/proxy/`.  Jupyter authenticates
 # each request; then the handler detaches Tornado's stream for one exchange, and returns it.
-# `TornadoTransport` is an asyncio transport on a Tornado stream.  A LentConnection reads only on
-# demand, because the bytes of the next request cannot be given back.
+# `TornadoTransport` is an asyncio transport on a Tornado stream.  It reads only on demand, because
+# the bytes of the next request cannot be given back.
 
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
@@ -4132,12 +4134,6 @@ _JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
     for field, default in DEFAULTS._asdict().items()
 }
 _JUPYTER_TERMS.update(start="set", value="= ['%s']")
-
-
-class LentConnection(Connection):
-    """A client connection that belongs to Tornado."""
-
-    is_lent = True
 
 
 class TornadoTransport(asyncio.Transport):
@@ -4323,7 +4319,7 @@ async def _serve_authenticated(handler: Any, server: Any, proxy: "PortProxy") ->
         if not getattr(server, "sock", ""):  # Jupyter does not listen on a Unix socket
             proxy.upstreams.listening.append(("0.0.0.0", server.port))
         proxy.deadlines.run(note_activity())
-    connection = LentConnection(proxy.deadlines)
+    connection = Connection(proxy.deadlines, is_lent=True)
     address = handler.request.connection.context.address
     stream = handler.detach()
     if stream.closed():  # the client has left
