@@ -957,8 +957,9 @@ class BodyDecoder:
 # Connections
 # --------------------------------------------------------------------------------------------------
 # One class for connections from clients and to upstreams.  At most one coroutine reads from a
-# connection at a time, and at most one writes.  The transport pauses if more than _MAX_UNREAD bytes
-# are in the buffer and no coroutine waits.  Deadlines are absolute.  One timer checks all of them.
+# connection at a time, and at most one writes.  Data that no coroutine waits for goes to the
+# StreamReader.  Above _MAX_UNREAD bytes, the transport pauses.  Deadlines are absolute.  One coarse
+# timer checks the deadlines of all connections.
 
 _MAX_UNREAD = 1 << 16  # bytes
 _PENDING_BYTES = 1 << 26  # of all clients together; see `Deadlines.set_pending`
@@ -981,35 +982,34 @@ class StreamWriter(asyncio.StreamWriter):
 
 
 class Connection(asyncio.StreamReaderProtocol):
-    """A connection: a buffer, a StreamWriter, deadlines, and callbacks for data and EOF.
+    """A connection: StreamReader, StreamWriter, deadlines, and callbacks for data and EOF.
 
-    on_accept: called for a new client; None for a connection to an upstream.  is_lent: by another
-    server, to which unused bytes cannot be given back, so that it is read only on demand.
+    on_accept: called for a new client; None for a connection to an upstream.
     """
+
+    is_lent = False  # by another server, to which unused bytes cannot be given back
 
     __slots__ = (
         "_on_accept", "_waiting_read", "address", "buffer", "deadlines", "ended", "eof_ends_body",
-        "failure", "has_received", "is_admitted", "is_lent", "is_paused", "is_reused",
-        "read_deadline", "read_timeout", "scheme", "served", "state", "task", "transport",
-        "watcher", "write_deadline", "writer",
+        "failure", "has_received", "is_admitted", "is_reused", "read_deadline", "read_timeout",
+        "reader", "scheme", "served", "state", "task", "transport", "unread", "watcher",
+        "write_deadline", "writer",
     )  # fmt: skip
 
     def __init__(
-        self,
-        deadlines: "Deadlines",
-        on_accept: Optional[Callable[["Connection"], None]] = None,
-        is_lent: bool = False,
+        self, deadlines: "Deadlines", on_accept: Optional[Callable[["Connection"], None]] = None
     ) -> None:
-        super().__init__(None, loop=deadlines.loop)  # type: ignore[arg-type]  # no StreamReader
+        self.reader = asyncio.StreamReader(loop=deadlines.loop)
+        super().__init__(self.reader, loop=deadlines.loop)
         self.deadlines = deadlines
         self._on_accept = on_accept
         self.state = ACTIVE
         self.task = None  # type: Optional[asyncio.Future[None]]  # serves a client
         self.served = None  # type: Any  # gate and request; see `close_ended_sessions`
         self.watcher = None  # type: Optional[Callable[[Connection], None]]  # of data and EOF
-        self._waiting_read = None  # type: Optional[asyncio.Future[bool]]
-        self.buffer = b""  # bytes received but not used
-        self.is_lent = self.is_paused = is_lent  # paused: the transport does not read
+        self._waiting_read = None  # type: Optional[asyncio.Future[bytes]]
+        self.buffer = b""  # bytes read but not used
+        self.unread = 0  # bytes in the StreamReader
         self.ended = False  # by EOF or a failure
         self.failure = None  # type: Optional[BaseException]  # None after EOF
         self.has_received = False  # since it was taken from the pool
@@ -1020,8 +1020,10 @@ class Connection(asyncio.StreamReaderProtocol):
         self.read_timeout = FOREVER  # for more body data
 
     def connection_made(self, transport: Any) -> None:
+        # Without `super`: the StreamReader must not pause the transport.  Before 3.11, a reader
+        # that resumes a closed TLS transport raises an error and loses its data.
         self.transport = transport
-        self.writer = StreamWriter(self.transport, self, None, self.deadlines.loop)
+        self.writer = StreamWriter(self.transport, self, self.reader, self.deadlines.loop)
         peer = transport.get_extra_info("peername")
         self.address = plain_address(peer[0]) if isinstance(peer, tuple) else ""  # an IP address
         self.scheme = "https" if transport.get_extra_info("sslcontext") else "http"
@@ -1036,27 +1038,21 @@ class Connection(asyncio.StreamReaderProtocol):
         if self.ended:  # a deadline has passed, or too many bytes are pending
             return
         self.has_received = True
-        self.buffer += data
-        was_awaited = self._finish_read(True)
-        if self.is_lent or (len(self.buffer) > _MAX_UNREAD and not was_awaited):
-            self.is_paused = True
-            with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if it is closed
-                self.transport.pause_reading()
+        if not self._finish_read(data):
+            self.unread += len(data)
+            self.reader.feed_data(data)
+            if self.unread > _MAX_UNREAD:
+                with contextlib.suppress(RuntimeError, AttributeError):  # before 3.11, if closed
+                    self.transport.pause_reading()
         if self.watcher is not None:
             self.watcher(self)
 
-    def resume_reading(self) -> None:
-        if self.is_paused:
-            self.is_paused = False
-            with contextlib.suppress(RuntimeError, AttributeError):
-                self.transport.resume_reading()
-
-    def _finish_read(self, has_data: bool) -> bool:
-        """Let a waiting `read` return; False if none waits."""
+    def _finish_read(self, data: bytes) -> bool:
+        """Let a waiting `read` return `data`; False if none waits."""
         waiting, self._waiting_read = self._waiting_read, None
         if waiting is None or waiting.done():  # done: cancelled
             return False
-        waiting.set_result(has_data)
+        waiting.set_result(data)
         return True
 
     def admit(self) -> None:
@@ -1081,6 +1077,7 @@ class Connection(asyncio.StreamReaderProtocol):
         self.deadlines.connections.discard(self)
         self.deadlines.set_pending(self, 0)
         self.end(exc)
+        # Without the exception, the reader still returns the data that it holds.
         super().connection_lost(None)
 
     def end(self, failure: Optional[BaseException] = None) -> None:
@@ -1088,27 +1085,25 @@ class Connection(asyncio.StreamReaderProtocol):
             return
         self.ended = True
         self.failure = failure
-        self._finish_read(False)
+        self.reader.feed_eof()
+        self._finish_read(b"")
         if self.watcher is not None:
             self.watcher(self)
 
-    async def read(self) -> bool:
-        """Wait for more bytes in `buffer`; False at EOF.  Raises `failure`."""
-        if not self.ended:
-            self.resume_reading()
+    async def read(self) -> bytes:
+        """The next bytes, without those in `buffer`; b"" at EOF.  Raises `failure`."""
+        if self.unread or self.ended:
+            data = await self.reader.read(self.unread)
+            if self.unread > _MAX_UNREAD:
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    self.transport.resume_reading()
+            self.unread = 0
+        else:  # the data is not copied into the StreamReader and out of it
             self._waiting_read = self.deadlines.loop.create_future()
-            if await self._waiting_read:
-                return True
-        if self.failure is not None:
+            data = await self._waiting_read
+        if not data and self.failure is not None:
             raise self.failure
-        return False
-
-    def set_idle(self, timeout: float, watcher: Callable[["Connection"], None]) -> None:
-        """Wait without a coroutine: `watcher` is called at data, EOF, or after `timeout`."""
-        self.state = IDLE
-        self.read_deadline = now() + timeout
-        self.watcher = watcher
-        self.resume_reading()
+        return data
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():  # then uvloop raises RuntimeError
@@ -1133,7 +1128,7 @@ class Connection(asyncio.StreamReaderProtocol):
     def is_quiet(self) -> bool:
         """Whether the connection is open, all received data was used, and all data was sent."""
         is_open = not self.ended and not self.transport.is_closing()
-        return is_open and not (self.buffer or self.queued())
+        return is_open and not (self.buffer or self.unread or self.queued())
 
     def check_deadlines(self, time: float) -> None:
         is_waiting = self.state is IDLE or self._waiting_read is not None
@@ -1143,7 +1138,7 @@ class Connection(asyncio.StreamReaderProtocol):
         if time > self.write_deadline and (self.queued() or self.transport.is_closing()):
             self.abort(TimedOut("writing"))
         # While it is paused, asyncio does not notice a reset, nor that a Unix socket is closed.
-        if self.is_paused and poll(self.transport, "POLLHUP"):
+        if (self.unread > _MAX_UNREAD or self.is_lent) and poll(self.transport, "POLLHUP"):
             self.abort()
 
     def close(self) -> None:
@@ -1269,8 +1264,11 @@ async def read_head(connection: Connection, is_request: bool, config: Config) ->
     """
     checked = 0
     while True:
-        if checked == len(connection.buffer) and not await connection.read():
-            raise Truncated()
+        if checked == len(connection.buffer):
+            data = await connection.read()
+            if not data:
+                raise Truncated()
+            connection.buffer += data
         head = connection.buffer
         end = head.find(b"\r\n\r\n", max(0, checked - 3)) + 4
         if 4 <= end <= config.max_head_bytes:
@@ -1314,19 +1312,20 @@ class Body(BodyDecoder):
         `failure` of the connection.  If no data comes for `timeout` seconds, raises ProxyError 408
         for a request, TimedOut for a response.
         """
-        if self.source.buffer:  # the event loop then also serves other connections
+        if self.source.buffer:  # after the head, or after _CHUNKS_IN_A_ROW
             await asyncio.sleep(0)
             return self.buffered()
         self.source.read_deadline = now() + timeout
         try:
-            if not await self.source.read():
-                if not self._ends_at_eof:
-                    raise Truncated()
-                self.finished = True
+            self.source.buffer = await self.source.read()
         except TimedOut:
             if self._is_response:
                 raise
             raise ProxyError(408, "The request body did not arrive in time.")
+        if not self.source.buffer:
+            if not self._ends_at_eof:
+                raise Truncated()
+            self.finished = True
         return self.buffered()
 
     def encode(self, data: bytes) -> bytes:
@@ -2350,7 +2349,9 @@ class Upstreams:
         """Pool a connection after a complete exchange; any data or EOF then closes it."""
         if connection.is_quiet() and len(self._idle) < self.config.max_idle_upstreams:
             self._idle[connection] = route.authority, now()
-            connection.set_idle(self.config.idle_upstream_timeout, self._drop)
+            connection.read_deadline = now() + self.config.idle_upstream_timeout
+            connection.state = IDLE
+            connection.watcher = self._drop
         else:
             connection.close()
 
@@ -2490,7 +2491,7 @@ async def accepts_tls(upstreams: Upstreams, route: Route) -> bool:
         with contextlib.closing(connection):
             connection.write(hello.read())
             connection.read_deadline = now() + _PROBE_SECONDS
-            return await connection.read() and connection.buffer[:2] in TLS_RECORDS
+            return (await connection.read())[:2] in TLS_RECORDS
     return False
 
 
@@ -3409,7 +3410,7 @@ class Exchange:
     def _may_keep_alive(self) -> bool:
         # If the response starts before the end of the request body, the rest may never be read.
         client = self.client
-        has_rest = not self.body.finished or (client.is_lent and client.buffer)
+        has_rest = not self.body.finished or (client.is_lent and (client.buffer or client.unread))
         return self.keep_alive and self.proxy.is_running and not has_rest
 
     async def _open_tunnel(self, upstream: Connection, response: Response) -> None:
@@ -3425,7 +3426,7 @@ class Exchange:
         self.status = 101
         self.client.write(self._response_head(response, NO_BODY))
         await self.client.drain(timeout)
-        self.tunnel = open_tunnel(self.client, upstream, self.proxy)
+        self.tunnel = await open_tunnel(self.client, upstream, self.proxy)
 
     async def _explain(self, error: Exception, route: Route, upstream: Connection) -> Exception:
         """The ProxyError for a failure of the upstream, or TimedOut after the response head."""
@@ -3603,7 +3604,7 @@ class TunnelEnd(asyncio.Protocol):
             end.transport.abort()
 
 
-def open_tunnel(client: Connection, upstream: Connection, proxy: "PortProxy") -> TunnelEnd:
+async def open_tunnel(client: Connection, upstream: Connection, proxy: "PortProxy") -> TunnelEnd:
     """Let a tunnel take over two connections.  Returns the client's side."""
     end, connections = TunnelEnd(client, proxy), proxy.deadlines.connections
     end.peer = TunnelEnd(upstream, proxy)
@@ -3617,7 +3618,8 @@ def open_tunnel(client: Connection, upstream: Connection, proxy: "PortProxy") ->
         connections.discard(connection)
         connections.add(side)
     for side, connection, is_lost in sides:
-        connection.resume_reading()
+        if connection.unread:
+            connection.buffer += await connection.read()  # returns at once
         if connection.buffer and not side.peer.transport.is_closing():
             side.data_received(connection.buffer)
         if is_lost:
@@ -3803,7 +3805,7 @@ class PortProxy:
             client.write(local_response(error_response(error), keep_alive=False))
             client.close()
         else:
-            self._await_request(client)
+            self._set_idle(client)
 
     def _make_room(self) -> bool:
         """At the limit, make room for one more connection; False if none can be closed."""
@@ -3830,7 +3832,7 @@ class PortProxy:
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
                 if self._make_room():
-                    client = Connection(self.deadlines, self._await_request)
+                    client = Connection(self.deadlines, self._set_idle)
                     client.state = HANDSHAKE
                     client.watcher = functools.partial(_hang_up, sock)
                     self._clients[client] = None
@@ -3869,27 +3871,35 @@ class PortProxy:
                 self._clients.pop(client, None)
                 client.end()  # calls `_hang_up`: in 3.6, only EOF ends a cancelled handshake
 
-    def _await_request(self, client: Connection) -> None:
-        """Serve the next request if it has begun, or wait for it; close after EOF."""
+    def _set_idle(self, client: Connection) -> None:
         client.task = None
-        client.buffer = _EMPTY_LINES.sub(b"", client.buffer, 1)
-        has_request = not b"\r\n".startswith(client.buffer)  # it may end in half a CRLF
-        if not self.is_running or (client.ended and not has_request):
-            self._clients.pop(client, None)
+        if not self.is_running:
             client.close()
             return
         self._clients[client] = None
-        if has_request:
-            client.watcher = None
-            client.state = READING_HEAD
+        client.state = IDLE
+        client.read_deadline = now() + self.config.keep_alive_timeout
+        client.watcher = self._wake
+        if client.ended or _has_request(client):
+            self._wake(client)
+
+    def _wake(self, client: Connection) -> None:
+        client.watcher = None
+        client.state = READING_HEAD
+        if _has_request(client):
             client.task = client.deadlines.loop.create_task(self._serve(client))
         else:
-            client.deadlines.set_pending(client, 0)  # empty lines are dropped
-            client.set_idle(self.config.keep_alive_timeout, self._await_request)
+            self._clients.pop(client, None)
+            client.close()
 
     async def _serve(self, client: Connection) -> None:
-        if await self.serve_one(client, b"", self.gate):
-            self._await_request(client)
+        if client.unread and not client.buffer.lstrip(b"\r\n"):  # no pipelined request
+            client.buffer += await client.read()
+        client.buffer = _EMPTY_LINES.sub(b"", client.buffer, 1)
+        if not _has_request(client):
+            client.deadlines.set_pending(client, 0)  # empty lines are dropped
+        if not _has_request(client) or await self.serve_one(client, b"", self.gate):
+            self._set_idle(client)
 
     async def _read_request(self, client: Connection, head: bytes) -> Optional[Request]:
         """The next request; None after the response to an invalid head."""
@@ -3902,7 +3912,7 @@ class PortProxy:
                 client.read_deadline = now() + timeout
                 head = await read_head(client, True, self.config)
                 # All bytes of a client are pending until the gate admits it.
-                unused = 0 if client.is_admitted else len(client.buffer)
+                unused = 0 if client.is_admitted else len(client.buffer) + client.unread
                 client.deadlines.set_pending(client, unused)
             if not self.is_running:
                 raise ProxyError(503, "The proxy is closing.")
@@ -3932,7 +3942,7 @@ class PortProxy:
             with contextlib.suppress(TimedOut):
                 # A read that finds data has no deadline: the client may never stop sending.
                 while now() < client.read_deadline and await client.read():
-                    client.buffer = b""
+                    pass
         client.close()
 
     def _log(self, exchange: Exchange) -> None:
@@ -3964,6 +3974,11 @@ class PortProxy:
 
 # Some clients send a CRLF after a body: skip empty lines before a request (RFC 9112 section 2.2).
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
+
+
+def _has_request(client: Connection) -> bool:
+    """Whether data is unread, or `buffer` holds more than an empty line or its beginning."""
+    return client.unread > 0 or not b"\r\n".startswith(client.buffer)
 
 
 _UNIX_PREFIX = "unix:"
@@ -4125,8 +4140,8 @@ def checked_config(config: Config) -> Config:
 # --------------------------------------------------------------------------------------------------
 # Inside a running Jupyter server, a Tornado handler serves `<base>/proxy/`.  Jupyter authenticates
 # each request; then the handler detaches Tornado's stream for one exchange, and returns it.
-# `TornadoTransport` is an asyncio transport on a Tornado stream.  It reads only on demand, because
-# the bytes of the next request cannot be given back.
+# `TornadoTransport` is an asyncio transport on a Tornado stream.  A LentConnection reads only on
+# demand, because the bytes of the next request cannot be given back.
 
 _JUPYTER_COOKIES = "username-"  # of signed-in users; Jupyter's public host and port follow
 _JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
@@ -4134,6 +4149,21 @@ _JUPYTER_TERMS = {  # like COMMAND_LINE_TERMS
     for field, default in DEFAULTS._asdict().items()
 }
 _JUPYTER_TERMS.update(start="set", value="= ['%s']")
+
+
+class LentConnection(Connection):
+    """A client connection that belongs to Tornado."""
+
+    is_lent = True
+
+    async def read(self) -> bytes:
+        if not self.unread:
+            self.transport.resume_reading()
+        return await super().read()
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.pause_reading()
+        super().data_received(data)
 
 
 class TornadoTransport(asyncio.Transport):
@@ -4319,7 +4349,7 @@ async def _serve_authenticated(handler: Any, server: Any, proxy: "PortProxy") ->
         if not getattr(server, "sock", ""):  # Jupyter does not listen on a Unix socket
             proxy.upstreams.listening.append(("0.0.0.0", server.port))
         proxy.deadlines.run(note_activity())
-    connection = Connection(proxy.deadlines, is_lent=True)
+    connection = LentConnection(proxy.deadlines)
     address = handler.request.connection.context.address
     stream = handler.detach()
     if stream.closed():  # the client has left
