@@ -3866,7 +3866,7 @@ class TestRequests:
 
     @pytest.mark.parametrize("last", [b"", hold], ids=["closes", "holds"])
     def test_early_response_reaches_the_client(self, proxy, upstream, last):
-        """The app refuses in the middle of an upload, and may close at once: writing to it then fails before reading."""
+        """The app refuses in the middle of an upload, and may close at once: a write may then fail before the read."""
         answer = b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig"
         app = upstream(script(read_head, lambda wire, app: wire.exactly(100000), answer, last))
         for _ in range(5):
@@ -4987,7 +4987,8 @@ class TestCheck:
         ({"*": "<img src=/a>"}, False, {"ok": True, "rooted": ["/a"]}, "--whole-origin yes"),
     ] + [({"*": "Location: " + location}, True, {"ok": True, "status": 302, "redirect": path}, problem)
          for location, path, problem in (
-        ("x y?secret", "/x%20y", LOOPS), ("http://127.0.0.1:PORT#a", "/", LOOPS), ("http://localhost:8888/x", "/x", LOOPS),
+        ("x y?secret", "/x%20y", LOOPS), ("http://127.0.0.1:PORT#a", "/", LOOPS),
+        ("http://localhost:8888/x", "/x", LOOPS),
         ("https://LOCALHOST:PORT", "https://localhost:PORT/", TO_TLS),
         ("http://localhost:1", "http://localhost:1/", ""), ("https://localhost:PORT0/", "https://localhost:PORT0/", ""),
         ("https://user:secret@sso.example/a#secret", "https://sso.example/a", ""),
