@@ -563,7 +563,7 @@ def normal_domain(domain: str) -> str:
 # Contrary to RFC 3986, browsers send a raw "|", "{" or "^" in targets, and programs send raw UTF-8.
 _REQUEST_LINE = re.compile(r"(%s) ([!\"$-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r\n" % TOKEN)
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r\n")
-_FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r$" % TOKEN, re.MULTILINE)
+_FIELD_NAMES = re.compile("^(%s):[\t -~\x80-\xff]*\r\n" % TOKEN, re.MULTILINE)
 _SPACED_NAME = re.compile("^(%s)[\t ]+:" % TOKEN, re.MULTILINE)
 # A control byte, except TAB and CRLF.  A CR at the end may be half of a CRLF.
 _ILLEGAL = re.compile(rb"[\x00-\x08\n-\x1f\x7f](?<!\r\n)(?<!\r(?=\n|\Z))")
@@ -572,7 +572,7 @@ _AUTHORITY = re.compile(
     r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
 )
 _HTTP_URL = re.compile(r"(https?)://([^/?#]*)(.*)", re.IGNORECASE)
-_LENGTH = re.compile("[0-9]{1,18}")
+_LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # the same number again is allowed
 _IDEMPOTENT = frozenset("GET HEAD OPTIONS TRACE PUT DELETE PROPFIND REPORT SEARCH".split())
 _MAX_FORWARDED = 1000  # characters of X-Forwarded-For; 24 IPv6 addresses
 
@@ -638,10 +638,10 @@ def declared_framing(headers: Headers, minor: str, undeclared: Framing) -> Frami
         return CHUNKED
     if "content-length" not in headers.index:
         return undeclared
-    length, *others = headers.tokens("content-length")
-    if others or not _LENGTH.fullmatch(length):
+    match = _LENGTH.fullmatch(",".join(headers.get_all("content-length")))
+    if not match:
         raise ProxyError(400, "Content-Length is not a single number of at most 18 digits.")
-    return Framing("length", int(length))
+    return Framing("length", int(match.group(1)))
 
 
 _network = functools.lru_cache(maxsize=64)(ipaddress.ip_network)
@@ -746,11 +746,11 @@ def parse_request(head: bytes, address: str, scheme: str, config: Config) -> Req
     method, target, minor, end = parse_request_line(text, config)
     headers = Headers(text[end:], config)
     # Of two Host or Origin fields, gate and app might use different ones (RFC 6454 section 7.3).
-    count = headers.keys.count
-    if count("host") > 1 or count("origin") > 1 or (minor == "1" and "host" not in headers.index):
+    hosts, origins = headers.get_all("host"), headers.get_all("origin")
+    if len(hosts) > 1 or len(origins) > 1 or (minor == "1" and not hosts):
         raise ProxyError(400, "A request has exactly one Host field, and at most one Origin field.")
-    authority = headers.get("host")
-    if "host" in headers.index and not _AUTHORITY.fullmatch(authority):
+    authority = "".join(hosts)
+    if hosts and not _AUTHORITY.fullmatch(authority):
         raise ProxyError(400, "The Host field does not hold a valid host and port.")
     if method == "CONNECT":
         allow = (("Allow", "GET, HEAD, POST, OPTIONS"),)
