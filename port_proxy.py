@@ -860,7 +860,7 @@ def rest_of_own_url(url: str, authority: str) -> Optional[str]:
 def with_port(authority: str, scheme: str) -> str:
     """The authority in lower case, with the default port of the scheme if it has none."""
     authority = authority.lower()
-    has_port = host_of(authority) != authority
+    has_port = ":" in authority and not authority.endswith("]")
     return authority if has_port else authority + _DEFAULT_PORTS[scheme.lower()]
 
 
@@ -870,8 +870,8 @@ def cookie_name(cookie: str) -> str:
 
 
 def cookie_values(headers: Headers, name: str) -> List[str]:
-    values = [value for value in headers.get_all("cookie") if name in value]
-    pairs = [pair.strip(" \t") for value in values for pair in value.split(";")]
+    cookies = ";".join(headers.get_all("cookie"))
+    pairs = [pair.strip(" \t") for pair in cookies.split(";")] if name in cookies else []
     return [pair[len(name) + 1 :] for pair in pairs if pair.startswith(name + "=")]
 
 
