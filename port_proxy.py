@@ -1693,7 +1693,9 @@ def find_app(request: Request, gate: Any) -> Request:
     error, config = request.route_error, gate.config
     if error is None:
         return request
-    prefix = _prefix_of_app(request, gate) if error.status == 404 else ""
+    if error.status != 404:
+        raise error
+    prefix = _prefix_of_app(request, gate)
     if prefix:
         route, path, query = find_route(config, prefix + request.target)
         return request._replace(
@@ -1701,8 +1703,6 @@ def find_app(request: Request, gate: Any) -> Request:
         )
     if request.target == "/" and config.whole_origin and request.is_page_visit:
         raise ProxyError(302, "Redirecting.", (("Location", config.base + "/"),))
-    if error.status != 404:
-        raise error
     authority, url = request.client.authority, host_form(8080, request.client, config.domains)
     port, _, domain = host_of(authority).partition(".")
     advice = ""
@@ -2697,7 +2697,7 @@ class TokenGate(Gate):
         self._names = re.compile(host_regex(names))
 
     async def respond(self, request: Request, read_form: ReadForm) -> None:
-        client, (path, _, query) = request.client, request.target.partition("?")
+        client, query = request.client, request.target.partition("?")[2]
         sent = dict(parse_qsl(query)) if request.method == "GET" else {}
         if client.app_port:
             port, deadline = self._tickets.pop(sent.get("ticket", ""), (0, 0.0))
@@ -2705,7 +2705,7 @@ class TokenGate(Gate):
                 self.check_origin(request)
                 fields = (("Location", "/"), self._new_cookie(client), _NO_REFERRER)
                 raise ProxyError(303, "Signed in.", fields)
-        elif is_base(self.config.base, path):
+        elif is_base(self.config.base, request.target):
             if self.token and request.method == "POST":  # the sign-in form
                 self.check_origin(request)
                 form = dict(parse_qsl((await read_form()).decode("latin-1")))
@@ -2760,10 +2760,10 @@ class TokenGate(Gate):
         """Raise ProxyError unless a shown token is ours.  target: where a sign-in redirects to."""
         if any(map(self.owns_token, shown)):
             return
-        wrong, client = "", request.client
+        wrong = ""
         if shown:
             # So a connection can try one token per second.  A lockout could be used against others.
-            logger.warning("invalid token from %s", client.address or "-")
+            logger.warning("invalid token from %s", request.client.address or "-")
             await asyncio.sleep(_WRONG_TOKEN_SECONDS)
             wrong = "Invalid token. "
         if request.is_websocket:
