@@ -904,12 +904,12 @@ class BodyDecoder:
         self.rest = b""  # unused bytes of the last `data`; feed them again unless it is finished
         self._config = config
         self._is_response = is_response
-        self._is_chunked = framing is CHUNKED
+        self._framing = framing
         self._remaining = framing.length  # bytes of the body or the chunk that are still to come
         self._in_trailers = False
         # An incomplete _CHUNK_START or _TRAILERS.  The CRLF lets the first size match _CHUNK_START.
-        self._partial = b"\r\n" if self._is_chunked else b""
-        self.finished = not self._is_chunked and not self._remaining
+        self._partial = b"\r\n" if framing is CHUNKED else b""
+        self.finished = framing is not CHUNKED and not self._remaining
 
     def feed(self, data: bytes) -> bytes:
         """The body data in `data`, of at most _CHUNKS_IN_A_ROW chunks; ProxyError 400."""
@@ -920,7 +920,7 @@ class BodyDecoder:
                 found.append(data[at : at + self._remaining])
                 at += len(found[-1])
                 self._remaining -= len(found[-1])
-                self.finished = not self._is_chunked and not self._remaining
+                self.finished = self._framing is not CHUNKED and not self._remaining
             else:
                 at = self._take_line(data, at)
         self.rest = data[at:]
@@ -1292,8 +1292,7 @@ class Body(BodyDecoder):
     ) -> None:
         super().__init__(framing, config, is_response)
         self.source = source
-        self._ends_at_eof = framing is UNTIL_CLOSE
-        self.sent_framing = CHUNKED if self._ends_at_eof else framing
+        self.sent_framing = CHUNKED if framing is UNTIL_CLOSE else framing
         self.count = 0
 
     def buffered(self) -> bytes:
@@ -1323,7 +1322,7 @@ class Body(BodyDecoder):
                 raise
             raise ProxyError(408, "The request body did not arrive in time.")
         if not self.source.buffer:
-            if not self._ends_at_eof:
+            if self._framing is not UNTIL_CLOSE:
                 raise Truncated()
             self.finished = True
         return self.buffered()
