@@ -3804,7 +3804,7 @@ class PortProxy:
             client.write(local_response(error_response(error), keep_alive=False))
             client.close()
         else:
-            self._set_idle(client)
+            self._await_request(client)
 
     def _make_room(self) -> bool:
         """At the limit, make room for one more connection; False if none can be closed."""
@@ -3831,7 +3831,7 @@ class PortProxy:
                     await asyncio.sleep(_ACCEPT_PAUSE)
                     continue
                 if self._make_room():
-                    client = Connection(self.deadlines, self._set_idle)
+                    client = Connection(self.deadlines, self._await_request)
                     client.state = HANDSHAKE
                     client.watcher = functools.partial(_hang_up, sock)
                     self._clients[client] = None
@@ -3870,26 +3870,23 @@ class PortProxy:
                 self._clients.pop(client, None)
                 client.end()  # calls `_hang_up`: in 3.6, only EOF ends a cancelled handshake
 
-    def _set_idle(self, client: Connection) -> None:
+    def _await_request(self, client: Connection) -> None:
+        """Serve the next request if it has begun, or wait for it; close after EOF."""
         client.task = None
-        if not self.is_running:
+        has_request = _has_request(client)
+        if not self.is_running or (client.ended and not has_request):
+            self._clients.pop(client, None)
             client.close()
             return
         self._clients[client] = None
-        client.state = IDLE
-        client.read_deadline = now() + self.config.keep_alive_timeout
-        client.watcher = self._wake
-        if client.ended or _has_request(client):
-            self._wake(client)
-
-    def _wake(self, client: Connection) -> None:
-        client.watcher = None
-        client.state = READING_HEAD
-        if _has_request(client):
+        if has_request:
+            client.watcher = None
+            client.state = READING_HEAD
             client.task = client.deadlines.loop.create_task(self._serve(client))
         else:
-            self._clients.pop(client, None)
-            client.close()
+            client.state = IDLE
+            client.read_deadline = now() + self.config.keep_alive_timeout
+            client.watcher = self._await_request
 
     async def _serve(self, client: Connection) -> None:
         if client.unread and not client.buffer.lstrip(b"\r\n"):  # no pipelined request
@@ -3898,7 +3895,7 @@ class PortProxy:
         if not _has_request(client):
             client.deadlines.set_pending(client, 0)  # empty lines are dropped
         if not _has_request(client) or await self.serve_one(client, b"", self.gate):
-            self._set_idle(client)
+            self._await_request(client)
 
     async def _read_request(self, client: Connection, head: bytes) -> Optional[Request]:
         """The next request; None after the response to an invalid head."""
