@@ -866,12 +866,14 @@ def with_port(authority: str, scheme: str) -> str:
 
 def cookie_name(cookie: str) -> str:
     """The cookie name in a Cookie pair or a Set-Cookie value, as lenient parsers read it."""
-    return cookie.split(";")[0].lstrip(" \t=").partition("=")[0].rstrip(" \t")
+    return cookie.partition(";")[0].lstrip(" \t=").partition("=")[0].rstrip(" \t")
 
 
 def cookie_values(headers: Headers, name: str) -> List[str]:
     cookies = ";".join(headers.get_all("cookie"))
-    pairs = [pair.strip(" \t") for pair in cookies.split(";")] if name in cookies else []
+    if name not in cookies:
+        return []
+    pairs = [pair.strip(" \t") for pair in cookies.split(";")]
     return [pair[len(name) + 1 :] for pair in pairs if pair.startswith(name + "=")]
 
 
@@ -1669,17 +1671,16 @@ def is_foreign(request: Request) -> bool:
     image over plain HTTP, the Referer decides.  "same-site" is foreign, too: it includes the hosts
     of apps, and other ports of this host.
     """
-    headers = request.headers
-    sites = headers.get_all("sec-fetch-site")
-    if not OWN_SITES.issuperset(sites):
-        return True
-    if "origin" in headers.index:
+    headers, sites = request.headers, request.headers.get_all("sec-fetch-site")
+    if "origin" in headers.index and OWN_SITES.issuperset(sites):
         # With "Referrer-Policy: no-referrer", forms on our own pages send "Origin: null".
         is_own_form = headers.get("origin") == "null" and sites == ["same-origin"]
         return not (request.is_own_origin or is_own_form)
-    authority, pages = request.client.authority, () if sites else headers.get_all("referer")
+    if sites:
+        return not OWN_SITES.issuperset(sites)
+    authority, pages = request.client.authority, set(headers.get_all("referer"))
     # RFC 9110 section 10.1.3: "about:blank" stands for no page.
-    return None in [rest_of_own_url(page, authority) for page in set(pages) - {"", "about:blank"}]
+    return None in [rest_of_own_url(page, authority) for page in pages - {"", "about:blank"}]
 
 
 def is_top_level(request: Request) -> bool:
