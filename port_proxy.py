@@ -871,9 +871,7 @@ def cookie_name(cookie: str) -> str:
 
 def cookie_values(headers: Headers, name: str) -> List[str]:
     cookies = ";".join(headers.get_all("cookie"))
-    if name not in cookies:
-        return []
-    pairs = [pair.strip(" \t") for pair in cookies.split(";")]
+    pairs = [pair.strip(" \t") for pair in cookies.split(";")] if name in cookies else []
     return [pair[len(name) + 1 :] for pair in pairs if pair.startswith(name + "=")]
 
 
@@ -1672,15 +1670,15 @@ def is_foreign(request: Request) -> bool:
     of apps, and other ports of this host.
     """
     headers, sites = request.headers, request.headers.get_all("sec-fetch-site")
-    if "origin" in headers.index and OWN_SITES.issuperset(sites):
+    if not OWN_SITES.issuperset(sites):
+        return True
+    if "origin" in headers.index:
         # With "Referrer-Policy: no-referrer", forms on our own pages send "Origin: null".
         is_own_form = headers.get("origin") == "null" and sites == ["same-origin"]
         return not (request.is_own_origin or is_own_form)
-    if sites:
-        return not OWN_SITES.issuperset(sites)
-    authority, pages = request.client.authority, set(headers.get_all("referer"))
     # RFC 9110 section 10.1.3: "about:blank" stands for no page.
-    return None in [rest_of_own_url(page, authority) for page in pages - {"", "about:blank"}]
+    pages = set() if sites else set(headers.get_all("referer")) - {"", "about:blank"}
+    return None in [rest_of_own_url(page, request.client.authority) for page in pages]
 
 
 def is_top_level(request: Request) -> bool:
