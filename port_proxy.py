@@ -4849,8 +4849,9 @@ def _inherited_sockets() -> List[socket.socket]:
         return []
     sockets = []
     for number in range(3, 3 + int(os.environ.get("LISTEN_FDS", "0"))):
-        sock = socket.socket(fileno=number)
-        family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)  # 3.6 assumes AF_INET
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=number)
+        # The real family.  Python 3.6 does not find it, and 3.7 names it in an error like a file.
+        family = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
         sockets.append(socket.socket(family, socket.SOCK_STREAM, 0, fileno=sock.detach()))
     return sockets
 
