@@ -2889,7 +2889,7 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
         access_scopes=read("OAUTH_ACCESS_SCOPES", scopes, lambda text: frozenset(json.loads(text))),
         server_name=read("SERVER_NAME", ""),
         home=read("DEFAULT_URL", "", functools.partial(_hub_home, prefix)),
-        activity_url=read("ACTIVITY_URL", "") and read("ACTIVITY_URL", parse=_http_url),
+        activity_url=read("ACTIVITY_URL", "", _http_url),
         activity_interval=max(1.0, read("ACTIVITY_INTERVAL", "300", float)),
         host_cookies=read("COOKIE_HOST_PREFIX_ENABLED", "0").lower() in ("1", "true"),
         cookie_options=secure + read("COOKIE_OPTIONS", "{}", _cookie_options),
@@ -2898,8 +2898,9 @@ def hub_in(environment: Mapping[str, str]) -> Hub:
 
 def _http_url(text: str) -> str:
     url = urlsplit(text)
-    if not url.netloc or url.scheme not in _DEFAULT_PORTS or url.port == 0:
-        raise ValueError  # `url.port` raises it, too
+    is_usable = url.netloc and url.scheme in _DEFAULT_PORTS and url.port != 0
+    if text and not is_usable:  # "" is the default; `url.port` may raise ValueError itself
+        raise ValueError
     return text
 
 
